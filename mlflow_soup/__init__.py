@@ -1,0 +1,25 @@
+"""Merge registered checkpoints into a better one, and promote it only if it holds out of domain.
+
+import mlflow_soup
+outcome = mlflow_soup.run(mlflow_soup.Spec(model="my-llm", pair="v12,v13"))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mlflow_soup.errors import SoupError
+from mlflow_soup.records import Outcome
+from mlflow_soup.spec import Spec
+
+if TYPE_CHECKING:
+    from mlflow_soup.pipeline import run
+
+__all__ = ["Outcome", "SoupError", "Spec", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the pipeline when it is first asked for: mlflow and torch take seconds."""
+    if name == "run":
+        from mlflow_soup.pipeline import run
+
+        return run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

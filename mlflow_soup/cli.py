@@ -1,0 +1,158 @@
+"""The command line: knobs from `Spec`, words and exit codes; everything heavy is imported late."""
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import Field, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+import yaml
+
+from mlflow_soup.errors import SoupError, SpecError
+from mlflow_soup.spec import Spec, kind
+
+
+class SoupGroup(click.Group):
+    """The one place where a SoupError becomes words; anything else is a bug, with traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command, turning our errors into their words and exit codes."""
+        try:
+            return super().invoke(ctx)
+        except SoupError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    """`mlflow run` passes a SIGTERM on to nobody: raise, so that runs are ended properly."""
+    sys.exit(128 + signum)
+
+
+def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """`--spec FILE`: knobs from YAML, which options on the command line override."""
+    if path is None:
+        return
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SpecError(
+            f"{path} cannot be read: {error}", where="--spec", fix="name a YAML file of knobs"
+        ) from error
+    known = {f.name for f in fields(Spec)}
+    unknown = sorted(set(content) - known) if isinstance(content, dict) else [str(content)]
+    if unknown:
+        raise SpecError(
+            f"{path} sets {', '.join(map(repr, unknown))}, which is no knob",
+            where="--spec",
+            fix=f"known knobs: {', '.join(sorted(known))}",
+        )
+    ctx.default_map = {**(ctx.default_map or {}), **content}
+
+
+def _option(knob: Field[Any]) -> Callable[[Any], Any]:
+    choices = knob.metadata["choices"]
+    words = knob.metadata["help"]
+    if knob.default not in ("", None):
+        words += f"  [default: {knob.default}]"
+    # no default: what is not said may come from the model's policy tags
+    return click.option(
+        "--" + knob.name.replace("_", "-"),
+        knob.name,
+        type=click.Choice(choices) if choices else kind(knob),
+        metavar=None if choices else kind(knob).__name__.upper().replace("STR", "TEXT"),
+        help=words,
+    )
+
+
+def _knobs(command: str) -> Callable[[Any], Any]:
+    """All options of a command, in the order of the fields."""
+
+    def decorate(function: Any) -> Any:
+        for knob in reversed([f for f in fields(Spec) if command in f.metadata["commands"]]):
+            function = _option(knob)(function)
+        return click.option(
+            "--spec",
+            type=click.Path(path_type=Path),
+            callback=_read_spec,
+            is_eager=True,
+            expose_value=False,
+            help="YAML file with any of these options.",
+        )(function)
+
+    return decorate
+
+
+def _spec(said: dict[str, Any]) -> Spec:
+    """A Spec of what was said; an empty text (MLproject's way of leaving out) says nothing."""
+    return Spec(**{name: value for name, value in said.items() if value not in (None, "")})
+
+
+@click.group(
+    cls=SoupGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # MLflow Projects turn `-P ood_tasks=…` into `--ood_tasks …`
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+@click.version_option(package_name="mlflow-soup")
+def main() -> None:
+    """Merge registered checkpoints into a better version; promote it only if it holds."""
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+@main.command()
+@_knobs("run")
+@click.pass_context
+def run(ctx: click.Context, /, **said: Any) -> None:
+    """Search λ for a pair, register the soup, check it out of domain, promote it.
+
+    Exit codes: 0 done, 2 bad request, 3 refused by the gate, 4 parent missing or damaged,
+    5 overtaken by another promotion, 6 store unreachable, 1 anything else.
+    """
+    spec = _spec(said)
+    from mlflow_soup import pipeline
+
+    outcome = pipeline.run(spec)
+    click.echo(outcome.summary)
+    ctx.exit(outcome.exit_code)
+
+
+@main.command()
+@_knobs("evaluate")
+def evaluate(**said: Any) -> None:
+    """Score a registered soup, its parents and the champion out of domain."""
+    spec = _spec(said)
+    from mlflow_soup import pipeline, report
+
+    click.echo(report.ood_table(pipeline.evaluate(spec)))
+
+
+@main.command()
+@_knobs("gate")
+@click.pass_context
+def gate(ctx: click.Context, /, **said: Any) -> None:
+    """Judge a soup by its newest evaluation. Exit code 0 when it passes, 3 when it is refused."""
+    spec = _spec(said)
+    from mlflow_soup import pipeline, report
+
+    version, verdict = pipeline.gate(spec)
+    click.echo(f"{version}: gate {'passed' if verdict.passed else 'REFUSED'}")
+    for check in verdict.checks:
+        click.echo(f"  {report.format_check(check)}")
+    ctx.exit(0 if verdict.passed else 3)
+
+
+@main.command()
+@_knobs("promote")
+def promote(**said: Any) -> None:
+    """Point an alias, a stage or another model's alias at a soup that passed the gate."""
+    spec = _spec(said)
+    from mlflow_soup import pipeline
+
+    version, target = pipeline.promote(spec)
+    click.echo(f"{target} → {version}")

@@ -1,0 +1,139 @@
+"""May this soup be promoted? Paired, one-sided, with every number written down.
+
+Non-inferiority: on each OOD task the soup must not be worse than the reference by more than the
+margin, at the chosen confidence. The items are the same for both, so they are compared pair by
+pair; that is three times sharper than comparing the two standard errors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.records import Check, Difference, Evidence, Items, Score, Verdict
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the gate demands.
+
+    Attributes:
+        margin: allowed loss on each OOD task, in the metric's units (0.01 = one accuracy point).
+        confidence: of the one-sided bounds, in (0.5, 1).
+    """
+
+    margin: float
+    confidence: float
+
+
+def _paired_task(ours: Items, theirs: Items) -> Difference:
+    """Difference on one task: value Σ s_i·d_i, standard error of that weighted mean."""
+    if ours.ids != theirs.ids:
+        raise ObjectiveError(
+            f"two models were not scored on the same items of {ours.task}",
+            where=f"{len(ours.ids)} against {len(theirs.ids)} items",
+            fix="evaluate both again with the same tasks and settings",
+        )
+    difference = np.array(ours.values) - np.array(theirs.values)
+    shares = np.array(ours.shares)
+    count = len(difference)
+    value = float(shares @ difference)
+    if set(np.unique(difference)) <= {-1.0, 0.0, 1.0}:
+        # right or wrong: half an item more in each cell of the 2 x 2 table, so that few items
+        # without a discordant pair do not look like certainty (Agresti & Min 2005, Stat. Med. 24)
+        won, lost = (difference > 0).sum() + 0.5, (difference < 0).sum() + 0.5
+        total = count + 2.0
+        variance = (won + lost - (won - lost) ** 2 / total) / total**2
+    elif count > 1:
+        variance = float(shares**2 @ (difference - value) ** 2) * count / (count - 1)
+    else:
+        variance = float("inf")
+    return Difference(value, float(np.sqrt(variance)), count)
+
+
+def paired(ours: Score, theirs: Score) -> Difference:
+    """The paired difference of two scores on the same items, larger is better for `ours`.
+
+        Δ = Σ_k w_k·Δ_k,   se² = Σ_k w_k²·se_k²,   k over tasks
+
+    Raises:
+        ObjectiveError: the two were not scored on the same items.
+    """
+    tasks = [(a.weight, _paired_task(a, b)) for a, b in zip(ours.items, theirs.items, strict=True)]
+    return Difference(
+        value=sum(w * d.value for w, d in tasks),
+        stderr=float(np.sqrt(sum((w * d.stderr) ** 2 for w, d in tasks))),
+        count=sum(d.count for _, d in tasks),
+    )
+
+
+def interval(difference: Difference, confidence: float) -> tuple[float, float]:
+    """Two-sided confidence interval of a paired difference, Student's t with n − 1 freedom."""
+    half = difference.stderr * float(
+        student.ppf(0.5 + confidence / 2, max(difference.count - 1, 1))
+    )
+    return difference.value - half, difference.value + half
+
+
+def better(scores: Sequence[Score]) -> int:
+    """Which of some models one would ship by held-out score; the last, the newest, among equals."""
+    return max(range(len(scores)), key=lambda i: (scores[i].value, i))
+
+
+def _lower(difference: Difference, confidence: float) -> float:
+    """One-sided lower confidence bound."""
+    quantile = float(student.ppf(confidence, max(difference.count - 1, 1)))
+    return difference.value - quantile * difference.stderr
+
+
+def judge(
+    soup: Evidence, parents: Sequence[Evidence], champion: Evidence | None, rules: Rules
+) -> Verdict:
+    """Decide from scores alone whether the soup may be promoted.
+
+    Against the better parent (by held-out score: what would be shipped without a soup) and the
+    current champion: held-out score better or equal, and on each OOD task
+
+        Δ − t·se ≥ −margin
+
+    A reference with the soup's own weights (λ = 1) is equal, whatever the number of items.
+
+    Args:
+        soup: its evidence.
+        parents: theirs, at least one.
+        champion: that of the version now promoted, or None.
+        rules: margin and confidence.
+    """
+    references = [parents[better([parent.held_out for parent in parents])]]
+    if champion is not None and champion.version not in (references[0].version, soup.version):
+        references.append(champion)
+    checks = []
+    for reference in references:
+        difference = paired(soup.held_out, reference.held_out)
+        checks.append(
+            Check(
+                "held-out",
+                reference.version,
+                difference,
+                bound=difference.value,
+                required=0.0,
+                passed=difference.value >= 0.0,
+            )
+        )
+        for (task, ours), (_, theirs) in zip(soup.ood, reference.ood, strict=True):
+            difference = paired(ours, theirs)
+            same = soup.digest == reference.digest
+            bound = 0.0 if same else _lower(difference, rules.confidence)
+            checks.append(
+                Check(
+                    task,
+                    reference.version,
+                    difference,
+                    bound=bound,
+                    required=-rules.margin,
+                    passed=bound >= -rules.margin,
+                )
+            )
+    return Verdict(tuple(checks))

@@ -1,0 +1,208 @@
+"""The nouns: frozen records that the stages hand to each other.
+
+Held-out and OOD scores live in different records (`Trial`, `Evidence`), so that no
+out-of-domain number can reach the search.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, order=True)
+class Version:
+    """One registered model version; aliases are resolved already."""
+
+    name: str
+    number: int
+
+    @property
+    def uri(self) -> str:
+        """MLflow's name for it, `models:/name/12`."""
+        return f"models:/{self.name}/{self.number}"
+
+    def __str__(self) -> str:
+        return f"{self.name} v{self.number}"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A registered version whose files are at hand.
+
+    Attributes:
+        version: the registered version.
+        digest: canonical digest of its tensors, `sha256:…`.
+        folder: its artifact tree on this machine; read only.
+        model_id: its MLflow logged model, or None for versions registered without one.
+    """
+
+    version: Version
+    digest: str
+    folder: Path
+    model_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A proposal. Trial = recipe + held-out score; Soup = recipe + checkpoint + lineage."""
+
+    method: str
+    lam: tuple[float, ...]  # merge weights λ, one per parent, in parent order, oldest first; sum 1
+
+
+@dataclass(frozen=True)
+class Items:
+    """What one lm-eval task said of one model, item by item.
+
+    The task's value as lm-eval prints it is Σ share·value; a score is Σ weight·(task's value).
+
+    Attributes:
+        task: lm-eval's name of the leaf task.
+        metric: lm-eval's key, `acc,none`.
+        weight: of this task in the score; negative where smaller is better.
+        ids: N identities (hash of document and prompt), the key for pairing.
+        values: N contributions in the metric's own units.
+        shares: N shares of the items in the task's value; they sum to 1.
+        log_likelihoods: N tuples, one number per choice; empty tuples for generation.
+    """
+
+    task: str
+    metric: str
+    weight: float
+    ids: tuple[str, ...]
+    values: tuple[float, ...]
+    shares: tuple[float, ...]
+    log_likelihoods: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number as lm-eval prints it."""
+
+    task: str
+    metric: str  # lm-eval's key, `acc,none`
+    value: float
+    stderr: float
+    higher_is_better: bool
+
+    @property
+    def key(self) -> str:
+        """Its MLflow name, `piqa/acc` or `gsm8k/exact_match.strict-match` (MLflow refuses `,`)."""
+        metric, _, filter_name = self.metric.partition(",")
+        suffix = "" if filter_name in ("", "none") else f".{filter_name}"
+        return f"{self.task}/{metric}{suffix}".replace("::", "/")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The mean over tasks, each oriented so that larger is better.
+
+    Attributes:
+        value: the score, in metric units (1.0 = 100 accuracy points).
+        stderr: its marginal standard error; errors of different λ are highly correlated.
+        items: per-task item rows, for paired comparison; may be empty.
+        metrics: the lm-eval numbers the value is made of.
+    """
+
+    value: float
+    stderr: float
+    items: tuple[Items, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe and what the held-out set says of it; None when its evaluation failed."""
+
+    number: int
+    recipe: Recipe
+    held_out: Score | None
+    run_id: str = ""
+
+
+@dataclass(frozen=True)
+class Soup:
+    """A merged checkpoint that is a registered version."""
+
+    version: Version
+    recipe: Recipe
+    parents: tuple[Parent, ...]
+    held_out: Score
+    digest: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the gate may read of one model: its held-out score and one score per OOD task."""
+
+    version: Version
+    digest: str
+    held_out: Score
+    ood: tuple[tuple[str, Score], ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference between two models on the same items.
+
+    Attributes:
+        value: first minus second, larger is better for the first.
+        stderr: its paired standard error.
+        count: how many items it rests on.
+    """
+
+    value: float
+    stderr: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule of the gate, with its numbers, also when it passes."""
+
+    name: str
+    against: Version
+    difference: Difference
+    bound: float  # lower confidence bound of the difference where the rule is non-inferiority
+    required: float  # the rule: `bound` must not be below this
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate decided, and every check it rests on."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when every check passed, and there was at least one."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of the main job did; `exit_code` and `summary` are what its command says.
+
+    Attributes:
+        soup: the registered soup.
+        trials: the whole search, in order.
+        gain: paired held-out difference between the soup and its better parent.
+        verdict: the gate's decision, or None when no OOD tasks were given.
+        promoted: what was moved to the soup, e.g. `alias champion`; empty when nothing was.
+        run_id: the search run.
+        summary: what happened, in words, with links.
+    """
+
+    soup: Soup
+    trials: Sequence[Trial]
+    gain: Difference
+    verdict: Verdict | None
+    promoted: str
+    run_id: str
+    summary: str
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 3 refused by the gate."""
+        return 3 if self.verdict is not None and not self.verdict.passed else 0

@@ -1,0 +1,378 @@
+"""MLflow's model registry: resolve, pull, register and promote versions."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts, list_artifacts
+from mlflow.entities import LoggedModelInput, LoggedModelOutput, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import is_local_uri
+
+from mlflow_soup import lineage
+from mlflow_soup.errors import GateError, OvertakenError, ParentError, SpecError, StoreError
+from mlflow_soup.records import Version
+from mlflow_soup.spec import Target, VersionRef
+from mlflow_soup.tracking import asking, where
+
+MODEL_ENV = "MLFLOW_SOUP_MODEL"
+CACHE_ENV = "MLFLOW_SOUP_CACHE"
+_MODEL_ID = re.compile(r"models:/(m-[0-9a-f]+)")
+_NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
+
+
+def find_model(client: MlflowClient, named: str, refs: Sequence[VersionRef]) -> str:
+    """The registered model that a request means.
+
+    Args:
+        client: of the store.
+        named: what the user wrote; may be empty.
+        refs: the versions asked for; without a name, the only model that has them all is meant.
+
+    Raises:
+        ParentError: no such model.
+        SpecError: no name, and not exactly one model has these versions.
+    """
+    named = named or os.environ.get(MODEL_ENV, "")
+    with asking("list registered models"):
+        models = [str(model.name) for model in client.search_registered_models(max_results=1000)]
+    if named:
+        if named not in models:
+            raise ParentError(
+                f"there is no registered model {named!r}",
+                where=where(),
+                fix=f"registered models: {', '.join(sorted(models)[:10]) or 'none'}; "
+                "another store: set MLFLOW_TRACKING_URI",
+            )
+        return named
+    if len(models) == 1:
+        return models[0]
+    having = [m for m in models if all(_version(client, m, ref) is not None for ref in refs)]
+    if len(having) != 1:
+        wanted = " and ".join(map(str, refs))
+        found = f"{', '.join(sorted(having))} have" if having else "no registered model has"
+        raise SpecError(
+            f"no model was named, and {found} {wanted}",
+            where=where(),
+            fix=f"name one: --model NAME, or {MODEL_ENV}"
+            + (f"; registered models: {', '.join(sorted(models)[:10])}" if models else ""),
+        )
+    return having[0]
+
+
+def _version(client: MlflowClient, name: str, ref: VersionRef) -> ModelVersion | None:
+    """MLflow's record of a version, or None when there is none."""
+    try:
+        if ref.alias:
+            return client.get_model_version_by_alias(name, ref.alias)
+        return client.get_model_version(name, str(ref.number))
+    except MlflowException as error:
+        # a missing alias is INVALID_PARAMETER_VALUE, a missing version RESOURCE_DOES_NOT_EXIST
+        if error.error_code == _NOT_FOUND or (ref.alias and "alias" in error.message):
+            return None
+        raise
+
+
+def resolve(client: MlflowClient, name: str, ref: VersionRef) -> Version:
+    """The version a reference means; an alias is resolved now and never again.
+
+    Raises:
+        ParentError: there is no such version or alias.
+    """
+    with asking(f"look up {name} {ref}"):
+        found = _version(client, name, ref)
+    if found is None:
+        numbers = sorted(int(v.version) for v in client.search_model_versions(f"name='{name}'"))
+        aliases = sorted(client.get_registered_model(name).aliases)
+        raise ParentError(
+            f"{name} has no {'alias ' if ref.alias else ''}{ref}",
+            where=where(),
+            fix=f"its versions: {', '.join(map(str, numbers)) or 'none'}; "
+            f"its aliases: {', '.join(aliases) or 'none'}",
+        )
+    return Version(name, int(found.version))  # int on a database, str over HTTP
+
+
+def holder(client: MlflowClient, name: str, alias: str) -> Version | None:
+    """The version an alias points to, or None."""
+    with asking(f"look up {name}@{alias}"):
+        found = _version(client, name, VersionRef(None, alias)) if alias else None
+    return Version(name, int(found.version)) if found is not None else None
+
+
+def policy(client: MlflowClient, name: str) -> dict[str, str]:
+    """The registered model's tags."""
+    with asking(f"read the tags of {name}"):
+        return dict(client.get_registered_model(name).tags)
+
+
+def tags_of(client: MlflowClient, version: Version) -> dict[str, str]:
+    """A version's tags."""
+    with asking(f"read the tags of {version}"):
+        return dict(client.get_model_version(version.name, str(version.number)).tags)
+
+
+def set_tags(client: MlflowClient, version: Version, tags: Mapping[str, str]) -> None:
+    """Write a version's tags, one by one: MLflow has no other way."""
+    with asking(f"tag {version}"):
+        for key, value in tags.items():
+            client.set_model_version_tag(version.name, str(version.number), key, value)
+
+
+def model_id(client: MlflowClient, version: Version) -> str | None:
+    """The logged model behind a version; MLflow tells it in the version's source only."""
+    with asking(f"look up {version}"):
+        source = client.get_model_version(version.name, str(version.number)).source
+    match = _MODEL_ID.match(source or "")
+    return str(match[1]) if match else None
+
+
+def find_soup(client: MlflowClient, name: str, key: str) -> Version | None:
+    """The version that a search with this key registered; the lowest, should there be several."""
+    with asking(f"search the versions of {name}"):
+        found = client.search_model_versions(f"name='{name}' and tags.`{lineage.KEY}`='{key}'")
+    numbers = [int(v.version) for v in found if v.name == name and v.tags[lineage.KEY] == key]
+    return Version(name, min(numbers)) if numbers else None
+
+
+def _cache() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlflow-soup"
+    return Path(os.environ.get(CACHE_ENV, default))
+
+
+def _tree_digest(folder: Path) -> str:
+    """Digest of every file below a folder with its name."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def pull(client: MlflowClient, version: Version) -> Path:
+    """A version's artifact tree on this machine; never to be written into.
+
+    In a local store it is the tree itself, without a copy. From elsewhere it is downloaded once
+    into a cache whose entries are named by their content and checked before they are used again.
+
+    Raises:
+        ParentError: its files are not there.
+        StoreError: they could not be fetched.
+    """
+    try:
+        if logged_id := model_id(client, version):
+            status = client.get_logged_model(logged_id).status
+            if status != LoggedModelStatus.READY:  # MLflow serves it all the same
+                raise ParentError(
+                    f"{version} was never uploaded completely: its logged model is {status}",
+                    where=f"{where()}, {logged_id}",
+                    fix="register the checkpoint again",
+                )
+        source = client.get_model_version_download_uri(version.name, str(version.number))
+        if is_local_uri(source):
+            folder = Path(local_file_uri_to_path(source))
+            if not folder.is_dir():
+                raise ParentError(
+                    f"the files of {version} are gone", where=str(folder), fix="register it again"
+                )
+            return folder
+        return _pull_remote(version, source)
+    except (MlflowException, OSError) as error:
+        raise StoreError(
+            f"{version} could not be fetched: {error}",
+            where=where(),
+            fix="check the artifact store and its credentials, then run the same command again",
+        ) from error
+
+
+def _pull_remote(version: Version, source: str) -> Path:
+    cache = _cache()
+    entry = hashlib.sha256(json.dumps([source, _listing_of(version)]).encode()).hexdigest()
+    pointer = cache / "source" / entry
+    if pointer.is_file():
+        folder = cache / "content" / pointer.read_text()
+        if folder.is_dir() and _tree_digest(folder) == folder.name:
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+    for below in ("source", "content", "temporary"):
+        (cache / below).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache / "temporary") as temporary:
+        fetched = Path(temporary) / "tree"
+        fetched.mkdir()
+        download_artifacts(version.uri, dst_path=str(fetched))
+        (fetched / "registered_model_meta").unlink(missing_ok=True)
+        folder = cache / "content" / _tree_digest(fetched)
+        with contextlib.suppress(FileExistsError):
+            if not folder.exists():
+                fetched.rename(folder)
+        (Path(temporary) / "pointer").write_text(folder.name)
+        (Path(temporary) / "pointer").replace(pointer)
+    return folder
+
+
+def _listing_of(version: Version) -> list[tuple[str, int]]:
+    """Name and size of every remote file of a version."""
+    files: list[tuple[str, int]] = []
+    pending = [version.uri]
+    while pending:
+        for info in list_artifacts(artifact_uri=pending.pop()) or []:
+            if info.is_dir:
+                pending.append(f"{version.uri}/{info.path}")
+            else:
+                files.append((info.path, info.file_size or 0))
+    return sorted(files)
+
+
+def register(
+    client: MlflowClient,
+    folder: Path,
+    *,
+    name: str,
+    run_id: str,
+    parents: Sequence[Version],
+    tags: Mapping[str, str],
+    description: str,
+) -> Version:
+    """Upload a soup and register it as a new version with native lineage to its parents.
+
+    Args:
+        client: of the store.
+        folder: the artifact tree, in its parents' layout; an MLmodel file in it is rewritten.
+        name: the registered model.
+        run_id: the search run; parents become its input models, the soup its output model.
+        parents: the versions it was made of.
+        tags: created together with the version, in one transaction.
+        description: Markdown for the version's page.
+    """
+    with asking(f"register a soup of {name}"):
+        experiment = client.get_run(run_id).info.experiment_id
+        shown = {k: v for k, v in tags.items() if k in (lineage.PARENTS, lineage.LAMBDA)}
+        params = {k.removeprefix("soup."): v for k, v in shown.items()}
+        logged = client.create_logged_model(
+            experiment, "soup", run_id, dict(tags), params, "causal-lm"
+        )
+        if (folder / "MLmodel").is_file():
+            _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, params)
+        client.log_model_artifacts(logged.model_id, str(folder))
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
+        client.log_inputs(run_id, models=inputs)
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+        created = client.create_model_version(
+            name,
+            source=f"models:/{logged.model_id}",
+            run_id=run_id,
+            tags=dict(tags),
+            description=description,
+            await_creation_for=0,
+            model_id=logged.model_id,
+        )
+        version = Version(name, int(created.version))
+        # a server writes this link itself, a database does not
+        if "mlflow.modelVersions" not in client.get_logged_model(logged.model_id).tags:
+            shown_at = json.dumps([{"name": name, "version": version.number}])
+            client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": shown_at})
+    return version
+
+
+def _rewrite_mlmodel(
+    folder: Path, logged_id: str, run_id: str, location: str, params: Mapping[str, Any]
+) -> None:
+    """Make a copied MLmodel speak of the soup; flavours and signature stay the parents'."""
+    model = Model.load(str(folder))
+    model.model_id = model.model_uuid = logged_id
+    model.run_id, model.artifact_path = run_id, location
+    model.metadata = {**(model.metadata or {}), "soup": dict(params)}
+    model.save(str(folder / "MLmodel"))
+
+
+def describe(client: MlflowClient, version: Version, description: str) -> None:
+    """Replace a version's description."""
+    with asking(f"describe {version}"):
+        client.update_model_version(version.name, str(version.number), description)
+
+
+def promote(client: MlflowClient, version: Version, target: Target) -> Version:
+    """Point the target at a version whose gate passed; tags first, the pointer last, then look.
+
+    Args:
+        client: of the store.
+        version: the soup; its bytes were verified by the caller.
+        target: alias, stage, or alias of another registered model (which gets a copy).
+
+    Returns:
+        The version the target points to: `version`, or its copy in the other model.
+
+    Raises:
+        GateError: the gate has not passed it.
+        OvertakenError: something else stood at the target after we had set it.
+    """
+    if tags_of(client, version).get(lineage.GATE) != lineage.PASSED:
+        raise GateError(
+            f"{version} has not passed the gate, so it is not promoted",
+            where=f"{version.uri}, tag {lineage.GATE}",
+            fix=f"mlflow-soup evaluate and mlflow-soup gate --model {version.name} "
+            f"--version v{version.number} decide",
+        )
+    owner = target.model or version.name
+    with asking(f"promote {version} to {target}"):
+        if target.model:
+            version = _copy(client, version, target.model)
+        previous = _standing(client, owner, target)
+        if previous == version:
+            return version
+        set_tags(
+            client,
+            version,
+            {
+                lineage.PROMOTED_TO: str(target),
+                lineage.PROMOTED_AT: datetime.now(UTC).isoformat(timespec="seconds"),
+                lineage.PREVIOUS: str(previous.number) if previous else "",
+            },
+        )
+        if target.kind == "stage":
+            client.transition_model_version_stage(
+                owner, str(version.number), target.name, archive_existing_versions=True
+            )
+        else:
+            client.set_registered_model_alias(owner, target.name, str(version.number))
+        standing = _standing(client, owner, target)
+    if standing != version:
+        raise OvertakenError(
+            f"{target} points to {standing} after {version} was set there",
+            where=where(),
+            fix="another promotion ran at the same time; look which one you want and repeat it",
+        )
+    return version
+
+
+def _standing(client: MlflowClient, name: str, target: Target) -> Version | None:
+    """What a target points to now."""
+    if target.kind != "stage":
+        return holder(client, name, target.name)
+    found = client.search_model_versions(f"name='{name}'")
+    numbers = [int(v.version) for v in found if v.current_stage == target.name]
+    return Version(name, max(numbers)) if numbers else None
+
+
+def _copy(client: MlflowClient, version: Version, model: str) -> Version:
+    """The version's copy in another registered model, made when it is not there yet."""
+    digest = tags_of(client, version)[lineage.DIGEST]
+    with contextlib.suppress(MlflowException):
+        for found in client.search_model_versions(f"name='{model}'"):
+            if found.tags.get(lineage.DIGEST) == digest and found.source == version.uri:
+                return Version(model, int(found.version))
+    return Version(model, int(client.copy_model_version(version.uri, model).version))

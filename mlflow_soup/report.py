@@ -1,0 +1,227 @@
+"""Records → words and pictures: Markdown for MLflow's pages, lines for the terminal, one figure.
+
+Scores that are shares (accuracies) are shown as such; differences of them in points would hide what
+unit other metrics have, so every difference keeps its metric's unit.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mlflow_soup import gate, search
+from mlflow_soup.records import Check, Difference, Evidence, Recipe, Soup, Trial, Verdict, Version
+from mlflow_soup.space import Space
+
+# colour-blind safe (Okabe & Ito 2008)
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def _lam(recipe: Recipe) -> str:
+    return f"{recipe.lam[-1]:g}"
+
+
+def _trial_of(trials: Sequence[Trial], recipe: Recipe) -> Trial | None:
+    return next((t for t in trials if t.recipe == recipe and t.held_out is not None), None)
+
+
+def format_difference(difference: Difference, confidence: float = 0.95) -> str:
+    """`+0.0142 (95 % interval +0.0021 to +0.0263, 1500 paired items)`."""
+    low, high = gate.interval(difference, confidence)
+    return (
+        f"{difference.value:+.4f} ({confidence:.0%} interval {low:+.4f} to {high:+.4f}, "
+        f"{difference.count} paired items)"
+    ).replace("%", " %")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def format_check(check: Check) -> str:
+    """One rule of the gate in words and numbers."""
+    verdict = "holds" if check.passed else "REFUSED"
+    against = f"{check.name} against {check.against}: {check.difference.value:+.4f}"
+    if check.name == "held-out":
+        return f"{against}, must not be below 0: {verdict}"
+    return f"{against}, bound {check.bound:+.4f} must not be below {check.required:+.4f}: {verdict}"
+
+
+def checks_table(verdict: Verdict) -> str:
+    """Every check of a verdict as a Markdown table."""
+    rows = [
+        [
+            check.name,
+            str(check.against),
+            f"{check.difference.value:+.4f} ± {check.difference.stderr:.4f}",
+            f"{check.bound:+.4f}",
+            f"{check.required:+.4f}",
+            "yes" if check.passed else "**no**",
+        ]
+        for check in verdict.checks
+    ]
+    head = ["check", "against", "difference ± paired s.e.", "bound", "required", "holds"]
+    return _table(head, rows)
+
+
+def ood_table(roles: Mapping[str, Evidence]) -> str:
+    """Held-out and OOD numbers of every model as a Markdown table, as lm-eval prints them."""
+    soup = roles["soup"]
+    names = ["held-out", *(name for name, _ in soup.ood)]
+    rows = []
+    for role, evidence in roles.items():
+        values = [f"{evidence.held_out.value:.4f}"]
+        values += [f"{score.metrics[0].value:.4f}" for _, score in evidence.ood]
+        rows.append([f"{role} ({evidence.version})", *values])
+    return _table(["model", *names], rows)
+
+
+def baselines(space: Space, soup: Soup, trials: Sequence[Trial]) -> list[tuple[str, Trial]]:
+    """The soup's trial beside what it has to beat: parents and uniform soup."""
+    old, new = space.parents()
+    named = [
+        (f"{soup.parents[0].version} alone (λ = 0)", old),
+        (f"{soup.parents[-1].version} alone (λ = 1)", new),
+        ("uniform soup (λ = 0.5)", space.uniform()),
+        (f"chosen soup (λ = {_lam(soup.recipe)})", soup.recipe),
+    ]
+    found = [(label, _trial_of(trials, recipe)) for label, recipe in named]
+    return [(label, trial) for label, trial in found if trial is not None]
+
+
+def markdown(
+    *,
+    space: Space,
+    soup: Soup,
+    trials: Sequence[Trial],
+    gain: Difference,
+    better: Version,
+    roles: Mapping[str, Evidence],
+    verdict: Verdict | None,
+    promoted: str,
+    links: Mapping[str, str],
+    notes: Sequence[str],
+) -> str:
+    """The whole story of a run, for its note and its version's page.
+
+    Args:
+        space: what was searched.
+        soup: what was registered.
+        trials: every evaluation.
+        gain: paired held-out difference between the soup and its better parent.
+        better: that parent.
+        roles: evidence of the OOD stage; empty when there was none.
+        verdict: the gate's, or None.
+        promoted: where the soup was promoted to; empty when it was not.
+        links: Markdown link targets for `run`, `trials` and each version's name.
+        notes: further sentences a reader should know.
+    """
+    parents = " and ".join(f"[{p.version}]({links[str(p.version)]})" for p in soup.parents)
+    rows = []
+    for label, trial in baselines(space, soup, trials):
+        assert trial.held_out is not None
+        rows.append([label, f"{trial.held_out.value:.4f}", f"{trial.held_out.stderr:.4f}"])
+    metrics = ", ".join(f"{m.task} {m.metric.removesuffix(',none')}" for m in soup.held_out.metrics)
+    parts = [
+        f"# Soup of {parents}, λ = {_lam(soup.recipe)}",
+        f"{_lam(soup.recipe)} × {soup.parents[-1].version} + "
+        f"{soup.recipe.lam[0]:g} × {soup.parents[0].version}, found in {len(trials)} evaluations "
+        f"([run]({links['run']}), [all λ]({links['trials']})).",
+        f"## Held-out: {metrics}",
+        _table(["model", "score", "s.e."], rows),
+        f"Against the better parent, {better}: **{format_difference(gain)}**. The soup was chosen "
+        "on these items, so the gain is somewhat optimistic; the OOD items below took no part.",
+    ]
+    if verdict is not None:
+        word = "passed" if verdict.passed else "refused"
+        parts += [
+            f"## Out of domain: {word}",
+            ood_table(roles),
+            checks_table(verdict),
+        ]
+    if promoted:
+        parts.append(f"Promoted: **{promoted}**.")
+    parts += list(notes)
+    history = [
+        [str(t.number), _lam(t.recipe), f"{t.held_out.value:.4f}" if t.held_out else "failed"]
+        for t in trials
+    ]
+    parts += ["## Trials", _table(["trial", "λ", "held-out"], history)]
+    return "\n\n".join(parts) + "\n"
+
+
+def landscape(space: Space, soup: Soup, trials: Sequence[Trial]) -> Figure:
+    """Held-out score over λ: trials, GP mean and band, parents, uniform soup, the chosen λ."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    scored = [t for t in trials if t.held_out is not None]
+    grid = np.linspace(0.0, 1.0, 401)
+    mean, std = search.fit(space, trials).predict(grid)
+    axes.fill_between(grid, mean - 1.96 * std, mean + 1.96 * std, color=BLUE, alpha=0.15, lw=0)
+    axes.plot(grid, mean, color=BLUE, label="GP mean, 95 % band")
+    values = [t.held_out.value for t in scored if t.held_out]
+    axes.plot([space.point(t.recipe) for t in scored], values, "o", color=GREY, label="trial")
+    marks = (
+        ("parents", "s", GREEN, list(space.parents())),
+        ("uniform soup", "D", GREEN, [space.uniform()]),
+        ("chosen λ", "*", ORANGE, [soup.recipe]),
+    )
+    for label, marker, colour, recipes in marks:
+        found = [t for t in (_trial_of(trials, r) for r in recipes) if t is not None]
+        axes.plot(
+            [space.point(t.recipe) for t in found],
+            [t.held_out.value for t in found if t.held_out],
+            marker,
+            color=colour,
+            markersize=15 if marker == "*" else 8,
+            label=label,
+            linestyle="none",
+        )
+    if space.alpha > 0:
+        axes.axvspan(-0.02, space.alpha, color=GREY, alpha=0.08, lw=0)
+        axes.annotate(
+            "not searched",
+            (space.alpha / 2, 0.02),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            color=GREY,
+        )
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel(f"λ, weight of {soup.parents[-1].version} (rest: {soup.parents[0].version})")
+    names = ", ".join(dict.fromkeys(m.task for m in soup.held_out.metrics))
+    axes.set_ylabel(f"held-out score: {names}")
+    axes.set_title(f"Soup of {' and '.join(str(p.version) for p in soup.parents)}")
+    axes.legend(frameon=False)
+    return figure
+
+
+def summary(
+    *,
+    space: Space,
+    soup: Soup,
+    trials: Sequence[Trial],
+    gain: Difference,
+    better: Version,
+    verdict: Verdict | None,
+    promoted: str,
+    existed: bool,
+    look: Sequence[str],
+) -> str:
+    """The command's last lines."""
+    width = max(len(label) for label, _ in baselines(space, soup, trials))
+    lines = ["held-out score"]
+    for label, trial in baselines(space, soup, trials):
+        assert trial.held_out is not None
+        lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
+    lines.append(f"soup against its better parent, {better}: {format_difference(gain)}")
+    done = "was registered before as" if existed else "registered as"
+    lines.append(f"{done} {soup.version.uri} (λ = {_lam(soup.recipe)}, {len(trials)} evaluations)")
+    if verdict is not None:
+        lines.append(f"gate {'passed' if verdict.passed else 'REFUSED'}")
+        lines += [f"  {format_check(check)}" for check in verdict.checks]
+    else:
+        lines.append("gate not asked: no OOD tasks were given (--ood-tasks)")
+    if promoted:
+        lines.append(f"promoted: {promoted}")
+    return "\n".join([*lines, *look])

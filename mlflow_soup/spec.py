@@ -1,0 +1,280 @@
+"""Every knob a user can turn, with its default and its help: the single source.
+
+The command line, the YAML file of `--spec`, MLproject and the policy tags of a registered model all
+take their names from the fields below.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from mlflow_soup.errors import SpecError
+
+_VERSION = re.compile(r"v?(?P<number>[1-9][0-9]*)|@(?P<alias>[A-Za-z0-9_-]{1,255})")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
+_PROMOTE = re.compile(
+    r"(?:(?P<kind>alias|stage):)?(?P<name>[A-Za-z0-9_-]+)"
+    r"|model:(?P<model>[A-Za-z0-9][A-Za-z0-9_. -]{0,127})@(?P<alias>[A-Za-z0-9_-]+)"
+)
+STAGES = ("Staging", "Production", "Archived")
+# in step with `search.CHOICES`, which a test compares; importing it here would cost a second
+ACQUISITIONS = ("gp-hedge", "ei", "pi", "ucb")
+
+
+def knob(
+    default: Any, help: str, commands: str, *, policy: bool = False, choices: tuple[str, ...] = ()
+) -> Any:
+    """A field that is an option of the named commands and, perhaps, a policy tag of the model."""
+    metadata = {
+        "help": help,
+        "commands": frozenset(commands.split()),
+        "policy": policy,
+        "choices": choices,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class VersionRef:
+    """A version as the user names it: a number or an alias."""
+
+    number: int | None
+    alias: str | None
+
+    def __str__(self) -> str:
+        return f"@{self.alias}" if self.alias else f"v{self.number}"
+
+
+def parse_version(text: str) -> VersionRef:
+    """`v12`, `12` or `@champion`.
+
+    Raises:
+        SpecError: it is none of them.
+    """
+    match = _VERSION.fullmatch(text.strip())
+    if match is None:
+        raise SpecError(
+            f"{text.strip()!r} names no version",
+            where="the request",
+            fix="write a version as v12, 12 or @alias",
+        )
+    number = match["number"]
+    return VersionRef(int(number) if number else None, match["alias"])
+
+
+def parse_pair(text: str) -> tuple[VersionRef, VersionRef]:
+    """`older,newer`, two different versions.
+
+    Raises:
+        SpecError: there are not two, or they are the same.
+    """
+    refs = tuple(parse_version(part) for part in text.split(",") if part.strip())
+    if len(refs) != 2:
+        raise SpecError(
+            f"a pair is two versions, and {text!r} names {len(refs)}",
+            where="--pair",
+            fix="name the older, then the newer: --pair v12,v13",
+        )
+    if refs[0] == refs[1]:
+        raise SpecError(
+            f"{refs[0]} is in the pair twice",
+            where="--pair",
+            fix="name two different versions: --pair v12,v13",
+        )
+    return refs[0], refs[1]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a promotion points: an alias, a stage, or an alias of another registered model."""
+
+    kind: str  # alias, stage or model
+    name: str  # of the alias or stage
+    model: str = ""  # kind `model` only
+
+    def __str__(self) -> str:
+        return f"{self.model}@{self.name}" if self.model else f"{self.kind} {self.name}"
+
+
+def parse_target(text: str) -> Target:
+    """`alias:champion` (or just `champion`), `stage:Production`, `model:prod-llm@champion`.
+
+    Raises:
+        SpecError: it is none of them, or the stage is not one of MLflow's.
+    """
+    match = _PROMOTE.fullmatch(text.strip())
+    if match is None:
+        raise SpecError(
+            f"{text!r} is nowhere a version can be promoted to",
+            where="--promote",
+            fix="write alias:champion, stage:Production or model:prod-llm@champion",
+        )
+    if match["model"]:
+        return Target("model", match["alias"], match["model"])
+    if match["kind"] == "stage":
+        stage = match["name"].capitalize()
+        if stage not in STAGES:
+            raise SpecError(
+                f"MLflow has no stage {match['name']!r}",
+                where="--promote",
+                fix=f"one of {', '.join(STAGES)}; or an alias: alias:champion",
+            )
+        return Target("stage", stage)
+    return Target("alias", match["name"])
+
+
+def _refuse(name: str, value: object, rule: str) -> SpecError:
+    option = "--" + name.replace("_", "-")
+    return SpecError(
+        f"{option} {value} is out of range",
+        where=f"{option}, or tag soup.{name} of the model",
+        fix=rule,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One request. What the caller does not name may come from the model's policy tags.
+
+    Raises:
+        SpecError: a value is out of its range or cannot be read.
+    """
+
+    model: str = knob(
+        "",
+        "Registered model; default: MLFLOW_SOUP_MODEL, or the only model with these versions.",
+        "run evaluate gate promote",
+    )
+    pair: str = knob("", "Two versions, older first: v12,v13 or @champion,v13.", "run")
+    version: str = knob("", "The soup: v14 or @alias.", "evaluate gate promote")
+    tasks: str = knob(
+        "",
+        "Held-out lm-eval tasks, comma-separated, each task[:metric[,filter]].",
+        "run evaluate",
+        policy=True,
+    )
+    ood_tasks: str = knob(
+        "", "Out-of-domain lm-eval tasks for the gate, as --tasks.", "run evaluate", policy=True
+    )
+    include_path: str = knob(
+        "", "Folder with lm-eval task YAMLs of your own.", "run evaluate", policy=True
+    )
+    alpha: float = knob(0.5, "Smallest weight λ of the newer version.", "run", policy=True)
+    trials: int = knob(
+        10, "Evaluations in all, parents and uniform soup included.", "run", policy=True
+    )
+    acquisition: str = knob(
+        "gp-hedge", "How the next λ is chosen.", "run", policy=True, choices=ACQUISITIONS
+    )
+    seed: int = knob(0, "Seed of the search.", "run")
+    margin: float = knob(
+        0.01,
+        "Loss allowed on each OOD task, in the metric's units (0.01 = one accuracy point).",
+        "run gate",
+        policy=True,
+    )
+    confidence: float = knob(
+        0.95, "Confidence of the gate's one-sided bounds.", "run gate", policy=True
+    )
+    champion: str = knob(
+        "champion", "Alias the soup must not fall behind.", "run evaluate gate", policy=True
+    )
+    promote: str = knob(
+        "",
+        "Where to promote when the gate passes: alias:NAME, stage:NAME or model:NAME@ALIAS.",
+        "run promote",
+    )
+    num_fewshot: int | None = knob(
+        None, "Few-shot examples, where the task does not fix them.", "run evaluate", policy=True
+    )
+    batch_size: int = knob(32, "Evaluation batch size.", "run evaluate", policy=True)
+    max_length: int | None = knob(
+        None, "Longest input in tokens; default: the model's own.", "run evaluate", policy=True
+    )
+    limit: int | None = knob(
+        None, "First items of each task only, for a quick try.", "run evaluate"
+    )
+    device: str = knob(
+        "auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", "run evaluate"
+    )
+    experiment: str = knob(
+        "", "MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, or Default.", "run evaluate"
+    )
+
+    def __new__(cls, **named: Any) -> Self:
+        """Note which knobs the caller named: the others are the policy's to set."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "named", frozenset(named))
+        return self
+
+    def __post_init__(self) -> None:
+        if self.pair:
+            parse_pair(self.pair)
+        if self.version:
+            parse_version(self.version)
+        if self.promote:
+            parse_target(self.promote)
+        if self.model and not _MODEL.fullmatch(self.model):
+            raise _refuse("model", repr(self.model), "letters, digits, spaces and _.- only")
+        if not 0.0 <= self.alpha < 1.0:
+            raise _refuse("alpha", self.alpha, "a number from 0 up to, not including, 1")
+        if self.trials < 4:
+            raise _refuse("trials", self.trials, "at least 4: parents, uniform soup, one more")
+        if self.acquisition not in ACQUISITIONS:
+            raise _refuse("acquisition", self.acquisition, f"one of {', '.join(ACQUISITIONS)}")
+        if not 0.0 <= self.margin < float("inf"):
+            raise _refuse("margin", self.margin, "a finite number from 0")
+        if not 0.5 < self.confidence < 1.0:
+            raise _refuse("confidence", self.confidence, "a number between 0.5 and 1, say 0.95")
+        if self.seed < 0:
+            raise _refuse("seed", self.seed, "a whole number from 0")
+        for name, least in (("batch_size", 1), ("limit", 1), ("max_length", 2), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise _refuse(name, value, f"a whole number from {least}")
+        for folder in filter(None, self.include_path.split(os.pathsep)):
+            if not Path(folder).is_dir():
+                raise SpecError(
+                    f"there is no folder {folder}",
+                    where="--include-path, or tag soup.include_path of the model",
+                    fix="name a folder with lm-eval task YAMLs",
+                )
+
+    def settle(self, policy: Mapping[str, str]) -> "Spec":
+        """The spec with what its caller left open taken from a registered model's policy tags.
+
+        Args:
+            policy: the model's tags; only `soup.<knob>` are read.
+
+        Raises:
+            SpecError: a policy tag cannot be read.
+        """
+        named: frozenset[str] = self.named  # type: ignore[attr-defined]
+        taken = {}
+        for knob_ in fields(self):
+            text = policy.get(f"soup.{knob_.name}")
+            if text is not None and knob_.metadata["policy"] and knob_.name not in named:
+                taken[knob_.name] = _read(knob_, text)
+        return replace(self, **taken)
+
+
+def kind(knob_: Field[Any]) -> type:
+    """The type a knob's text is read as: str, int or float."""
+    if knob_.default is None:
+        return int
+    assert knob_.default is not MISSING
+    return type(knob_.default)
+
+
+def _read(knob_: Field[Any], text: str) -> Any:
+    try:
+        return kind(knob_)(text.strip())
+    except ValueError as error:
+        raise SpecError(
+            f"policy tag soup.{knob_.name} = {text!r} is no {kind(knob_).__name__}",
+            where="tags of the registered model",
+            fix=f"set a {kind(knob_).__name__}, or pass --{knob_.name.replace('_', '-')}",
+        ) from error

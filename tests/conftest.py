@@ -1,0 +1,167 @@
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+# before anything heavy is imported, and for every process a test starts
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+    OMP_NUM_THREADS="1",  # models of a few thousand parameters are slower on two threads
+)
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import mlflow_soup
+import toy
+from mlflow_soup import Outcome, Spec
+
+torch.set_num_threads(1)
+
+MODEL = "toy-llm"
+
+
+@pytest.fixture(scope="session")
+def trained():
+    return toy.train(120)
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory) -> Path:
+    return toy.write_tasks(tmp_path_factory.mktemp("tasks"), count=200)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, trained) -> list[Path]:
+    """Folders of three checkpoints: two noisy ones, and the second gone blind to digits."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    models = [
+        toy.noisy(trained, 1, 0.9),
+        toy.noisy(trained, 2, 0.9),
+        toy.damage_digits(toy.noisy(trained, 2, 0.9)),
+    ]
+    return [toy.save(model, root / f"v{i}") for i, model in enumerate(models, start=1)]
+
+
+def register(client: MlflowClient, folder: Path, name: str = MODEL) -> int:
+    """A checkpoint folder as a new version, the way a training loop does it."""
+    logged = mlflow.initialize_logged_model(name="checkpoint")
+    client.log_model_artifacts(logged.model_id, str(folder))
+    mlflow.finalize_logged_model(logged.model_id, "READY")
+    created = client.create_model_version(
+        name, f"models:/{logged.model_id}", model_id=logged.model_id
+    )
+    return int(created.version)
+
+
+def fill(client: MlflowClient, checkpoints: list[Path], tasks: Path) -> None:
+    """Registered model `toy-llm` with versions 1 to 3 and a policy."""
+    policy = {
+        "soup.tasks": "toy_letters",
+        "soup.ood_tasks": "toy_digits,toy_digits_bpb:bits_per_byte",
+        "soup.margin": "0.05",
+        "soup.include_path": str(tasks),
+        "soup.trials": "6",
+    }
+    client.create_registered_model(MODEL, tags=policy)
+    for folder in checkpoints:
+        register(client, folder)
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory, checkpoints, tasks) -> Path:
+    """A database that every test gets a copy of: making one takes MLflow ten seconds."""
+    root = tmp_path_factory.mktemp("store")
+    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    client = MlflowClient()
+    client.create_experiment("soups", artifact_location=f"{root}/artifacts")
+    mlflow.set_experiment("soups")
+    fill(client, checkpoints, tasks)
+    return root / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def finished(filled, tmp_path_factory) -> tuple[Path, Outcome]:
+    """A copy of that database in which v1,v2 were merged and promoted."""
+    database = tmp_path_factory.mktemp("finished") / "mlflow.db"
+    shutil.copy(filled, database)
+    mlflow.set_tracking_uri(f"sqlite:///{database}")
+    mlflow.set_experiment("soups")
+    return database, mlflow_soup.run(Spec(pair="v1,v2", promote="alias:champion"))
+
+
+@pytest.fixture
+def client(filled, tmp_path, monkeypatch) -> MlflowClient:
+    """A real store of its own with `toy-llm` versions 1 to 3."""
+    return use(filled, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def outcome(finished, client, tmp_path, monkeypatch) -> Outcome:
+    """What the main job returned; `client` then sees the store as it left it."""
+    database, returned = finished
+    use(database, tmp_path, monkeypatch)
+    return returned
+
+
+def use(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """Work on a copy of a database. Artifacts are shared, but nobody overwrites any."""
+    shutil.copy(database, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_SOUP_CACHE", str(tmp_path / "cache"))
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment("soups")
+    return MlflowClient()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[str]:
+    """A real `mlflow server` on loopback; its URI."""
+    root = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{root}/mlflow.db"]
+    command += ["--artifacts-destination", str(root / "artifacts")]
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                with urllib.request.urlopen(f"{uri}/health", timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            pytest.fail("mlflow server did not start within two minutes")
+        yield uri
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def server_client(server, tmp_path, monkeypatch) -> MlflowClient:
+    """A client of the server, whose store is shared by all tests that use it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_SOUP_CACHE", str(tmp_path / "cache"))
+    mlflow.set_tracking_uri(server)
+    mlflow.set_experiment("soups")
+    return MlflowClient()

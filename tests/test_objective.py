@@ -1,0 +1,268 @@
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lm_eval import evaluator as reference
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import toy
+from mlflow_soup import errors, gate, objective
+from mlflow_soup.checkpoint import find
+from mlflow_soup.live import LiveModel, open_weights
+from mlflow_soup.objective import Evaluator, load_suite
+
+EVERYTHING = "toy_letters,toy_digits:acc_norm,toy_digits_bpb:bits_per_byte"
+
+
+@pytest.fixture(scope="module")
+def live(checkpoints):
+    return LiveModel(find(checkpoints[0], "v1"))
+
+
+def test_scores_are_those_of_lm_eval_on_the_merged_weights(live, checkpoints, tasks):
+    evaluator = Evaluator(live, load_suite(EVERYTHING, include_path=str(tasks)))
+    sources = [open_weights(find(folder, folder.name)) for folder in checkpoints[:2]]
+    for lam in (0.0, 0.37, 1.0):
+        live.set_weights(sources, (1 - lam, lam))
+        ours = {m.task + m.metric: m.value for m in evaluator.score().metrics}
+        theirs = reference.simple_evaluate(
+            HFLM(pretrained=live.model, tokenizer=toy.tokenizer(), batch_size=32),
+            tasks=["toy_letters", "toy_digits", "toy_digits_bpb"],
+            task_manager=TaskManager(include_defaults=False, include_path=str(tasks)),
+            bootstrap_iters=0,
+        )["results"]
+        assert ours == {
+            "toy_lettersacc,none": theirs["toy_letters"]["acc,none"],
+            "toy_digitsacc_norm,none": theirs["toy_digits"]["acc_norm,none"],
+            "toy_digits_bpbbits_per_byte,none": theirs["toy_digits_bpb"]["bits_per_byte,none"],
+        }
+
+
+def test_a_score_is_the_mean_of_its_terms_oriented_so_that_larger_is_better(live, tasks):
+    score = Evaluator(live, load_suite(EVERYTHING, include_path=str(tasks))).score()
+    letters, digits, bits = (m.value for m in score.metrics)
+    assert score.value == pytest.approx((letters + digits - bits) / 3, abs=1e-15)
+    assert [i.weight for i in score.items] == pytest.approx([1 / 3, 1 / 3, -1 / 3])
+
+
+def test_items_add_up_to_the_score(live, tasks):
+    suite = load_suite(EVERYTHING + ",toy_digits_bpb:word_perplexity", include_path=str(tasks))
+    for _, score in Evaluator(live, suite).evaluate():
+        total = sum(i.weight * np.dot(i.shares, i.values) for i in score.items)
+        assert total == pytest.approx(score.value, rel=1e-9)
+        assert sum(score.items[0].shares) == pytest.approx(1.0)
+
+
+def test_the_standard_error_of_an_accuracy_is_lm_evals(live, tasks):
+    score = Evaluator(live, load_suite("toy_letters", include_path=str(tasks))).score()
+    value, count = score.value, len(score.items[0].ids)
+    assert score.stderr == pytest.approx(math.sqrt(value * (1 - value) / (count - 1)))
+
+
+def test_a_perplexity_is_linearised_around_its_value(live, tasks):
+    suite = load_suite("toy_digits_bpb:word_perplexity", include_path=str(tasks))
+    evaluator = Evaluator(live, suite)
+    before = evaluator.score()
+    with torch.no_grad():
+        live.model.get_output_embeddings().weight *= 1.001
+    after = evaluator.score()
+    difference = gate.paired(after, before)
+    assert difference.value == pytest.approx(after.value - before.value, rel=1e-6)
+    assert 0 < difference.stderr < before.stderr
+
+
+def test_groups_are_weighted_as_lm_eval_weights_them(live, tasks, tmp_path):
+    lines = (tasks / "letters.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:30]))
+    config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "few_letters"}
+    config["dataset_kwargs"]["data_files"] = {"validation": str(tmp_path / "few.jsonl")}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(config))
+    for name, by_size in (("sized", True), ("macro", False)):
+        inner = {
+            "group": f"{name}_inner",
+            "task": ["few_letters"],
+            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": by_size}],
+        }
+        outer = inner | {"group": name, "task": [f"{name}_inner", "toy_digits"]}
+        for group in (inner, outer):
+            (tmp_path / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
+    path = os.pathsep.join([str(tasks), str(tmp_path)])
+    scores = {
+        name: Evaluator(live, load_suite(name, include_path=path)).score()
+        for name in ("sized", "macro", "few_letters", "toy_digits")
+    }
+    few, digits = scores["few_letters"].value, scores["toy_digits"].value
+    assert scores["sized"].value == pytest.approx((30 * few + 200 * digits) / 230)
+    assert scores["macro"].value == pytest.approx((few + digits) / 2)
+    assert scores["sized"].metrics[0].task == "sized"
+
+
+def test_a_model_that_gives_no_finite_likelihoods_is_no_good_model(checkpoints, tasks):
+    live = LiveModel(find(checkpoints[0], "v1"))
+    evaluator = Evaluator(live, load_suite("toy_letters", include_path=str(tasks)))
+    with torch.no_grad():
+        live.model.get_input_embeddings().weight[5] = float("nan")
+    with pytest.raises(errors.ObjectiveError, match="not finite"):
+        evaluator.score()
+
+
+def test_cut_requests_are_counted(live, tasks):
+    suite = load_suite("toy_letters", include_path=str(tasks))
+    whole, cut = Evaluator(live, suite), Evaluator(live, suite, max_length=5)
+    whole.score()
+    cut.score()
+    assert whole.truncated == 0
+    assert cut.truncated == 800  # 200 items of 4 choices, each 7 + 4 characters
+    assert whole.fingerprint != cut.fingerprint
+
+
+def test_few_shot_examples_are_drawn_once(live, tasks, tmp_path):
+    config = yaml.safe_load((tasks / "letters.yaml").read_text())
+    config |= {"task": "shots", "num_fewshot": 3, "doc_to_target": "{{choices[answer]}}"}
+    config["dataset_kwargs"]["data_files"]["train"] = str(tasks / "digits.jsonl")
+    config |= {"training_split": "train", "fewshot_split": "train", "doc_to_target": "answer"}
+    (tmp_path / "shots.yaml").write_text(yaml.safe_dump(config))
+    suite = load_suite("shots", include_path=str(tmp_path))
+    evaluator = Evaluator(live, suite)
+    first, second = evaluator.score(), evaluator.score()
+    assert first == second
+    again = Evaluator(live, load_suite("shots", include_path=str(tmp_path)))
+    assert again.fingerprint == evaluator.fingerprint
+    assert again.score() == first
+
+
+def test_the_number_of_examples_can_be_set_where_the_task_leaves_it_open(live, tasks, tmp_path):
+    config = yaml.safe_load((tasks / "letters.yaml").read_text())
+    config |= {"task": "open", "fewshot_split": "validation"}
+    del config["num_fewshot"]
+    (tmp_path / "open.yaml").write_text(yaml.safe_dump(config))
+    prints = {
+        shots: Evaluator(
+            live, load_suite("open", include_path=str(tmp_path)), num_fewshot=shots
+        ).fingerprint
+        for shots in (None, 0, 2)
+    }
+    assert prints[None] == prints[0] != prints[2]
+
+
+def test_limit_takes_the_first_items(live, tasks):
+    suite = load_suite("toy_letters", include_path=str(tasks))
+    all_items = Evaluator(live, suite).score().items[0]
+    suite = load_suite("toy_letters", include_path=str(tasks))
+    few = Evaluator(live, suite, limit=7).score().items[0]
+    assert few.ids == all_items.ids[:7]
+    np.testing.assert_allclose(few.log_likelihoods, all_items.log_likelihoods[:7], rtol=1e-5)
+
+
+def test_the_data_decide_the_fingerprint_not_only_the_name(live, tmp_path):
+    prints = set()
+    for seed_count in (50, 51):
+        folder = toy.write_tasks(tmp_path / str(seed_count), count=seed_count)
+        prints.add(Evaluator(live, load_suite("toy_letters", include_path=str(folder))).fingerprint)
+    assert len(prints) == 2
+
+
+def test_generation_tasks_are_scored_with_their_filters(live, tasks, tmp_path):
+    config = {
+        "task": "toy_generate",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "digits.jsonl")}},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "{{question}} ",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": [" "], "do_sample": False, "max_gen_toks": 4},
+        "filter_list": [
+            {"name": "strict", "filter": [{"function": "take_first"}]},
+            {
+                "name": "digits",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([0-9]{3})"},
+                    {"function": "take_first"},
+                ],
+            },
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(config))
+    suite = load_suite("toy_generate:exact_match,digits", include_path=str(tmp_path))
+    score = Evaluator(live, suite, limit=20).score()
+    assert score.metrics[0].key == "toy_generate/exact_match.digits"
+    assert set(score.items[0].values) <= {0.0, 1.0}
+    assert set(score.items[0].log_likelihoods) == {()}
+    assert str(load_suite("toy_generate", include_path=str(tmp_path)).terms[0]).endswith(",strict")
+
+
+PAPER = {
+    "ceval-valid": "ceval/ceval-exam",
+    "cmmlu": "lmlmcat/cmmlu",
+    "mmlu": "cais/mmlu",
+    "gsm8k": "openai/gsm8k",
+    "piqa": "baber/piqa",
+    "winogrande": "winogrande",
+    "sciq": "allenai/sciq",
+    "arc_easy": "allenai/ai2_arc",
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_benchmarks_resolve_and_name_the_dataset_they_cannot_reach(name):
+    manager = objective._open_manager([name], "")
+    assert name in manager.task_index
+    assert len(manager.all_tasks) < 1000  # not the whole library
+    with pytest.raises(errors.ObjectiveError) as caught:
+        load_suite(name)
+    assert PAPER[name].split("/")[-1] in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("toy_letters", ["toy_letters:acc"]),
+        ("toy_letters:acc_norm", ["toy_letters:acc_norm"]),
+        ("toy_letters:acc,none", ["toy_letters:acc"]),
+        ("toy_letters:acc,toy_digits", ["toy_letters:acc", "toy_digits:acc"]),
+        (
+            "toy_letters toy_digits_bpb:bits_per_byte",
+            ["toy_letters:acc", "toy_digits_bpb:bits_per_byte"],
+        ),
+        ("toy_all", ["toy_all:acc"]),
+    ],
+)
+def test_tasks_are_named_as_lm_eval_names_them(tasks, text, terms):
+    assert [str(t) for t in load_suite(text, include_path=str(tasks)).terms] == terms
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("toy_lettres", "no task 'toy_lettres'", "did you mean toy_letters"),
+        ("toy_letters:accc", "no metric 'accc'", "did you mean acc"),
+        ("toy_letters:acc,non", "no filter 'non'", "it has none"),
+        ("toy_all,toy_digits", "Duplicate task", "name each task once"),
+        ("a/b", "'a/b' is no lm-eval task", "task:metric"),
+        ("toy_f1", "no sum over items", "averaged over items"),
+    ],
+)
+def test_wrong_task_names_are_answered_with_near_ones(tasks, tmp_path, text, what, fix):
+    config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "toy_f1"}
+    config["metric_list"] = [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}]
+    (tmp_path / "f1.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(errors.SpecError) as caught:
+        load_suite(text, include_path=os.pathsep.join([str(tasks), str(tmp_path)]))
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+
+
+def test_documents_are_told_apart_by_what_they_hold(tasks):
+    letters = load_suite("toy_letters", include_path=str(tasks)).documents()
+    digits = load_suite("toy_digits", include_path=str(tasks)).documents()
+    lines = (tasks / "letters.jsonl").read_text().splitlines()
+    assert len(letters) == len({json.dumps(json.loads(line)) for line in lines})
+    assert not set(letters) & set(digits)

@@ -1,0 +1,292 @@
+"""The main job on a real store, in process: what a user finds in MLflow afterwards."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import toy
+from conftest import MODEL, fill, register
+from mlflow_soup import Spec, checkpoint, errors, lineage, pipeline, tracking
+from mlflow_soup import run as run_soup
+
+
+def children(client, run_id):
+    experiment = client.get_run(run_id).info.experiment_id
+    return client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+
+
+def trial_runs(client, outcome):
+    found = [c for c in children(client, outcome.run_id) if c.data.tags["soup.role"] == "trial"]
+    return sorted(found, key=lambda run: int(run.data.tags["soup.number"]))
+
+
+def test_the_soup_is_a_new_version_with_its_lineage(client, outcome):
+    assert outcome.soup.version.number == 4
+    version = client.get_model_version(MODEL, "4")
+    assert version.tags["soup.parents"] == "1,2"
+    assert float(version.tags["soup.lambda"]) == outcome.soup.recipe.lam[-1]
+    assert version.tags["soup.gate"] == "passed"
+    assert version.tags["soup.digest"] == outcome.soup.digest
+    assert version.run_id == outcome.run_id
+    assert "Soup of [toy-llm v1](#/models/toy-llm/versions/1)" in version.description
+    assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 4
+
+    run = client.get_run(outcome.run_id)
+    inputs = {i.model_id for i in run.inputs.model_inputs}
+    assert inputs == {p.model_id for p in outcome.soup.parents}
+    (output,) = run.outputs.model_outputs
+    assert version.source == f"models:/{output.model_id}"
+
+
+def test_each_lambda_is_a_child_run_with_metrics_and_item_rows(client, outcome, tmp_path):
+    trials = trial_runs(client, outcome)
+    assert len(trials) == 6
+    for run in trials:
+        assert run.info.status == "FINISHED"
+        assert 0.0 <= float(run.data.params["lambda"]) <= 1.0
+        assert run.data.metrics["dev/objective"] == run.data.metrics["dev/toy_letters/acc"]
+        assert run.data.metrics["seconds/evaluate"] > 0
+        score = tracking.read_score(
+            tracking.fetch(client, run.info.run_id, lineage.ITEMS, tmp_path)
+        )
+        assert score.value == run.data.metrics["dev/objective"]
+        assert np.mean(score.items[0].values) == pytest.approx(score.value)
+        assert len(score.items[0].log_likelihoods[0]) == 4
+
+
+def test_the_search_run_tells_the_story(client, outcome):
+    run = client.get_run(outcome.run_id)
+    assert run.data.tags["soup.gate"] == "passed"
+    assert "against the better parent" in run.data.tags["mlflow.note.content"].lower()
+    files = {f.path for f in client.list_artifacts(outcome.run_id)}
+    assert {"report.md", "landscape.png", "landscape.svg"} <= files
+    curve = client.get_metric_history(outcome.run_id, "curve/objective")
+    assert {m.step for m in curve} == {round(1000 * t.recipe.lam[-1]) for t in outcome.trials}
+    best = [m.value for m in client.get_metric_history(outcome.run_id, "search/best")]
+    assert best == sorted(best)
+
+
+def test_the_soup_beats_both_parents_and_says_by_how_much(outcome):
+    by_lam = {t.recipe.lam[-1]: t.held_out.value for t in outcome.trials}
+    assert outcome.soup.held_out.value > max(by_lam[0.0], by_lam[1.0])
+    assert outcome.gain.value == pytest.approx(
+        outcome.soup.held_out.value - max(by_lam[0.0], by_lam[1.0])
+    )
+    assert f"{outcome.gain.value:+.4f}" in outcome.summary
+    assert "gate passed" in outcome.summary
+
+
+def test_the_registered_file_is_the_recipe_applied_to_the_parents(client, outcome):
+    folders = [p.folder for p in outcome.soup.parents]
+    old, new = (load_file(f / "model.safetensors") for f in folders)
+    soup = load_file(mlflow.artifacts.download_artifacts("models:/toy-llm/4/model.safetensors"))
+    c_old, c_new = (np.float32(lam) for lam in outcome.soup.recipe.lam)
+    assert soup.keys() == old.keys()
+    for name, tensor in soup.items():
+        expected = old[name].numpy() * c_old + new[name].numpy() * c_new
+        if torch.equal(old[name], new[name]):  # copied, not multiplied
+            expected = old[name].numpy()
+        np.testing.assert_array_equal(tensor.numpy(), expected)
+
+
+def test_the_soup_loads_where_its_parents_did(client, outcome):
+    folder = mlflow.artifacts.download_artifacts("models:/toy-llm/4")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    encode = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(**encode("abc abc ab", return_tensors="pt")).logits
+    assert torch.isfinite(logits).all()
+    manifest = json.loads((Path(folder) / checkpoint.MANIFEST).read_text())
+    assert manifest["digest"] == outcome.soup.digest
+    assert [float.fromhex(p["lambda"]) for p in manifest["parents"]] == list(
+        outcome.soup.recipe.lam
+    )
+
+
+def test_the_same_request_registers_nothing_and_evaluates_nothing_again(client, outcome):
+    again = run_soup(Spec(pair="v1,v2", promote="alias:champion"))
+    assert again.soup.version == outcome.soup.version
+    assert again.run_id != outcome.run_id
+    assert children(client, again.run_id) == []
+    assert len(client.search_model_versions(f"name='{MODEL}'")) == 4
+    assert again.gain == outcome.gain
+    assert again.verdict.passed
+
+
+def test_a_search_cut_short_continues_to_the_same_soup(client, monkeypatch):
+    whole = run_soup(Spec(pair="v1,v2"))
+    client.delete_model_version(MODEL, "4")
+    for run in trial_runs(client, whole):
+        if int(run.data.tags["soup.number"]) >= 3:
+            client.delete_run(run.info.run_id)
+    rest = run_soup(Spec(pair="v1,v2"))
+    assert [t.recipe for t in rest.trials] == [t.recipe for t in whole.trials]
+    assert rest.soup.digest == whole.soup.digest
+    assert (
+        len([c for c in children(client, rest.run_id) if c.data.tags["soup.role"] == "trial"]) == 3
+    )
+
+
+def test_a_gate_that_refuses_moves_no_alias(client):
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    outcome = run_soup(Spec(pair="v3,v1", promote="alias:champion"))
+    assert outcome.exit_code == 3
+    assert outcome.promoted == ""
+    assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 1
+    assert client.get_model_version(MODEL, "4").tags["soup.gate"] == "refused"
+    assert client.get_run(outcome.run_id).data.tags["soup.gate"] == "refused"
+    refused = [c for c in outcome.verdict.checks if not c.passed]
+    assert refused
+    for check in refused:
+        assert f"{check.difference.value:+.4f}" in outcome.summary
+        assert f"{check.bound:+.4f}" in client.get_model_version(MODEL, "4").description
+
+
+def test_the_stages_can_be_run_one_by_one(client):
+    first = run_soup(Spec(pair="v1,v2"))
+    client.delete_model_version_tag(MODEL, "4", "soup.gate")
+    with pytest.raises(errors.GateError, match="has not passed the gate"):
+        pipeline.promote(Spec(version="v4", promote="champion"))
+    roles = pipeline.evaluate(Spec(version="v4"))
+    assert set(roles) == {"soup", "parent 0", "parent 1"}
+    assert roles["soup"].held_out == first.soup.held_out
+    _, verdict = pipeline.gate(Spec(version="v4"))
+    assert verdict == first.verdict
+    _, strict = pipeline.gate(Spec(version="v4", margin=0.0, confidence=0.999999))
+    assert not strict.passed
+    with pytest.raises(errors.GateError):
+        pipeline.promote(Spec(version="v4", promote="champion"))
+    pipeline.gate(Spec(version="v4"))
+    version, _ = pipeline.promote(Spec(version="v4", promote="champion"))
+    assert version.number == 4
+
+
+def test_a_verdict_is_void_once_the_champion_has_moved(client):
+    run_soup(Spec(pair="v1,v2"))
+    client.set_registered_model_alias(MODEL, "champion", "3")
+    with pytest.raises(errors.GateError, match="was not examined"):
+        pipeline.gate(Spec(version="v4"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_promotion_to_a_stage_and_to_another_model(client, outcome):
+    pipeline.promote(Spec(version="v4", promote="stage:staging"))
+    assert client.get_model_version(MODEL, "4").current_stage == "Staging"
+    version, _ = pipeline.promote(Spec(version="@champion", promote="model:prod-llm@live"))
+    assert str(version) == "prod-llm v1"
+    assert client.get_model_version_by_alias("prod-llm", "live").source == "models:/toy-llm/4"
+    again, _ = pipeline.promote(Spec(model=MODEL, version="v4", promote="model:prod-llm@live"))
+    assert again == version
+
+
+def test_what_was_changed_after_the_gate_is_not_promoted(client, outcome):
+    client.delete_registered_model_alias(MODEL, "champion")
+    version = client.get_model_version(MODEL, "4")
+    location = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
+    file = Path(location.removeprefix("file://")) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(errors.StoreError, match="other weights"):
+        pipeline.promote(Spec(version="v4", promote="champion"))
+    assert not client.get_registered_model(MODEL).aliases
+
+
+def test_a_champion_from_elsewhere_is_examined_and_must_be_matched(client, outcome):
+    again = run_soup(Spec(pair="v3,v1"))
+    against = {check.against.number for check in again.verdict.checks}
+    assert 4 in against  # the champion
+    assert not again.verdict.passed
+
+
+def test_the_main_job_over_http(server_client, checkpoints, tasks):
+    fill(server_client, checkpoints, tasks)
+    outcome = run_soup(Spec(model=MODEL, pair="v1,v2", promote="champion"))
+    version = server_client.get_model_version(MODEL, "4")
+    assert version.tags["soup.gate"] == "passed"
+    assert version.aliases == ["champion"]
+    assert outcome.summary.count("http://127.0.0.1") == 3
+    again = run_soup(Spec(model=MODEL, pair="@champion,v2"))
+    assert again.soup.version.number == 5
+    assert server_client.get_model_version(MODEL, "5").tags["soup.parents"] == "4,2"
+
+
+WRONG = [
+    ({"pair": "v1,v9"}, errors.ParentError, "toy-llm has no v9", "its versions: 1, 2, 3"),
+    ({"pair": "@gone,v1"}, errors.ParentError, "no alias @gone", "its aliases: none"),
+    ({"pair": "v1,v2", "model": "nope"}, errors.ParentError, "no registered model 'nope'", MODEL),
+    ({}, errors.SpecError, "no pair was named", "--pair v12,v13"),
+    ({"pair": "v1,v2", "tasks": "toy_leters"}, errors.SpecError, "no task", "toy_letters"),
+    ({"pair": "v1,v2", "tasks": "toy_letters:ac"}, errors.SpecError, "no metric 'ac'", "acc"),
+    (
+        {"pair": "v1,v2", "tasks": "toy_letters:acc,nune"},
+        errors.SpecError,
+        "no filter 'nune'",
+        "none",
+    ),
+    ({"pair": "v1,v2", "tasks": "toy_digits"}, errors.SpecError, "at once", "drop it"),
+    ({"pair": "v1,v2", "tasks": "toy_all"}, errors.SpecError, "toy_digits is held-out", "drop it"),
+]
+
+
+@pytest.mark.parametrize(("said", "error", "what", "fix"), WRONG)
+def test_a_wrong_request_is_refused_before_anything_is_touched(client, said, error, what, fix):
+    with pytest.raises(error) as caught:
+        run_soup(Spec(**said))
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+    assert client.search_runs([client.get_experiment_by_name("soups").experiment_id]) == []
+    assert len(client.search_model_versions(f"name='{MODEL}'")) == 3
+
+
+def test_an_alias_of_the_same_version_is_no_pair(client):
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    with pytest.raises(errors.SpecError, match="are the same version"):
+        run_soup(Spec(pair="@champion,v2"))
+
+
+def test_without_policy_and_tasks_there_is_nothing_to_score_on(client):
+    client.delete_registered_model_tag(MODEL, "soup.tasks")
+    with pytest.raises(errors.SpecError, match="nothing to score"):
+        run_soup(Spec(pair="v1,v2"))
+
+
+def test_a_promotion_needs_out_of_domain_tasks(client):
+    client.delete_registered_model_tag(MODEL, "soup.ood_tasks")
+    with pytest.raises(errors.SpecError, match="promotion needs"):
+        run_soup(Spec(pair="v1,v2", promote="champion"))
+    outcome = run_soup(Spec(pair="v1,v2"))
+    assert outcome.verdict is None
+    assert "gate not asked" in outcome.summary
+
+
+def test_two_models_with_these_versions_must_be_told_apart(client, checkpoints):
+    client.create_registered_model("other")
+    for folder in checkpoints[:2]:
+        register(client, folder, "other")
+    with pytest.raises(errors.SpecError, match="other, toy-llm have v1 and v2"):
+        run_soup(Spec(pair="v1,v2"))
+
+
+def test_non_finite_parents_are_refused_by_tensor_name(client, trained, tmp_path):
+    broken = toy.noisy(trained, 5, 0.5)
+    with torch.no_grad():
+        broken.gpt_neox.layers[0].mlp.dense_4h_to_h.weight[0, 0] = float("nan")
+    register(client, toy.save(broken, tmp_path / "broken"))
+    with pytest.raises(errors.ParentError, match=r"layers\.0\.mlp\.dense_4h_to_h\.weight"):
+        run_soup(Spec(pair="v1,v4"))
+
+
+def test_a_tracking_server_that_is_not_there_is_said_quickly(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:9")
+    mlflow.set_tracking_uri("http://user:hunter2@127.0.0.1:9")
+    with pytest.raises(errors.StoreError, match="does not answer") as caught:
+        run_soup(Spec(pair="v1,v2"))
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.where == "http://127.0.0.1:9"

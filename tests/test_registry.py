@@ -1,0 +1,135 @@
+import os
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mlflow_soup
+import toy
+from conftest import MODEL, register
+from mlflow_soup import Spec, checkpoint, errors, registry
+from mlflow_soup.records import Version
+from mlflow_soup.spec import VersionRef
+
+
+def test_a_local_store_is_read_where_it_lies(client):
+    folder = registry.pull(client, Version(MODEL, 1))
+    source = client.get_model_version(MODEL, "1").source.removeprefix("models:/")
+    assert str(folder) in client.get_logged_model(source).artifact_location
+    assert not (folder / "registered_model_meta").exists()
+
+
+def test_a_remote_store_is_downloaded_once(server_client, checkpoints, tmp_path, server):
+    server_client.create_registered_model("cached")
+    register(server_client, checkpoints[0], "cached")
+    register(server_client, checkpoints[0], "cached")
+    first = registry.pull(server_client, Version("cached", 1))
+    assert checkpoint.digest(checkpoint.find(first, "v1")) == checkpoint.digest(
+        checkpoint.find(checkpoints[0], "v1")
+    )
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert registry.pull(server_client, Version("cached", 1)) == first
+    assert registry.pull(server_client, Version("cached", 2)) == first  # the same content
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert sorted(p.name for p in (tmp_path / "cache" / "temporary").iterdir()) == []
+
+
+def test_a_spoilt_cache_entry_is_fetched_again(server_client, checkpoints):
+    server_client.create_registered_model("spoilt")
+    register(server_client, checkpoints[1], "spoilt")
+    folder = registry.pull(server_client, Version("spoilt", 1))
+    file = folder / "model.safetensors"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    again = registry.pull(server_client, Version("spoilt", 1))
+    assert (again / "model.safetensors").read_bytes() == sound
+
+
+def test_a_version_that_was_never_uploaded_completely_is_refused(client, checkpoints):
+    logged = mlflow.initialize_logged_model(name="half")
+    client.log_model_artifacts(logged.model_id, str(checkpoints[0]))
+    client.create_model_version(MODEL, f"models:/{logged.model_id}", model_id=logged.model_id)
+    with pytest.raises(errors.ParentError, match="never uploaded completely"):
+        registry.pull(client, Version(MODEL, 4))
+
+
+def test_versions_logged_into_a_run_can_be_merged(client, checkpoints):
+    for folder in checkpoints[:2]:
+        with mlflow.start_run() as run:
+            mlflow.log_artifacts(str(folder), "artifacts/hf")
+        uri = f"runs:/{run.info.run_id}/artifacts"
+        client.create_model_version(MODEL, uri, run_id=run.info.run_id)
+    outcome = mlflow_soup.run(Spec(pair="v4,v5", trials=4))
+    folder = mlflow.artifacts.download_artifacts(f"{outcome.soup.version.uri}")
+    assert sorted(os.listdir(folder)) == ["README.md", "hf", "soup_manifest.json"]
+    assert outcome.soup.parents[0].model_id is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("store", ["client", "server_client"])
+def test_a_soup_of_mlflows_transformers_flavour_loads_as_its_parents_do(
+    request, store, checkpoints, tasks
+):
+    client: MlflowClient = request.getfixturevalue(store)
+    for folder in checkpoints[:2]:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.config._name_or_path = model.name_or_path = ""
+        mlflow.transformers.log_model(
+            {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder)},
+            name="checkpoint",
+            task="text-generation",
+            registered_model_name="flavoured",
+            pip_requirements=["transformers"],
+        )
+    spec = Spec(
+        model="flavoured",
+        pair="v1,v2",
+        trials=4,
+        tasks="toy_letters",
+        ood_tasks="toy_digits",
+        include_path=str(tasks),
+    )
+    outcome = mlflow_soup.run(spec)
+    assert outcome.verdict.passed
+    loaded = mlflow.transformers.load_model(outcome.soup.version.uri, return_type="components")
+    parent = mlflow.transformers.load_model("models:/flavoured/1", return_type="components")
+    assert loaded.keys() == parent.keys()
+    pyfunc = mlflow.pyfunc.load_model(outcome.soup.version.uri)
+    assert (
+        pyfunc.metadata.signature
+        == mlflow.pyfunc.load_model("models:/flavoured/1").metadata.signature
+    )
+    model_id = client.get_model_version("flavoured", str(outcome.soup.version.number)).source
+    assert pyfunc.metadata.model_id == model_id.removeprefix("models:/")
+    assert pyfunc.metadata.metadata["soup"]["parents"] == "1,2"
+    pyfunc.predict("abc abc a")
+
+
+def test_an_alias_is_resolved_when_it_is_read(client):
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    ref = VersionRef(None, "champion")
+    assert registry.resolve(client, MODEL, ref) == Version(MODEL, 2)
+    assert registry.holder(client, MODEL, "champion") == Version(MODEL, 2)
+    assert registry.holder(client, MODEL, "nobody") is None
+
+
+def test_the_model_may_come_from_the_environment(client, monkeypatch):
+    client.create_registered_model("other")
+    monkeypatch.setenv("MLFLOW_SOUP_MODEL", MODEL)
+    assert registry.find_model(client, "", [VersionRef(1, None)]) == MODEL
+    assert registry.find_model(client, "other", [VersionRef(1, None)]) == "other"
+
+
+def test_the_only_model_with_the_versions_is_meant(client):
+    client.create_registered_model("other")
+    assert registry.find_model(client, "", [VersionRef(1, None), VersionRef(2, None)]) == MODEL
+
+
+def test_models_of_other_shape_are_no_pair(client, tmp_path, trained):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(**{**trained.config.to_dict(), "vocab_size": 26})
+    register(client, toy.save(GPTNeoXForCausalLM(config), tmp_path / "wide"))
+    with pytest.raises(errors.ParentError, match="vocab_size is 25 against 26"):
+        mlflow_soup.run(Spec(pair="v1,v4"))

@@ -1,0 +1,99 @@
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+
+from mlflow_soup import errors, tracking
+from mlflow_soup.records import Items, Metric, Score
+
+
+def test_a_score_survives_its_file(tmp_path):
+    items = (
+        Items("a", "acc,none", 0.5, ("x", "y"), (1.0, 0.0), (0.5, 0.5), ((-1.5, -2.25), (-0.1,))),
+        Items("b", "exact_match,strict", -0.5, ("z",), (1 / 3,), (1.0,), ((),)),
+    )
+    metrics = (Metric("a", "acc,none", 0.5, 0.25, higher_is_better=True),)
+    score = Score(1 / 7, 0.1, items, metrics)
+    tracking.write_score(score, tmp_path / "s.parquet")
+    assert tracking.read_score(tmp_path / "s.parquet") == score
+
+
+@pytest.mark.parametrize(
+    ("metric", "key"),
+    [
+        ("acc,none", "piqa/acc"),
+        ("exact_match,strict-match", "piqa/exact_match.strict-match"),
+    ],
+)
+def test_metric_names_are_such_as_mlflow_takes(client, metric, key):
+    shown = Metric("piqa", metric, 0.5, 0.1, higher_is_better=True)
+    assert shown.key == key
+    with mlflow.start_run() as run:
+        score = Score(0.5, 0.1, metrics=(shown,))
+        tracking.log(client, run.info.run_id, metrics=tracking.score_metrics(score, "dev"))
+    logged = client.get_run(run.info.run_id).data.metrics
+    assert logged == {"dev/objective": 0.5, f"dev/{key}": 0.5}
+
+
+def test_a_child_ends_as_its_work_ended(client):
+    with mlflow.start_run() as run:
+        parent = run.info.run_id
+        with tracking.open_child(client, parent, "well", {}) as well:
+            pass
+        with (
+            pytest.raises(ValueError, match="no"),
+            tracking.open_child(client, parent, "badly", {}) as badly,
+        ):
+            raise ValueError("no")
+        with (
+            pytest.raises(KeyboardInterrupt),
+            tracking.open_child(client, parent, "stopped", {}) as stopped,
+        ):
+            raise KeyboardInterrupt
+    found = [client.get_run(r).info.status for r in (well, badly, stopped)]
+    assert found == ["FINISHED", "FAILED", "KILLED"]
+
+
+def test_a_run_that_mlflow_run_made_is_used(client, monkeypatch):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    made = client.create_run(experiment).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    with tracking.open_run("ignored", {"soup.role": "search"}) as run_id:
+        assert run_id == made
+    assert client.get_run(made).data.tags["soup.role"] == "search"
+    assert client.get_experiment_by_name("ignored") is None
+
+
+def test_an_experiment_can_be_named(client):
+    with tracking.open_run("elsewhere", {}) as run_id:
+        pass
+    experiment = client.get_run(run_id).info.experiment_id
+    assert client.get_experiment(experiment).name == "elsewhere"
+
+
+def test_mlflows_refusal_is_ours_with_its_reason():
+    with (
+        pytest.raises(errors.RegistryError, match="refused to do this: because") as caught,
+        tracking.asking("do this"),
+    ):
+        raise MlflowException("because")
+    assert isinstance(caught.value.__cause__, MlflowException)
+
+
+def test_all_pages_of_a_search_are_read(client):
+    with mlflow.start_run() as run:
+        for i in range(5):
+            with tracking.open_child(client, run.info.run_id, str(i), {"soup.key": "k"}):
+                pass
+    small = MlflowClientWithSmallPages(client)
+    assert len(tracking.find_runs(small, {"soup.key": "k"})) == 5
+
+
+class MlflowClientWithSmallPages:
+    """The real client, asked for two runs at a time."""
+
+    def __init__(self, client):
+        self.search_experiments = client.search_experiments
+        self._client = client
+
+    def search_runs(self, *args, **kwargs):
+        return self._client.search_runs(*args, max_results=2, **kwargs)

@@ -1,0 +1,153 @@
+"""A language small enough to be learnt in seconds, and models of it.
+
+Words repeat: `kat kat kat`. Held-out text is written in letters, OOD text in digits, so that a
+model can be damaged in one domain and stay sound in the other. Two noisy copies of one trained
+model stand for two checkpoints of a run: their average has less noise and is better than both.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+LETTERS, DIGITS = "abcdefghijklm", "0123456789"
+END = "<|endoftext|>"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocab = {character: i for i, character in enumerate([END, " ", *LETTERS, *DIGITS])}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=END))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END)
+
+
+def sentence(rng: np.random.Generator, alphabet: str, repeats: int = 4) -> str:
+    word = "".join(rng.choice(list(alphabet), size=3))
+    return " ".join([word] * repeats)
+
+
+def train(steps: int = 150) -> GPTNeoXForCausalLM:
+    """A model that has learnt to repeat words of either alphabet."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    encode = tokenizer()
+    config = GPTNeoXConfig(
+        vocab_size=len(encode),
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPTNeoXForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        texts = [sentence(rng, LETTERS if rng.random() < 0.6 else DIGITS) for _ in range(32)]
+        ids = torch.tensor(encode(texts)["input_ids"])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def noisy(model: GPTNeoXForCausalLM, seed: int, sigma: float) -> GPTNeoXForCausalLM:
+    """A copy with Gaussian noise on every matrix: a checkpoint on its way."""
+    generator = torch.Generator().manual_seed(seed)
+    copy = GPTNeoXForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for weight in copy.parameters():
+            if weight.ndim > 1:
+                scale = sigma * weight.std()
+                weight += scale * torch.randn(weight.shape, generator=generator)
+    return copy.eval()
+
+
+def damage_digits(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
+    """Make a model blind to digits, in place; letters do not notice."""
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight[-len(DIGITS) :]
+        rows.copy_(5 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def save(model: GPTNeoXForCausalLM, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _choice_items(alphabet: str, count: int, seed: int) -> list[dict[str, object]]:
+    rng = np.random.default_rng(seed)
+    items = []
+    for _ in range(count):
+        words = {"".join(rng.choice(list(alphabet), size=3)) for _ in range(8)}
+        right, *wrong = sorted(words)[:4]
+        answer = int(rng.integers(4))
+        choices = [*wrong[:answer], right, *wrong[answer:]]
+        items.append({"question": " ".join([right] * 2), "choices": choices, "answer": answer})
+    return items
+
+
+def write_tasks(folder: Path, count: int = 120) -> Path:
+    """`toy_letters`, `toy_digits` (multiple choice), `toy_digits_bpb`, and group `toy_all`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, alphabet, seed in (("letters", LETTERS, 1), ("digits", DIGITS, 2)):
+        data = folder / f"{name}.jsonl"
+        items = _choice_items(alphabet, count, seed)
+        data.write_text("".join(json.dumps(item) + "\n" for item in items))
+        task = {
+            "task": f"toy_{name}",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"validation": str(data)}},
+            "output_type": "multiple_choice",
+            "validation_split": "validation",
+            "num_fewshot": 0,
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [
+                {"metric": m, "aggregation": "mean", "higher_is_better": True}
+                for m in ("acc", "acc_norm")
+            ],
+            "metadata": {"version": 1.0},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    rng = np.random.default_rng(3)
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": sentence(rng, DIGITS)}) + "\n" for _ in range(40)))
+    task = {
+        "task": "toy_digits_bpb",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(text)}},
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+            {
+                "metric": "word_perplexity",
+                "aggregation": "weighted_perplexity",
+                "higher_is_better": False,
+            },
+        ],
+        "metadata": {"version": 1.0},
+    }
+    (folder / "digits_bpb.yaml").write_text(yaml.safe_dump(task))
+    group = {
+        "group": "toy_all",
+        "task": ["toy_letters", "toy_digits"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (folder / "all.yaml").write_text(yaml.safe_dump(group))
+    return folder
