@@ -30,6 +30,7 @@ VERSION = "soup.version"  # "my-llm/14": the soup that a search made or an OOD r
 OOD_KEY = "soup.ood_key"  # digest of everything an OOD examination depends on
 # metrics and artifacts
 OBJECTIVE = "dev/objective"
+TRUNCATED = "dev/truncated"  # requests that were cut to the longest input
 ITEMS = "items.parquet"
 EVIDENCE = "evidence.json"
 REPORT = "report.md"

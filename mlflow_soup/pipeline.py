@@ -21,7 +21,6 @@ from mlflow_soup.errors import GateError, ObjectiveError, SpecError, StoreError
 from mlflow_soup.live import LiveModel, Weights, open_weights
 from mlflow_soup.objective import Evaluator, Suite, load_suite
 from mlflow_soup.records import (
-    Difference,
     Evidence,
     Outcome,
     Parent,
@@ -53,6 +52,23 @@ class _Bench:
     live: LiveModel
     held_out: Evaluator
     ood: Evaluator | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request that was found sound, with all that it needs at hand."""
+
+    client: MlflowClient
+    spec: Spec
+    name: str
+    opened: tuple[_Opened, ...]  # the parents, oldest first
+    suites: tuple[Suite, Suite | None]
+    bench: _Bench
+    key: str
+
+    @property
+    def space(self) -> Space:
+        return Space.pair(self.spec.alpha)
 
 
 def _open(client: MlflowClient, version: Version) -> _Opened:
@@ -118,62 +134,47 @@ def _set_up(spec: Spec, donor: Checkpoint, suites: tuple[Suite, Suite | None]) -
     return _Bench(live, evaluators[0], evaluators[1])
 
 
-def _log_request(client: MlflowClient, run_id: str, spec: Spec, key: str, bench: _Bench) -> None:
+def _log_request(client: MlflowClient, run_id: str, job: _Job) -> None:
     """Params under `cfg.`: MLproject's own are logged by `mlflow run`, quoted and write-once."""
-    said = {f"cfg.{f.name}": getattr(spec, f.name) for f in fields(spec)}
+    said = {f"cfg.{f.name}": getattr(job.spec, f.name) for f in fields(job.spec)}
     params = {k: v for k, v in said.items() if v not in ("", None)}
-    params |= {f"cfg.evaluator.{k}": v for k, v in bench.held_out.settings().items()}
-    tracking.log(client, run_id, params=params, tags={lineage.KEY: key})
+    params |= {f"cfg.evaluator.{k}": v for k, v in job.bench.held_out.settings().items()}
+    tracking.log(client, run_id, params=params)
 
 
-def _search(
-    client: MlflowClient,
-    run_id: str,
-    key: str,
-    spec: Spec,
-    bench: _Bench,
-    sources: Sequence[Weights],
-) -> list[Trial]:
+def _search(job: _Job, run_id: str) -> list[Trial]:
     """Trials until the budget is spent; those of an earlier run with the same key count."""
-    space = Space.pair(spec.alpha)
-    trials = tracking.read_trials(client, key)[: spec.trials]
-    with tqdm(total=spec.trials, initial=len(trials), desc="search", unit="λ", disable=None) as bar:
+    spec, space = job.spec, job.space
+    sources = [open_weights(o.checkpoint) for o in job.opened]
+    trials: list[Trial] = []
+    history = tracking.read_trials(job.client, job.key)[: spec.trials]
+    best, at = float("-inf"), ""
+    with tqdm(total=spec.trials, desc="search", unit="λ", disable=None) as bar:
         while len(trials) < spec.trials:
-            recipe = search.ask(space, trials, acquisition=spec.acquisition, seed=spec.seed)
-            trial = _try(client, run_id, key, len(trials), recipe, bench, sources)
+            if history:
+                trial = history.pop(0)
+            else:
+                recipe = search.ask(space, trials, acquisition=spec.acquisition, seed=spec.seed)
+                trial = _try(job, run_id, len(trials), recipe, sources)
             trials.append(trial)
-            scored = [t for t in trials if t.held_out is not None]
-            if scored:
-                best = max(scored, key=lambda t: t.held_out.value if t.held_out else 0.0)
-                assert best.held_out is not None
-                lam, value = space.point(best.recipe), best.held_out.value
-                bar.set_postfix_str(f"best {value:.4f} at λ = {lam:g}")
-                numbers = {"search/best": value, "search/lambda": space.point(recipe)}
-                if trial.held_out is not None:
-                    numbers["search/objective"] = trial.held_out.value
-                step = trial.number
-                tracking.log(
-                    client,
-                    run_id,
-                    metrics=[tracking.metric(k, v, step) for k, v in numbers.items()],
-                )
             bar.update()
+            if trial.held_out is None:
+                continue
+            lam, value = space.point(trial.recipe), trial.held_out.value
+            if value > best:
+                best, at = value, f"best {value:.4f} at λ = {lam:g}"
+            bar.set_postfix_str(at)
+            numbers = {"search/objective": value, "search/lambda": lam, "search/best": best}
+            metrics = [tracking.metric(k, v, trial.number) for k, v in numbers.items()]
+            tracking.log(job.client, run_id, metrics=metrics)
     return trials
 
 
-def _try(
-    client: MlflowClient,
-    run_id: str,
-    key: str,
-    number: int,
-    recipe: Recipe,
-    bench: _Bench,
-    sources: Sequence[Weights],
-) -> Trial:
+def _try(job: _Job, run_id: str, number: int, recipe: Recipe, sources: Sequence[Weights]) -> Trial:
     """One λ: a child run with its params, metrics, item rows and seconds."""
-    lam = recipe.lam[-1]
+    client, bench, lam = job.client, job.bench, recipe.lam[-1]
     tags = {
-        lineage.KEY: key,
+        lineage.KEY: job.key,
         lineage.ROLE: "trial",
         lineage.NUMBER: str(number),
         lineage.EVALUATOR: bench.held_out.fingerprint,
@@ -188,13 +189,14 @@ def _try(
             bench.live.set_weights(sources, recipe.lam)
             merged = time.monotonic()
             score = bench.held_out.score()
-            seconds = {
+            numbers = {
                 "seconds/merge": merged - begin,
                 "seconds/evaluate": time.monotonic() - merged,
+                "dev/stderr": score.stderr,
+                lineage.TRUNCATED: bench.held_out.truncated,
             }
             tracking.log_score(client, child, score, lineage.ITEMS)
-            metrics = [tracking.metric(k, v) for k, v in seconds.items()]
-            metrics.append(tracking.metric("dev/stderr", score.stderr))
+            metrics = [tracking.metric(key, value) for key, value in numbers.items()]
             tracking.log(client, child, metrics=metrics + tracking.score_metrics(score, "dev"))
     except ObjectiveError as error:
         logger.warning("λ = %g failed: %s", lam, error.what)
@@ -219,38 +221,29 @@ def _scored(trials: Sequence[Trial], recipe: Recipe, what: str) -> Score:
     )
 
 
-def _write_and_register(
-    client: MlflowClient,
-    run_id: str,
-    key: str,
-    name: str,
-    recipe: Recipe,
-    opened: Sequence[_Opened],
-    fingerprint: str,
-) -> tuple[Version, str]:
+def _write_and_register(job: _Job, run_id: str, recipe: Recipe) -> tuple[Version, str]:
     """The soup as a new version, read back from the store; and its digest."""
-    versions = tuple(o.parent.version for o in opened)
+    versions = tuple(o.parent.version for o in job.opened)
     with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as temporary:
         folder = Path(temporary) / "soup"
-        written = checkpoint.write([o.checkpoint for o in opened], recipe.lam, folder)
+        written = checkpoint.write([o.checkpoint for o in job.opened], recipe.lam, folder)
         digest = checkpoint.digest(written)
-        digests = {o.parent.version: o.parent.digest for o in opened}
-        manifest = lineage.manifest(name, recipe, digests, key, run_id, digest)
+        digests = {o.parent.version: o.parent.digest for o in job.opened}
+        manifest = lineage.manifest(job.name, recipe, digests, job.key, run_id, digest)
         (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=2))
-        (folder / checkpoint.CARD).write_text(lineage.card(name, recipe, versions))
-        tags = lineage.version_tags(
-            lineage.format_parents(name, versions), recipe, key, run_id, digest
-        )
+        (folder / checkpoint.CARD).write_text(lineage.card(job.name, recipe, versions))
+        parents = lineage.format_parents(job.name, versions)
+        tags = lineage.version_tags(parents, recipe, job.key, run_id, digest)
         version = registry.register(
-            client,
+            job.client,
             folder,
-            name=name,
+            name=job.name,
             run_id=run_id,
             parents=versions,
-            tags=tags | {lineage.EVALUATOR: fingerprint},
+            tags=tags | {lineage.EVALUATOR: job.bench.held_out.fingerprint},
             description=f"Soup of {' and '.join(map(str, versions))}, λ = {recipe.lam[-1]:g}.",
         )
-    _check_stored(client, version, digest)
+    _check_stored(job.client, version, digest)
     return version, digest
 
 
@@ -295,7 +288,7 @@ def _examine(
     for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
         digest = opened.parent.digest
         same = [e for e in roles.values() if e.digest == digest]
-        if same:  # λ = 1: the soup is its parent
+        if same:  # at λ = 1 the soup is its parent; a parent may be the champion
             roles[role] = Evidence(opened.parent.version, digest, same[0].held_out, same[0].ood)
             continue
         at = bench
@@ -346,10 +339,11 @@ def _ood_key(bench: _Bench, models: Mapping[str, _Opened]) -> str:
 def _models(
     client: MlflowClient, soup: _Opened, parents: Sequence[_Opened], champion: Version | None
 ) -> dict[str, _Opened]:
-    """Whom the OOD stage examines: soup, parents, and the champion if it is none of them."""
+    """Whom the OOD stage examines: soup, parents, and the champion unless it is the soup."""
     models = {"soup": soup} | {f"parent {i}": parent for i, parent in enumerate(parents)}
-    if champion is not None and champion not in {o.parent.version for o in models.values()}:
-        models["champion"] = _open(client, champion)
+    if champion is not None and champion != soup.parent.version:
+        at_hand = {o.parent.version: o for o in parents}
+        models["champion"] = at_hand.get(champion) or _open(client, champion)
     return models
 
 
@@ -381,6 +375,60 @@ def run(spec: Spec) -> Outcome:
         ObjectiveError: a parent has no finite score, or a task's data cannot be loaded.
         RegistryError: MLflow refused or cannot be reached.
     """
+    job = _prepare(spec)
+    client, spec = job.client, job.spec
+    versions = [o.parent.version for o in job.opened]
+    tags = {
+        "mlflow.runName": f"soup of {' and '.join(map(str, versions))}",
+        lineage.ROLE: "search",
+        lineage.KEY: job.key,
+    }
+    with tracking.open_run(spec.experiment, tags) as run_id:
+        _log_request(client, run_id, job)
+        trials = _search(job, run_id)
+        alone = [
+            _scored(trials, recipe, str(version))
+            for recipe, version in zip(job.space.parents(), versions, strict=True)
+        ]
+        better = gates.better(alone)
+        recipe = search.recommend(job.space, trials)
+        held_out = _scored(trials, recipe, "the soup")
+        existing = registry.find_soup(client, job.name, job.key)
+        if existing is None:
+            version, digest = _write_and_register(job, run_id, recipe)
+        else:
+            version, digest = existing, registry.tags_of(client, existing)[lineage.DIGEST]
+        soup = Soup(version, recipe, tuple(o.parent for o in job.opened), held_out, digest)
+
+        roles: Mapping[str, Evidence] = {}
+        verdict, promoted = None, ""
+        if job.bench.ood is not None:
+            known = {digest: held_out}
+            known |= {o.parent.digest: s for o, s in zip(job.opened, alone, strict=True)}
+            ood_run, roles = _examine_once(job, run_id, soup, known)
+            verdict = _judge(client, version, roles, spec, ood_run)
+            if spec.promote and verdict.passed:
+                target = parse_target(spec.promote)
+                promoted = f"{target} → {registry.promote(client, version, target)}"
+        story = report.Story(
+            space=job.space,
+            soup=soup,
+            existed=existing is not None,
+            trials=tuple(trials),
+            gain=gates.paired(held_out, alone[better]),
+            better=versions[better],
+            roles=roles,
+            verdict=verdict,
+            promoted=promoted,
+            notes=tuple(_notes(client, trials)),
+        )
+        return Outcome(
+            soup, story.trials, story.gain, verdict, promoted, run_id, _tell(client, run_id, story)
+        )
+
+
+def _prepare(spec: Spec) -> _Job:
+    """Check the whole request against the store, the tasks and the parents; nothing is touched."""
     if not spec.pair:
         raise SpecError(
             "no pair was named", where="--pair", fix="older, then newer: --pair v12,v13"
@@ -406,163 +454,89 @@ def run(spec: Spec) -> Outcome:
     opened = [_open(client, version) for version in versions]
     checkpoint.check_compatible([o.checkpoint for o in opened])
     bench = _set_up(spec, opened[-1].checkpoint, suites)
-    space = Space.pair(spec.alpha)
     request = {
         "parents": [o.parent.digest for o in opened],
         "evaluator": bench.held_out.fingerprint,
         **{k: getattr(spec, k) for k in ("alpha", "trials", "acquisition", "seed")},
     }
-    key = lineage.key_of(request)
-    with tracking.open_run(spec.experiment, {lineage.ROLE: "search", lineage.KEY: key}) as run_id:
-        _log_request(client, run_id, spec, key, bench)
-        sources = [open_weights(o.checkpoint) for o in opened]
-        trials = _search(client, run_id, key, spec, bench, sources)
-        truncated = bench.held_out.truncated
-        alone = [
-            _scored(trials, recipe, str(version))
-            for recipe, version in zip(space.parents(), versions, strict=True)
-        ]
-        recipe = search.recommend(space, trials)
-        held_out = _scored(trials, recipe, "the soup")
-        best = gates.better(alone)
-        gain = gates.paired(held_out, alone[best])
+    return _Job(client, spec, name, tuple(opened), suites, bench, lineage.key_of(request))
 
-        existing = registry.find_soup(client, name, key)
-        if existing is None:
-            version, digest = _write_and_register(
-                client, run_id, key, name, recipe, opened, bench.held_out.fingerprint
-            )
-        else:
-            version, digest = existing, registry.tags_of(client, existing)[lineage.DIGEST]
-        soup = Soup(version, recipe, tuple(o.parent for o in opened), held_out, digest)
 
-        roles: dict[str, Evidence] = {}
-        verdict, promoted = None, ""
-        if bench.ood is not None:
-            stored = _check_stored(client, version, digest)
-            champion = registry.holder(client, name, spec.champion)
-            models = _models(client, stored, opened, champion)
-            known = {digest: held_out, **dict(zip(request["parents"], alone, strict=True))}
-            ood_key = _ood_key(bench, models)
-            done = [
-                r.info.run_id
-                for r in tracking.find_runs(client, {lineage.OOD_KEY: ood_key})
-                if r.info.status == "FINISHED"
-            ]
-            if done:
-                ood_run, roles = done[0], tracking.read_evidence(client, done[0])
-            else:
-                tags = _ood_tags(version, ood_key)
-                with tracking.open_child(client, run_id, f"OOD {version}", tags) as ood_run:
-                    roles = _examine(client, ood_run, bench, models, known, spec, suites)
-            verdict = _judge(client, version, roles, spec, ood_run)
-            if spec.promote and verdict.passed:
-                target = parse_target(spec.promote)
-                standing = registry.promote(client, version, target)
-                promoted = f"{target} → {standing}"
-        return _finish(
-            client,
-            run_id,
-            space,
-            soup,
-            trials,
-            gain,
-            versions[best],
-            roles,
-            verdict,
-            promoted,
-            existing is not None,
-            truncated,
+def _examine_once(
+    job: _Job, run_id: str, soup: Soup, known: Mapping[str, Score]
+) -> tuple[str, Mapping[str, Evidence]]:
+    """The OOD run and its evidence: that of an earlier run if nothing has changed since."""
+    stored = _check_stored(job.client, soup.version, soup.digest)
+    champion = registry.holder(job.client, job.name, job.spec.champion)
+    models = _models(job.client, stored, job.opened, champion)
+    ood_key = _ood_key(job.bench, models)
+    for found in tracking.find_runs(job.client, {lineage.OOD_KEY: ood_key}):
+        if found.info.status == "FINISHED":
+            return found.info.run_id, tracking.read_evidence(job.client, found.info.run_id)
+    tags = _ood_tags(soup.version, ood_key)
+    with tracking.open_child(job.client, run_id, f"OOD {soup.version}", tags) as ood_run:
+        return ood_run, _examine(
+            job.client, ood_run, job.bench, models, known, job.spec, job.suites
         )
+
+
+def _notes(client: MlflowClient, trials: Sequence[Trial]) -> list[str]:
+    """What a reader of the scores should know besides."""
+    scored = next(t for t in trials if t.held_out is not None)
+    cut = int(client.get_run(scored.run_id).data.metrics[lineage.TRUNCATED])
+    return [f"{cut} held-out requests were cut to the longest input."] if cut else []
 
 
 def _ood_tags(version: Version, ood_key: str) -> dict[str, str]:
     return {
+        "mlflow.runName": f"OOD {version}",
         lineage.ROLE: "ood",
         lineage.VERSION: f"{version.name}/{version.number}",
         lineage.OOD_KEY: ood_key,
     }
 
 
-def _finish(
-    client: MlflowClient,
-    run_id: str,
-    space: Space,
-    soup: Soup,
-    trials: Sequence[Trial],
-    gain: Difference,
-    better: Version,
-    roles: Mapping[str, Evidence],
-    verdict: Verdict | None,
-    promoted: str,
-    existed: bool,
-    truncated: int,
-) -> Outcome:
-    """Report: the run's metrics, note, figure and prepared view, and the version's page."""
-    model_pages = {
-        str(p.version): f"#/models/{p.version.name}/versions/{p.version.number}"
-        for p in soup.parents
+def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
+    """Report in MLflow: metrics, note, figure, prepared view, version page. Returns the summary."""
+    soup, space = story.soup, story.space
+    version = f"{soup.version.name}/{soup.version.number}"
+    run_path, view = tracking.run_path(client, run_id), tracking.share_view(client, run_id)
+    links = {"run": f"#{run_path}", "trials": f"#{view}"}
+    for parent in soup.parents:
+        path = registry.version_path(parent.version)
+        links[str(parent.version)] = f"#{path}"
+    text = report.markdown(story, links)
+    numbers = {
+        "search/gain": story.gain.value,
+        "search/gain_stderr": story.gain.stderr,
+        "search/chosen_lambda": space.point(soup.recipe),
     }
-    view = tracking.share_view(client, run_id)
-    links = {"run": "#" + tracking.run_path(client, run_id), "trials": "#" + view, **model_pages}
-    notes = [f"{truncated} requests were cut to the longest input."] if truncated else []
-    story = report.markdown(
-        space=space,
-        soup=soup,
-        trials=trials,
-        gain=gain,
-        better=better,
-        roles=roles,
-        verdict=verdict,
-        promoted=promoted,
-        links=links,
-        notes=notes,
-    )
     metrics = tracking.score_metrics(soup.held_out, "dev")
-    metrics += [
-        tracking.metric("search/gain", gain.value),
-        tracking.metric("search/gain_stderr", gain.stderr),
-        tracking.metric("search/chosen_lambda", space.point(soup.recipe)),
-    ]
+    metrics += [tracking.metric(key, value) for key, value in numbers.items()]
     metrics += [
         tracking.metric("curve/objective", t.held_out.value, round(1000 * space.point(t.recipe)))
-        for t in trials
+        for t in story.trials
         if t.held_out is not None
     ]
-    for _, score in roles["soup"].ood if roles else ():
+    for _, score in story.roles["soup"].ood if story.roles else ():
         metrics += [tracking.metric(f"ood/{m.key}", m.value) for m in score.metrics]
-    tags = {
-        "mlflow.note.content": story,
-        lineage.VERSION: f"{soup.version.name}/{soup.version.number}",
-    }
-    if verdict is not None:
-        tags[lineage.GATE] = lineage.PASSED if verdict.passed else lineage.REFUSED
+    tags = {"mlflow.note.content": text, lineage.VERSION: version}
+    if story.verdict is not None:
+        tags[lineage.GATE] = lineage.PASSED if story.verdict.passed else lineage.REFUSED
     tracking.log(client, run_id, metrics=metrics, tags=tags)
-    client.log_text(run_id, story, lineage.REPORT)
-    figure = report.landscape(space, soup, trials)
+    client.log_text(run_id, text, lineage.REPORT)
+    figure = report.landscape(story)
     for suffix in ("png", "svg"):
         client.log_figure(run_id, figure, f"{lineage.LANDSCAPE}.{suffix}")
-    registry.describe(client, soup.version, story)
-    page = f"/models/{soup.version.name}/versions/{soup.version.number}"
+    registry.describe(client, soup.version, text)
     look = [
-        f"version: {tracking.link(page)}",
-        f"run: {tracking.link(tracking.run_path(client, run_id))}",
+        f"version: {tracking.link(registry.version_path(soup.version))}",
+        f"run: {tracking.link(run_path)}",
+        f"all λ: {tracking.link(view)}",
     ]
-    look.append(f"all λ: {tracking.link(view)}")
     if command := tracking.how_to_look():
         look.append(f"to open these: {command}")
-    words = report.summary(
-        space=space,
-        soup=soup,
-        trials=trials,
-        gain=gain,
-        better=better,
-        verdict=verdict,
-        promoted=promoted,
-        existed=existed,
-        look=look,
-    )
-    return Outcome(soup, tuple(trials), gain, verdict, promoted, run_id, words)
+    return report.summary(story, look)
 
 
 def _soup_version(client: MlflowClient, spec: Spec) -> tuple[Version, dict[str, str]]:

@@ -42,18 +42,24 @@ def find_model(client: MlflowClient, named: str, refs: Sequence[VersionRef]) -> 
         refs: the versions asked for; without a name, the only model that has them all is meant.
 
     Raises:
-        ParentError: no such model.
+        ParentError: no such model, or none at all.
         SpecError: no name, and not exactly one model has these versions.
     """
     named = named or os.environ.get(MODEL_ENV, "")
     with asking("list registered models"):
         models = [str(model.name) for model in client.search_registered_models(max_results=1000)]
+    if not models:
+        raise ParentError(
+            "the store holds no registered model",
+            where=where(),
+            fix="point MLFLOW_TRACKING_URI to the store that does",
+        )
     if named:
         if named not in models:
             raise ParentError(
                 f"there is no registered model {named!r}",
                 where=where(),
-                fix=f"registered models: {', '.join(sorted(models)[:10]) or 'none'}; "
+                fix=f"registered models: {', '.join(sorted(models)[:10])}; "
                 "another store: set MLFLOW_TRACKING_URI",
             )
         return named
@@ -67,7 +73,7 @@ def find_model(client: MlflowClient, named: str, refs: Sequence[VersionRef]) -> 
             f"no model was named, and {found} {wanted}",
             where=where(),
             fix=f"name one: --model NAME, or {MODEL_ENV}"
-            + (f"; registered models: {', '.join(sorted(models)[:10])}" if models else ""),
+            + f"; registered models: {', '.join(sorted(models)[:10])}",
         )
     return having[0]
 
@@ -297,6 +303,11 @@ def _rewrite_mlmodel(
     model.run_id, model.artifact_path = run_id, location
     model.metadata = {**(model.metadata or {}), "soup": dict(params)}
     model.save(str(folder / "MLmodel"))
+
+
+def version_path(version: Version) -> str:
+    """The UI's path of a version."""
+    return f"/models/{version.name}/versions/{version.number}"
 
 
 def describe(client: MlflowClient, version: Version, description: str) -> None:

@@ -5,6 +5,7 @@ unit other metrics have, so every difference keeps its metric's unit.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -73,12 +74,42 @@ def ood_table(roles: Mapping[str, Evidence]) -> str:
     for role, evidence in roles.items():
         values = [f"{evidence.held_out.value:.4f}"]
         values += [f"{score.metrics[0].value:.4f}" for _, score in evidence.ood]
-        rows.append([f"{role} ({evidence.version})", *values])
+        rows.append([f"{role.split()[0]} ({evidence.version})", *values])
     return _table(["model", *names], rows)
 
 
-def baselines(space: Space, soup: Soup, trials: Sequence[Trial]) -> list[tuple[str, Trial]]:
+@dataclass(frozen=True)
+class Story:
+    """All that a run has to tell.
+
+    Attributes:
+        space: what was searched.
+        soup: what was registered.
+        existed: whether an earlier run of the same request had registered it.
+        trials: every evaluation.
+        gain: paired held-out difference between the soup and its better parent.
+        better: that parent.
+        roles: evidence of the OOD stage; empty when there was none.
+        verdict: the gate's, or None.
+        promoted: where the soup was promoted to; empty when it was not.
+        notes: further sentences a reader should know.
+    """
+
+    space: Space
+    soup: Soup
+    existed: bool
+    trials: tuple[Trial, ...]
+    gain: Difference
+    better: Version
+    roles: Mapping[str, Evidence]
+    verdict: Verdict | None
+    promoted: str
+    notes: tuple[str, ...] = ()
+
+
+def baselines(story: Story) -> list[tuple[str, Trial]]:
     """The soup's trial beside what it has to beat: parents and uniform soup."""
+    space, soup, trials = story.space, story.soup, story.trials
     old, new = space.parents()
     named = [
         (f"{soup.parents[0].version} alone (λ = 0)", old),
@@ -90,36 +121,17 @@ def baselines(space: Space, soup: Soup, trials: Sequence[Trial]) -> list[tuple[s
     return [(label, trial) for label, trial in found if trial is not None]
 
 
-def markdown(
-    *,
-    space: Space,
-    soup: Soup,
-    trials: Sequence[Trial],
-    gain: Difference,
-    better: Version,
-    roles: Mapping[str, Evidence],
-    verdict: Verdict | None,
-    promoted: str,
-    links: Mapping[str, str],
-    notes: Sequence[str],
-) -> str:
-    """The whole story of a run, for its note and its version's page.
+def markdown(story: Story, links: Mapping[str, str]) -> str:
+    """The whole story, for a run's note and a version's page.
 
     Args:
-        space: what was searched.
-        soup: what was registered.
-        trials: every evaluation.
-        gain: paired held-out difference between the soup and its better parent.
-        better: that parent.
-        roles: evidence of the OOD stage; empty when there was none.
-        verdict: the gate's, or None.
-        promoted: where the soup was promoted to; empty when it was not.
-        links: Markdown link targets for `run`, `trials` and each version's name.
-        notes: further sentences a reader should know.
+        story: what happened.
+        links: Markdown link targets for `run`, `trials` and each parent's name.
     """
+    soup, trials = story.soup, story.trials
     parents = " and ".join(f"[{p.version}]({links[str(p.version)]})" for p in soup.parents)
     rows = []
-    for label, trial in baselines(space, soup, trials):
+    for label, trial in baselines(story):
         assert trial.held_out is not None
         rows.append([label, f"{trial.held_out.value:.4f}", f"{trial.held_out.stderr:.4f}"])
     metrics = ", ".join(f"{m.task} {m.metric.removesuffix(',none')}" for m in soup.held_out.metrics)
@@ -130,19 +142,20 @@ def markdown(
         f"([run]({links['run']}), [all λ]({links['trials']})).",
         f"## Held-out: {metrics}",
         _table(["model", "score", "s.e."], rows),
-        f"Against the better parent, {better}: **{format_difference(gain)}**. The soup was chosen "
-        "on these items, so the gain is somewhat optimistic; the OOD items below took no part.",
+        f"Against the better parent, {story.better}: **{format_difference(story.gain)}**. "
+        "The soup was chosen on these items, so the gain is somewhat optimistic; the OOD items "
+        "took no part in the choice.",
     ]
-    if verdict is not None:
-        word = "passed" if verdict.passed else "refused"
+    if story.verdict is not None:
+        word = "passed" if story.verdict.passed else "refused"
         parts += [
             f"## Out of domain: {word}",
-            ood_table(roles),
-            checks_table(verdict),
+            ood_table(story.roles),
+            checks_table(story.verdict),
         ]
-    if promoted:
-        parts.append(f"Promoted: **{promoted}**.")
-    parts += list(notes)
+    if story.promoted:
+        parts.append(f"Promoted: **{story.promoted}**.")
+    parts += list(story.notes)
     history = [
         [str(t.number), _lam(t.recipe), f"{t.held_out.value:.4f}" if t.held_out else "failed"]
         for t in trials
@@ -151,8 +164,9 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def landscape(space: Space, soup: Soup, trials: Sequence[Trial]) -> Figure:
+def landscape(story: Story) -> Figure:
     """Held-out score over λ: trials, GP mean and band, parents, uniform soup, the chosen λ."""
+    space, soup, trials = story.space, story.soup, story.trials
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     scored = [t for t in trials if t.held_out is not None]
@@ -165,7 +179,7 @@ def landscape(space: Space, soup: Soup, trials: Sequence[Trial]) -> Figure:
     marks = (
         ("parents", "s", GREEN, list(space.parents())),
         ("uniform soup", "D", GREEN, [space.uniform()]),
-        ("chosen λ", "*", ORANGE, [soup.recipe]),
+        ("chosen λ", "o", ORANGE, [soup.recipe]),
     )
     for label, marker, colour, recipes in marks:
         found = [t for t in (_trial_of(trials, r) for r in recipes) if t is not None]
@@ -174,9 +188,10 @@ def landscape(space: Space, soup: Soup, trials: Sequence[Trial]) -> Figure:
             [t.held_out.value for t in found if t.held_out],
             marker,
             color=colour,
-            markersize=15 if marker == "*" else 8,
+            markersize=16 if recipes == [soup.recipe] else 8,
+            markeredgewidth=2.5,
+            fillstyle="none" if recipes == [soup.recipe] else "full",
             label=label,
-            linestyle="none",
         )
     if space.alpha > 0:
         axes.axvspan(-0.02, space.alpha, color=GREY, alpha=0.08, lw=0)
@@ -196,32 +211,29 @@ def landscape(space: Space, soup: Soup, trials: Sequence[Trial]) -> Figure:
     return figure
 
 
-def summary(
-    *,
-    space: Space,
-    soup: Soup,
-    trials: Sequence[Trial],
-    gain: Difference,
-    better: Version,
-    verdict: Verdict | None,
-    promoted: str,
-    existed: bool,
-    look: Sequence[str],
-) -> str:
-    """The command's last lines."""
-    width = max(len(label) for label, _ in baselines(space, soup, trials))
+def summary(story: Story, look: Sequence[str]) -> str:
+    """The command's last lines.
+
+    Args:
+        story: what happened.
+        look: lines that say where to look at it.
+    """
+    soup = story.soup
+    width = max(len(label) for label, _ in baselines(story))
     lines = ["held-out score"]
-    for label, trial in baselines(space, soup, trials):
+    for label, trial in baselines(story):
         assert trial.held_out is not None
         lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
-    lines.append(f"soup against its better parent, {better}: {format_difference(gain)}")
-    done = "was registered before as" if existed else "registered as"
-    lines.append(f"{done} {soup.version.uri} (λ = {_lam(soup.recipe)}, {len(trials)} evaluations)")
-    if verdict is not None:
-        lines.append(f"gate {'passed' if verdict.passed else 'REFUSED'}")
-        lines += [f"  {format_check(check)}" for check in verdict.checks]
+    lines.append(f"soup against its better parent, {story.better}: {format_difference(story.gain)}")
+    done = "was registered before as" if story.existed else "registered as"
+    lines.append(
+        f"{done} {soup.version.uri} (λ = {_lam(soup.recipe)}, {len(story.trials)} evaluations)"
+    )
+    if story.verdict is not None:
+        lines.append(f"gate {'passed' if story.verdict.passed else 'REFUSED'}")
+        lines += [f"  {format_check(check)}" for check in story.verdict.checks]
     else:
         lines.append("gate not asked: no OOD tasks were given (--ood-tasks)")
-    if promoted:
-        lines.append(f"promoted: {promoted}")
+    if story.promoted:
+        lines.append(f"promoted: {story.promoted}")
     return "\n".join([*lines, *look])

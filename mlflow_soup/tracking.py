@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +78,8 @@ def connect() -> MlflowClient:
     """
     # no link to the run in MLflow's own words: they print a password the URI may hold
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    bars = "true" if sys.stderr.isatty() else "false"
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", bars)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     client = MlflowClient()
     added = {name: value for name, value in _PROBE.items() if name not in os.environ}

@@ -50,6 +50,14 @@ def test_log_ei_by_hand():
     assert one(log_ei, 0.8, 1e-6, 0.3) == pytest.approx(np.log(0.5))
 
 
+@pytest.mark.parametrize("u", [1e5, 1e6, 1e7, 1e8])
+def test_log_ei_keeps_its_digits_far_below_the_incumbent(u):
+    # EI/std = φ(u)·(u⁻² − 3u⁻⁴ + …) at u standard deviations (Abramowitz & Stegun 26.2.12)
+    expected = -0.5 * u * u - 0.5 * np.log(2 * np.pi) - 2 * np.log(u)
+    precision = max(1e-3, 2 * np.spacing(0.5 * u * u))
+    assert one(log_ei, -u, 1.0, 0.0) == pytest.approx(expected, abs=precision, rel=0)
+
+
 def test_log_ei_is_finite_and_rises_where_ei_itself_is_zero():
     z = -np.concatenate([np.geomspace(1e8, 1e2, 4001), np.linspace(99.0, -9.0, 4001)])
     value = log_ei(z, np.ones_like(z), 0.0, 1.0)
@@ -100,7 +108,7 @@ def test_log_pi_is_finite_and_rises_where_the_probability_itself_is_zero():
 
 
 def test_ucb_by_hand():
-    assert one(ucb, 0.5, 0.1, 0.9) == pytest.approx(0.696)  # 0.5 + 1.96 · 0.1
+    assert one(ucb, 0.5, 0.1, 0.9, scale=7.0) == pytest.approx(0.696)  # 0.5 + 1.96 · 0.1
     assert BETA == 1.96
 
 

@@ -1,6 +1,8 @@
 """The main job on a real store, in process: what a user finds in MLflow afterwards."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -185,8 +187,8 @@ def test_promotion_to_a_stage_and_to_another_model(client, outcome):
     assert again == version
 
 
-def test_what_was_changed_after_the_gate_is_not_promoted(client, outcome):
-    client.delete_registered_model_alias(MODEL, "champion")
+def test_what_was_changed_after_the_gate_is_not_promoted(client):
+    assert run_soup(Spec(pair="v1,v2", trials=4)).verdict.passed  # its own: it is spoilt below
     version = client.get_model_version(MODEL, "4")
     location = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
     file = Path(location.removeprefix("file://")) / "model.safetensors"
@@ -290,3 +292,36 @@ def test_a_tracking_server_that_is_not_there_is_said_quickly(monkeypatch):
         run_soup(Spec(pair="v1,v2"))
     assert "hunter2" not in str(caught.value)
     assert caught.value.where == "http://127.0.0.1:9"
+
+
+def test_the_lm_eval_command_gives_the_numbers_that_mlflow_shows(client, outcome, tasks, tmp_path):
+    folder = mlflow.artifacts.download_artifacts("models:/toy-llm/4", dst_path=str(tmp_path))
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={folder},softmax_dtype=float32", "--batch_size", "32"]
+    command += ["--tasks", "toy_letters,toy_digits,toy_digits_bpb", "--include_path", str(tasks)]
+    done = subprocess.run(
+        [*command, "--output_path", str(tmp_path / "out")], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    shown = client.get_run(outcome.run_id).data.metrics
+    assert shown["dev/toy_letters/acc"] == theirs["toy_letters"]["acc,none"]
+    assert shown["ood/toy_digits/acc"] == theirs["toy_digits"]["acc,none"]
+    assert (
+        shown["ood/toy_digits_bpb/bits_per_byte"]
+        == (theirs["toy_digits_bpb"]["bits_per_byte,none"])
+    )
+
+
+def test_the_models_page_compares_the_soup_with_its_parents(client, outcome):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    found = client.search_logged_models([experiment])
+    shown = {
+        m.model_id: {metric.key: metric.value for metric in m.metrics} for m in found if m.metrics
+    }
+    assert {p.model_id for p in outcome.soup.parents} < set(shown)
+    soup = client.get_model_version(MODEL, "4").source.removeprefix("models:/")
+    ours = client.get_run(outcome.run_id).data.metrics
+    assert shown[soup]["ood/toy_digits/acc"] == ours["ood/toy_digits/acc"]
+    assert all("ood/toy_digits_bpb/bits_per_byte" in metrics for metrics in shown.values())

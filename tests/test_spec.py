@@ -194,7 +194,7 @@ TAGS = {
     "include_path": (os.curdir, os.curdir),
     "alpha": ("0.7", 0.7),
     "trials": (" 12 ", 12),
-    "acquisition": ("ei", "ei"),
+    "acquisition": (" ei ", "ei"),
     "margin": ("1e-3", 0.001),
     "confidence": ("0.9", 0.9),
     "champion": ("prod", "prod"),
