@@ -5,6 +5,7 @@ margin, at the chosen confidence. The items are the same for both, so they are c
 pair; that is three times sharper than comparing the two standard errors.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from scipy.stats import t as student
 
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Check, Difference, Evidence, Items, Score, Verdict
+
+# a tie of scores that are sums of different items may be off by their last digits
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,14 @@ class Rules:
 
 def _paired_task(ours: Items, theirs: Items) -> Difference:
     """Difference on one task: value Σ s_i·d_i, standard error of that weighted mean."""
-    if ours.ids != theirs.ids:
-        raise ObjectiveError(
-            f"two models were not scored on the same items of {ours.task}",
-            where=f"{len(ours.ids)} against {len(theirs.ids)} items",
-            fix="evaluate both again with the same tasks and settings",
-        )
     difference = np.array(ours.values) - np.array(theirs.values)
     shares = np.array(ours.shares)
     count = len(difference)
-    value = float(shares @ difference)
-    if set(np.unique(difference)) <= {-1.0, 0.0, 1.0}:
-        # right or wrong: half an item more in each cell of the 2 x 2 table, so that few items
-        # without a discordant pair do not look like certainty (Agresti & Min 2005, Stat. Med. 24)
-        won, lost = (difference > 0).sum() + 0.5, (difference < 0).sum() + 0.5
+    value = math.fsum(shares * difference)
+    if {*ours.values, *theirs.values} <= {0.0, 1.0}:
+        # right or wrong: one item more won and one more lost, so that few items without a
+        # discordant pair do not look like certainty (Bonett & Price 2012, J. Educ. Behav. Stat. 37)
+        won, lost = (difference > 0).sum() + 1.0, (difference < 0).sum() + 1.0
         total = count + 2.0
         variance = (won + lost - (won - lost) ** 2 / total) / total**2
     elif count > 1:
@@ -61,9 +59,17 @@ def paired(ours: Score, theirs: Score) -> Difference:
     Raises:
         ObjectiveError: the two were not scored on the same items.
     """
+    ours_on, theirs_on = ([(i.task, i.metric, i.ids) for i in s.items] for s in (ours, theirs))
+    if ours_on != theirs_on:
+        unlike = [f"{a[0]} {a[1]}" for a, b in zip(ours_on, theirs_on, strict=False) if a != b]
+        raise ObjectiveError(
+            "two models were not scored on the same items",
+            where=", ".join(unlike) or "one of them on more tasks",
+            fix="evaluate both again with the same tasks and settings",
+        )
     tasks = [(a.weight, _paired_task(a, b)) for a, b in zip(ours.items, theirs.items, strict=True)]
     return Difference(
-        value=sum(w * d.value for w, d in tasks),
+        value=math.fsum(w * d.value for w, d in tasks),
         stderr=float(np.sqrt(sum((w * d.stderr) ** 2 for w, d in tasks))),
         count=sum(d.count for _, d in tasks),
     )
@@ -119,7 +125,7 @@ def judge(
                 difference,
                 bound=difference.value,
                 required=0.0,
-                passed=difference.value >= 0.0,
+                passed=difference.value >= -ROUNDING,
             )
         )
         for (task, ours), (_, theirs) in zip(soup.ood, reference.ood, strict=True):

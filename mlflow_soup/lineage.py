@@ -101,7 +101,7 @@ def version_tags(
 
 def card(name: str, recipe: Recipe, parents: tuple[Version, ...]) -> str:
     """The model card: front matter that Hugging Face tools read, and the recipe in words."""
-    base = "\n".join(f"- {version.uri}" for version in parents)
+    base = "\n".join(f"- {json.dumps(version.uri)}" for version in parents)
     shares = ", ".join(f"{lam:g} × {v}" for lam, v in zip(recipe.lam, parents, strict=True))
     return f"""---
 library_name: transformers

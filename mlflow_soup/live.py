@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlflow_soup.checkpoint import Checkpoint
-from mlflow_soup.errors import ParentError
+from mlflow_soup.errors import ParentError, SpecError
 from mlflow_soup.merge import mix
 
 Weights = Mapping[str, Tensor]
@@ -77,6 +77,19 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
     return _tensors(_load(checkpoint))
 
 
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(
+            f"there is no device {name!r}: {str(error).splitlines()[0]}",
+            where="--device",
+            fix="cpu, cuda, cuda:1 …; auto takes a GPU if there is one",
+        ) from error
+
+
 class LiveModel:
     """The one model that evaluations run on.
 
@@ -86,9 +99,7 @@ class LiveModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = _load(checkpoint).to(device).eval()
+        self.model = _load(checkpoint).to(_device(device)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(
             str(checkpoint.tokenizer), trust_remote_code=False, local_files_only=True
         )

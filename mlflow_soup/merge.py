@@ -56,7 +56,12 @@ def mix(tensors: Sequence[Tensor], coefficients: Sequence[float], *, name: str =
             fix="merge checkpoints of one training run; integer tensors must agree",
         )
     work = torch.float64 if first.dtype == torch.float64 else torch.float32
-    out = tensors[0].to(work) * torch.tensor(coefficients[0], dtype=work)
-    for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
-        out += tensor.to(work) * torch.tensor(coefficient, dtype=work)
+    parts = [
+        tensor.to(work) * torch.tensor(coefficient, dtype=work)
+        for tensor, coefficient in zip(tensors, coefficients, strict=True)
+        if coefficient != 0.0  # 0·∞ is NaN
+    ]
+    out = parts[0]
+    for part in parts[1:]:
+        out += part
     return out.to(first.dtype)

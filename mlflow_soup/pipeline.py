@@ -19,7 +19,7 @@ from mlflow_soup import gate as gates
 from mlflow_soup.checkpoint import Checkpoint
 from mlflow_soup.errors import GateError, ObjectiveError, SpecError, StoreError
 from mlflow_soup.live import LiveModel, Weights, open_weights
-from mlflow_soup.objective import Evaluator, Suite, load_suite
+from mlflow_soup.objective import Evaluator
 from mlflow_soup.records import (
     Evidence,
     Outcome,
@@ -33,6 +33,7 @@ from mlflow_soup.records import (
 )
 from mlflow_soup.space import Space
 from mlflow_soup.spec import Spec, parse_pair, parse_target, parse_version
+from mlflow_soup.suite import Suite, load_suite
 
 logger = logging.getLogger("mlflow_soup")
 

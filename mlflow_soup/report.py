@@ -188,9 +188,9 @@ def landscape(story: Story) -> Figure:
             [t.held_out.value for t in found if t.held_out],
             marker,
             color=colour,
-            markersize=16 if recipes == [soup.recipe] else 8,
+            markersize=16 if label == "chosen λ" else 8,
             markeredgewidth=2.5,
-            fillstyle="none" if recipes == [soup.recipe] else "full",
+            fillstyle="none" if label == "chosen λ" else "full",
             label=label,
         )
     if space.alpha > 0:

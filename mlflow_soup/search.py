@@ -18,6 +18,8 @@ from mlflow_soup.surrogate import Surrogate
 
 Array = NDArray[np.float64]
 
+# λ closer than this to a measured one would mostly measure the same again
+SPACING = 0.01
 HEDGE = "gp-hedge"
 CHOICES = (HEDGE, *ACQUISITIONS)
 
@@ -34,15 +36,25 @@ def fit(space: Space, trials: Sequence[Trial]) -> Surrogate:
     return surrogate.fit(*_observed(space, trials))
 
 
-def _nominate(space: Space, trials: Sequence[Trial], taken: set[float]) -> dict[str, float]:
-    """Each base acquisition's favourite λ that is not taken yet."""
-    candidates = np.array([c for c in space.candidates() if float(c) not in taken])
-    if not candidates.size:
+def _fresh(space: Space, taken: set[float]) -> Array:
+    """The candidates that are not taken yet, at least one; far from the taken while any is."""
+    candidates = space.candidates()
+    distance: Array = np.abs(candidates[:, None] - np.array(sorted(taken))).min(axis=1)
+    fresh: Array = candidates[distance > SPACING]
+    if not fresh.size:
+        fresh = candidates[distance > 0]
+    if not fresh.size:
         raise SpecError(
             "every candidate λ has been measured",
             where=f"[{space.alpha}, 1] in steps of 1e-4",
             fix="lower --trials or --alpha",
         )
+    return fresh
+
+
+def _nominate(space: Space, trials: Sequence[Trial], taken: set[float]) -> dict[str, float]:
+    """Each base acquisition's favourite λ that is not taken yet."""
+    candidates = _fresh(space, taken)
     posterior = fit(space, trials)
     mean, std = posterior.predict(candidates)
     best = posterior.predict(_observed(space, trials)[0])[0].max()
@@ -61,6 +73,8 @@ def _gains(space: Space, trials: Sequence[Trial], begin: int) -> dict[str, float
     gains = dict.fromkeys(ACQUISITIONS, 0.0)
     for step in range(begin, len(trials)):
         past = trials[:step]
+        if all(trial.held_out is None for trial in past):
+            continue  # the step was a random one: nobody nominated
         nominees = _nominate(space, past, {space.point(t.recipe) for t in past})
         posterior = fit(space, trials[: step + 1])
         mean, _ = posterior.predict(np.array(list(nominees.values())))
@@ -100,7 +114,7 @@ def ask(
         if space.point(recipe) not in known:
             return recipe
     if all(trial.held_out is None for trial in trials):
-        fresh = [c for c in space.candidates() if float(c) not in known]
+        fresh = _fresh(space, known)
         return space.recipe(np.random.default_rng([seed, len(trials)]).choice(fresh))
     nominees = _nominate(space, trials, known)
     if acquisition == HEDGE:

@@ -5,6 +5,7 @@ with λ ∈ [α, 1] (Liu et al. 2024, eq. 2-3). The older parent, λ = 0, is mea
 the surrogate even where α > 0 keeps the search away from it.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +27,8 @@ class Space:
 
     @classmethod
     def pair(cls, alpha: float) -> "Space":
-        """Two parents, the newer weighing at least α ∈ [0, 1)."""
-        return cls(alpha)
+        """Two parents, the newer weighing at least α ∈ [0, 1), rounded up to 1e-4 as λ is."""
+        return cls(math.ceil(round(alpha * 1e4, 6)) / 1e4)
 
     def recipe(self, point: float) -> Recipe:
         """The recipe at λ = `point`, rounded to 1e-4: what a run shows is what was merged."""

@@ -48,8 +48,8 @@ class VersionRef:
         return f"@{self.alias}" if self.alias else f"v{self.number}"
 
 
-def parse_version(text: str) -> VersionRef:
-    """`v12`, `12` or `@champion`.
+def parse_version(text: str, where: str = "--version") -> VersionRef:
+    """`v12`, `12` or `@champion`; `where` says for errors which option it came from.
 
     Raises:
         SpecError: it is none of them.
@@ -58,7 +58,7 @@ def parse_version(text: str) -> VersionRef:
     if match is None:
         raise SpecError(
             f"{text.strip()!r} names no version",
-            where="the request",
+            where=where,
             fix="write a version as v12, 12 or @alias",
         )
     number = match["number"]
@@ -71,7 +71,7 @@ def parse_pair(text: str) -> tuple[VersionRef, VersionRef]:
     Raises:
         SpecError: there are not two, or they are the same.
     """
-    refs = tuple(parse_version(part) for part in text.split(",") if part.strip())
+    refs = tuple(parse_version(part, "--pair") for part in text.split(",") if part.strip())
     if len(refs) != 2:
         raise SpecError(
             f"a pair is two versions, and {text!r} names {len(refs)}",
@@ -103,7 +103,7 @@ def parse_target(text: str) -> Target:
     """`alias:champion` (or just `champion`), `stage:Production`, `model:prod-llm@champion`.
 
     Raises:
-        SpecError: it is none of them, or the stage is not one of MLflow's.
+        SpecError: it is none of them, the stage is not one of MLflow's, or the alias is reserved.
     """
     match = _PROMOTE.fullmatch(text.strip())
     if match is None:
@@ -112,6 +112,8 @@ def parse_target(text: str) -> Target:
             where="--promote",
             fix="write alias:champion, stage:Production or model:prod-llm@champion",
         )
+    if match["kind"] != "stage":
+        _check_alias(match["alias"] or match["name"], "--promote")
     if match["model"]:
         return Target("model", match["alias"], match["model"])
     if match["kind"] == "stage":
@@ -124,6 +126,16 @@ def parse_target(text: str) -> Target:
             )
         return Target("stage", stage)
     return Target("alias", match["name"])
+
+
+def _check_alias(alias: str, where: str) -> None:
+    """Refuse what MLflow does not take as an alias."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", alias) or re.fullmatch(r"(?i)latest|v\d+", alias):
+        raise SpecError(
+            f"{alias!r} cannot be an alias",
+            where=where,
+            fix="letters, digits, _ and -, up to 255; MLflow reserves latest and v1, v2, …",
+        )
 
 
 def _refuse(name: str, value: object, rule: str) -> SpecError:
@@ -211,6 +223,10 @@ class Spec:
         return self
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "margin", "confidence"):  # 0 and 0.0 are one request
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.champion:
+            _check_alias(self.champion, "--champion, or tag soup.champion of the model")
         if self.pair:
             parse_pair(self.pair)
         if self.version:

@@ -31,7 +31,8 @@ EDGES = {
     "live": {"checkpoint"},
     "registry": {"tracking"},
     "tracking": set(),
-    "objective": {"live"},
+    "suite": {"live"},
+    "objective": {"live", "suite"},
 }
 REST = ("pipeline", "__init__", "cli", "__main__")
 
@@ -42,7 +43,7 @@ ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(RE
 
 HOMES = {
     "mlflow": {"registry", "tracking", "pipeline"},
-    "lm_eval": {"objective"},
+    "lm_eval": {"suite", "objective"},
     "transformers": {"live"},
     "safetensors": {"checkpoint"},
     "torch": {"merge", "checkpoint", "live", "objective"},
