@@ -536,7 +536,7 @@ def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
         f"all λ: {tracking.link(view)}",
     ]
     if command := tracking.how_to_look():
-        look.append(f"to open these: {command}")
+        look.append(f"to open these, run: {command}")
     return report.summary(story, look)
 
 

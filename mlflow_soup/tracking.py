@@ -23,7 +23,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.utils.uri import is_local_uri
 
 from mlflow_soup import lineage
 from mlflow_soup.errors import RegistryError, StoreError
@@ -281,19 +280,18 @@ def read_evidence(client: MlflowClient, run_id: str) -> dict[str, Evidence]:
 
 
 def link(path: str) -> str:
-    """Where the UI shows something: a full link on a server, else the part after `#`."""
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith(("http://", "https://")):
-        return f"{uri.partition('://')[0]}://{where().partition('://')[2].rstrip('/')}/#{path}"
-    return f"#{path}"
+    """Where the UI shows something: on the tracking server, else where `mlflow ui` starts one."""
+    server = where().rstrip("/") if _on_server() else "http://127.0.0.1:5000"
+    return f"{server}/#{path}"
 
 
 def how_to_look() -> str:
     """The command that opens the UI on the store at hand; empty where it is a server already."""
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith(("http://", "https://")) or not (is_local_uri(uri) or "sqlite" in uri):
-        return ""
-    return f"mlflow ui --backend-store-uri {where()}"
+    return "" if _on_server() else f"mlflow ui --backend-store-uri {where()}"
+
+
+def _on_server() -> bool:
+    return str(mlflow.get_tracking_uri()).startswith(("http://", "https://"))
 
 
 def run_path(client: MlflowClient, run_id: str) -> str:

@@ -41,7 +41,7 @@ def test_the_main_job_ends_with_words_and_links(client):
     assert "registered as models:/toy-llm/4" in done.stdout
     assert "gate passed" in done.stdout
     assert "promoted: alias champion → toy-llm v4" in done.stdout
-    assert "mlflow ui --backend-store-uri sqlite:///" in done.stdout
+    assert "to open these, run: mlflow ui --backend-store-uri sqlite:///" in done.stdout
     assert "it/s" not in done.stderr  # no progress bar where nobody watches
     assert "Traceback" not in done.stderr
     done = command("gate", "--version", "v4", "--margin", "0", "--confidence", "0.999999")
