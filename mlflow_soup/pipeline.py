@@ -362,6 +362,7 @@ def _judge(
     return verdict
 
 
+@tracking.asking("merge")
 def run(spec: Spec) -> Outcome:
     """The main job: search λ for a pair, register the soup, examine, judge and promote it.
 
@@ -563,6 +564,7 @@ def _soup_version(client: MlflowClient, spec: Spec) -> tuple[Version, dict[str, 
     return version, tags
 
 
+@tracking.asking("evaluate the soup")
 def evaluate(spec: Spec) -> dict[str, Evidence]:
     """Examine a registered soup, its parents and the champion out of domain, in a run of its own.
 
@@ -608,6 +610,7 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
     return roles
 
 
+@tracking.asking("judge the soup")
 def gate(spec: Spec) -> tuple[Version, Verdict]:
     """Judge a soup by its newest examination and write the verdict to its tags.
 
@@ -636,6 +639,7 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
     return version, _judge(client, version, roles, spec, runs[-1].info.run_id)
 
 
+@tracking.asking("promote the soup")
 def promote(spec: Spec) -> tuple[Version, str]:
     """Point an alias, a stage or another model's alias at a soup that its gate passed.
 

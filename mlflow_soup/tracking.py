@@ -5,9 +5,11 @@ else about it can be lost.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from requests import RequestException
 
 from mlflow_soup import lineage
 from mlflow_soup.errors import RegistryError, StoreError
@@ -46,26 +49,46 @@ _COLUMNS = pa.schema(
 )
 
 
+def redact(text: str) -> str:
+    """The text without the user names and passwords that its URIs hold."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
+
+
 def where() -> str:
-    """The tracking store, for errors, without the password its URI may hold."""
-    scheme, separator, rest = mlflow.get_tracking_uri().partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
+    """The tracking store, for errors."""
+    return redact(str(mlflow.get_tracking_uri()))
 
 
 @contextlib.contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Turn MLflow's refusals into ours, with what was being done.
+    """Turn what MLflow raises into our errors, with what was being done; also a decorator.
 
     Raises:
-        RegistryError: MLflow raised.
+        StoreError: the store went away, or the disk is full.
+        RegistryError: MLflow refused.
     """
     try:
         yield
     except MlflowException as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, RequestException) or error.error_code == "TEMPORARILY_UNAVAILABLE":
+            raise StoreError(
+                f"the MLflow store did not answer while trying to {what}",
+                where=where(),
+                fix="once it is back, run the same command again: it continues",
+            ) from error
         raise RegistryError(
-            f"MLflow refused to {what}: {error.message}",
+            f"MLflow refused to {what}: {redact(error.message)}",
             where=where(),
             fix="check the store and your permissions there, then run the same command again",
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise StoreError(
+            f"no space left while trying to {what}",
+            where=str(error.filename or "the disk"),
+            fix="make room, then run the same command again: it continues",
         ) from error
 
 

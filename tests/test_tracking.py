@@ -1,5 +1,6 @@
 import mlflow
 import pytest
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_soup import errors, tracking
@@ -97,3 +98,30 @@ class MlflowClientWithSmallPages:
 
     def search_runs(self, *args, **kwargs):
         return self._client.search_runs(*args, max_results=2, **kwargs)
+
+
+def test_a_store_that_goes_away_is_told_apart_from_one_that_refuses(client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    gone = MlflowClient("http://user:hunter2@127.0.0.1:9")
+    with pytest.raises(errors.StoreError) as caught, tracking.asking("look"):
+        gone.search_experiments()
+    assert caught.value.exit_code == 6
+    with pytest.raises(errors.RegistryError) as refused, tracking.asking("look"):
+        client.get_run("no such run")
+    assert not isinstance(refused.value, errors.StoreError)
+    assert refused.value.exit_code == 1
+
+
+def test_a_full_disk_is_said_with_its_name():
+    with (
+        pytest.raises(errors.StoreError, match="no space left") as caught,
+        tracking.asking("log"),
+        open("/dev/full", "w") as full,
+    ):
+        full.write("x" * 100_000)
+    assert caught.value.exit_code == 6
+
+
+def test_passwords_in_uris_are_not_repeated():
+    text = "API request to http://user:hunter2@host:5000/api failed"
+    assert tracking.redact(text) == "API request to http://host:5000/api failed"
