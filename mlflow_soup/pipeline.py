@@ -16,14 +16,22 @@ from tqdm import tqdm
 
 from mlflow_soup import checkpoint, lineage, registry, report, search, tracking
 from mlflow_soup import gate as gates
-from mlflow_soup.checkpoint import Checkpoint
-from mlflow_soup.errors import GateError, ObjectiveError, SpecError, StoreError
-from mlflow_soup.live import LiveModel, Weights, open_weights
-from mlflow_soup.objective import Evaluator
+from mlflow_soup.bench import (
+    Bench,
+    Opened,
+    check_stored,
+    contenders,
+    examine,
+    load_suites,
+    ood_key,
+    open_version,
+    set_up,
+)
+from mlflow_soup.errors import GateError, ObjectiveError, SpecError
+from mlflow_soup.live import Weights, open_weights
 from mlflow_soup.records import (
     Evidence,
     Outcome,
-    Parent,
     Recipe,
     Score,
     Soup,
@@ -33,26 +41,8 @@ from mlflow_soup.records import (
 )
 from mlflow_soup.space import Space
 from mlflow_soup.spec import Spec, parse_pair, parse_target, parse_version
-from mlflow_soup.suite import Suite, load_suite
 
 logger = logging.getLogger("mlflow_soup")
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A registered version whose files were pulled, read once and found sound."""
-
-    parent: Parent
-    checkpoint: Checkpoint
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """The live model and how it is scored: held-out by the search, OOD after it."""
-
-    live: LiveModel
-    held_out: Evaluator
-    ood: Evaluator | None
 
 
 @dataclass(frozen=True)
@@ -62,77 +52,13 @@ class _Job:
     client: MlflowClient
     spec: Spec
     name: str
-    opened: tuple[_Opened, ...]  # the parents, oldest first
-    suites: tuple[Suite, Suite | None]
-    bench: _Bench
+    opened: tuple[Opened, ...]  # the parents, oldest first
+    bench: Bench
     key: str
 
     @property
     def space(self) -> Space:
         return Space.pair(self.spec.alpha)
-
-
-def _open(client: MlflowClient, version: Version) -> _Opened:
-    folder = registry.pull(client, version)
-    found = checkpoint.find(folder, version.uri)
-    parent = Parent(version, checkpoint.digest(found), folder, registry.model_id(client, version))
-    return _Opened(parent, found)
-
-
-def _load_suites(spec: Spec) -> tuple[Suite, Suite | None]:
-    """Held-out and OOD tasks, which share neither a task nor a document.
-
-    Raises:
-        SpecError: no tasks, or the two sets overlap.
-    """
-    if not spec.tasks:
-        raise SpecError(
-            "there is nothing to score a soup on",
-            where="--tasks, and the registered model has no tag soup.tasks",
-            fix="name lm-eval tasks: --tasks arc_easy,piqa, or set the tag as the model's policy",
-        )
-    held_out = load_suite(spec.tasks, include_path=spec.include_path, where="--tasks")
-    if not spec.ood_tasks:
-        return held_out, None
-    ood = load_suite(spec.ood_tasks, include_path=spec.include_path, where="--ood-tasks")
-    shared = sorted({*held_out.loaded["tasks"]} & {*ood.loaded["tasks"]})
-    if shared:
-        raise SpecError(
-            f"{', '.join(shared[:5])} is held-out and out of domain at once",
-            where="--tasks and --ood-tasks",
-            fix="the gate must judge on items that the search never saw: drop it from one of them",
-        )
-    seen = held_out.documents()
-    common = [
-        (seen[document], name) for document, name in ood.documents().items() if document in seen
-    ]
-    if common:
-        raise SpecError(
-            f"{len(common)} documents are in held-out and OOD tasks alike, "
-            f"the first in {common[0][0]} and {common[0][1]}",
-            where="--tasks and --ood-tasks",
-            fix="the gate must judge on items that the search never saw: choose other tasks",
-        )
-    return held_out, ood
-
-
-def _set_up(spec: Spec, donor: Checkpoint, suites: tuple[Suite, Suite | None]) -> _Bench:
-    live = LiveModel(donor, spec.device)
-    evaluators = [
-        Evaluator(
-            live,
-            suite,
-            batch_size=spec.batch_size,
-            max_length=spec.max_length,
-            num_fewshot=spec.num_fewshot,
-            limit=spec.limit,
-        )
-        if suite is not None
-        else None
-        for suite in suites
-    ]
-    assert evaluators[0] is not None
-    return _Bench(live, evaluators[0], evaluators[1])
 
 
 def _log_request(client: MlflowClient, run_id: str, job: _Job) -> None:
@@ -244,108 +170,24 @@ def _write_and_register(job: _Job, run_id: str, recipe: Recipe) -> tuple[Version
             tags=tags | {lineage.EVALUATOR: job.bench.held_out.fingerprint},
             description=f"Soup of {' and '.join(map(str, versions))}, λ = {recipe.lam[-1]:g}.",
         )
-    _check_stored(job.client, version, digest)
+    check_stored(job.client, version, digest)
     return version, digest
-
-
-def _check_stored(client: MlflowClient, version: Version, digest: str) -> _Opened:
-    """Read a version back and compare it with what it should be.
-
-    Raises:
-        StoreError: the store holds other bytes.
-    """
-    opened = _open(client, version)
-    if opened.parent.digest != digest:
-        raise StoreError(
-            f"{version} holds other weights than were registered",
-            where=f"{opened.parent.folder}: {opened.parent.digest}, expected {digest}",
-            fix="do not use this version; delete it and run the same command again",
-        )
-    return opened
 
 
 def _examine(
     client: MlflowClient,
     run_id: str,
-    bench: _Bench,
-    models: Mapping[str, _Opened],
+    bench: Bench,
+    models: Mapping[str, Opened],
     known: Mapping[str, Score],
-    spec: Spec,
-    suites: tuple[Suite, Suite | None],
 ) -> dict[str, Evidence]:
-    """Score soup, parents and champion out of domain, and keep the evidence in a run.
-
-    Args:
-        client: of the store.
-        run_id: the OOD run.
-        bench: live model and evaluators, of the soup's architecture.
-        models: `soup`, `parent 0` …, `champion` → opened version.
-        known: tensor digest → held-out score that the search measured already.
-        spec: for a champion of another architecture, which needs a bench of its own.
-        suites: likewise.
-    """
-    roles: dict[str, Evidence] = {}
-    soup = models["soup"].checkpoint
-    for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
-        digest = opened.parent.digest
-        same = [e for e in roles.values() if e.digest == digest]
-        if same:  # at λ = 1 the soup is its parent; a parent may be the champion
-            roles[role] = Evidence(opened.parent.version, digest, same[0].held_out, same[0].ood)
-            continue
-        at = bench
-        if checkpoint.differences(soup, opened.checkpoint):
-            at = _set_up(spec, opened.checkpoint, suites)
-        assert at.ood is not None
-        at.live.set_weights([open_weights(opened.checkpoint)], [1.0])
-        held_out = known.get(digest) or at.held_out.score()
-        roles[role] = Evidence(opened.parent.version, digest, held_out, at.ood.evaluate())
-    tracking.log_evidence(client, run_id, roles)
+    """Score everyone out of domain, and keep the evidence in a run."""
+    roles = examine(bench, models, known)
     assert bench.ood is not None
-    about = {"held_out": bench.held_out.fingerprint, "ood": bench.ood.fingerprint}
-    for role, evidence in roles.items():
-        model_id = models[role].parent.model_id
-        if model_id is None and role != "soup":
-            continue  # a number without its model would pass for the soup's
-        groups = {"dev": [("", evidence.held_out)], "ood": list(evidence.ood)}
-        for prefix, scores in groups.items():
-            dataset = "held-out" if prefix == "dev" else "out-of-domain"
-            digest = about["held_out" if prefix == "dev" else "ood"][:12]
-            metrics = [
-                tracking.metric(
-                    f"{prefix}/{m.key}",
-                    m.value,
-                    model_id=model_id,
-                    dataset_name=dataset,
-                    dataset_digest=digest,
-                )
-                for _, score in scores
-                for m in score.metrics
-            ]
-            tracking.log(client, run_id, metrics=metrics)
+    model_ids = {role: opened.parent.model_id for role, opened in models.items()}
+    datasets = {"dev": bench.held_out.fingerprint, "ood": bench.ood.fingerprint}
+    tracking.log_evidence(client, run_id, roles, model_ids, datasets)
     return roles
-
-
-def _ood_key(bench: _Bench, models: Mapping[str, _Opened]) -> str:
-    """Digest of everything an examination depends on."""
-    assert bench.ood is not None
-    return lineage.key_of(
-        {
-            "models": {role: opened.parent.digest for role, opened in models.items()},
-            "held_out": bench.held_out.fingerprint,
-            "ood": bench.ood.fingerprint,
-        }
-    )
-
-
-def _models(
-    client: MlflowClient, soup: _Opened, parents: Sequence[_Opened], champion: Version | None
-) -> dict[str, _Opened]:
-    """Whom the OOD stage examines: soup, parents, and the champion unless it is the soup."""
-    models = {"soup": soup} | {f"parent {i}": parent for i, parent in enumerate(parents)}
-    if champion is not None and champion != soup.parent.version:
-        at_hand = {o.parent.version: o for o in parents}
-        models["champion"] = at_hand.get(champion) or _open(client, champion)
-    return models
 
 
 def _judge(
@@ -452,34 +294,32 @@ def _prepare(spec: Spec) -> _Job:
             where="--pair",
             fix="name two different versions",
         )
-    suites = _load_suites(spec)
-    opened = [_open(client, version) for version in versions]
+    suites = load_suites(spec)
+    opened = [open_version(client, version) for version in versions]
     checkpoint.check_compatible([o.checkpoint for o in opened])
-    bench = _set_up(spec, opened[-1].checkpoint, suites)
+    bench = set_up(spec, opened[-1].checkpoint, suites)
     request = {
         "parents": [o.parent.digest for o in opened],
         "evaluator": bench.held_out.fingerprint,
         **{k: getattr(spec, k) for k in ("alpha", "trials", "acquisition", "seed")},
     }
-    return _Job(client, spec, name, tuple(opened), suites, bench, lineage.key_of(request))
+    return _Job(client, spec, name, tuple(opened), bench, lineage.key_of(request))
 
 
 def _examine_once(
     job: _Job, run_id: str, soup: Soup, known: Mapping[str, Score]
 ) -> tuple[str, Mapping[str, Evidence]]:
     """The OOD run and its evidence: that of an earlier run if nothing has changed since."""
-    stored = _check_stored(job.client, soup.version, soup.digest)
+    stored = check_stored(job.client, soup.version, soup.digest)
     champion = registry.holder(job.client, job.name, job.spec.champion)
-    models = _models(job.client, stored, job.opened, champion)
-    ood_key = _ood_key(job.bench, models)
-    for found in tracking.find_runs(job.client, {lineage.OOD_KEY: ood_key}):
+    models = contenders(job.client, stored, job.opened, champion)
+    key = ood_key(job.bench, models)
+    for found in tracking.find_runs(job.client, {lineage.OOD_KEY: key}):
         if found.info.status == "FINISHED":
             return found.info.run_id, tracking.read_evidence(job.client, found.info.run_id)
-    tags = _ood_tags(soup.version, ood_key)
+    tags = _ood_tags(soup.version, key)
     with tracking.open_child(job.client, run_id, f"OOD {soup.version}", tags) as ood_run:
-        return ood_run, _examine(
-            job.client, ood_run, job.bench, models, known, job.spec, job.suites
-        )
+        return ood_run, _examine(job.client, ood_run, job.bench, models, known)
 
 
 def _notes(client: MlflowClient, trials: Sequence[Trial]) -> list[str]:
@@ -489,12 +329,12 @@ def _notes(client: MlflowClient, trials: Sequence[Trial]) -> list[str]:
     return [f"{cut} held-out requests were cut to the longest input."] if cut else []
 
 
-def _ood_tags(version: Version, ood_key: str) -> dict[str, str]:
+def _ood_tags(version: Version, key: str) -> dict[str, str]:
     return {
         "mlflow.runName": f"OOD {version}",
         lineage.ROLE: "ood",
         lineage.VERSION: f"{version.name}/{version.number}",
-        lineage.OOD_KEY: ood_key,
+        lineage.OOD_KEY: key,
     }
 
 
@@ -581,17 +421,19 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
     client = tracking.connect()
     version, tags = _soup_version(client, spec)
     spec = spec.settle(registry.policy(client, version.name))
-    suites = _load_suites(spec)
+    suites = load_suites(spec)
     if suites[1] is None:
         raise SpecError(
             "there are no out-of-domain tasks",
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
-    soup = _check_stored(client, version, tags[lineage.DIGEST])
-    parents = [_open(client, v) for v in lineage.parse_parents(version.name, tags[lineage.PARENTS])]
-    models = _models(client, soup, parents, registry.holder(client, version.name, spec.champion))
-    bench = _set_up(spec, soup.checkpoint, suites)
+    soup = check_stored(client, version, tags[lineage.DIGEST])
+    parents = [
+        open_version(client, v) for v in lineage.parse_parents(version.name, tags[lineage.PARENTS])
+    ]
+    models = contenders(client, soup, parents, registry.holder(client, version.name, spec.champion))
+    bench = set_up(spec, soup.checkpoint, suites)
     known: dict[str, Score] = {}
     if tags.get(lineage.EVALUATOR) == bench.held_out.fingerprint:  # the search measured the same
         scores = {
@@ -603,9 +445,9 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
         digests = {0.0: parents[0].parent.digest, 1.0: parents[-1].parent.digest}
         digests[lam] = tags[lineage.DIGEST]
         known = {digests[k[-1]]: score for k, score in scores.items() if k[-1] in digests}
-    ood_key = _ood_key(bench, models)
-    with tracking.open_run(spec.experiment, _ood_tags(version, ood_key)) as run_id:
-        roles = _examine(client, run_id, bench, models, known, spec, suites)
+    key = ood_key(bench, models)
+    with tracking.open_run(spec.experiment, _ood_tags(version, key)) as run_id:
+        roles = _examine(client, run_id, bench, models, known)
         tracking.log(client, run_id, tags={"mlflow.note.content": report.ood_table(roles)})
     return roles
 
@@ -661,5 +503,5 @@ def promote(spec: Spec) -> tuple[Version, str]:
     client = tracking.connect()
     version, tags = _soup_version(client, spec)
     target = parse_target(spec.promote)
-    _check_stored(client, version, tags[lineage.DIGEST])
+    check_stored(client, version, tags[lineage.DIGEST])
     return registry.promote(client, version, target), str(target)

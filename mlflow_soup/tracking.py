@@ -259,26 +259,51 @@ def read_trials(client: MlflowClient, key: str) -> list[Trial]:
     return [trials[number] for number in sorted(trials)]
 
 
-def log_evidence(client: MlflowClient, run_id: str, roles: Mapping[str, Evidence]) -> None:
-    """Keep what the gate will read, one Parquet file per model and score.
+def log_evidence(
+    client: MlflowClient,
+    run_id: str,
+    roles: Mapping[str, Evidence],
+    model_ids: Mapping[str, str | None],
+    datasets: Mapping[str, str],
+) -> None:
+    """Keep what the gate will read, and show it on MLflow's Models page.
+
+    One Parquet file per model and score, and metrics that name their logged model and dataset.
 
     Args:
         client: of the store.
         run_id: the OOD run.
         roles: `soup`, `parent 0`, `parent 1` …, `champion` → evidence.
+        model_ids: role → logged model; a parent without one has no metrics, since they would pass
+            for the soup's.
+        datasets: `dev` and `ood` → digest of the items.
     """
     index: dict[str, Any] = {}
+    metrics: list[MlflowMetric] = []
     for role, evidence in roles.items():
         folder = role.replace(" ", "-")
         scores = [("held-out", evidence.held_out), *evidence.ood]
         for position, (_, score) in enumerate(scores):
             log_score(client, run_id, score, f"{folder}/{position}.parquet")
+            prefix = "ood" if position else "dev"
+            if model_ids[role] is not None or role == "soup":
+                metrics += [
+                    metric(
+                        f"{prefix}/{m.key}",
+                        m.value,
+                        model_id=model_ids[role],
+                        dataset_name="out-of-domain" if position else "held-out",
+                        dataset_digest=datasets[prefix][:12],
+                    )
+                    for m in score.metrics
+                ]
         index[role] = {
             "model": evidence.version.name,
             "version": evidence.version.number,
             "digest": evidence.digest,
             "scores": {name: f"{folder}/{i}.parquet" for i, (name, _) in enumerate(scores)},
         }
+    log(client, run_id, metrics=metrics)
     client.log_text(run_id, json.dumps(index, indent=2), lineage.EVIDENCE)
 
 

@@ -34,7 +34,7 @@ EDGES = {
     "suite": {"live"},
     "objective": {"live", "suite"},
 }
-REST = ("pipeline", "__init__", "cli", "__main__")
+REST = ("bench", "pipeline", "__init__", "cli", "__main__")
 
 ALLOWED = {"errors": set(), "records": set()}
 ALLOWED |= {name: {*NOUNS, *PURE[:i]} for i, name in enumerate(PURE)}
@@ -42,7 +42,7 @@ ALLOWED |= {name: {*NOUNS, *PURE, *siblings} for name, siblings in EDGES.items()
 ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(REST)}
 
 HOMES = {
-    "mlflow": {"registry", "tracking", "pipeline"},
+    "mlflow": {"registry", "tracking", "bench", "pipeline"},
     "lm_eval": {"suite", "objective"},
     "transformers": {"live"},
     "safetensors": {"checkpoint"},

@@ -1,0 +1,185 @@
+"""Registered versions side by side: opened, loaded into a live model, scored on the same items."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mlflow import MlflowClient
+from tqdm import tqdm
+
+from mlflow_soup import checkpoint, lineage, registry
+from mlflow_soup.checkpoint import Checkpoint
+from mlflow_soup.errors import SpecError, StoreError
+from mlflow_soup.live import LiveModel, open_weights
+from mlflow_soup.objective import Evaluator
+from mlflow_soup.records import Evidence, Parent, Score, Version
+from mlflow_soup.spec import Spec
+from mlflow_soup.suite import Suite, load_suite
+
+Suites = tuple[Suite, Suite | None]  # held-out, OOD
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A registered version whose files were pulled, read once and found sound."""
+
+    parent: Parent
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The live model and how it is scored: held-out by the search, OOD after it.
+
+    `spec` and `suites` are what it was set up from: a champion of another architecture needs one
+    more like it.
+    """
+
+    spec: Spec
+    suites: Suites
+    live: LiveModel
+    held_out: Evaluator
+    ood: Evaluator | None
+
+
+def open_version(client: MlflowClient, version: Version) -> Opened:
+    """Pull a version, and read it once: every value is finite, and its digest is known.
+
+    Raises:
+        ParentError: its files are missing or no sound checkpoint.
+    """
+    folder = registry.pull(client, version)
+    found = checkpoint.find(folder, version.uri)
+    parent = Parent(version, checkpoint.digest(found), folder, registry.model_id(client, version))
+    return Opened(parent, found)
+
+
+def load_suites(spec: Spec) -> Suites:
+    """Held-out and OOD tasks, which share neither a task nor a document.
+
+    Raises:
+        SpecError: no tasks, or the two sets overlap.
+    """
+    if not spec.tasks:
+        raise SpecError(
+            "there is nothing to score a soup on",
+            where="--tasks, and the registered model has no tag soup.tasks",
+            fix="name lm-eval tasks: --tasks arc_easy,piqa, or set the tag as the model's policy",
+        )
+    held_out = load_suite(spec.tasks, include_path=spec.include_path, where="--tasks")
+    if not spec.ood_tasks:
+        return held_out, None
+    ood = load_suite(spec.ood_tasks, include_path=spec.include_path, where="--ood-tasks")
+    shared = sorted({*held_out.loaded["tasks"]} & {*ood.loaded["tasks"]})
+    if shared:
+        raise SpecError(
+            f"{', '.join(shared[:5])} is held-out and out of domain at once",
+            where="--tasks and --ood-tasks",
+            fix="the gate must judge on items that the search never saw: drop it from one of them",
+        )
+    seen = held_out.documents()
+    common = [
+        (seen[document], name) for document, name in ood.documents().items() if document in seen
+    ]
+    if common:
+        raise SpecError(
+            f"{len(common)} documents are in held-out and OOD tasks alike, "
+            f"the first in {common[0][0]} and {common[0][1]}",
+            where="--tasks and --ood-tasks",
+            fix="the gate must judge on items that the search never saw: choose other tasks",
+        )
+    return held_out, ood
+
+
+def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
+    """Load the live model of a checkpoint's architecture and freeze the tasks for it."""
+    live = LiveModel(donor, spec.device)
+    held_out, ood = suites
+    return Bench(
+        spec,
+        suites,
+        live,
+        _evaluator(live, held_out, spec),
+        _evaluator(live, ood, spec) if ood is not None else None,
+    )
+
+
+def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
+    return Evaluator(
+        live,
+        suite,
+        batch_size=spec.batch_size,
+        max_length=spec.max_length,
+        num_fewshot=spec.num_fewshot,
+        limit=spec.limit,
+    )
+
+
+def check_stored(client: MlflowClient, version: Version, digest: str) -> Opened:
+    """Read a version back and compare it with what it should be.
+
+    Raises:
+        StoreError: the store holds other bytes.
+    """
+    opened = open_version(client, version)
+    if opened.parent.digest != digest:
+        raise StoreError(
+            f"{version} holds other weights than were registered",
+            where=f"{opened.parent.folder}: {opened.parent.digest}, expected {digest}",
+            fix="do not use this version; delete it and run the same command again",
+        )
+    return opened
+
+
+def contenders(
+    client: MlflowClient, soup: Opened, parents: Sequence[Opened], champion: Version | None
+) -> dict[str, Opened]:
+    """Whom the OOD stage examines: soup, parents, and the champion unless it is the soup.
+
+    Returns:
+        Role (`soup`, `parent 0`, `parent 1` …, `champion`) → opened version.
+    """
+    models = {"soup": soup} | {f"parent {i}": parent for i, parent in enumerate(parents)}
+    if champion is not None and champion != soup.parent.version:
+        at_hand = {o.parent.version: o for o in parents}
+        models["champion"] = at_hand.get(champion) or open_version(client, champion)
+    return models
+
+
+def ood_key(bench: Bench, models: Mapping[str, Opened]) -> str:
+    """Digest of everything an examination depends on."""
+    assert bench.ood is not None
+    return lineage.key_of(
+        {
+            "models": {role: opened.parent.digest for role, opened in models.items()},
+            "held_out": bench.held_out.fingerprint,
+            "ood": bench.ood.fingerprint,
+        }
+    )
+
+
+def examine(
+    bench: Bench, models: Mapping[str, Opened], known: Mapping[str, Score]
+) -> dict[str, Evidence]:
+    """Score soup, parents and champion, held-out where it is not known yet and out of domain.
+
+    Args:
+        bench: live model and evaluators, of the soup's architecture.
+        models: `soup`, `parent 0` …, `champion` → opened version.
+        known: tensor digest → held-out score that the search measured already.
+    """
+    roles: dict[str, Evidence] = {}
+    soup = models["soup"].checkpoint
+    for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
+        digest = opened.parent.digest
+        same = [e for e in roles.values() if e.digest == digest]
+        if same:  # at λ = 1 the soup is its parent; a parent may be the champion
+            roles[role] = Evidence(opened.parent.version, digest, same[0].held_out, same[0].ood)
+            continue
+        at = bench
+        if checkpoint.differences(soup, opened.checkpoint):
+            at = set_up(bench.spec, opened.checkpoint, bench.suites)
+        assert at.ood is not None
+        at.live.set_weights([open_weights(opened.checkpoint)], [1.0])
+        held_out = known.get(digest) or at.held_out.score()
+        roles[role] = Evidence(opened.parent.version, digest, held_out, at.ood.evaluate())
+    return roles
