@@ -1,7 +1,7 @@
 """Registered versions side by side: opened, loaded into a live model, scored on the same items."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlflow import MlflowClient
 from tqdm import tqdm
@@ -12,7 +12,7 @@ from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.live import LiveModel, open_weights
 from mlflow_soup.objective import Evaluator
 from mlflow_soup.records import Evidence, Parent, Score, Version
-from mlflow_soup.spec import Spec
+from mlflow_soup.spec import Spec, parse_target
 from mlflow_soup.suite import Suite, load_suite
 
 Suites = tuple[Suite, Suite | None]  # held-out, OOD
@@ -41,13 +41,13 @@ class Bench:
     ood: Evaluator | None
 
 
-def open_version(client: MlflowClient, version: Version) -> Opened:
+def open_version(client: MlflowClient, version: Version, *, fresh: bool = False) -> Opened:
     """Pull a version, and read it once: every value is finite, and its digest is known.
 
     Raises:
         ParentError: its files are missing or no sound checkpoint.
     """
-    folder = registry.pull(client, version)
+    folder = registry.pull(client, version, fresh=fresh)
     found = checkpoint.find(folder, version.uri)
     parent = Parent(version, checkpoint.digest(found), folder, registry.model_id(client, version))
     return Opened(parent, found)
@@ -115,12 +115,12 @@ def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
 
 
 def check_stored(client: MlflowClient, version: Version, digest: str) -> Opened:
-    """Read a version back and compare it with what it should be.
+    """Read a version back from the store, not from a cache, and compare it with what it should be.
 
     Raises:
         StoreError: the store holds other bytes.
     """
-    opened = open_version(client, version)
+    opened = open_version(client, version, fresh=True)
     if opened.parent.digest != digest:
         raise StoreError(
             f"{version} holds other weights than were registered",
@@ -130,50 +130,59 @@ def check_stored(client: MlflowClient, version: Version, digest: str) -> Opened:
     return opened
 
 
+def rivals(client: MlflowClient, name: str, spec: Spec) -> list[Version]:
+    """What stands where the soup would stand: the champion, and what `promote` points to."""
+    found = [registry.holder(client, name, spec.champion)]
+    if spec.promote:
+        target = parse_target(spec.promote)
+        found.append(registry.standing(client, target.model or name, target))
+    return list(dict.fromkeys(version for version in found if version is not None))
+
+
 def contenders(
-    client: MlflowClient, soup: Opened, parents: Sequence[Opened], champion: Version | None
+    soup: Opened, parents: Sequence[Opened], champions: Sequence[Opened]
 ) -> dict[str, Opened]:
-    """Whom the OOD stage examines: soup, parents, and the champion unless it is the soup.
+    """Whom the OOD stage examines: soup, parents, and champions unless they are the soup.
 
     Returns:
-        Role (`soup`, `parent 0`, `parent 1` …, `champion`) → opened version.
+        Role (`soup`, `parent 0`, `parent 1` …, `champion 0` …) → opened version.
     """
-    models = {"soup": soup} | {f"parent {i}": parent for i, parent in enumerate(parents)}
-    if champion is not None and champion != soup.parent.version:
-        at_hand = {o.parent.version: o for o in parents}
-        models["champion"] = at_hand.get(champion) or open_version(client, champion)
-    return models
+    others = [c for c in champions if c.parent.digest != soup.parent.digest]
+    return {
+        "soup": soup,
+        **{f"parent {i}": parent for i, parent in enumerate(parents)},
+        **{f"champion {i}": champion for i, champion in enumerate(others)},
+    }
 
 
-def ood_key(bench: Bench, models: Mapping[str, Opened]) -> str:
-    """Digest of everything an examination depends on."""
+def conditions(bench: Bench) -> str:
+    """Digest of everything that evidence depends on besides the weights."""
     assert bench.ood is not None
-    return lineage.key_of(
-        {
-            "models": {role: opened.parent.digest for role, opened in models.items()},
-            "held_out": bench.held_out.fingerprint,
-            "ood": bench.ood.fingerprint,
-        }
-    )
+    return lineage.key_of({"held_out": bench.held_out.fingerprint, "ood": bench.ood.fingerprint})
 
 
 def examine(
-    bench: Bench, models: Mapping[str, Opened], known: Mapping[str, Score]
+    bench: Bench,
+    models: Mapping[str, Opened],
+    known: Mapping[str, Score],
+    measured: Mapping[str, Evidence],
 ) -> dict[str, Evidence]:
     """Score soup, parents and champion, held-out where it is not known yet and out of domain.
 
     Args:
         bench: live model and evaluators, of the soup's architecture.
-        models: `soup`, `parent 0` …, `champion` → opened version.
+        models: role → opened version, as of `contenders`.
         known: tensor digest → held-out score that the search measured already.
+        measured: tensor digest → evidence of an earlier examination under the same conditions.
     """
     roles: dict[str, Evidence] = {}
     soup = models["soup"].checkpoint
     for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
         digest = opened.parent.digest
-        same = [e for e in roles.values() if e.digest == digest]
-        if same:  # at λ = 1 the soup is its parent; a parent may be the champion
-            roles[role] = Evidence(opened.parent.version, digest, same[0].held_out, same[0].ood)
+        # at λ = 1 the soup is its parent; a parent may be the champion
+        same = measured.get(digest) or next((e for e in roles.values() if e.digest == digest), None)
+        if same is not None:
+            roles[role] = replace(same, version=opened.parent.version)
             continue
         at = bench
         if checkpoint.differences(soup, opened.checkpoint):

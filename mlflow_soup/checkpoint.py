@@ -7,7 +7,7 @@ registry takes anything that anybody uploads.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,12 @@ CONFIG_MAY_DIFFER = frozenset({"_name_or_path", "transformers_version"})
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 # old Pythia keeps a constant −inf here, in fp16
 MAY_BE_INFINITE = ("masked_bias",)
-# written anew for every soup, or by MLflow when it serves the files
-NOT_INHERITED = frozenset({MANIFEST, CARD, "registered_model_meta"})
+# written anew for every soup, or by MLflow when it serves the files; and what belongs to the parent
+# alone: its weights in other formats and the state of its training
+NOT_INHERITED = (
+    *(MANIFEST, CARD, "registered_model_meta", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
+    *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "optimizer*", "scheduler*", "trainer_state.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ def _load_json(path: Path, label: str) -> dict[str, Any]:
 
 def _weight_files(folder: Path, label: str) -> list[str]:
     """File names of the weights: those of the index where there is one."""
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not (folder / INDEX).is_file():
-        return sorted(path.name for path in folder.glob("*.safetensors"))
+        return files
     weight_map = _load_json(folder / INDEX, label).get("weight_map")
     names = sorted({str(v) for v in weight_map.values()}) if isinstance(weight_map, dict) else []
     for name in names:
@@ -117,6 +122,12 @@ def _weight_files(folder: Path, label: str) -> list[str]:
                 where=str(folder / INDEX),
                 fix="register the checkpoint again, all shards in one folder",
             )
+    if names != files:  # transformers would read model.safetensors, and leave the index alone
+        raise ParentError(
+            f"the index of {label} names {len(names)} files, but {len(files)} are there",
+            where=f"{folder}: {', '.join(sorted({*files} ^ {*names}))}",
+            fix="register the checkpoint again with one set of weights",
+        )
     return names
 
 
@@ -158,6 +169,12 @@ def find(root: Path, label: str) -> Checkpoint:
         try:
             with safe_open(weights / file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    if name in tensors:
+                        raise ParentError(
+                            f"{name!r} of {label} is in two files",
+                            where=f"{tensors[name].file} and {file} in {weights}",
+                            fix="register the checkpoint again with one set of weights",
+                        )
                     view = handle.get_slice(name)
                     tensors[name] = TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))
         except (SafetensorError, OSError) as error:
@@ -240,30 +257,19 @@ def digest(checkpoint: Checkpoint) -> str:
     return "sha256:" + hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
-def write(
-    checkpoints: Sequence[Checkpoint],
-    lam: Sequence[float],
-    folder: Path,
-    *,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Checkpoint:
+def write(checkpoints: Sequence[Checkpoint], lam: Sequence[float], folder: Path) -> Checkpoint:
     """Write the soup Σ λ_i·Θ_i in its newest parent's layout: same files, names and dtypes.
 
     Args:
         checkpoints: the parents, oldest first, already found compatible.
         lam: merge weights λ, one per parent, summing to 1.
         folder: where the artifact tree goes; must not exist yet.
-        progress: told the bytes written after each tensor.
 
     Returns:
         The written checkpoint, opened.
     """
     donor = checkpoints[-1]
     weights = donor.weights.relative_to(donor.root)
-
-    def leave_out(directory: str, names: list[str]) -> set[str]:
-        at_root = NOT_INHERITED if Path(directory) == donor.root else frozenset()
-        return {n for n in names if n in at_root or n.endswith(".safetensors")}
 
     for path in donor.root.rglob("*"):
         if path.is_symlink():
@@ -272,14 +278,13 @@ def write(
                 where=str(path),
                 fix="register the checkpoint again with plain files",
             )
-    shutil.copytree(donor.root, folder, ignore=leave_out)
+    shutil.copytree(donor.root, folder, ignore=shutil.ignore_patterns(*NOT_INHERITED))
     readers = [dict(c.read()) for c in checkpoints]
     for file in donor.files():
         names = [name for name, info in donor.tensors.items() if info.file == file]
         mixed = {}
         for name in names:
             mixed[name] = mix([reader[name] for reader in readers], lam, name=name)
-            progress(mixed[name].numel() * mixed[name].element_size())
         # one metadata key: with more, safetensors orders them differently in every process
         save_file(mixed, folder / weights / file, metadata={"format": "pt"})
     return find(folder, "the soup")

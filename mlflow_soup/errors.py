@@ -9,16 +9,28 @@
     └── RegistryError                exit 1: MLflow refused; its exception is chained
         └── StoreError               exit 6: a store cannot be reached, or has no space
 
+    `NonFiniteError` is the one ObjectiveError that belongs to a λ rather than to the machine: the
+    search keeps it as a failed trial and moves on.
+
 A gate that refuses is a `Verdict`, not an exception; the commands turn it into exit code 3.
 """
 
+import re
+
+
+def redact(text: str) -> str:
+    """The text without the user names, passwords and query values that its URIs hold."""
+    text = re.sub(r"://[^/\s]*@", "://", text)
+    return re.sub(r"(://[^\s?]*\?)\S+", r"\1…", text)
+
 
 class SoupError(Exception):
-    """What went wrong, where, and what to do about it."""
+    """What went wrong, where, and what to do about it; never with a password."""
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str, fix: str) -> None:
+        what, where, fix = redact(what), redact(where), redact(fix)
         super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
 
@@ -52,6 +64,10 @@ class OvertakenError(SoupError):
 
 class ObjectiveError(SoupError):
     """An evaluation failed or gave no finite score."""
+
+
+class NonFiniteError(ObjectiveError):
+    """A λ whose log-likelihoods or scores are not finite."""
 
 
 class RegistryError(SoupError):

@@ -95,11 +95,11 @@ def _lower(difference: Difference, confidence: float) -> float:
 
 
 def judge(
-    soup: Evidence, parents: Sequence[Evidence], champion: Evidence | None, rules: Rules
+    soup: Evidence, parents: Sequence[Evidence], champions: Sequence[Evidence], rules: Rules
 ) -> Verdict:
     """Decide from scores alone whether the soup may be promoted.
 
-    Against the better parent (by held-out score: what would be shipped without a soup) and the
+    Against the better parent (by held-out score: what would be shipped without a soup) and each
     current champion: held-out score better or equal, and on each OOD task
 
         Δ − t·se ≥ −margin
@@ -109,12 +109,13 @@ def judge(
     Args:
         soup: its evidence.
         parents: theirs, at least one.
-        champion: that of the version now promoted, or None.
+        champions: that of the versions that stand where the soup would stand; may be empty.
         rules: margin and confidence.
     """
     references = [parents[better([parent.held_out for parent in parents])]]
-    if champion is not None and champion.version not in (references[0].version, soup.version):
-        references.append(champion)
+    for champion in champions:
+        if champion.digest not in {soup.digest, *(r.digest for r in references)}:
+            references.append(champion)
     checks = []
     for reference in references:
         difference = paired(soup.held_out, reference.held_out)
@@ -128,6 +129,12 @@ def judge(
                 passed=difference.value >= -ROUNDING,
             )
         )
+        if [name for name, _ in soup.ood] != [name for name, _ in reference.ood]:
+            raise ObjectiveError(
+                f"{soup.version} and {reference.version} were not scored on the same OOD tasks",
+                where="their evidence",
+                fix="evaluate both again with the same tasks",
+            )
         for (task, ours), (_, theirs) in zip(soup.ood, reference.ood, strict=True):
             difference = paired(ours, theirs)
             same = soup.digest == reference.digest

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mlflow_soup.records import Recipe, Soup, Version
+from mlflow_soup.records import Recipe, Version
 
 # tags of model versions
 PARENTS = "soup.parents"  # "12,13" (same model) or "a/12,b/3", oldest first
@@ -27,7 +27,7 @@ NUMBER = "soup.number"  # of the trial, from 0
 FAILED = "soup.failed"  # why a trial has no score
 EVALUATOR = "soup.evaluator"  # fingerprint of requests and settings
 VERSION = "soup.version"  # "my-llm/14": the soup that a search made or an OOD run examined
-OOD_KEY = "soup.ood_key"  # digest of everything an OOD examination depends on
+CONDITIONS = "soup.conditions"  # digest of what OOD evidence depends on besides the weights
 # metrics and artifacts
 OBJECTIVE = "dev/objective"
 TRUNCATED = "dev/truncated"  # requests that were cut to the longest input
@@ -119,8 +119,3 @@ Weighted average of checkpoints: {shares}. Exact weights and digests: `soup_mani
 Method: Liu et al., "Checkpoint Merging via Bayesian Optimization in LLM Pretraining",
 arXiv:2403.19390.
 """
-
-
-def describe(soup: Soup) -> str:
-    """One line on a soup, for lists and logs."""
-    return f"{soup.version}: λ = {soup.recipe.lam[-1]:g}"

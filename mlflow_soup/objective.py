@@ -20,7 +20,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
-from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.errors import NonFiniteError, ObjectiveError
 from mlflow_soup.live import LiveModel, quiet
 from mlflow_soup.records import Items, Metric, Score
 from mlflow_soup.suite import Asked, Suite, contributions
@@ -129,9 +129,10 @@ class Evaluator:
         for term in self._suite.terms:
             digest.update(str(term).encode())
         for name, task in sorted(self._suite.loaded["tasks"].items()):
-            digest.update(f"{name} {task.VERSION}".encode())
-            for request in task.instances:
-                line = [request.request_type, request.doc_id, request.args]
+            config = {k: v for k, v in task.dump_config().items() if k != "metadata"}
+            digest.update(json.dumps([name, task.VERSION, config], default=str).encode())
+            for request in task.instances:  # the document holds the right answer
+                line = [request.request_type, request.doc_id, request.args, request.doc]
                 digest.update(json.dumps(line, default=str).encode())
         return digest.hexdigest()
 
@@ -139,8 +140,8 @@ class Evaluator:
         """One score per term, oriented so that larger is better, for the weights as they are.
 
         Raises:
-            ObjectiveError: a log-likelihood is not finite (NaN models score well otherwise), or
-                lm-eval failed.
+            NonFiniteError: a log-likelihood is not finite (NaN models score well otherwise).
+            ObjectiveError: there is no memory for it.
         """
         self._lm.truncated = 0
         try:
@@ -229,7 +230,7 @@ def _items(task: Any, metric: str, weight: float, rows: Sequence[Mapping[str, An
     if not all(map(math.isfinite, values)) or not all(
         math.isfinite(number) for row in likelihoods for number in row
     ):
-        raise ObjectiveError(
+        raise NonFiniteError(
             f"{task.config.task} gave log-likelihoods or scores that are not finite",
             where=f"{len(rows)} items, metric {metric}",
             fix="the merged weights overflow: narrow the search with --alpha, or merge in F32",

@@ -8,7 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -20,14 +20,15 @@ from mlflow_soup.bench import (
     Bench,
     Opened,
     check_stored,
+    conditions,
     contenders,
     examine,
     load_suites,
-    ood_key,
     open_version,
+    rivals,
     set_up,
 )
-from mlflow_soup.errors import GateError, ObjectiveError, SpecError
+from mlflow_soup.errors import GateError, NonFiniteError, ObjectiveError, SpecError
 from mlflow_soup.live import Weights, open_weights
 from mlflow_soup.records import (
     Evidence,
@@ -40,9 +41,11 @@ from mlflow_soup.records import (
     Version,
 )
 from mlflow_soup.space import Space
-from mlflow_soup.spec import Spec, parse_pair, parse_target, parse_version
+from mlflow_soup.spec import Spec, Target, parse_pair, parse_target, parse_version
 
 logger = logging.getLogger("mlflow_soup")
+# MLflow's, of a run tag and of a version's description on databases that enforce it
+TAG_LIMIT, DESCRIPTION_LIMIT = 8000, 5000
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class _Job:
     spec: Spec
     name: str
     opened: tuple[Opened, ...]  # the parents, oldest first
+    champions: tuple[Opened, ...]  # what stood in the soup's place when the job began
     bench: Bench
     key: str
 
@@ -86,6 +90,8 @@ def _search(job: _Job, run_id: str) -> list[Trial]:
             trials.append(trial)
             bar.update()
             if trial.held_out is None:
+                if trial.recipe in space.parents():
+                    break  # nothing can be compared with it
                 continue
             lam, value = space.point(trial.recipe), trial.held_out.value
             if value > best:
@@ -125,7 +131,7 @@ def _try(job: _Job, run_id: str, number: int, recipe: Recipe, sources: Sequence[
             tracking.log_score(client, child, score, lineage.ITEMS)
             metrics = [tracking.metric(key, value) for key, value in numbers.items()]
             tracking.log(client, child, metrics=metrics + tracking.score_metrics(score, "dev"))
-    except ObjectiveError as error:
+    except NonFiniteError as error:  # it would be so again; anything else ends the run
         logger.warning("λ = %g failed: %s", lam, error.what)
         tracking.log(client, child, tags={lineage.FAILED: error.what[:5000]})
         return Trial(number, recipe, None, child)
@@ -180,9 +186,10 @@ def _examine(
     bench: Bench,
     models: Mapping[str, Opened],
     known: Mapping[str, Score],
+    measured: Mapping[str, Evidence],
 ) -> dict[str, Evidence]:
     """Score everyone out of domain, and keep the evidence in a run."""
-    roles = examine(bench, models, known)
+    roles = examine(bench, models, known, measured)
     assert bench.ood is not None
     model_ids = {role: opened.parent.model_id for role, opened in models.items()}
     datasets = {"dev": bench.held_out.fingerprint, "ood": bench.ood.fingerprint}
@@ -196,9 +203,11 @@ def _judge(
     """The gate's verdict, written to the version and the OOD run before anyone reads it here."""
     parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
     rules = gates.Rules(spec.margin, spec.confidence)
-    verdict = gates.judge(roles["soup"], parents, roles.get("champion"), rules)
+    champions = [evidence for role, evidence in roles.items() if role.startswith("champion")]
+    verdict = gates.judge(roles["soup"], parents, champions, rules)
     word = lineage.PASSED if verdict.passed else lineage.REFUSED
-    tracking.log(client, ood_run, tags={lineage.GATE: word})
+    for run_id in (ood_run, registry.tags_of(client, version)[lineage.RUN_ID]):
+        tracking.log(client, run_id, tags={lineage.GATE: word})
     client.log_text(ood_run, report.checks_table(verdict) + "\n", "gate.md")
     registry.set_tags(client, version, {lineage.GATE_RUN: ood_run, lineage.GATE: word})
     return verdict
@@ -235,13 +244,15 @@ def run(spec: Spec) -> Outcome:
             for recipe, version in zip(job.space.parents(), versions, strict=True)
         ]
         better = gates.better(alone)
-        recipe = search.recommend(job.space, trials)
-        held_out = _scored(trials, recipe, "the soup")
         existing = registry.find_soup(client, job.name, job.key)
         if existing is None:
+            recipe = search.recommend(job.space, trials)
             version, digest = _write_and_register(job, run_id, recipe)
-        else:
-            version, digest = existing, registry.tags_of(client, existing)[lineage.DIGEST]
+        else:  # what was registered, should another library version recommend another λ today
+            its = registry.tags_of(client, existing)
+            recipe = job.space.recipe(float(its[lineage.LAMBDA]))
+            version, digest = existing, its[lineage.DIGEST]
+        held_out = _scored(trials, recipe, "the soup")
         soup = Soup(version, recipe, tuple(o.parent for o in job.opened), held_out, digest)
 
         roles: Mapping[str, Evidence] = {}
@@ -253,7 +264,7 @@ def run(spec: Spec) -> Outcome:
             verdict = _judge(client, version, roles, spec, ood_run)
             if spec.promote and verdict.passed:
                 target = parse_target(spec.promote)
-                promoted = f"{target} → {registry.promote(client, version, target)}"
+                promoted = f"{target} → {_promote(client, version, target)}"
         story = report.Story(
             space=job.space,
             soup=soup,
@@ -264,7 +275,7 @@ def run(spec: Spec) -> Outcome:
             roles=roles,
             verdict=verdict,
             promoted=promoted,
-            notes=tuple(_notes(client, trials)),
+            notes=tuple(_notes(client, trials, soup)),
         )
         return Outcome(
             soup, story.trials, story.gain, verdict, promoted, run_id, _tell(client, run_id, story)
@@ -294,47 +305,79 @@ def _prepare(spec: Spec) -> _Job:
             where="--pair",
             fix="name two different versions",
         )
+    space = Space.pair(spec.alpha)
+    choice = {*(space.point(recipe) for recipe in space.start()), *space.candidates().tolist()}
+    if len(choice) < spec.trials:
+        raise SpecError(
+            f"there are only {len(choice)} different λ for {spec.trials} trials",
+            where=f"--trials and --alpha: [{spec.alpha}, 1] in steps of 1e-4",
+            fix="lower --trials or --alpha",
+        )
     suites = load_suites(spec)
     opened = [open_version(client, version) for version in versions]
     checkpoint.check_compatible([o.checkpoint for o in opened])
+    at_hand = {o.parent.version: o for o in opened}
+    champions = [
+        at_hand.get(version) or open_version(client, version)
+        for version in rivals(client, name, spec)
+    ]
     bench = set_up(spec, opened[-1].checkpoint, suites)
     request = {
         "parents": [o.parent.digest for o in opened],
         "evaluator": bench.held_out.fingerprint,
         **{k: getattr(spec, k) for k in ("alpha", "trials", "acquisition", "seed")},
     }
-    return _Job(client, spec, name, tuple(opened), bench, lineage.key_of(request))
+    return _Job(client, spec, name, tuple(opened), tuple(champions), bench, lineage.key_of(request))
 
 
 def _examine_once(
     job: _Job, run_id: str, soup: Soup, known: Mapping[str, Score]
 ) -> tuple[str, Mapping[str, Evidence]]:
-    """The OOD run and its evidence: that of an earlier run if nothing has changed since."""
-    stored = check_stored(job.client, soup.version, soup.digest)
-    champion = registry.holder(job.client, job.name, job.spec.champion)
-    models = contenders(job.client, stored, job.opened, champion)
-    key = ood_key(job.bench, models)
-    for found in tracking.find_runs(job.client, {lineage.OOD_KEY: key}):
-        if found.info.status == "FINISHED":
-            return found.info.run_id, tracking.read_evidence(job.client, found.info.run_id)
-    tags = _ood_tags(soup.version, key)
-    with tracking.open_child(job.client, run_id, f"OOD {soup.version}", tags) as ood_run:
-        return ood_run, _examine(job.client, ood_run, job.bench, models, known)
+    """The OOD run and its evidence; what an earlier run measured is not measured again."""
+    client, bench = job.client, job.bench
+    stored = check_stored(client, soup.version, soup.digest)
+    at_hand = {o.parent.version: o for o in (*job.opened, *job.champions)}
+    champions = [
+        at_hand.get(version) or open_version(client, version)
+        for version in rivals(client, job.name, job.spec)
+    ]
+    models = contenders(stored, job.opened, champions)
+    needed = {opened.parent.digest for opened in models.values()}
+    measured: dict[str, Evidence] = {}
+    tags = _ood_tags(soup.version, soup.digest, conditions(bench))
+    earlier = tracking.find_runs(client, {lineage.CONDITIONS: tags[lineage.CONDITIONS]})
+    for found in reversed(earlier):
+        if found.info.status != "FINISHED" or needed <= set(measured):
+            continue
+        roles = tracking.read_evidence(client, found.info.run_id)
+        digests = {evidence.digest for evidence in roles.values()}
+        if found.data.tags[lineage.VERSION] == tags[lineage.VERSION] and needed <= digests:
+            return found.info.run_id, roles
+        measured |= {evidence.digest: evidence for evidence in roles.values()}
+    with tracking.open_child(client, run_id, f"OOD {soup.version}", tags) as ood_run:
+        return ood_run, _examine(client, ood_run, bench, models, known, measured)
 
 
-def _notes(client: MlflowClient, trials: Sequence[Trial]) -> list[str]:
+def _notes(client: MlflowClient, trials: Sequence[Trial], soup: Soup) -> list[str]:
     """What a reader of the scores should know besides."""
+    notes = [
+        f"No merge was found that is better than {parent.version}: the soup is a copy of it."
+        for parent in soup.parents
+        if parent.digest == soup.digest
+    ]
     scored = next(t for t in trials if t.held_out is not None)
-    cut = int(client.get_run(scored.run_id).data.metrics[lineage.TRUNCATED])
-    return [f"{cut} held-out requests were cut to the longest input."] if cut else []
+    if cut := int(client.get_run(scored.run_id).data.metrics[lineage.TRUNCATED]):
+        notes.append(f"{cut} held-out requests were cut to the longest input.")
+    return notes[:2]
 
 
-def _ood_tags(version: Version, key: str) -> dict[str, str]:
+def _ood_tags(version: Version, digest: str, key: str) -> dict[str, str]:
     return {
         "mlflow.runName": f"OOD {version}",
         lineage.ROLE: "ood",
         lineage.VERSION: f"{version.name}/{version.number}",
-        lineage.OOD_KEY: key,
+        lineage.DIGEST: digest,
+        lineage.CONDITIONS: key,
     }
 
 
@@ -348,6 +391,7 @@ def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
         path = registry.version_path(parent.version)
         links[str(parent.version)] = f"#{path}"
     text = report.markdown(story, links)
+    whole = text + report.trials_table(story)
     numbers = {
         "search/gain": story.gain.value,
         "search/gain_stderr": story.gain.stderr,
@@ -362,15 +406,15 @@ def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
     ]
     for _, score in story.roles["soup"].ood if story.roles else ():
         metrics += [tracking.metric(f"ood/{m.key}", m.value) for m in score.metrics]
-    tags = {"mlflow.note.content": text, lineage.VERSION: version}
+    tags = {"mlflow.note.content": whole[:TAG_LIMIT], lineage.VERSION: version}
     if story.verdict is not None:
         tags[lineage.GATE] = lineage.PASSED if story.verdict.passed else lineage.REFUSED
     tracking.log(client, run_id, metrics=metrics, tags=tags)
-    client.log_text(run_id, text, lineage.REPORT)
+    client.log_text(run_id, whole, lineage.REPORT)
     figure = report.landscape(story)
     for suffix in ("png", "svg"):
         client.log_figure(run_id, figure, f"{lineage.LANDSCAPE}.{suffix}")
-    registry.describe(client, soup.version, text)
+    registry.describe(client, soup.version, text[:DESCRIPTION_LIMIT])
     look = [
         f"version: {tracking.link(registry.version_path(soup.version))}",
         f"run: {tracking.link(run_path)}",
@@ -432,7 +476,8 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
     parents = [
         open_version(client, v) for v in lineage.parse_parents(version.name, tags[lineage.PARENTS])
     ]
-    models = contenders(client, soup, parents, registry.holder(client, version.name, spec.champion))
+    champions = [open_version(client, v) for v in rivals(client, version.name, spec)]
+    models = contenders(soup, parents, champions)
     bench = set_up(spec, soup.checkpoint, suites)
     known: dict[str, Score] = {}
     if tags.get(lineage.EVALUATOR) == bench.held_out.fingerprint:  # the search measured the same
@@ -445,9 +490,9 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
         digests = {0.0: parents[0].parent.digest, 1.0: parents[-1].parent.digest}
         digests[lam] = tags[lineage.DIGEST]
         known = {digests[k[-1]]: score for k, score in scores.items() if k[-1] in digests}
-    key = ood_key(bench, models)
-    with tracking.open_run(spec.experiment, _ood_tags(version, key)) as run_id:
-        roles = _examine(client, run_id, bench, models, known)
+    ood_tags = _ood_tags(version, tags[lineage.DIGEST], conditions(bench))
+    with tracking.open_run(spec.experiment, ood_tags) as run_id:
+        roles = _examine(client, run_id, bench, models, known, {})
         tracking.log(client, run_id, tags={"mlflow.note.content": report.ood_table(roles)})
     return roles
 
@@ -460,25 +505,61 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
         spec: `version` names the soup; `margin` and `confidence` are the rules.
 
     Raises:
-        GateError: it was never examined, or the champion has moved since.
+        GateError: it was never examined, or not with what stands in its place by now.
     """
     client = tracking.connect()
-    version, _ = _soup_version(client, spec)
+    version, tags = _soup_version(client, spec)
     spec = spec.settle(registry.policy(client, version.name))
-    about = {lineage.ROLE: "ood", lineage.VERSION: f"{version.name}/{version.number}"}
+    about = {lineage.ROLE: "ood", lineage.DIGEST: tags[lineage.DIGEST]}
     runs = [r for r in tracking.find_runs(client, about) if r.info.status == "FINISHED"]
-    fix = f"mlflow-soup evaluate --model {version.name} --version v{version.number}"
     if not runs:
-        raise GateError(f"{version} was never examined out of domain", where=version.uri, fix=fix)
-    roles = tracking.read_evidence(client, runs[-1].info.run_id)
-    champion = registry.holder(client, version.name, spec.champion)
-    if champion is not None and champion not in {e.version for e in roles.values()}:
         raise GateError(
-            f"the {spec.champion} is {champion} by now, which was not examined with {version}",
-            where=f"OOD run {runs[-1].info.run_id}",
-            fix=fix,
+            f"{version} was never examined out of domain",
+            where=version.uri,
+            fix=_how_to_evaluate(version),
         )
+    roles = tracking.read_evidence(client, runs[-1].info.run_id)
+    roles["soup"] = replace(roles["soup"], version=version)
+    for rival in rivals(client, version.name, spec):
+        _check_examined(client, version, rival, roles)
     return version, _judge(client, version, roles, spec, runs[-1].info.run_id)
+
+
+def _how_to_evaluate(version: Version) -> str:
+    return (
+        f"mlflow-soup evaluate --model {version.name} --version v{version.number}, then gate; "
+        "with --promote, what stands at that target is examined too"
+    )
+
+
+def _check_examined(
+    client: MlflowClient, version: Version, rival: Version, roles: Mapping[str, Evidence]
+) -> None:
+    """Refuse a verdict that says nothing of what stands in the soup's place now.
+
+    Raises:
+        GateError: the rival's weights were not examined together with the soup.
+    """
+    if rival in {evidence.version for evidence in roles.values()}:
+        return
+    digest = open_version(client, rival).parent.digest
+    if digest not in {evidence.digest for evidence in roles.values()}:
+        raise GateError(
+            f"{rival} stands there by now, which was not examined with {version}",
+            where=rival.uri,
+            fix=_how_to_evaluate(version),
+        )
+
+
+def _promote(client: MlflowClient, version: Version, target: Target) -> Version:
+    """Promote on the strength of a verdict that still applies."""
+    tags = registry.tags_of(client, version)
+    standing = registry.standing(client, target.model or version.name, target)
+    if tags.get(lineage.GATE) == lineage.PASSED and standing is not None:
+        roles = tracking.read_evidence(client, tags[lineage.GATE_RUN])
+        roles["soup"] = replace(roles["soup"], version=version)
+        _check_examined(client, version, standing, roles)
+    return registry.promote(client, version, target)
 
 
 @tracking.asking("promote the soup")
@@ -492,7 +573,7 @@ def promote(spec: Spec) -> tuple[Version, str]:
         What the target points to now, and the target in words.
 
     Raises:
-        GateError: the gate has not passed it.
+        GateError: the gate has not passed it, or not against what stands there now.
         StoreError: the store holds other bytes than were judged.
         OvertakenError: another promotion came between.
     """
@@ -504,4 +585,4 @@ def promote(spec: Spec) -> tuple[Version, str]:
     version, tags = _soup_version(client, spec)
     target = parse_target(spec.promote)
     check_stored(client, version, tags[lineage.DIGEST])
-    return registry.promote(client, version, target), str(target)
+    return _promote(client, version, target), str(target)

@@ -24,8 +24,8 @@ from mlflow.utils.uri import is_local_uri
 from mlflow_soup import lineage
 from mlflow_soup.errors import GateError, OvertakenError, ParentError, SpecError, StoreError
 from mlflow_soup.records import Version
-from mlflow_soup.spec import Target, VersionRef
-from mlflow_soup.tracking import asking, where
+from mlflow_soup.spec import Target, VersionRef, check_name
+from mlflow_soup.tracking import asking, pages, where
 
 MODEL_ENV = "MLFLOW_SOUP_MODEL"
 CACHE_ENV = "MLFLOW_SOUP_CACHE"
@@ -46,8 +46,9 @@ def find_model(client: MlflowClient, named: str, refs: Sequence[VersionRef]) -> 
         SpecError: no name, and not exactly one model has these versions.
     """
     named = named or os.environ.get(MODEL_ENV, "")
+    check_name(named)
     with asking("list registered models"):
-        models = [str(model.name) for model in client.search_registered_models(max_results=1000)]
+        models = [str(m.name) for m in pages(client.search_registered_models)]
     if not models:
         raise ParentError(
             "the store holds no registered model",
@@ -81,12 +82,12 @@ def find_model(client: MlflowClient, named: str, refs: Sequence[VersionRef]) -> 
 def _version(client: MlflowClient, name: str, ref: VersionRef) -> ModelVersion | None:
     """MLflow's record of a version, or None when there is none."""
     try:
-        if ref.alias:
-            return client.get_model_version_by_alias(name, ref.alias)
-        return client.get_model_version(name, str(ref.number))
+        number = ref.number
+        if ref.alias:  # asking for a missing alias gives no error code of its own
+            number = client.get_registered_model(name).aliases.get(ref.alias)
+        return client.get_model_version(name, str(number)) if number else None
     except MlflowException as error:
-        # a missing alias is INVALID_PARAMETER_VALUE, a missing version RESOURCE_DOES_NOT_EXIST
-        if error.error_code == _NOT_FOUND or (ref.alias and "alias" in error.message):
+        if error.error_code == _NOT_FOUND:
             return None
         raise
 
@@ -168,11 +169,16 @@ def _tree_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def pull(client: MlflowClient, version: Version) -> Path:
+def pull(client: MlflowClient, version: Version, *, fresh: bool = False) -> Path:
     """A version's artifact tree on this machine; never to be written into.
 
     In a local store it is the tree itself, without a copy. From elsewhere it is downloaded once
     into a cache whose entries are named by their content and checked before they are used again.
+
+    Args:
+        client: of the store.
+        version: what to pull.
+        fresh: download it even if it is cached, to see what the store holds now.
 
     Raises:
         ParentError: its files are not there.
@@ -195,7 +201,7 @@ def pull(client: MlflowClient, version: Version) -> Path:
                     f"the files of {version} are gone", where=str(folder), fix="register it again"
                 )
             return folder
-        return _pull_remote(version, source)
+        return _pull_remote(version, source, fresh)
     except (MlflowException, OSError) as error:
         raise StoreError(
             f"{version} could not be fetched: {error}",
@@ -204,15 +210,15 @@ def pull(client: MlflowClient, version: Version) -> Path:
         ) from error
 
 
-def _pull_remote(version: Version, source: str) -> Path:
+def _pull_remote(version: Version, source: str, fresh: bool) -> Path:
     cache = _cache()
     entry = hashlib.sha256(json.dumps([source, _listing_of(version)]).encode()).hexdigest()
     pointer = cache / "source" / entry
-    if pointer.is_file():
+    if pointer.is_file() and not fresh:
         folder = cache / "content" / pointer.read_text()
         if folder.is_dir() and _tree_digest(folder) == folder.name:
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # spoilt
     for below in ("source", "content", "temporary"):
         (cache / below).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache / "temporary") as temporary:
@@ -342,7 +348,7 @@ def promote(client: MlflowClient, version: Version, target: Target) -> Version:
     with asking(f"promote {version} to {target}"):
         if target.model:
             version = _copy(client, version, target.model)
-        previous = _standing(client, owner, target)
+        previous = standing(client, owner, target)
         if previous == version:
             return version
         set_tags(
@@ -360,17 +366,17 @@ def promote(client: MlflowClient, version: Version, target: Target) -> Version:
             )
         else:
             client.set_registered_model_alias(owner, target.name, str(version.number))
-        standing = _standing(client, owner, target)
-    if standing != version:
+        found = standing(client, owner, target)
+    if found != version:
         raise OvertakenError(
-            f"{target} points to {standing} after {version} was set there",
+            f"{target} points to {found} after {version} was set there",
             where=where(),
             fix="another promotion ran at the same time; look which one you want and repeat it",
         )
     return version
 
 
-def _standing(client: MlflowClient, name: str, target: Target) -> Version | None:
+def standing(client: MlflowClient, name: str, target: Target) -> Version | None:
     """What a target points to now."""
     if target.kind != "stage":
         return holder(client, name, target.name)

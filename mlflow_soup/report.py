@@ -155,13 +155,17 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
         ]
     if story.promoted:
         parts.append(f"Promoted: **{story.promoted}**.")
-    parts += list(story.notes)
+    parts += story.notes
+    return "\n\n".join(parts) + "\n"
+
+
+def trials_table(story: Story) -> str:
+    """Every evaluation in order, as a Markdown section."""
     history = [
         [str(t.number), _lam(t.recipe), f"{t.held_out.value:.4f}" if t.held_out else "failed"]
-        for t in trials
+        for t in story.trials
     ]
-    parts += ["## Trials", _table(["trial", "λ", "held-out"], history)]
-    return "\n\n".join(parts) + "\n"
+    return "\n## Trials\n\n" + _table(["trial", "λ", "held-out"], history) + "\n"
 
 
 def landscape(story: Story) -> Figure:
@@ -236,4 +240,4 @@ def summary(story: Story, look: Sequence[str]) -> str:
         lines.append("gate not asked: no OOD tasks were given (--ood-tasks)")
     if story.promoted:
         lines.append(f"promoted: {story.promoted}")
-    return "\n".join([*lines, *look])
+    return "\n".join([*lines, *story.notes, *look])

@@ -19,7 +19,7 @@ _PROMOTE = re.compile(
     r"(?:(?P<kind>alias|stage):)?(?P<name>[A-Za-z0-9_-]+)"
     r"|model:(?P<model>[A-Za-z0-9][A-Za-z0-9_. -]{0,127})@(?P<alias>[A-Za-z0-9_-]+)"
 )
-STAGES = ("Staging", "Production", "Archived")
+STAGES = ("Staging", "Production")  # Archived is where the others go
 # in step with `search.CHOICES`, which a test compares; importing it here would cost a second
 ACQUISITIONS = ("gp-hedge", "ei", "pi", "ucb")
 
@@ -120,7 +120,7 @@ def parse_target(text: str) -> Target:
         stage = match["name"].capitalize()
         if stage not in STAGES:
             raise SpecError(
-                f"MLflow has no stage {match['name']!r}",
+                f"{match['name']!r} is no stage to promote to",
                 where="--promote",
                 fix=f"one of {', '.join(STAGES)}; or an alias: alias:champion",
             )
@@ -135,6 +135,16 @@ def _check_alias(alias: str, where: str) -> None:
             f"{alias!r} cannot be an alias",
             where=where,
             fix="letters, digits, _ and -, up to 255; MLflow reserves latest and v1, v2, …",
+        )
+
+
+def check_name(model: str) -> None:
+    """Refuse names of registered models that cannot be put into MLflow's search filters."""
+    if model and not _MODEL.fullmatch(model):
+        raise SpecError(
+            f"{model!r} is not taken as the name of a registered model",
+            where="--model, or MLFLOW_SOUP_MODEL",
+            fix="letters, digits, spaces and _.- only, a letter or digit first",
         )
 
 
@@ -197,7 +207,7 @@ class Spec:
     promote: str = knob(
         "",
         "Where to promote when the gate passes: alias:NAME, stage:NAME or model:NAME@ALIAS.",
-        "run promote",
+        "run evaluate gate promote",
     )
     num_fewshot: int | None = knob(
         None, "Few-shot examples, where the task does not fix them.", "run evaluate", policy=True
@@ -233,8 +243,7 @@ class Spec:
             parse_version(self.version)
         if self.promote:
             parse_target(self.promote)
-        if self.model and not _MODEL.fullmatch(self.model):
-            raise _refuse("model", repr(self.model), "letters, digits, spaces and _.- only")
+        check_name(self.model)
         if not 0.0 <= self.alpha < 1.0:
             raise _refuse("alpha", self.alpha, "a number from 0 up to, not including, 1")
         if self.trials < 4:

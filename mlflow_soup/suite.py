@@ -20,6 +20,7 @@ import numpy as np
 from lm_eval.api import metrics as aggregations
 from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.live import quiet
@@ -148,16 +149,38 @@ def load_suite(text: str, *, include_path: str = "", where: str = "--tasks") -> 
             raise SpecError(
                 f"lm-eval knows no task {name!r}",
                 where=where,
-                fix=_near(name, manager.all_tasks) + "own YAMLs: --include-path FOLDER",
+                fix=_unreadable(include_path)
+                or _near(name, manager.all_tasks) + "own YAMLs: --include-path FOLDER",
             )
     loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
     suite = Suite((), loaded)
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise SpecError(
+                f"task {name} runs code that the model writes",
+                where=where,
+                fix="score it elsewhere, in a sandbox; choose another task here",
+            )
     terms = [
         _settle(suite, name, metric, chosen, where)
         for tagged, metric, chosen in asked
         for name in _untag(manager, tagged)
     ]
+    if len(set(terms)) < len(terms):
+        twice = next(term for term in terms if terms.count(term) > 1)
+        raise SpecError(f"{twice} is named twice", where=where, fix="name each task once")
     return replace(suite, terms=tuple(terms))
+
+
+def _unreadable(include_path: str) -> str:
+    """Which of the user's YAMLs lm-eval skips without a word because it cannot parse them."""
+    for folder in filter(None, include_path.split(os.pathsep)):
+        for path in sorted(Path(folder).rglob("*.yaml")):
+            try:
+                load_yaml(path, resolve_func=False)
+            except Exception as error:  # whatever the parser raises
+                return f"mend {path}, which cannot be read: {str(error).splitlines()[0]}"
+    return ""
 
 
 def _untag(manager: TaskManager, name: str) -> list[str]:
@@ -175,10 +198,17 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
         raise ObjectiveError(
             f"the data of {', '.join(names)} could not be loaded: {error}",
             where=where,
-            fix="allow access to the Hugging Face Hub, or load the dataset once into its cache",
+            fix="a file: check data_files in the task's YAML, absolute paths are safest; a dataset "
+            "of the Hugging Face Hub: allow access to it, or load it once into the local cache",
         ) from error
-    except ValueError as error:  # "Duplicate task": a group and its own member
-        raise SpecError(str(error), where=where, fix="name each task once") from error
+    except Exception as error:  # a task is its author's YAML and code: anything can happen
+        if str(error).startswith("Duplicate task"):  # a group and its own member
+            raise SpecError(str(error), where=where, fix="name each task once") from error
+        raise SpecError(
+            f"{', '.join(names)} could not be loaded: {type(error).__name__}: {error}",
+            where=where,
+            fix="try it with `lm_eval run --tasks NAME --limit 1`, and mend its YAML",
+        ) from error
 
 
 def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, where: str) -> Asked:

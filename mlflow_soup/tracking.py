@@ -9,11 +9,10 @@ import errno
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from mlflow import MlflowClient
 from mlflow.entities import Metric as MlflowMetric
-from mlflow.entities import Param, Run, RunStatus, RunTag, ViewType
+from mlflow.entities import Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from requests import RequestException
 
 from mlflow_soup import lineage
-from mlflow_soup.errors import RegistryError, StoreError
+from mlflow_soup.errors import RegistryError, StoreError, redact
 from mlflow_soup.records import Evidence, Items, Metric, Recipe, Score, Trial, Version
 
 _PROBE = {
@@ -38,6 +37,7 @@ _PROBE = {
 }
 _COLUMNS = pa.schema(
     [
+        ("term", pa.int32()),
         ("task", pa.string()),
         ("metric", pa.string()),
         ("weight", pa.float64()),
@@ -47,11 +47,6 @@ _COLUMNS = pa.schema(
         ("log_likelihoods", pa.list_(pa.float64())),
     ]
 )
-
-
-def redact(text: str) -> str:
-    """The text without the user names and passwords that its URIs hold."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 def where() -> str:
@@ -78,7 +73,7 @@ def asking(what: str) -> Iterator[None]:
                 fix="once it is back, run the same command again: it continues",
             ) from error
         raise RegistryError(
-            f"MLflow refused to {what}: {redact(error.message)}",
+            f"MLflow refused to {what}: {error.message}",
             where=where(),
             fix="check the store and your permissions there, then run the same command again",
         ) from error
@@ -103,14 +98,15 @@ def connect() -> MlflowClient:
     bars = "true" if sys.stderr.isatty() else "false"
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", bars)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    client = MlflowClient()
     added = {name: value for name, value in _PROBE.items() if name not in os.environ}
     os.environ.update(added)
     try:
+        client = MlflowClient()
         client.search_experiments(max_results=1)
-    except MlflowException as error:
+    except (MlflowException, ImportError) as error:  # a database without its driver
+        reason = str(error).splitlines()[0][:300]
         raise StoreError(
-            "the MLflow tracking store does not answer",
+            f"the MLflow tracking store does not answer: {reason}",
             where=where(),
             fix="start it, or point MLFLOW_TRACKING_URI to the one you mean",
         ) from error
@@ -126,8 +122,6 @@ def open_run(experiment: str, tags: Mapping[str, str]) -> Iterator[str]:
     if "MLFLOW_RUN_ID" not in os.environ and experiment:
         mlflow.set_experiment(experiment)
     with mlflow.start_run(tags=dict(tags), nested=mlflow.active_run() is not None) as run:
-        if run.data.params or run.data.tags:  # attached: start_run ignores tags then
-            mlflow.set_tags(dict(tags))
         yield run.info.run_id
 
 
@@ -182,8 +176,8 @@ def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]
 def write_score(score: Score, path: Path) -> None:
     """A score with its item rows as one Parquet file; `read_score` is its inverse."""
     rows = [
-        (i.task, i.metric, i.weight, *row)
-        for i in score.items
+        (position, i.task, i.metric, i.weight, *row)
+        for position, i in enumerate(score.items)
         for row in zip(i.ids, i.values, i.shares, i.log_likelihoods, strict=True)
     ]
     columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
@@ -200,13 +194,13 @@ def read_score(path: Path) -> Score:
     """A score as `write_score` wrote it."""
     table = pq.read_table(path)
     head = json.loads(table.schema.metadata[b"soup"])
-    groups: dict[tuple[str, str, float], list[Any]] = {}
-    for task, its_metric, weight, *row in zip(*table.to_pydict().values(), strict=True):
-        groups.setdefault((task, its_metric, weight), []).append(row)
+    groups: dict[tuple[int, str, str, float], list[Any]] = {}
+    for term, task, its_metric, weight, *row in zip(*table.to_pydict().values(), strict=True):
+        groups.setdefault((term, task, its_metric, weight), []).append(row)
     items = []
     for group, rows in groups.items():
         ids, values, shares, likelihoods = zip(*rows, strict=True)
-        items.append(Items(*group, ids, values, shares, tuple(map(tuple, likelihoods))))
+        items.append(Items(*group[1:], ids, values, shares, tuple(map(tuple, likelihoods))))
     metrics = tuple(Metric(**m) for m in head["metrics"])
     return Score(head["value"], head["stderr"], tuple(items), metrics)
 
@@ -229,16 +223,19 @@ def fetch(client: MlflowClient, run_id: str, file: str, folder: Path) -> Path:
 def find_runs(client: MlflowClient, tags: Mapping[str, str]) -> list[Run]:
     """All runs with these tags, in any experiment, oldest first."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    experiments = [e.experiment_id for e in client.search_experiments(ViewType.ACTIVE_ONLY)]
-    runs: list[Run] = []
-    token: str | None = ""
-    while token is not None:
-        page = client.search_runs(
-            experiments, query, order_by=["attributes.start_time ASC"], page_token=token or None
-        )
-        runs += page
-        token = page.token or None
-    return runs
+    experiments = [e.experiment_id for e in pages(client.search_experiments)]
+    order = ["attributes.start_time ASC"]
+    return pages(client.search_runs, experiments, query, order_by=order)
+
+
+def pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """Everything that one of MLflow's paged searches finds."""
+    page = search(*args, **kwargs)
+    found = list(page)
+    while page.token:
+        page = search(*args, page_token=page.token, **kwargs)
+        found += page
+    return found
 
 
 def read_trials(client: MlflowClient, key: str) -> list[Trial]:
@@ -291,6 +288,7 @@ def log_evidence(
                     metric(
                         f"{prefix}/{m.key}",
                         m.value,
+                        step=int(role == "soup"),  # a run shows its last step: the soup's
                         model_id=model_ids[role],
                         dataset_name="out-of-domain" if position else "held-out",
                         dataset_digest=datasets[prefix][:12],
@@ -380,7 +378,8 @@ def share_view(client: MlflowClient, run_id: str) -> str:
         ],
     }
     share = key[:16]
-    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{share}", json.dumps(state))
+    with contextlib.suppress(MlflowException):  # who may not tag the experiment has no view
+        client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{share}", json.dumps(state))
     return (
         f"/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
         f"&viewStateShareKey={share}"

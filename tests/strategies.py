@@ -115,7 +115,7 @@ def version_refs() -> st.SearchStrategy[VersionRef]:
 
 def targets() -> st.SearchStrategy[Target]:
     """Where a promotion can point."""
-    stages = st.sampled_from(["Staging", "Production", "Archived"])
+    stages = st.sampled_from(["Staging", "Production"])
     return (
         st.builds(Target, st.just("alias"), aliases())
         | st.builds(Target, st.just("stage"), stages)

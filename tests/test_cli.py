@@ -73,7 +73,7 @@ def test_a_refusal_exits_with_3(client):
         (["run", "--pair", "v1,1"], 2, "v1 is in the pair twice"),
         (["run", "--pair", "v1,x"], 2, "'x' names no version"),
         (["run", "--pair", "v1,v2", "--alpha", "1"], 2, "--alpha 1.0 is out of range"),
-        (["run", "--pair", "v1,v2", "--promote", "stage:Live"], 2, "MLflow has no stage 'Live'"),
+        (["run", "--pair", "v1,v2", "--promote", "stage:Live"], 2, "'Live' is no stage"),
         (["run", "--pair", "v1,v7"], 4, "toy-llm has no v7"),
         (["run", "--pair", "v1,v2", "--model", "none"], 4, "no registered model 'none'"),
         (["promote", "--version", "v1", "--promote", "champion"], 2, "is no soup"),

@@ -123,7 +123,7 @@ def test_as_many_items_won_as_lost_are_a_tie(wins, ties, seed):
     ours, theirs = np.random.default_rng(seed).permutation(answers).T
     assert paired(score(task(ours)), score(task(theirs))).value == 0.0
     soup, parent = evidence(SOUP, ours), evidence(NEW, theirs)
-    assert judge(soup, [parent], None, RULES).passed
+    assert judge(soup, [parent], [], RULES).passed
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ BOUND = -0.01 - T95[99] * math.sqrt(7 - 1 / 102) / 102
 
 def test_each_rule_is_written_down_with_its_numbers():
     soup = evidence(SOUP, RIGHT, OOD_SOUP)
-    verdict = judge(soup, [evidence(NEW, WORSE, OOD_PARENT)], None, RULES)
+    verdict = judge(soup, [evidence(NEW, WORSE, OOD_PARENT)], [], RULES)
     held_out, ood = verdict.checks
     assert (held_out.name, held_out.against, held_out.required) == ("held-out", NEW, 0.0)
     assert held_out.bound == held_out.difference.value == pytest.approx(0.05)
@@ -189,9 +189,9 @@ def test_each_rule_is_written_down_with_its_numbers():
 
 def test_the_bound_may_reach_the_margin_but_not_fall_below_it():
     soup, parent = evidence(SOUP, RIGHT, OOD_SOUP), evidence(NEW, WORSE, OOD_PARENT)
-    bound = judge(soup, [parent], None, RULES).checks[1].bound
-    assert judge(soup, [parent], None, Rules(-bound, 0.95)).passed
-    assert not judge(soup, [parent], None, Rules(math.nextafter(-bound, 0.0), 0.95)).passed
+    bound = judge(soup, [parent], [], RULES).checks[1].bound
+    assert judge(soup, [parent], [], Rules(-bound, 0.95)).passed
+    assert not judge(soup, [parent], [], Rules(math.nextafter(-bound, 0.0), 0.95)).passed
 
 
 def test_one_ood_task_below_its_margin_is_enough_to_refuse():
@@ -200,7 +200,7 @@ def test_one_ood_task_below_its_margin_is_enough_to_refuse():
 
     soup = with_second(evidence(SOUP, RIGHT, OOD_SOUP), WORSE)
     parent = with_second(evidence(NEW, WORSE, OOD_PARENT), RIGHT)
-    verdict = judge(soup, [parent], None, Rules(0.06, 0.95))
+    verdict = judge(soup, [parent], [], Rules(0.06, 0.95))
     assert [(c.name, c.passed) for c in verdict.checks] == [
         ("held-out", True),
         ("ood", True),
@@ -212,7 +212,7 @@ def test_one_ood_task_below_its_margin_is_enough_to_refuse():
 def test_more_confidence_asks_for_more():
     soup, parent = evidence(SOUP, RIGHT, OOD_SOUP), evidence(NEW, WORSE, OOD_PARENT)
     bounds = [
-        judge(soup, [parent], None, Rules(0.01, confidence)).checks[1].bound
+        judge(soup, [parent], [], Rules(0.01, confidence)).checks[1].bound
         for confidence in (0.6, 0.8, 0.9, 0.95, 0.99)
     ]
     assert bounds == sorted(bounds, reverse=True)
@@ -221,7 +221,7 @@ def test_more_confidence_asks_for_more():
 
 def test_a_soup_worse_on_held_out_items_is_refused_whatever_the_margin():
     soup, parent = evidence(SOUP, WORSE, RIGHT), evidence(NEW, RIGHT, RIGHT)
-    verdict = judge(soup, [parent], None, Rules(1e9, 0.95))
+    verdict = judge(soup, [parent], [], Rules(1e9, 0.95))
     assert [c.passed for c in verdict.checks] == [False, True]
     assert not verdict.passed
 
@@ -234,7 +234,7 @@ def test_a_soup_worse_on_held_out_items_is_refused_whatever_the_margin():
 def test_the_better_parent_by_held_out_score_is_the_reference(old, new, reference):
     # out of domain the other parent is the better one, which must not matter
     parents = [evidence(OLD, old, WORSE), evidence(NEW, new, RIGHT)]
-    verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, None, RULES)
+    verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, [], RULES)
     assert {check.against for check in verdict.checks} == {reference}
 
 
@@ -245,7 +245,7 @@ def test_the_better_parent_by_held_out_score_is_the_reference(old, new, referenc
 )
 def test_the_champion_is_a_reference_unless_it_is_one_already(champion, references):
     parents = [evidence(OLD, WORSE, RIGHT), evidence(NEW, RIGHT, RIGHT)]
-    reigning = champion and evidence(champion, WORSE, RIGHT)
+    reigning = [evidence(champion, WORSE, RIGHT)] if champion else []
     verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, reigning, Rules(0.05, 0.95))
     assert list(dict.fromkeys(check.against for check in verdict.checks)) == references
     assert len(verdict.checks) == 2 * len(references)
@@ -255,7 +255,7 @@ def test_the_champion_is_a_reference_unless_it_is_one_already(champion, referenc
 def test_a_soup_behind_the_champion_is_refused():
     parents = [evidence(OLD, WORSE, RIGHT), evidence(NEW, WORSE, RIGHT)]
     champion = evidence(SHIPPED, RIGHT, RIGHT)
-    verdict = judge(evidence(SOUP, WORSE, RIGHT), parents, champion, Rules(0.05, 0.95))
+    verdict = judge(evidence(SOUP, WORSE, RIGHT), parents, [champion], Rules(0.05, 0.95))
     failed = [(check.name, check.against) for check in verdict.checks if not check.passed]
     assert failed == [("held-out", SHIPPED)]
 
@@ -263,11 +263,11 @@ def test_a_soup_behind_the_champion_is_refused():
 def test_the_same_weights_are_no_worse_however_few_the_items():
     answers, digest = [1, 0, 1], "sha256:same"
     soup, parent = (evidence(v, answers, answers, digest) for v in (SOUP, NEW))
-    verdict = judge(soup, [parent], None, Rules(0.0, 0.95))
+    verdict = judge(soup, [parent], [], Rules(0.0, 0.95))
     assert verdict.passed
     assert verdict.checks[1].bound == 0.0
     # other weights with the same three answers may well be worse: −t₂·√2/5
-    other = judge(replace(soup, digest="sha256:other"), [parent], None, Rules(0.0, 0.95))
+    other = judge(replace(soup, digest="sha256:other"), [parent], [], Rules(0.0, 0.95))
     assert not other.passed
     assert other.checks[1].bound == pytest.approx(-T95[2] * math.sqrt(2) / 5, abs=1e-3)
 
@@ -287,7 +287,7 @@ def test_the_bound_holds_for_as_many_models_as_it_promises(count, won, lost):
     for drawn in rng.random((draws, count)):
         ours, theirs = drawn < won, (won <= drawn) & (drawn < won + lost)
         soup, parent = evidence(SOUP, RIGHT, ours), evidence(NEW, WORSE, theirs)
-        held += judge(soup, [parent], None, RULES).checks[1].bound <= won - lost
+        held += judge(soup, [parent], [], RULES).checks[1].bound <= won - lost
     # three standard errors of a simulated 95 %, and a point for counts being whole numbers
     assert held / draws >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / draws) - 0.01
     assert held / draws <= 0.99  # nor is it so wide that nothing could pass

@@ -11,10 +11,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import toy
-from mlflow_soup import errors, gate, objective
+from mlflow_soup import errors, gate
 from mlflow_soup.checkpoint import find
 from mlflow_soup.live import LiveModel, open_weights
-from mlflow_soup.objective import Evaluator, load_suite
+from mlflow_soup.objective import Evaluator
+from mlflow_soup.suite import load_suite
 
 EVERYTHING = "toy_letters,toy_digits:acc_norm,toy_digits_bpb:bits_per_byte"
 
@@ -199,70 +200,36 @@ def test_generation_tasks_are_scored_with_their_filters(live, tasks, tmp_path):
     assert str(load_suite("toy_generate", include_path=str(tmp_path)).terms[0]).endswith(",strict")
 
 
-PAPER = {
-    "ceval-valid": "ceval/ceval-exam",
-    "cmmlu": "lmlmcat/cmmlu",
-    "mmlu": "cais/mmlu",
-    "gsm8k": "openai/gsm8k",
-    "piqa": "baber/piqa",
-    "winogrande": "winogrande",
-    "sciq": "allenai/sciq",
-    "arc_easy": "allenai/ai2_arc",
-}
+def test_the_right_answers_are_part_of_the_fingerprint(live, tasks, tmp_path):
+    prints = set()
+    for shift in (0, 1):
+        lines = [json.loads(x) for x in (tasks / "letters.jsonl").read_text().splitlines()]
+        data = tmp_path / f"{shift}.jsonl"
+        rows = [line | {"answer": (line["answer"] + shift) % 4} for line in lines]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = yaml.safe_load((tasks / "letters.yaml").read_text())
+        config["dataset_kwargs"]["data_files"]["validation"] = "data.jsonl"
+        folder = tmp_path / f"tasks{shift}"
+        folder.mkdir()
+        config["dataset_kwargs"]["data_files"]["validation"] = str(data)
+        (folder / "letters.yaml").write_text(yaml.safe_dump(config))
+        suite = load_suite("toy_letters", include_path=str(folder))
+        requests = Evaluator(live, suite)
+        prints.add(requests.fingerprint)
+    assert len(prints) == 2
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_the_papers_benchmarks_resolve_and_name_the_dataset_they_cannot_reach(name):
-    manager = objective._open_manager([name], "")
-    assert name in manager.task_index
-    assert len(manager.all_tasks) < 1000  # not the whole library
-    with pytest.raises(errors.ObjectiveError) as caught:
-        load_suite(name)
-    assert PAPER[name].split("/")[-1] in caught.value.what
-
-
-@pytest.mark.parametrize(
-    ("text", "terms"),
-    [
-        ("toy_letters", ["toy_letters:acc"]),
-        ("toy_letters:acc_norm", ["toy_letters:acc_norm"]),
-        ("toy_letters:acc,none", ["toy_letters:acc"]),
-        ("toy_letters:acc,toy_digits", ["toy_letters:acc", "toy_digits:acc"]),
-        (
-            "toy_letters toy_digits_bpb:bits_per_byte",
-            ["toy_letters:acc", "toy_digits_bpb:bits_per_byte"],
-        ),
-        ("toy_all", ["toy_all:acc"]),
-    ],
-)
-def test_tasks_are_named_as_lm_eval_names_them(tasks, text, terms):
-    assert [str(t) for t in load_suite(text, include_path=str(tasks)).terms] == terms
-
-
-@pytest.mark.parametrize(
-    ("text", "what", "fix"),
-    [
-        ("toy_lettres", "no task 'toy_lettres'", "did you mean toy_letters"),
-        ("toy_letters:accc", "no metric 'accc'", "did you mean acc"),
-        ("toy_letters:acc,non", "no filter 'non'", "it has none"),
-        ("toy_all,toy_digits", "Duplicate task", "name each task once"),
-        ("a/b", "'a/b' is no lm-eval task", "task:metric"),
-        ("toy_f1", "no sum over items", "averaged over items"),
-    ],
-)
-def test_wrong_task_names_are_answered_with_near_ones(tasks, tmp_path, text, what, fix):
-    config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "toy_f1"}
-    config["metric_list"] = [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}]
-    (tmp_path / "f1.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(errors.SpecError) as caught:
-        load_suite(text, include_path=os.pathsep.join([str(tasks), str(tmp_path)]))
-    assert what in caught.value.what
-    assert fix in caught.value.fix
-
-
-def test_documents_are_told_apart_by_what_they_hold(tasks):
-    letters = load_suite("toy_letters", include_path=str(tasks)).documents()
-    digits = load_suite("toy_digits", include_path=str(tasks)).documents()
-    lines = (tasks / "letters.jsonl").read_text().splitlines()
-    assert len(letters) == len({json.dumps(json.loads(line)) for line in lines})
-    assert not set(letters) & set(digits)
+def test_few_shot_prompts_are_those_of_the_lm_eval_command(live, tasks, tmp_path):
+    config = yaml.safe_load((tasks / "letters.yaml").read_text())
+    config |= {"task": "shots", "num_fewshot": 3, "fewshot_split": "train"}
+    config["dataset_kwargs"]["data_files"]["train"] = str(tasks / "digits.jsonl")
+    (tmp_path / "shots.yaml").write_text(yaml.safe_dump(config))
+    ours = Evaluator(live, load_suite("shots", include_path=str(tmp_path))).score()
+    theirs = reference.simple_evaluate(
+        HFLM(pretrained=live.model, tokenizer=toy.tokenizer(), batch_size=32),
+        tasks=["shots"],
+        task_manager=TaskManager(include_defaults=False, include_path=str(tmp_path)),
+        bootstrap_iters=0,
+    )
+    prompts = [row["prompt_hash"][:16] for row in theirs["samples"]["shots"]]
+    assert [item.split(":")[1] for item in ours.items[0].ids] == prompts

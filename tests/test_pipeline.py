@@ -1,6 +1,7 @@
 """The main job on a real store, in process: what a user finds in MLflow afterwards."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import toy
 from conftest import MODEL, fill, register
-from mlflow_soup import Spec, checkpoint, errors, lineage, pipeline, tracking
+from mlflow_soup import Spec, checkpoint, errors, lineage, objective, pipeline, tracking
 from mlflow_soup import run as run_soup
 
 
@@ -172,8 +174,110 @@ def test_the_stages_can_be_run_one_by_one(client):
 def test_a_verdict_is_void_once_the_champion_has_moved(client):
     run_soup(Spec(pair="v1,v2"))
     client.set_registered_model_alias(MODEL, "champion", "3")
-    with pytest.raises(errors.GateError, match="was not examined"):
-        pipeline.gate(Spec(version="v4"))
+    for step in (pipeline.gate, pipeline.promote):
+        with pytest.raises(errors.GateError, match="was not examined"):
+            step(Spec(version="v4", promote="champion"))
+    assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 3
+    assert "champion 0" in pipeline.evaluate(Spec(version="v4"))
+    pipeline.gate(Spec(version="v4"))
+    pipeline.promote(Spec(version="v4", promote="champion"))
+    assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 4
+
+
+def test_what_stands_at_the_target_must_be_matched_too(client):
+    client.set_registered_model_alias(MODEL, "live", "3")
+    outcome = run_soup(Spec(pair="v1,v2", promote="alias:live"))
+    assert {check.against.number for check in outcome.verdict.checks} >= {3}
+
+
+def test_a_second_call_keeps_the_checks_against_the_champion_it_replaced(client):
+    client.set_registered_model_alias(MODEL, "champion", "3")
+    first = run_soup(Spec(pair="v1,v2", promote="champion"))
+    again = run_soup(Spec(pair="v1,v2", promote="champion"))
+    assert again.verdict == first.verdict
+    assert {check.against.number for check in again.verdict.checks} >= {3}
+    assert children(client, again.run_id) == []
+
+
+def test_a_soup_that_was_deleted_is_registered_and_examined_under_its_new_number(client):
+    run_soup(Spec(pair="v1,v2"))
+    client.delete_model_version(MODEL, "4")
+    again = run_soup(Spec(pair="v1,v2"))
+    assert again.soup.version.number == 5
+    assert "| soup (toy-llm v5) |" in client.get_model_version(MODEL, "5").description
+    assert pipeline.gate(Spec(version="v5"))[1].passed
+
+
+def test_the_ood_run_shows_the_soups_numbers(client, outcome):
+    (run,) = [c for c in children(client, outcome.run_id) if c.data.tags["soup.role"] == "ood"]
+    ours = client.get_run(outcome.run_id).data.metrics
+    for key in ("ood/toy_digits/acc", "ood/toy_digits_bpb/bits_per_byte"):
+        assert run.data.metrics[key] == ours[key]
+
+
+def test_a_lambda_without_a_finite_score_is_a_failed_trial_that_stays_one(client, monkeypatch):
+    scores = objective.Evaluator.score
+
+    def fail_at_the_middle(self):
+        score = scores(self)
+        if fail_at_the_middle.calls == 2:
+            fail_at_the_middle.calls += 1
+            raise errors.NonFiniteError("not finite", where="here", fix="none")
+        fail_at_the_middle.calls += 1
+        return score
+
+    fail_at_the_middle.calls = 0
+    monkeypatch.setattr(objective.Evaluator, "score", fail_at_the_middle)
+    outcome = run_soup(Spec(pair="v1,v2"))
+    assert [t.held_out is None for t in outcome.trials] == [False, False, True, False, False, False]
+    assert "| 2 | 0.5 | failed |" in client.get_run(outcome.run_id).data.tags["mlflow.note.content"]
+    (failed,) = [r for r in trial_runs(client, outcome) if r.info.status == "FAILED"]
+    assert failed.data.tags["soup.failed"] == "not finite"
+    monkeypatch.setattr(objective.Evaluator, "score", scores)
+    again = run_soup(Spec(pair="v1,v2"))
+    assert again.soup.version == outcome.soup.version
+    assert children(client, again.run_id) == []
+
+
+def test_an_evaluation_that_broke_off_is_repeated(client, monkeypatch):
+    scores = objective.Evaluator.score
+
+    def break_off(self):
+        raise errors.ObjectiveError("no memory left", where="here", fix="none")
+
+    monkeypatch.setattr(objective.Evaluator, "score", break_off)
+    with pytest.raises(errors.ObjectiveError, match="no memory"):
+        run_soup(Spec(pair="v1,v2"))
+    monkeypatch.setattr(objective.Evaluator, "score", scores)
+    assert all(t.held_out for t in run_soup(Spec(pair="v1,v2")).trials)
+
+
+def test_documents_in_both_sets_are_refused_whatever_their_task_is_called(client, tasks, tmp_path):
+    config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "other_name"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+    path = os.pathsep.join([str(tasks), str(tmp_path)])
+    with pytest.raises(errors.SpecError, match="200 documents are in held-out and OOD"):
+        run_soup(Spec(pair="v1,v2", ood_tasks="other_name", include_path=path))
+
+
+def test_a_champion_of_another_architecture_is_examined_on_a_bench_of_its_own(
+    client, trained, tmp_path
+):
+    config = GPTNeoXConfig(**{**trained.config.to_dict(), "num_hidden_layers": 1})
+    number = register(client, toy.save(GPTNeoXForCausalLM(config), tmp_path / "small"))
+    client.set_registered_model_alias(MODEL, "champion", str(number))
+    outcome = run_soup(Spec(pair="v1,v2"))
+    assert outcome.verdict.passed  # it is untrained
+    assert number in {check.against.number for check in outcome.verdict.checks}
+
+
+def test_a_copy_of_a_parent_is_called_one(client, checkpoints):
+    register(client, checkpoints[0])  # v4 = v1
+    outcome = run_soup(Spec(pair="v1,v4", trials=4))
+    assert (
+        "No merge was found that is better than toy-llm v1: the soup is a copy" in outcome.summary
+    )
+    assert outcome.verdict.passed
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -185,6 +289,26 @@ def test_promotion_to_a_stage_and_to_another_model(client, outcome):
     assert client.get_model_version_by_alias("prod-llm", "live").source == "models:/toy-llm/4"
     again, _ = pipeline.promote(Spec(model=MODEL, version="v4", promote="model:prod-llm@live"))
     assert again == version
+
+
+def test_what_was_changed_in_a_remote_store_is_seen_past_the_cache(
+    server_client, server, checkpoints, tasks
+):
+    server_client.create_registered_model("remote")
+    for folder in checkpoints[:2]:
+        register(server_client, folder, "remote")
+    said = {"tasks": "toy_letters", "ood_tasks": "toy_digits", "include_path": str(tasks)}
+    outcome = run_soup(Spec(model="remote", pair="v1,v2", trials=4, **said))
+    assert outcome.verdict.passed
+    source = server_client.get_model_version("remote", "3").source.removeprefix("models:/")
+    folder = mlflow.artifacts.download_artifacts(f"models:/{source}")
+    file = Path(folder) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    server_client.log_model_artifacts(source, folder)
+    with pytest.raises(errors.StoreError, match="other weights"):
+        pipeline.promote(Spec(model="remote", version="v3", promote="champion"))
 
 
 def test_what_was_changed_after_the_gate_is_not_promoted(client):

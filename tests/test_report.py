@@ -55,7 +55,7 @@ def story(tmp_path):
 
 def test_the_report_has_every_number_a_reader_needs(story):
     links = {"run": "#/run", "trials": "#/trials", str(OLD): "#/old", str(NEW): "#/new"}
-    text = report.markdown(story, links)
+    text = report.markdown(story, links) + report.trials_table(story)
     for words in (
         "# Soup of [llm v12](#/old) and [llm v13](#/new), λ = 0.8",
         "0.8 × llm v13 + 0.2 × llm v12, found in 5 evaluations",
@@ -84,6 +84,7 @@ def test_the_last_lines_say_what_happened(story):
         "gate REFUSED",
         "  held-out against llm v13: +0.0400, must not be below 0: holds",
         "  code:acc against llm v13: -0.0200, bound -0.0365 must not be below -0.0100: REFUSED",
+        "A note.",
         "run: #/run",
     ]
 

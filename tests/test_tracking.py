@@ -124,4 +124,8 @@ def test_a_full_disk_is_said_with_its_name():
 
 def test_passwords_in_uris_are_not_repeated():
     text = "API request to http://user:hunter2@host:5000/api failed"
-    assert tracking.redact(text) == "API request to http://host:5000/api failed"
+    assert errors.redact(text) == "API request to http://host:5000/api failed"
+    assert errors.redact("postgresql://u:p@ss@host/db") == "postgresql://host/db"
+    assert "hunter2" not in errors.redact("mysql://host/db?password=hunter2 gone")
+    shown = str(errors.StoreError("at http://u:hunter2@h", where="w", fix="f"))
+    assert "hunter2" not in shown

@@ -4,6 +4,7 @@ It writes evaluation tasks, pretrains a model and merges the last two of its che
 """
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,8 @@ def main(
     import pretrain
     import tasks
 
+    # `mlflow run` is ended by a signal that would leave its run RUNNING for ever
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     quiet_unless_terminal()
     settings, sizes = pretrain.Settings(), tasks.Sizes()
     if steps is not None:

@@ -253,5 +253,7 @@ def set_policy(name: str, include_path: Path) -> None:
         "soup.include_path": str(include_path),
     }
     client = MlflowClient()
+    there = client.get_registered_model(name).tags
     for key, value in policy.items():
-        client.set_registered_model_tag(name, key, value)
+        if key not in there:  # what somebody changed since stays
+            client.set_registered_model_tag(name, key, value)
