@@ -1,9 +1,15 @@
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from click.testing import CliRunner
 
+from conftest import MODEL
 from mlflow_soup.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -51,3 +57,44 @@ def test_the_tested_set_pins_everything_we_depend_on():
     for requirement in wanted:
         name = requirement.split("[")[0].split(">")[0].split("<")[0].strip()
         assert name.replace("_", "-").lower() in pinned
+
+
+def mlflow_run(manager, *words):
+    """`mlflow run .` on the store of this test."""
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", manager, *words]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path}  # set_experiment put the experiment's id there
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_main_job_as_a_project_finds_its_model_and_logs_to_the_run_mlflow_made(client):
+    done = mlflow_run("local", "-P", "pair=v1,v2", "-P", "trials=4", "-P", "promote=champion")
+    assert done.returncode == 0, done.stderr
+    version = client.get_model_version_by_alias(MODEL, "champion")
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["soup.gate"] == "passed"
+    assert run.data.tags["mlflow.project.entryPoint"] == "main"
+    assert run.data.params["trials"] == run.data.params["cfg.trials"] == "4"
+
+
+def test_a_refusal_fails_the_project_and_says_so_on_the_run(client):
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    done = mlflow_run("local", "-P", "pair=v3,v1", "-P", "trials=4", "-P", "margin=0")
+    assert done.returncode == 1
+    assert "gate REFUSED" in done.stdout
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`soup.role` = 'search'")
+    assert run.info.status == "FAILED"
+    assert run.data.tags["soup.gate"] == "refused"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("manager", "tool"), [("virtualenv", "pyenv"), ("uv", "uv")])
+def test_the_project_makes_its_own_environment(client, tmp_path, monkeypatch, manager, tool):
+    if shutil.which(tool) is None:
+        pytest.skip(f"MLflow's {manager} manager needs {tool}")
+    monkeypatch.setenv("MLFLOW_ENV_ROOT", str(tmp_path / "environments"))
+    done = mlflow_run(manager, "-P", "pair=v1,v2", "-P", "trials=4")
+    assert done.returncode == 0, done.stderr
+    assert client.get_model_version(MODEL, "4").tags["soup.gate"] == "passed"
