@@ -17,6 +17,7 @@ QUICK = ["--steps", "26", "--items", "60", "--trials", "4"]
 def quickstart(tmp_path, *words):
     """`python examples/quickstart` on a store of its own; nothing of it depends on this process."""
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    env.pop("MLFLOW_EXPERIMENT_ID", None)  # where another test's set_experiment left it
     command = [sys.executable, str(ROOT / "examples" / "quickstart"), *words]
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
