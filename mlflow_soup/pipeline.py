@@ -298,6 +298,12 @@ def _prepare(spec: Spec) -> _Job:
             where="--promote without --ood-tasks, and the model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
+    if spec.promote and spec.limit:
+        raise SpecError(
+            f"the first {spec.limit} items of each task are no grounds for a promotion",
+            where="--limit with --promote",
+            fix="drop one of them",
+        )
     versions = [registry.resolve(client, name, ref) for ref in refs]
     if versions[0] == versions[1]:
         raise SpecError(
