@@ -139,6 +139,14 @@ def rivals(client: MlflowClient, name: str, spec: Spec) -> list[Version]:
     return list(dict.fromkeys(version for version in found if version is not None))
 
 
+def open_rivals(
+    client: MlflowClient, name: str, spec: Spec, at_hand: Sequence[Opened]
+) -> list[Opened]:
+    """The rivals as they stand now, opened; those at hand are not pulled again."""
+    opened = {o.parent.version: o for o in at_hand}
+    return [opened.get(v) or open_version(client, v) for v in rivals(client, name, spec)]
+
+
 def contenders(
     soup: Opened, parents: Sequence[Opened], champions: Sequence[Opened]
 ) -> dict[str, Opened]:

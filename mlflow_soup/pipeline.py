@@ -24,6 +24,7 @@ from mlflow_soup.bench import (
     contenders,
     examine,
     load_suites,
+    open_rivals,
     open_version,
     rivals,
     set_up,
@@ -322,11 +323,7 @@ def _prepare(spec: Spec) -> _Job:
     suites = load_suites(spec)
     opened = [open_version(client, version) for version in versions]
     checkpoint.check_compatible([o.checkpoint for o in opened])
-    at_hand = {o.parent.version: o for o in opened}
-    champions = [
-        at_hand.get(version) or open_version(client, version)
-        for version in rivals(client, name, spec)
-    ]
+    champions = open_rivals(client, name, spec, opened)
     bench = set_up(spec, opened[-1].checkpoint, suites)
     request = {
         "parents": [o.parent.digest for o in opened],
@@ -342,11 +339,7 @@ def _examine_once(
     """The OOD run and its evidence; what an earlier run measured is not measured again."""
     client, bench = job.client, job.bench
     stored = check_stored(client, soup.version, soup.digest)
-    at_hand = {o.parent.version: o for o in (*job.opened, *job.champions)}
-    champions = [
-        at_hand.get(version) or open_version(client, version)
-        for version in rivals(client, job.name, job.spec)
-    ]
+    champions = open_rivals(client, job.name, job.spec, (*job.opened, *job.champions))
     models = contenders(stored, job.opened, champions)
     needed = {opened.parent.digest for opened in models.values()}
     measured: dict[str, Evidence] = {}
@@ -374,7 +367,7 @@ def _notes(client: MlflowClient, trials: Sequence[Trial], soup: Soup) -> list[st
     scored = next(t for t in trials if t.held_out is not None)
     if cut := int(client.get_run(scored.run_id).data.metrics[lineage.TRUNCATED]):
         notes.append(f"{cut} held-out requests were cut to the longest input.")
-    return notes[:2]
+    return notes
 
 
 def _ood_tags(version: Version, digest: str, key: str) -> dict[str, str]:
@@ -482,7 +475,7 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
     parents = [
         open_version(client, v) for v in lineage.parse_parents(version.name, tags[lineage.PARENTS])
     ]
-    champions = [open_version(client, v) for v in rivals(client, version.name, spec)]
+    champions = open_rivals(client, version.name, spec, parents)
     models = contenders(soup, parents, champions)
     bench = set_up(spec, soup.checkpoint, suites)
     known: dict[str, Score] = {}
