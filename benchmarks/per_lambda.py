@@ -29,8 +29,9 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import toy
-from mlflow_soup import checkpoint
-from mlflow_soup.live import LiveModel, open_weights, quiet
+from mlflow_soup import soup
+from mlflow_soup.checkpoint import find
+from mlflow_soup.live import LiveModel, quiet
 from mlflow_soup.objective import Evaluator
 from mlflow_soup.suite import load_suite
 
@@ -52,9 +53,9 @@ def main() -> None:
             max_position_embeddings=128,
         )
         folders = [toy.save(GPTNeoXForCausalLM(config), root / f"v{i}") for i in (1, 2)]
-        parents = [checkpoint.find(folder, folder.name) for folder in folders]
+        parents = [find(folder, folder.name) for folder in folders]
         live = LiveModel(parents[0])
-        sources = [open_weights(parent) for parent in parents]
+        links = live.link(parents)
         evaluator = Evaluator(live, load_suite("toy_letters", include_path=str(tasks)))
         manager = TaskManager(include_defaults=False, include_path=str(tasks))
 
@@ -69,18 +70,18 @@ def main() -> None:
             return float(results["results"]["toy_letters"]["acc,none"])
 
         def in_place(lam: float) -> float:
-            live.set_weights(sources, (1 - lam, lam))
+            live.set_weights(links, (1 - lam, lam))
             return evaluator.score().value
 
         def by_lm_eval(lam: float) -> float:
-            live.set_weights(sources, (1 - lam, lam))
+            live.set_weights(links, (1 - lam, lam))
             return lm_eval_of(live.model)
 
         def by_disk(lam: float) -> float:
             with tempfile.TemporaryDirectory(dir=root) as folder:
-                soup = checkpoint.write(parents, (1 - lam, lam), Path(folder) / "soup")
+                soup.write(parents, (1 - lam, lam), Path(folder), digests=False)
                 with quiet():
-                    model = AutoModelForCausalLM.from_pretrained(soup.weights, dtype="auto")
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
                 return lm_eval_of(model)
 
         ways: dict[str, Callable[[float], float]] = {

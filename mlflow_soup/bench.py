@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from mlflow import MlflowClient
 from tqdm import tqdm
 
-from mlflow_soup import checkpoint, lineage, registry
-from mlflow_soup.checkpoint import Checkpoint
+from mlflow_soup import lineage, registry
+from mlflow_soup.checkpoint import Checkpoint, find
+from mlflow_soup.compatibility import differences
+from mlflow_soup.digests import digest
 from mlflow_soup.errors import SpecError, StoreError
-from mlflow_soup.live import LiveModel, open_weights
+from mlflow_soup.live import LiveModel
 from mlflow_soup.objective import Evaluator
 from mlflow_soup.records import Evidence, Parent, Score, Version
 from mlflow_soup.spec import Spec, parse_target
@@ -48,8 +50,8 @@ def open_version(client: MlflowClient, version: Version, *, fresh: bool = False)
         ParentError: its files are missing or no sound checkpoint.
     """
     folder = registry.pull(client, version, fresh=fresh)
-    found = checkpoint.find(folder, version.uri)
-    parent = Parent(version, checkpoint.digest(found), folder, registry.model_id(client, version))
+    found = find(folder, version.uri)
+    parent = Parent(version, digest(found), folder, registry.model_id(client, version))
     return Opened(parent, found)
 
 
@@ -114,17 +116,17 @@ def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
     )
 
 
-def check_stored(client: MlflowClient, version: Version, digest: str) -> Opened:
+def check_stored(client: MlflowClient, version: Version, expected: str) -> Opened:
     """Read a version back from the store, not from a cache, and compare it with what it should be.
 
     Raises:
         StoreError: the store holds other bytes.
     """
     opened = open_version(client, version, fresh=True)
-    if opened.parent.digest != digest:
+    if opened.parent.digest != expected:
         raise StoreError(
             f"{version} holds other weights than were registered",
-            where=f"{opened.parent.folder}: {opened.parent.digest}, expected {digest}",
+            where=f"{opened.parent.folder}: {opened.parent.digest}, expected {expected}",
             fix="do not use this version; delete it and run the same command again",
         )
     return opened
@@ -186,17 +188,17 @@ def examine(
     roles: dict[str, Evidence] = {}
     soup = models["soup"].checkpoint
     for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
-        digest = opened.parent.digest
+        its = opened.parent.digest
         # at λ = 1 the soup is its parent; a parent may be the champion
-        same = measured.get(digest) or next((e for e in roles.values() if e.digest == digest), None)
+        same = measured.get(its) or next((e for e in roles.values() if e.digest == its), None)
         if same is not None:
             roles[role] = replace(same, version=opened.parent.version)
             continue
         at = bench
-        if checkpoint.differences(soup, opened.checkpoint):
+        if differences(soup, opened.checkpoint):
             at = set_up(bench.spec, opened.checkpoint, bench.suites)
         assert at.ood is not None
-        at.live.set_weights([open_weights(opened.checkpoint)], [1.0])
-        held_out = known.get(digest) or at.held_out.score()
-        roles[role] = Evidence(opened.parent.version, digest, held_out, at.ood.evaluate())
+        at.live.set_weights(at.live.link([opened.checkpoint]), [1.0])
+        held_out = known.get(its) or at.held_out.score()
+        roles[role] = Evidence(opened.parent.version, its, held_out, at.ood.evaluate())
     return roles

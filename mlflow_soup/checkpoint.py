@@ -1,39 +1,48 @@
-"""A directory of safetensors ↔ tensors: find, compare, digest and write checkpoints.
+"""A directory of safetensors ↔ tensors: find a checkpoint in it and open it, headers only.
 
 Only safetensors are read, single or sharded. Pickles, remote code and adapters are refused: a
 registry takes anything that anybody uploads.
 """
 
-import hashlib
 import json
-import shutil
+import mmap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mlflow_soup.errors import ParentError
-from mlflow_soup.merge import mix
 
 INDEX = "model.safetensors.index.json"
-MANIFEST = "soup_manifest.json"
-CARD = "README.md"
-# which file wrote them, not what the model is
-CONFIG_MAY_DIFFER = frozenset({"_name_or_path", "transformers_version"})
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+SINGLE = "model.safetensors"
+# what the kernel mixes
+MIXED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# and what it copies where the parents agree
+COPIED = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+}
 # old Pythia keeps a constant −inf here, in fp16
 MAY_BE_INFINITE = ("masked_bias",)
-# written anew for every soup, or by MLflow when it serves the files; and what belongs to the parent
-# alone: its weights in other formats and the state of its training
-NOT_INHERITED = (
-    *(MANIFEST, CARD, "registered_model_meta", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
-    *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "optimizer*", "scheduler*", "trainer_state.json"),
-)
+Stamp = tuple[int, int]  # size in bytes, time of last change in ns
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,8 @@ class Checkpoint:
         weights: the folder below it with config.json and safetensors.
         tokenizer: the folder with the tokenizer; often the same.
         config: config.json.
-        tensors: by name on disk.
+        tensors: by name on disk, in the order of the files and of the data in them.
+        stamps: of the weight files when they were opened.
     """
 
     label: str
@@ -67,20 +77,73 @@ class Checkpoint:
     tokenizer: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    stamps: Mapping[str, Stamp]
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor with its name, file by file; memory-mapped, so do not write into them."""
-        for file in self.files():
-            with self._open(file) as handle:
-                for name in sorted(n for n, info in self.tensors.items() if info.file == file):
-                    yield name, handle.get_tensor(name)
+        """Each tensor with its name, as `tensors` has them; memory-mapped: never write into one."""
+        for file, names in groupby(self.tensors, key=lambda name: self.tensors[name].file):
+            mapped, header = _map(self.weights / file), self.header(file)
+            data = 8 + int.from_bytes(mapped[:8], "little")
+            for name in names:
+                info, (begin, end) = self.tensors[name], header[name]["data_offsets"]
+                dtype = (MIXED | COPIED)[info.dtype]
+                flat = _view(mapped, dtype, (end - begin) // dtype.itemsize, data + begin)
+                yield name, flat.view(info.shape)
+
+    def header(self, file: str) -> dict[str, Any]:
+        """The JSON that a weight file begins with; `find` had it checked by safetensors."""
+        with (self.weights / file).open("rb") as opened:
+            header: dict[str, Any] = json.loads(
+                opened.read(int.from_bytes(opened.read(8), "little"))
+            )
+        return header
 
     def files(self) -> list[str]:
         """The safetensors files, sorted."""
-        return sorted({info.file for info in self.tensors.values()})
+        return sorted(self.stamps)
 
-    def _open(self, file: str) -> Any:
-        return safe_open(self.weights / file, framework="pt")
+    def check_unchanged(self) -> None:
+        """Refuse a checkpoint that somebody wrote to since it was opened.
+
+        Raises:
+            ParentError: a weight file has another size or time of change, or is gone.
+        """
+        for file, stamp in self.stamps.items():
+            path = self.weights / file
+            now = _stamp(path) if path.is_file() else None
+            if now != stamp:
+                raise ParentError(
+                    f"{file} of {self.label} was written to while it was read",
+                    where=f"{path}: {stamp[0]} bytes at first, now {now[0] if now else 'gone'}",
+                    fix="wait until its training run has saved it, then run the same command again",
+                )
+
+
+def _map(path: Path) -> mmap.mmap:
+    """A file's bytes, in no memory but the page cache: it may be larger than all there is.
+
+    safetensors' own mapping could be written to, so the system sets aside memory for all of it.
+    """
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _view(mapped: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+    """A tensor over mapped bytes, shape (n,)."""
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    with warnings.catch_warnings():
+        # that is as it should be: a parent is never written to
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+_ADAPTER = "merge the adapter into its base first (peft: merge_and_unload) and register that"
 
 
 def _only(folders: Sequence[Path], what: str, label: str, fix: str) -> Path:
@@ -90,7 +153,12 @@ def _only(folders: Sequence[Path], what: str, label: str, fix: str) -> Path:
     return folders[0]
 
 
-def _load_json(path: Path, label: str) -> dict[str, Any]:
+def load_json(path: Path, label: str) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        ParentError: the file cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -108,15 +176,29 @@ def _load_json(path: Path, label: str) -> dict[str, Any]:
     return content
 
 
-def _weight_files(folder: Path, label: str) -> list[str]:
-    """File names of the weights: those of the index where there is one."""
+def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
+    """File names of the weights, and which file the index says that each tensor is in."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
+    links = [file for file in files if (folder / file).is_symlink()]
+    if links:
+        raise ParentError(
+            f"{links[0]} of {label} is a link",
+            where=str(folder / links[0]),
+            fix="register plain files; a folder of links is copied by cp -rL",
+        )
     if not (folder / INDEX).is_file():
-        return files
-    weight_map = _load_json(folder / INDEX, label).get("weight_map")
-    names = sorted({str(v) for v in weight_map.values()}) if isinstance(weight_map, dict) else []
+        if files != [SINGLE]:
+            raise ParentError(
+                f"{label} has {len(files)} files of weights and no index",
+                where=f"{folder}: {', '.join(files)}",
+                fix=f"register one file {SINGLE}, or shards with {INDEX}",
+            )
+        return files, {}
+    weight_map = load_json(folder / INDEX, label).get("weight_map")
+    where = {str(k): str(v) for k, v in weight_map.items()} if isinstance(weight_map, dict) else {}
+    names = sorted(set(where.values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file() or (folder / name).is_symlink():
+        if Path(name).name != name or not (folder / name).is_file():
             raise ParentError(
                 f"the index of {label} names {name!r}, which is no file beside it",
                 where=str(folder / INDEX),
@@ -128,14 +210,43 @@ def _weight_files(folder: Path, label: str) -> list[str]:
             where=f"{folder}: {', '.join(sorted({*files} ^ {*names}))}",
             fix="register the checkpoint again with one set of weights",
         )
-    return names
+    return names, where
 
 
-def find(root: Path, label: str) -> Checkpoint:
+def _check_index(
+    where: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: Path, label: str
+) -> None:
+    """The index must name the tensors that its files hold, each in its file."""
+    wrong = [
+        f"{name}: the index says {where.get(name, 'nothing')}, "
+        f"it is in {tensors[name].file if name in tensors else 'no file'}"
+        for name in sorted({*where, *tensors})
+        if name not in tensors or where.get(name) != tensors[name].file
+    ]
+    if wrong:
+        raise ParentError(
+            f"the index of {label} does not fit its files:\n    " + "\n    ".join(shorten(wrong)),
+            where=str(path),
+            fix="register the checkpoint again, as save_pretrained writes it",
+        )
+
+
+def shorten(lines: Sequence[str], most: int = 100) -> list[str]:
+    """The lines of a report, the last of them a count when there are too many to read."""
+    left = len(lines) - most
+    return [*lines[:most], f"and {left} more"] if left > 0 else list(lines)
+
+
+def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
     """The one checkpoint in an artifact tree, whatever layout it was logged in.
 
     A plain Hugging Face folder, MLflow's transformers flavour (`model/`, `components/tokenizer/`)
     and a folder below `artifacts/` are all found by what they hold.
+
+    Args:
+        root: the artifact tree.
+        label: how errors name it.
+        with_tokenizer: refuse one without; merging alone needs none.
 
     Raises:
         ParentError: there is none or more than one, or it needs code or pickles to be read.
@@ -143,16 +254,23 @@ def find(root: Path, label: str) -> Checkpoint:
     folders = sorted({path.parent for path in root.rglob("*.safetensors")})
     folders = [folder for folder in folders if (folder / "config.json").is_file()]
     if not folders and any(root.rglob("adapter_config.json")):
-        fix = "merge the adapter into its base first (peft: merge_and_unload) and register that"
+        fix = _ADAPTER
     elif not folders and any(root.rglob("*.bin")):
         fix = "convert it: save_pretrained writes safetensors; pickles are not read"
     else:
         fix = "register one Hugging Face checkpoint folder: config.json and *.safetensors"
     weights = _only(folders, "config.json and *.safetensors", label, fix)
-    config = _load_json(weights / "config.json", label)
+    if (weights / "adapter_config.json").is_file():
+        raise ParentError(
+            f"{label} has an adapter beside its weights, and adapters cannot be averaged",
+            where=str(weights / "adapter_config.json"),
+            fix=_ADAPTER,
+        )
+    config = load_json(weights / "config.json", label)
     for field, why in (
         ("auto_map", "brings its own code"),
         ("quantization_config", "is quantised"),
+        ("compression_config", "is quantised"),
     ):
         if field in config:
             raise ParentError(
@@ -163,12 +281,17 @@ def find(root: Path, label: str) -> Checkpoint:
     tokenizer = weights
     if not (weights / "tokenizer_config.json").is_file():
         holders = sorted({path.parent for path in root.rglob("tokenizer_config.json")})
-        tokenizer = _only(holders, "a tokenizer", label, "register the tokenizer beside the model")
+        if holders or with_tokenizer:
+            fix = "register the tokenizer beside the model"
+            tokenizer = _only(holders, "a tokenizer", label, fix)
+    files, where = _weight_files(weights, label)
+    stamps = {file: _stamp(weights / file) for file in files}
     tensors: dict[str, TensorInfo] = {}
-    for file in _weight_files(weights, label):
+    for file in files:
         try:
-            with safe_open(weights / file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
+            # for torch it would reserve memory for the whole file, and fail where there is less
+            with safe_open(weights / file, framework="np") as handle:
+                for name in handle.offset_keys():
                     if name in tensors:
                         raise ParentError(
                             f"{name!r} of {label} is in two files",
@@ -183,108 +306,19 @@ def find(root: Path, label: str) -> Checkpoint:
                 where=str(weights / file),
                 fix="register the checkpoint again",
             ) from error
-    return Checkpoint(label, root, weights, tokenizer, config, tensors)
-
-
-def _file_digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def differences(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """Why two checkpoints cannot be mixed, one line each; empty when they can."""
-    lines = []
-    for field in sorted({*first.config, *second.config} - CONFIG_MAY_DIFFER):
-        ours, theirs = first.config.get(field), second.config.get(field)
-        if ours != theirs:
-            lines.append(f"config.json: {field} is {ours!r} against {theirs!r}")
-    for name in sorted({*first.tensors, *second.tensors}):
-        a, b = first.tensors.get(name), second.tensors.get(name)
-        if a is None or b is None:
-            lines.append(f"{name}: only in {(first if a else second).label}")
-        elif (a.dtype, a.shape) != (b.dtype, b.shape):
-            lines.append(f"{name}: {a} against {b}")
-    for file in TOKENIZER_FILES:
-        if _file_digest(first.tokenizer / file) != _file_digest(second.tokenizer / file):
-            lines.append(f"tokenizer: {file} differs")
-    return lines
-
-
-def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse parents that differ in anything but their weights' values.
-
-    Raises:
-        ParentError: with every difference, up to twenty, in one report.
-    """
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        lines = differences(first, other)
-        if lines:
-            more = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []
-            raise ParentError(
-                f"{first.label} and {other.label} are not checkpoints of one model:\n    "
-                + "\n    ".join([*lines[:20], *more]),
-                where=f"{first.label} against {other.label}",
-                fix="merge versions of one training run: same architecture, tokenizer and dtype",
-            )
-
-
-def _raw(tensor: Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def digest(checkpoint: Checkpoint) -> str:
-    """Canonical digest of the tensors: independent of sharding and of key order.
-
-        sha256 over sorted (name, dtype, shape, sha256(little-endian bytes))
-
-    Reads every tensor once and refuses values that are not finite.
-
-    Raises:
-        ParentError: a tensor holds NaN or infinity.
-    """
-    rows = []
-    for name, tensor in checkpoint.read():
-        finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-        if not finite and not name.endswith(MAY_BE_INFINITE):
-            raise ParentError(
-                f"{name!r} of {checkpoint.label} holds NaN or infinity",
-                where=str(checkpoint.weights / checkpoint.tensors[name].file),
-                fix="merge another version; this one did not survive its training",
-            )
-        info = checkpoint.tensors[name]
-        content = hashlib.sha256(_raw(tensor)).hexdigest()
-        rows.append(json.dumps([name, info.dtype, list(info.shape), content]))
-    return "sha256:" + hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
-
-
-def write(checkpoints: Sequence[Checkpoint], lam: Sequence[float], folder: Path) -> Checkpoint:
-    """Write the soup Σ λ_i·Θ_i in its newest parent's layout: same files, names and dtypes.
-
-    Args:
-        checkpoints: the parents, oldest first, already found compatible.
-        lam: merge weights λ, one per parent, summing to 1.
-        folder: where the artifact tree goes; must not exist yet.
-
-    Returns:
-        The written checkpoint, opened.
-    """
-    donor = checkpoints[-1]
-    weights = donor.weights.relative_to(donor.root)
-
-    for path in donor.root.rglob("*"):
-        if path.is_symlink():
-            raise ParentError(
-                f"{donor.label} holds a link, {path.name}",
-                where=str(path),
-                fix="register the checkpoint again with plain files",
-            )
-    shutil.copytree(donor.root, folder, ignore=shutil.ignore_patterns(*NOT_INHERITED))
-    readers = [dict(c.read()) for c in checkpoints]
-    for file in donor.files():
-        names = [name for name, info in donor.tensors.items() if info.file == file]
-        mixed = {}
-        for name in names:
-            mixed[name] = mix([reader[name] for reader in readers], lam, name=name)
-        # one metadata key: with more, safetensors orders them differently in every process
-        save_file(mixed, folder / weights / file, metadata={"format": "pt"})
-    return find(folder, "the soup")
+    if not tensors:
+        raise ParentError(
+            f"{label} holds no tensors", where=str(weights), fix="register the checkpoint again"
+        )
+    if where:
+        _check_index(where, tensors, weights / INDEX, label)
+    known = MIXED.keys() | COPIED.keys()
+    odd = [f"{name}: {info.dtype}" for name, info in tensors.items() if info.dtype not in known]
+    if odd:
+        raise ParentError(
+            f"{label} is quantised, or of another dtype that cannot be merged:\n    "
+            + "\n    ".join(shorten(odd, 10)),
+            where=str(weights),
+            fix=f"register the weights in one of {', '.join(MIXED)}",
+        )
+    return Checkpoint(label, root, weights, tokenizer, config, tensors, stamps)

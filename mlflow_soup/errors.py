@@ -3,6 +3,7 @@
     SoupError                        exit 1: anything without a code of its own
     ├── SpecError (also ValueError)  exit 2: the request is wrong, nothing was touched
     ├── GateError                    exit 3: a promotion that no passed gate stands behind
+    ├── MismatchError                exit 3: a soup is not what its manifest says
     ├── ParentError                  exit 4: a parent is missing, damaged, or of another shape
     ├── OvertakenError               exit 5: another run moved the target meanwhile
     ├── ObjectiveError               exit 1: an evaluation failed or gave no finite score
@@ -46,6 +47,12 @@ class SpecError(SoupError, ValueError):
 
 class GateError(SoupError):
     """A promotion was asked for that no passed gate stands behind."""
+
+    exit_code = 3
+
+
+class MismatchError(SoupError):
+    """A soup is not what its manifest says."""
 
     exit_code = 3
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mlflow_soup.records import Recipe, Version
+from mlflow_soup.records import Digests, Manifest, Recipe, Source, Version
 
 # tags of model versions
 PARENTS = "soup.parents"  # "12,13" (same model) or "a/12,b/3", oldest first
@@ -36,6 +36,10 @@ EVIDENCE = "evidence.json"
 REPORT = "report.md"
 LANDSCAPE = "landscape"  # .png and .svg
 
+# the manifest
+SCHEMA = 1
+KERNEL = "fp32 products and sums, separate, in parent order; one rounding, to nearest even"
+
 PASSED, REFUSED = "passed", "refused"
 
 
@@ -59,31 +63,73 @@ def key_of(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def manifest(
-    name: str, recipe: Recipe, parents: Mapping[Version, str], key: str, run_id: str, digest: str
-) -> dict[str, Any]:
-    """What a soup is made of, for `soup_manifest.json`; λ as hex floats, to be exact.
+def format_manifest(manifest: Manifest) -> dict[str, Any]:
+    """What goes into `soup_manifest.json`; λ as hex floats, to be exact.
 
-    Args:
-        name: the registered model it goes to.
-        recipe: method and merge weights.
-        parents: version → tensor digest, oldest first.
-        key: the search key.
-        run_id: the search run.
-        digest: the soup's own tensor digest.
+    `parse_manifest` is its inverse.
     """
     return {
-        "schema": 1,
-        "model": name,
-        "method": recipe.method,
+        "schema": SCHEMA,
+        "model": manifest.model,
+        "method": manifest.method,
+        "kernel": KERNEL,
         "parents": [
-            {"uri": version.uri, "digest": parent_digest, "lambda": float(lam).hex()}
-            for (version, parent_digest), lam in zip(parents.items(), recipe.lam, strict=True)
+            {
+                "uri": source.uri,
+                "lambda": float(source.lam).hex(),
+                "run_id": source.run_id,
+                "location": source.location,
+                **_format_digests(source.digests),
+            }
+            for source in manifest.sources
         ],
-        "digest": digest,
-        "search_key": key,
-        "run_id": run_id,
+        **_format_digests(manifest.digests),
+        "inherited": dict(manifest.inherited),
+        "search": dict(manifest.search),
+        "versions": dict(manifest.versions),
     }
+
+
+def parse_manifest(content: Any) -> Manifest:
+    """The manifest that `format_manifest` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is none, or of another schema.
+    """
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"schema {content['schema']!r}, and this version reads {SCHEMA}")
+    sources = tuple(
+        Source(
+            str(parent["uri"]),
+            float.fromhex(parent["lambda"]),
+            _parse_digests(parent),
+            str(parent["run_id"]),
+            str(parent["location"]),
+        )
+        for parent in content["parents"]
+    )
+    return Manifest(
+        str(content["model"]),
+        str(content["method"]),
+        sources,
+        _parse_digests(content),
+        dict(content["inherited"]),
+        dict(content["search"]),
+        dict(content["versions"]),
+    )
+
+
+def _format_digests(digests: Digests | None) -> dict[str, Any]:
+    if digests is None:
+        return {"digest": None}
+    files, tensors = dict(digests.files), dict(digests.tensors)
+    return {"digest": digests.canonical, "files": files, "tensors": tensors}
+
+
+def _parse_digests(content: Mapping[str, Any]) -> Digests | None:
+    if content["digest"] is None:
+        return None
+    return Digests(str(content["digest"]), dict(content["tensors"]), dict(content["files"]))
 
 
 def version_tags(
@@ -99,10 +145,11 @@ def version_tags(
     }
 
 
-def card(name: str, recipe: Recipe, parents: tuple[Version, ...]) -> str:
+def card(manifest: Manifest) -> str:
     """The model card: front matter that Hugging Face tools read, and the recipe in words."""
-    base = "\n".join(f"- {json.dumps(version.uri)}" for version in parents)
-    shares = ", ".join(f"{lam:g} × {v}" for lam, v in zip(recipe.lam, parents, strict=True))
+    names = [source.uri for source in manifest.sources]
+    base = "\n".join(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)
+    shares = ", ".join(f"{source.lam:g} × `{source.uri}`" for source in manifest.sources)
     return f"""---
 library_name: transformers
 base_model:
@@ -113,9 +160,9 @@ tags:
 - mlflow-soup
 ---
 
-# {name}: a soup of {" and ".join(map(str, parents))}
+# {manifest.model or "Soup"}: {" and ".join(f"`{name}`" for name in names)}
 
-Weighted average of checkpoints: {shares}. Exact weights and digests: `soup_manifest.json`.
+Weighted average of checkpoints: {shares}. Exact weights: `soup_manifest.json`.
 Method: Liu et al., "Checkpoint Merging via Bayesian Optimization in LLM Pretraining",
 arXiv:2403.19390.
 """

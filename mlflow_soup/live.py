@@ -1,24 +1,59 @@
 """A transformers model in memory whose weights are any mix of open checkpoints.
 
-Parents are opened through `from_pretrained` as well, so that whatever renaming or fusing the
-installed transformers does between disk and memory happens to all alike; linear merges commute
-with it. Same-dtype checkpoints are memory-mapped, so parents cost page cache, not memory.
+The names and shapes that tensors have on disk are not always those of the model's parameters:
+GPTNeoX's `embed_out` is `lm_head` in memory, and the experts of a mixture are fused into one
+parameter. What is mixed is what is on disk, into the part of the parameter that it becomes; so the
+live model has the bits that loading the written soup gives. Parents stay memory-mapped: they cost
+page cache, not memory.
 """
 
 import contextlib
 import io
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import __version__ as transformers_version
+from transformers.core_model_loading import revert_weight_conversion
 
 from mlflow_soup.checkpoint import Checkpoint
 from mlflow_soup.errors import ParentError, SpecError
-from mlflow_soup.merge import mix
+from mlflow_soup.merge import Scratch, add_up, all_same, same_bytes, terms
 
-Weights = Mapping[str, Tensor]
+
+@dataclass(frozen=True)
+class Place:
+    """The part of a live parameter that a tensor on disk becomes: whole rows, one after another."""
+
+    parameter: str
+    first_row: int
+    rows: int
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """That part, shape (n,); a view."""
+        parameter = parameters[self.parameter]
+        by_row = parameter.view(_rows(parameter), -1)
+        return by_row[self.first_row : self.first_row + self.rows].view(-1)
+
+
+def _rows(parameter: Tensor) -> int:
+    """Vectors along the last dimension; the elements where there is but one dimension."""
+    return math.prod(parameter.shape[:-1]) if parameter.ndim > 1 else parameter.numel()
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor of all parents, and where its mixture goes."""
+
+    name: str
+    live: Tensor  # shape (n,)
+    parents: tuple[Tensor, ...]  # each of shape (n,)
+    same: bool  # byte for byte, in all parents
 
 
 @contextlib.contextmanager
@@ -58,23 +93,65 @@ def _load(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _tensors(model: Any) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, tied ones once (by storage, not by name)."""
-    seen: dict[int, str] = {}
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if seen.setdefault(tensor.data_ptr(), name) == name
-    }
+def _locate(model: Any, checkpoint: Checkpoint) -> dict[str, Place]:
+    """Where each tensor on disk is in memory, in the terms of the transformers that loaded it.
 
-
-def open_weights(checkpoint: Checkpoint) -> Weights:
-    """A checkpoint's tensors under the names they have in memory; not to be written into.
+    transformers is asked to undo its renaming and fusing on a model whose every row holds nothing
+    but its number. The answer is then compared with the loaded weights, byte by byte: it comes out
+    of the inner workings of transformers, and a wrong soup is worse than no soup.
 
     Raises:
-        ParentError: transformers cannot load it, or some weight is missing or left over.
+        ParentError: some weight is not made of whole rows of tensors on disk.
     """
-    return _tensors(_load(checkpoint))
+    parameters = {name: p for name, p in model.state_dict().items() if p.numel()}
+    numbers, starts, count = {}, [], 0
+    for name, parameter in parameters.items():
+        rows = _rows(parameter)
+        shape = (*parameter.shape[:-1], 1) if parameter.ndim > 1 else parameter.shape
+        numbers[name] = torch.arange(count, count + rows).view(shape)
+        starts.append(count)
+        count += rows
+    try:
+        on_disk = revert_weight_conversion(model, dict(numbers))
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise _rearranged(checkpoint, str(error)) from error
+
+    names = list(parameters)
+    places: dict[str, Place] = {}
+    # tied parameters are one storage under several names: written once
+    left = {parameter.data_ptr(): _rows(parameter) for parameter in parameters.values()}
+    taken = set()
+    for name, tensor in checkpoint.read():
+        row_numbers = on_disk.get(name)  # transformers has no use for old Pythia's buffers
+        if row_numbers is None or not tensor.numel():
+            continue
+        first, rows = int(row_numbers.flatten()[0]), row_numbers.numel()
+        if not torch.equal(row_numbers.flatten(), torch.arange(first, first + rows)):
+            continue
+        owner = bisect_right(starts, first) - 1
+        place = Place(names[owner], first - starts[owner], rows)
+        live, storage = place.of(parameters), parameters[place.parameter].data_ptr()
+        # a head that was saved beside the embedding it is tied to may hold something else
+        if (storage, place.first_row) in taken or len(live) != tensor.numel():
+            continue
+        if same_bytes(live, tensor.reshape(-1).to(live.dtype)):
+            places[name] = place
+            taken.add((storage, place.first_row))
+            left[storage] -= rows
+    missing = [name for name, parameter in parameters.items() if left[parameter.data_ptr()]]
+    if missing:
+        raise _rearranged(checkpoint, ", ".join(missing[:5]))
+    return places
+
+
+def _rearranged(checkpoint: Checkpoint, detail: str) -> ParentError:
+    return ParentError(
+        f"transformers {transformers_version} loads {checkpoint.label} in a way that cannot be "
+        f"followed: {detail}",
+        where=str(checkpoint.weights),
+        fix="report it with the model's architecture: weights that are transposed or interleaved "
+        "on loading are not supported",
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -99,15 +176,35 @@ class LiveModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
-        self.model = _load(checkpoint).to(_device(device)).eval()
+        model = _load(checkpoint)
+        self._places = _locate(model, checkpoint)
+        self.model = model.to(_device(device)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(
             str(checkpoint.tokenizer), trust_remote_code=False, local_files_only=True
         )
-        self._tensors = _tensors(self.model)
+        self._scratch = Scratch()
 
-    @torch.no_grad()
-    def set_weights(self, sources: Sequence[Weights], lam: Sequence[float]) -> None:
+    def link(self, parents: Sequence[Checkpoint], *, resident: bool = False) -> list[Link]:
+        """Connect the parameters with parents, for `set_weights` to mix any number of times.
+
+        Args:
+            parents: oldest first, compatible with the checkpoint the model was loaded from.
+            resident: read them into memory now, for disks that are slow to read again.
+        """
+        parameters = self.model.state_dict()
+        weights = [dict(parent.read()) for parent in parents]
+        links = []
+        for name, place in self._places.items():
+            tensors = tuple(own[name].reshape(-1) for own in weights)
+            same = all_same(tensors)
+            if resident:
+                tensors = tuple(tensor.clone() for tensor in tensors)
+            links.append(Link(name, place.of(parameters), tensors, same))
+        return links
+
+    def set_weights(self, links: Sequence[Link], lam: Sequence[float]) -> None:
         """Write Σ λ_i·Θ_i into the model, always from the parents: moving from λ to λ' drifts."""
-        for name, tensor in self._tensors.items():
-            tensor.copy_(mix([source[name] for source in sources], lam, name=name))
+        for link in links:
+            parts = terms(link.parents, lam, same=link.same, name=link.name)
+            add_up(parts, link.live, scratch=self._scratch)
         self.model.eval()

@@ -3,65 +3,201 @@
     out = Σ c_i·Θ_i,   c_i and every product and sum in fp32, one rounding to the parents' dtype
 
 Products and sums are separate operations on purpose: `torch.lerp` and `addcmul` fuse them on some
-CPUs and not on others, and then the registered file could not be made again bit for bit.
+CPUs and not on others, and then the registered file could not be made again bit for bit. It works
+through chunks whose fp32 rows stay in the cache; neither their size nor the number of threads can
+be seen in the result.
 """
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mlflow_soup.errors import ParentError
 
+# elements for each thread: rows of half a megabyte, two of which fit an L2 cache
+CHUNK = 1 << 17
+Term = tuple[Tensor, float]
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_GLANCE = 4096  # elements: trained tensors differ in the first few
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's elements as integers of their width, shape (n,); a view where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(_BITS[tensor.element_size()])
+
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
     """True when two tensors hold the same bytes; NaNs and signed zeros count as bytes."""
-    return (
-        first.dtype == second.dtype
-        and first.shape == second.shape
-        and torch.equal(
-            first.contiguous().reshape(-1).view(torch.uint8),
-            second.contiguous().reshape(-1).view(torch.uint8),
-        )
-    )
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    a, b = bits(first), bits(second)
+    return torch.equal(a[:_GLANCE], b[:_GLANCE]) and torch.equal(a, b)
 
 
-def mix(tensors: Sequence[Tensor], coefficients: Sequence[float], *, name: str = "") -> Tensor:
-    """The weighted sum of one tensor over its parents (Liu et al. 2024, arXiv:2403.19390, eq. 1).
+def all_same(tensors: Sequence[Tensor]) -> bool:
+    """True when all parents hold the same bytes in a tensor, so that it is copied."""
+    return all(same_bytes(tensors[0], other) for other in tensors[1:])
 
-    A coefficient of 1 beside zeros gives that parent byte for byte, and so do parents that agree
-    byte for byte (old Pythia's `masked_bias` is −inf: multiplied, it would become NaN).
+
+class Scratch:
+    """The kernel's working memory, made once and used for every chunk of every tensor.
 
     Args:
-        tensors: K tensors of one shape (...) and dtype, oldest parent first. Not modified.
-        coefficients: K merge weights c; they sum to 1.
-        name: the tensor's name, for the error.
+        chunk: elements at a time; default: `CHUNK` for each of torch's threads.
+    """
 
-    Returns:
-        A tensor (...) of the parents' dtype; one of `tensors` itself where nothing is to be mixed.
+    def __init__(self, chunk: int | None = None) -> None:
+        self.chunk = chunk or CHUNK * torch.get_num_threads()
+        self._rows: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def row(self, dtype: torch.dtype, number: int, length: int) -> Tensor:
+        """The first `length` elements of a row; its content is whatever was there."""
+        row = self._rows.get((dtype, number))
+        if row is None:
+            row = self._rows[dtype, number] = torch.empty(self.chunk, dtype=dtype)
+        return row[:length]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch work on one thread: what waits for a disk has no use for more.
+
+    OpenMP's threads spin between two operations, and so burn the core that writes or digests.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def terms(
+    tensors: Sequence[Tensor],
+    coefficients: Sequence[float],
+    *,
+    same: bool | None = None,
+    name: str = "",
+) -> list[Term]:
+    """What has to be added up: one tensor with weight 1 where nothing is to be mixed.
+
+    A coefficient of 1 beside zeros gives that parent byte for byte, and so do parents that agree
+    byte for byte (old Pythia's `masked_bias` is −inf: multiplied by 0, it would become NaN).
+
+    Args:
+        tensors: K tensors of one shape (...) and dtype, oldest parent first.
+        coefficients: K merge weights c; they sum to 1.
+        same: what `all_same` says of the tensors, if it is known already.
+        name: the tensor's name, for the error.
 
     Raises:
         ParentError: the parents disagree on a tensor that is not of floating point.
     """
     for tensor, coefficient in zip(tensors, coefficients, strict=True):
         if coefficient == 1.0:
-            return tensor
-    first = tensors[0]
-    if all(same_bytes(first, other) for other in tensors[1:]):
-        return first
-    if not first.is_floating_point():
+            return [(tensor, 1.0)]
+    if all_same(tensors) if same is None else same:
+        return [(tensors[0], 1.0)]
+    if not tensors[0].is_floating_point():
         raise ParentError(
-            f"parents differ in {name!r}, which is {first.dtype} and cannot be mixed",
+            f"parents differ in {name!r}, which is {tensors[0].dtype} and cannot be mixed",
             where="the parents' weights",
-            fix="merge checkpoints of one training run; integer tensors must agree",
+            fix="merge checkpoints of one training run: integer tensors must agree; quantised "
+            "weights cannot be merged",
         )
+    return [(t, c) for t, c in zip(tensors, coefficients, strict=True) if c != 0.0]  # 0·∞ is NaN
+
+
+@torch.no_grad()
+def add_up(parts: Sequence[Term], out: Tensor, *, scratch: Scratch, check: bool = False) -> bool:
+    """Write Σ c·Θ into `out`; nothing is allocated once the scratch rows exist.
+
+    Args:
+        parts: tensors on the CPU, contiguous, each of shape (n,), and their coefficients.
+        out: shape (n,); where its dtype or device is another than the tensors', the sum is rounded
+            to their dtype first and converted afterwards, as loading it from a file would.
+        scratch: working memory.
+        check: look for values that are not finite.
+
+    Returns:
+        False when `check` found NaN or infinity.
+    """
+    first, lead = parts[0]
+    copied = len(parts) == 1 and lead == 1.0
     work = torch.float64 if first.dtype == torch.float64 else torch.float32
-    parts = [
-        tensor.to(work) * torch.tensor(coefficient, dtype=work)
-        for tensor, coefficient in zip(tensors, coefficients, strict=True)
-        if coefficient != 0.0  # 0·∞ is NaN
-    ]
-    out = parts[0]
-    for part in parts[1:]:
-        out += part
-    return out.to(first.dtype)
+    check = check and first.is_floating_point()
+    alike = (out.dtype, out.device) == (first.dtype, first.device)
+    for start in range(0, first.numel(), scratch.chunk):
+        here = slice(start, start + scratch.chunk)
+        target, total = out[here], first[here]
+        if not copied:
+            total = _product(total, lead, scratch.row(work, 0, len(total)))
+            for tensor, coefficient in parts[1:]:
+                row = scratch.row(work, 1, len(total))
+                total.add_(_product(tensor[here], coefficient, row))
+        if not copied and not alike:
+            target.copy_(scratch.row(first.dtype, 2, len(total)).copy_(total))
+        else:
+            target.copy_(total)
+        if check:
+            row = scratch.row(work, 0, len(total)).copy_(total) if copied else total
+            if not _all_finite(row, target):
+                return False
+    return True
+
+
+@torch.no_grad()
+def is_finite(tensor: Tensor, scratch: Scratch) -> bool:
+    """True when a tensor of shape (n,) holds neither NaN nor infinity."""
+    if not tensor.is_floating_point():
+        return True
+    work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    parts = (tensor[i : i + scratch.chunk] for i in range(0, len(tensor), scratch.chunk))
+    return all(_all_finite(scratch.row(work, 0, len(p)).copy_(p), p) for p in parts)
+
+
+def _all_finite(row: Tensor, values: Tensor) -> bool:
+    """True when all values are finite; the row holds the same in working precision."""
+    # a sum is finite only if all is; the rare overflow of the sum itself is looked into
+    return math.isfinite(row.sum()) or bool(torch.isfinite(values).all())
+
+
+def _product(tensor: Tensor, coefficient: float, row: Tensor) -> Tensor:
+    """c·Θ in the row's precision."""
+    if tensor.dtype == row.dtype:
+        return torch.mul(tensor, coefficient, out=row)
+    return row.copy_(tensor).mul_(coefficient)
+
+
+def mix(
+    tensors: Sequence[Tensor],
+    coefficients: Sequence[float],
+    *,
+    name: str = "",
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """The weighted sum of one tensor over its parents (Liu et al. 2024, arXiv:2403.19390, eq. 1).
+
+    Args:
+        tensors: K tensors of one shape (...) and dtype, oldest parent first. Not modified.
+        coefficients: K merge weights c; they sum to 1.
+        name: the tensor's name, for the error.
+        scratch: working memory to use again.
+
+    Returns:
+        A tensor (...) of the parents' dtype; one of `tensors` itself where nothing is to be mixed
+        (see `terms`).
+
+    Raises:
+        ParentError: the parents disagree on a tensor that is not of floating point.
+    """
+    parts = terms(tensors, coefficients, name=name)
+    if parts[0][1] == 1.0:
+        return parts[0][0]
+    out = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
+    flat = [(tensor.reshape(-1), coefficient) for tensor, coefficient in parts]
+    add_up(flat, out.view(-1), scratch=scratch or Scratch())
+    return out

@@ -14,8 +14,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 from tqdm import tqdm
 
-from mlflow_soup import checkpoint, lineage, registry, report, search, tracking
 from mlflow_soup import gate as gates
+from mlflow_soup import lineage, provenance, registry, report, search, tracking
 from mlflow_soup.bench import (
     Bench,
     Opened,
@@ -29,10 +29,12 @@ from mlflow_soup.bench import (
     rivals,
     set_up,
 )
-from mlflow_soup.errors import GateError, NonFiniteError, ObjectiveError, SpecError
-from mlflow_soup.live import Weights, open_weights
+from mlflow_soup.compatibility import check_compatible
+from mlflow_soup.errors import GateError, NonFiniteError, ObjectiveError, ParentError, SpecError
+from mlflow_soup.live import Link
 from mlflow_soup.records import (
     Evidence,
+    Manifest,
     Outcome,
     Recipe,
     Score,
@@ -77,7 +79,8 @@ def _log_request(client: MlflowClient, run_id: str, job: _Job) -> None:
 def _search(job: _Job, run_id: str) -> list[Trial]:
     """Trials until the budget is spent; those of an earlier run with the same key count."""
     spec, space = job.spec, job.space
-    sources = [open_weights(o.checkpoint) for o in job.opened]
+    parents = [o.checkpoint for o in job.opened]
+    links = job.bench.live.link(parents, resident=spec.parents_in == "memory")
     trials: list[Trial] = []
     history = tracking.read_trials(job.client, job.key)[: spec.trials]
     best, at = float("-inf"), ""
@@ -87,7 +90,7 @@ def _search(job: _Job, run_id: str) -> list[Trial]:
                 trial = history.pop(0)
             else:
                 recipe = search.ask(space, trials, acquisition=spec.acquisition, seed=spec.seed)
-                trial = _try(job, run_id, len(trials), recipe, sources)
+                trial = _try(job, run_id, len(trials), recipe, links)
             trials.append(trial)
             bar.update()
             if trial.held_out is None:
@@ -104,7 +107,7 @@ def _search(job: _Job, run_id: str) -> list[Trial]:
     return trials
 
 
-def _try(job: _Job, run_id: str, number: int, recipe: Recipe, sources: Sequence[Weights]) -> Trial:
+def _try(job: _Job, run_id: str, number: int, recipe: Recipe, links: Sequence[Link]) -> Trial:
     """One λ: a child run with its params, metrics, item rows and seconds."""
     client, bench, lam = job.client, job.bench, recipe.lam[-1]
     tags = {
@@ -120,7 +123,7 @@ def _try(job: _Job, run_id: str, number: int, recipe: Recipe, sources: Sequence[
             params = {"lambda": f"{lam:g}", "method": recipe.method, "weights": weights}
             tracking.log(client, child, params=params)
             begin = time.monotonic()
-            bench.live.set_weights(sources, recipe.lam)
+            bench.live.set_weights(links, recipe.lam)
             merged = time.monotonic()
             score = bench.held_out.score()
             numbers = {
@@ -155,21 +158,44 @@ def _scored(trials: Sequence[Trial], recipe: Recipe, what: str) -> Score:
     )
 
 
-def _write_and_register(job: _Job, run_id: str, recipe: Recipe) -> tuple[Version, str]:
+def _write_and_register(
+    job: _Job, run_id: str, recipe: Recipe, trials: Sequence[Trial]
+) -> tuple[Version, str]:
     """The soup as a new version, read back from the store; and its digest."""
+    client = job.client
     versions = tuple(o.parent.version for o in job.opened)
+    origins = [
+        provenance.Origin(o.parent.folder, v.uri, *registry.origin(client, v))
+        for o, v in zip(job.opened, versions, strict=True)
+    ]
+    search = {
+        "key": job.key,
+        "run_id": run_id,
+        "evaluator": job.bench.held_out.settings(),
+        "held_out": {
+            ",".join(weight.hex() for weight in t.recipe.lam): t.held_out.value
+            for t in trials
+            if t.held_out is not None
+        },
+    }
     with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as temporary:
-        folder = Path(temporary) / "soup"
-        written = checkpoint.write([o.checkpoint for o in job.opened], recipe.lam, folder)
-        digest = checkpoint.digest(written)
-        digests = {o.parent.version: o.parent.digest for o in job.opened}
-        manifest = lineage.manifest(job.name, recipe, digests, job.key, run_id, digest)
-        (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=2))
-        (folder / checkpoint.CARD).write_text(lineage.card(job.name, recipe, versions))
+        folder = Path(temporary)
+        manifest = provenance.make(
+            [o.checkpoint for o in job.opened],
+            origins,
+            recipe.lam,
+            folder,
+            method=recipe.method,
+            model=job.name,
+            search=search,
+        )
+        assert manifest.digests is not None
+        _check_unchanged(job.opened, manifest)
+        digest = manifest.digests.canonical
         parents = lineage.format_parents(job.name, versions)
         tags = lineage.version_tags(parents, recipe, job.key, run_id, digest)
         version = registry.register(
-            job.client,
+            client,
             folder,
             name=job.name,
             run_id=run_id,
@@ -177,8 +203,25 @@ def _write_and_register(job: _Job, run_id: str, recipe: Recipe) -> tuple[Version
             tags=tags | {lineage.EVALUATOR: job.bench.held_out.fingerprint},
             description=f"Soup of {' and '.join(map(str, versions))}, λ = {recipe.lam[-1]:g}.",
         )
-    check_stored(job.client, version, digest)
+    check_stored(client, version, digest)
     return version, digest
+
+
+def _check_unchanged(parents: Sequence[Opened], manifest: Manifest) -> None:
+    """Refuse a soup of other weights than the search has scored.
+
+    Raises:
+        ParentError: a parent's weights are not those it had when the search began.
+    """
+    for opened, source in zip(parents, manifest.sources, strict=True):
+        assert source.digests is not None
+        if source.digests.canonical != opened.parent.digest:
+            raise ParentError(
+                f"the weights of {opened.parent.version} were changed during the search",
+                where=f"{opened.parent.folder}: {source.digests.canonical}, "
+                f"{opened.parent.digest} before",
+                fix="registered versions must not be written to; run the same command again",
+            )
 
 
 def _examine(
@@ -248,7 +291,7 @@ def run(spec: Spec) -> Outcome:
         existing = registry.find_soup(client, job.name, job.key)
         if existing is None:
             recipe = search.recommend(job.space, trials)
-            version, digest = _write_and_register(job, run_id, recipe)
+            version, digest = _write_and_register(job, run_id, recipe, trials)
         else:  # what was registered, should another library version recommend another λ today
             its = registry.tags_of(client, existing)
             recipe = job.space.recipe(float(its[lineage.LAMBDA]))
@@ -322,7 +365,7 @@ def _prepare(spec: Spec) -> _Job:
         )
     suites = load_suites(spec)
     opened = [open_version(client, version) for version in versions]
-    checkpoint.check_compatible([o.checkpoint for o in opened])
+    check_compatible([o.checkpoint for o in opened])
     champions = open_rivals(client, name, spec, opened)
     bench = set_up(spec, opened[-1].checkpoint, suites)
     request = {

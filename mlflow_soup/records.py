@@ -4,9 +4,10 @@ Held-out and OOD scores live in different records (`Trial`, `Evidence`), so that
 out-of-domain number can reach the search.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, order=True)
@@ -48,6 +49,90 @@ class Recipe:
 
     method: str
     lam: tuple[float, ...]  # merge weights λ, one per parent, in parent order, oldest first; sum 1
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What identifies a checkpoint's bytes.
+
+    Attributes:
+        canonical: of all tensors, however they are laid out in files; `sha256:…`.
+        tensors: name on disk → SHA-256 of its bytes.
+        files: weight file → SHA-256.
+    """
+
+    canonical: str
+    tensors: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor of a soup that is not what its parents give.
+
+    Attributes:
+        tensor: its name.
+        count: how many of its elements differ; 0 where dtype or shape do.
+        index: of the first of them.
+        expected, found: that element's bits; or dtype and shape.
+    """
+
+    tensor: str
+    count: int
+    index: tuple[int, ...]
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parent as a soup's manifest tells of it.
+
+    Attributes:
+        uri: `models:/name/12`, or a folder.
+        lam: its weight λ.
+        digests: of its files and tensors; None when none were taken.
+        run_id: the MLflow run that logged it.
+        location: where the registry said that its files are.
+    """
+
+    uri: str
+    lam: float
+    digests: Digests | None
+    run_id: str = ""
+    location: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a soup is made of, and how: all that is needed to make it again.
+
+    Attributes:
+        model: the registered model it was made for; empty for a merge without search.
+        method: how the weights enter, `linear`.
+        sources: the parents, oldest first.
+        digests: the soup's own; None when none were taken.
+        inherited: file of the newest parent → SHA-256, for configs and tokenizer.
+        search: key, run, evaluator and scores of the search that chose λ; empty without one.
+        versions: of the libraries that made it.
+    """
+
+    model: str
+    method: str
+    sources: tuple[Source, ...]
+    digests: Digests | None
+    inherited: Mapping[str, str]
+    search: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `verify` looked at."""
+
+    what: str
+    holds: bool
+    detail: str
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,15 @@ from mlflow.models import Model
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from mlflow_soup import lineage
-from mlflow_soup.errors import GateError, OvertakenError, ParentError, SpecError, StoreError
+from mlflow_soup import family, lineage
+from mlflow_soup.errors import (
+    GateError,
+    OvertakenError,
+    ParentError,
+    SpecError,
+    StoreError,
+    redact,
+)
 from mlflow_soup.records import Version
 from mlflow_soup.spec import Target, VersionRef, check_name
 from mlflow_soup.tracking import asking, pages, where
@@ -131,6 +138,27 @@ def tags_of(client: MlflowClient, version: Version) -> dict[str, str]:
         return dict(client.get_model_version(version.name, str(version.number)).tags)
 
 
+def trace(client: MlflowClient, version: Version) -> family.Family:
+    """A version and all that it is made of, generation by generation; each is looked up once.
+
+    Deleted parents are members of kind `missing`.
+    """
+    members: dict[Version, family.Member] = {}
+    generation = [version]
+    while generation:
+        for v in dict.fromkeys(generation):
+            with asking(f"look up {v}"):
+                found = _version(client, v.name, VersionRef(v.number, None))
+            members[v] = (
+                family.read(v, found.tags, tuple(found.aliases))
+                if found is not None
+                else family.Member(v, family.MISSING)
+            )
+        parents = [parent for v in generation for parent, _ in members[v].parents]
+        generation = [parent for parent in parents if parent not in members]
+    return family.gather(version, members)
+
+
 def set_tags(client: MlflowClient, version: Version, tags: Mapping[str, str]) -> None:
     """Write a version's tags, one by one: MLflow has no other way."""
     with asking(f"tag {version}"):
@@ -144,6 +172,14 @@ def model_id(client: MlflowClient, version: Version) -> str | None:
         source = client.get_model_version(version.name, str(version.number)).source
     match = _MODEL_ID.match(source or "")
     return str(match[1]) if match else None
+
+
+def origin(client: MlflowClient, version: Version) -> tuple[str, str]:
+    """The run that logged a version, and where its files are."""
+    with asking(f"look up {version}"):
+        run_id = client.get_model_version(version.name, str(version.number)).run_id
+        location = client.get_model_version_download_uri(version.name, str(version.number))
+    return run_id or "", redact(location)
 
 
 def find_soup(client: MlflowClient, name: str, key: str) -> Version | None:
@@ -387,9 +423,20 @@ def standing(client: MlflowClient, name: str, target: Target) -> Version | None:
 
 def _copy(client: MlflowClient, version: Version, model: str) -> Version:
     """The version's copy in another registered model, made when it is not there yet."""
-    digest = tags_of(client, version)[lineage.DIGEST]
+    tags = tags_of(client, version)
+    copy = _find_copy(client, version, model, tags[lineage.DIGEST])
+    if copy is None:
+        copy = Version(model, int(client.copy_model_version(version.uri, model).version))
+    # the bare numbers that MLflow copied would name versions of the copy's model
+    parents = tuple(parent for parent, _ in family.read(version, tags).parents)
+    if parents:
+        set_tags(client, copy, {lineage.PARENTS: lineage.format_parents(model, parents)})
+    return copy
+
+
+def _find_copy(client: MlflowClient, version: Version, model: str, digest: str) -> Version | None:
     with contextlib.suppress(MlflowException):
         for found in client.search_model_versions(f"name='{model}'"):
             if found.tags.get(lineage.DIGEST) == digest and found.source == version.uri:
                 return Version(model, int(found.version))
-    return Version(model, int(client.copy_model_version(version.uri, model).version))
+    return None

@@ -14,6 +14,7 @@ from typing import Any, Self
 from mlflow_soup.errors import SpecError
 
 _VERSION = re.compile(r"v?(?P<number>[1-9][0-9]*)|@(?P<alias>[A-Za-z0-9_-]{1,255})")
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?=v?[0-9])|(?=@))(?P<version>[^/]+)")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
 _PROMOTE = re.compile(
     r"(?:(?P<kind>alias|stage):)?(?P<name>[A-Za-z0-9_-]+)"
@@ -63,6 +64,25 @@ def parse_version(text: str, where: str = "--version") -> VersionRef:
         )
     number = match["number"]
     return VersionRef(int(number) if number else None, match["alias"])
+
+
+def parse_uri(text: str, where: str = "argument URI") -> tuple[str, VersionRef]:
+    """Model and version of `models:/my-llm/14`, `models:/my-llm/v14` or `models:/my-llm@champion`.
+
+    Raises:
+        SpecError: it is none of them; a logged model and a stage are not.
+    """
+    text = text.strip()
+    match = _URI.fullmatch(text)
+    if match is None:
+        fix = "write models:/my-llm/14 or models:/my-llm@champion"
+        if re.fullmatch(r"models:/m-[0-9a-f]+", text):
+            fix = f"it is a logged model: register it, then {fix}"
+        elif re.fullmatch(r"(?i)models:/[^/]+/(none|staging|production|archived|latest)", text):
+            fix = f"a stage may hold several versions: {fix}"
+        raise SpecError(f"{text!r} names no registered version", where=where, fix=fix)
+    check_name(match["name"], where)
+    return match["name"], parse_version(match["version"], where)
 
 
 def parse_pair(text: str) -> tuple[VersionRef, VersionRef]:
@@ -138,12 +158,12 @@ def _check_alias(alias: str, where: str) -> None:
         )
 
 
-def check_name(model: str) -> None:
+def check_name(model: str, where: str = "--model, or MLFLOW_SOUP_MODEL") -> None:
     """Refuse names of registered models that cannot be put into MLflow's search filters."""
     if model and not _MODEL.fullmatch(model):
         raise SpecError(
             f"{model!r} is not taken as the name of a registered model",
-            where="--model, or MLFLOW_SOUP_MODEL",
+            where=where,
             fix="letters, digits, spaces and _.- only, a letter or digit first",
         )
 
@@ -222,6 +242,12 @@ class Spec:
     device: str = knob(
         "auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", "run evaluate"
     )
+    parents_in: str = knob(
+        "mmap",
+        "Where parents stay during the search: mapped from their files, or read into memory.",
+        "run",
+        choices=("mmap", "memory"),
+    )
     experiment: str = knob(
         "", "MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, or Default.", "run evaluate"
     )
@@ -250,6 +276,8 @@ class Spec:
             raise _refuse("trials", self.trials, "at least 4: parents, uniform soup, one more")
         if self.acquisition not in ACQUISITIONS:
             raise _refuse("acquisition", self.acquisition, f"one of {', '.join(ACQUISITIONS)}")
+        if self.parents_in not in ("mmap", "memory"):
+            raise _refuse("parents_in", self.parents_in, "mmap or memory")
         if not 0.0 <= self.margin < float("inf"):
             raise _refuse("margin", self.margin, "a finite number from 0")
         if not 0.5 < self.confidence < 1.0:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # before anything heavy is imported, and for every process a test starts
@@ -51,6 +51,33 @@ def checkpoints(tmp_path_factory, trained) -> list[Path]:
         toy.damage_digits(toy.noisy(trained, 2, 0.9)),
     ]
     return [toy.save(model, root / f"v{i}") for i, model in enumerate(models, start=1)]
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path) -> Path:
+    """A copy of the first checkpoint, for a test to spoil."""
+    return shutil.copytree(checkpoints[0], tmp_path / "spoilt")
+
+
+@pytest.fixture
+def mount(tmp_path) -> Iterator[Callable[[str, str], Path]]:
+    """Mounts a file system of memory; skips the test where nobody may."""
+    mounted = []
+
+    def mount(kind: str, options: str = "defaults") -> Path:
+        folder = tmp_path / f"{kind}{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", kind, "-o", options, kind, folder]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"mounting is not permitted here: {error}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 def register(client: MlflowClient, folder: Path, name: str = MODEL) -> int:

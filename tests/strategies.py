@@ -6,7 +6,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mlflow_soup.records import Items, Recipe, Score, Trial, Version
+from mlflow_soup.records import (
+    Digests,
+    Items,
+    Manifest,
+    Recipe,
+    Score,
+    Source,
+    Trial,
+    Version,
+)
 from mlflow_soup.space import Space
 from mlflow_soup.spec import Target, VersionRef
 
@@ -128,3 +137,35 @@ def requests() -> st.SearchStrategy[dict]:
     values = st.text(max_size=8) | st.integers() | st.floats(allow_nan=False) | st.none()
     fields = st.text(max_size=8)
     return st.dictionaries(fields, values | st.lists(values, max_size=3), min_size=1, max_size=5)
+
+
+def digests() -> st.SearchStrategy[Digests]:
+    """Digests of a few tensors and files."""
+    hexes = st.binary(min_size=32, max_size=32).map(bytes.hex)
+    names = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1)
+    named = st.dictionaries(names, hexes, max_size=3)
+    return st.builds(Digests, hexes.map("sha256:{}".format), named, named)
+
+
+def manifests() -> st.SearchStrategy[Manifest]:
+    """Manifests of two to four parents, with and without digests and a search."""
+    uris = versions().map(lambda version: version.uri) | st.just("/checkpoints/12")
+    sources = st.builds(
+        Source,
+        uris,
+        st.floats(0, 1),
+        st.none() | digests(),
+        st.sampled_from(["", "0a1b"]),
+        st.sampled_from(["", "s3://bucket/12"]),
+    )
+    search = st.just({}) | st.just({"key": "k", "run_id": "r", "held_out": {"0x1p-1": 0.5}})
+    return st.builds(
+        Manifest,
+        st.just("") | model_names(),
+        st.just("linear"),
+        st.lists(sources, min_size=2, max_size=4).map(tuple),
+        st.none() | digests(),
+        st.just({}) | st.just({"config.json": "0" * 64}),
+        search,
+        st.just({"torch": "2.13.0"}),
+    )

@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import shutil
 
 import pytest
@@ -6,41 +8,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy
-from mlflow_soup import checkpoint, errors
-from mlflow_soup.checkpoint import check_compatible, differences, digest, find, write
+from mlflow_soup.checkpoint import INDEX, SINGLE, find, shorten
+from mlflow_soup.compatibility import check_compatible
+from mlflow_soup.errors import ParentError
+
+FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+def weights():
+    """Three small tensors; `shard` puts a and c into the first file, b into the second."""
+    return {name: torch.full((2, 3), float(i)) for i, name in enumerate("abc")}
 
 
 @pytest.fixture
-def folder(checkpoints, tmp_path):
-    """A checkpoint that a test may spoil."""
-    return shutil.copytree(checkpoints[0], tmp_path / "spoilt")
-
-
-def edit_config(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def edit_tensors(folder, **tensors):
-    path = folder / "model.safetensors"
-    content = {**load_file(path), **tensors}
-    save_file({k: v for k, v in content.items() if v is not None}, path, {"format": "pt"})
-
-
-def shard(folder):
-    """The same checkpoint in two files with an index."""
-    content = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(content)
-    weight_map = {}
-    for i, part in enumerate((names[::2], names[1::2]), start=1):
-        file = f"model-0000{i}-of-00002.safetensors"
-        save_file({name: content[name] for name in part}, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    size = sum(t.numel() * t.element_size() for t in content.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / checkpoint.INDEX).write_text(json.dumps(index))
-    return folder
+def bare(tmp_path):
+    """A checkpoint of three tensors, for a test to spoil."""
+    return toy.bare(tmp_path / "bare", weights())
 
 
 def test_a_plain_folder_is_found(checkpoints):
@@ -65,178 +48,320 @@ def test_a_folder_below_artifacts_is_found(checkpoints, tmp_path):
     assert find(tmp_path, "v1").weights == tmp_path / "artifacts" / "hf"
 
 
-def test_the_digest_does_not_depend_on_sharding(checkpoints, folder):
-    assert digest(find(shard(folder), "sharded")) == digest(find(checkpoints[0], "v1"))
+def test_tensors_come_in_the_order_of_their_data_not_of_their_names(tmp_path):
+    tensors = {name: torch.tensor([float(i)]) for i, name in enumerate("zamy")}
+    found = find(toy.bare(tmp_path / "bare", tensors), "v1")
+    assert list(found.tensors) == list("zamy")
+    assert [(name, tensor.item()) for name, tensor in found.read()] == [
+        *zip("zamy", range(4), strict=True)
+    ]
 
 
-@pytest.mark.parametrize("change", ["value", "name", "shape"])
-def test_the_digest_tells_tensors_apart(checkpoints, folder, change):
-    bias = load_file(folder / "model.safetensors")["gpt_neox.final_layer_norm.bias"].clone()
-    if change == "value":
-        bias[0] = torch.nextafter(bias[0], torch.tensor(1.0))
-        edit_tensors(folder, **{"gpt_neox.final_layer_norm.bias": bias})
-    elif change == "name":
-        edit_tensors(folder, **{"gpt_neox.final_layer_norm.bias": None, "renamed": bias})
-    else:
-        edit_tensors(folder, **{"gpt_neox.final_layer_norm.bias": bias.reshape(2, 24)})
-    assert digest(find(folder, "changed")) != digest(find(checkpoints[0], "v1"))
+def test_shards_are_read_one_after_the_other(bare):
+    found = find(toy.shard(bare), "v1")
+    assert found.files() == [FIRST, SECOND]
+    assert [(name, info.file) for name, info in found.tensors.items()] == [
+        ("a", FIRST),
+        ("c", FIRST),
+        ("b", SECOND),
+    ]
+    read = dict(found.read())
+    assert list(read) == ["a", "c", "b"]
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights().items())
 
 
-def test_a_soup_keeps_its_newest_parents_layout(checkpoints, folder, tmp_path):
-    parents = [find(checkpoints[1], "v2"), find(shard(folder), "v1")]
-    soup = write(parents, (0.25, 0.75), tmp_path / "soup")
-    assert soup.tensors == parents[1].tensors
-    assert {p.name for p in (tmp_path / "soup").iterdir()} == {p.name for p in folder.iterdir()}
-    assert (tmp_path / "soup" / checkpoint.INDEX).read_bytes() == (
-        folder / checkpoint.INDEX
-    ).read_bytes()
-    old, new = (dict(p.read()) for p in parents)
-    for name, tensor in soup.read():
-        expected = old[name] * torch.tensor(0.25) + new[name] * torch.tensor(0.75)
-        assert torch.equal(tensor, expected)
+def no_weights(folder):
+    (folder / SINGLE).unlink()
 
 
-@pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_at_its_ends_the_soup_is_a_parent_byte_for_byte(checkpoints, tmp_path, lam):
-    parents = [find(folder, folder.name) for folder in checkpoints[:2]]
-    write(parents, (1 - lam, lam), tmp_path / "soup")
-    parent = checkpoints[int(lam)]
-    assert load_file(tmp_path / "soup" / "model.safetensors").keys() == parents[0].tensors.keys()
-    assert digest(find(tmp_path / "soup", "soup")) == digest(find(parent, "parent"))
+def pickle(folder):
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
 
 
-def test_the_file_is_the_same_each_time(checkpoints, tmp_path):
-    parents = [find(folder, folder.name) for folder in checkpoints[:2]]
-    for name in ("once", "twice"):
-        write(parents, (0.3, 0.7), tmp_path / name)
-    once, twice = (tmp_path / n / "model.safetensors" for n in ("once", "twice"))
-    assert once.read_bytes() == twice.read_bytes()
+def adapter(folder):
+    (folder / SINGLE).unlink()
+    (folder / "adapter_config.json").write_text("{}")
 
 
-def test_neither_manifest_nor_card_of_a_soup_is_inherited(checkpoints, folder, tmp_path):
-    for name in (checkpoint.MANIFEST, checkpoint.CARD, "registered_model_meta"):
-        (folder / name).write_text("of the parent")
-    write([find(checkpoints[1], "v2"), find(folder, "v1")], (0.5, 0.5), tmp_path / "soup")
-    assert not (tmp_path / "soup" / checkpoint.MANIFEST).exists()
-    assert not (tmp_path / "soup" / "registered_model_meta").exists()
+def adapter_beside_weights(folder):
+    (folder / "adapter_config.json").write_text("{}")
 
 
-def test_every_difference_is_in_one_report(checkpoints, folder):
-    edit_config(folder, rotary_pct=0.5, transformers_version="4.0.0")
-    bias = torch.zeros(3)
-    edit_tensors(folder, **{"gpt_neox.final_layer_norm.bias": bias, "more": bias.clone()})
-    (folder / "tokenizer.json").write_text("{}")
-    lines = differences(find(checkpoints[0], "models:/a/1"), find(folder, "models:/a/2"))
-    assert any("rotary_pct" in line and "0.5" in line for line in lines)
-    assert "gpt_neox.final_layer_norm.bias: F32 (48,) against F32 (3,)" in lines
-    assert "more: only in models:/a/2" in lines
-    assert "tokenizer: tokenizer.json differs" in lines
-    assert not any("transformers_version" in line for line in lines)
-    with pytest.raises(errors.ParentError, match=r"only in models:/a/2\n"):
-        check_compatible([find(checkpoints[0], "models:/a/1"), find(folder, "models:/a/2")])
+def two_models(folder):
+    shutil.copytree(folder, folder / "again")
 
 
-def test_another_dtype_is_a_difference(checkpoints, folder):
-    half = {k: v.bfloat16() for k, v in load_file(folder / "model.safetensors").items()}
-    edit_tensors(folder, **half)
-    with pytest.raises(errors.ParentError, match=r"F32 .* against BF16"):
-        check_compatible([find(checkpoints[0], "v1"), find(folder, "v2")])
+def own_code(folder):
+    toy.edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
 
 
-def test_checkpoints_of_one_run_do_not_differ(checkpoints):
-    check_compatible([find(folder, folder.name) for folder in checkpoints])
+def quantised(folder):
+    toy.edit_json(folder / "config.json", quantization_config={"bits": 4})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_are_refused_by_name(folder, value):
-    bias = load_file(folder / "model.safetensors")["gpt_neox.final_layer_norm.bias"].clone()
-    bias[7] = value
-    edit_tensors(folder, **{"gpt_neox.final_layer_norm.bias": bias})
-    with pytest.raises(errors.ParentError, match=r"final_layer_norm\.bias.*NaN or infinity"):
-        digest(find(folder, "v1"))
+def compressed(folder):
+    toy.edit_json(folder / "config.json", compression_config={"format": "int-quantized"})
 
 
-def test_old_pythias_infinite_mask_is_let_through_and_copied(checkpoints, folder, tmp_path):
-    name = "gpt_neox.layers.0.attention.masked_bias"
-    second = shutil.copytree(checkpoints[1], tmp_path / "second")
-    for at in (folder, second):
-        edit_tensors(at, **{name: torch.tensor(-float("inf"), dtype=torch.float16)})
-    parents = [find(folder, "v1"), find(second, "v2")]
-    digest(parents[0])
-    write(parents, (0.5, 0.5), tmp_path / "soup")
-    assert load_file(tmp_path / "soup" / "model.safetensors")[name].item() == -float("inf")
+def eight_bit_floats(folder):
+    scaled = torch.ones(4).to(torch.float8_e4m3fn)
+    toy.lay_out(folder / SINGLE, {**weights(), "q_proj.weight": scaled})
 
 
-def spoil(folder, how):
-    if how == "no weights":
-        (folder / "model.safetensors").unlink()
-    elif how == "pickle":
-        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    elif how == "adapter":
-        (folder / "model.safetensors").unlink()
-        (folder / "adapter_config.json").write_text("{}")
-    elif how == "two models":
-        shutil.copytree(folder, folder / "again")
-    elif how == "own code":
-        edit_config(folder, auto_map={"AutoModelForCausalLM": "evil.Model"})
-    elif how == "quantised":
-        edit_config(folder, quantization_config={"bits": 4})
-    elif how == "truncated":
-        content = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(content[:-100])
-    elif how == "no tokenizer":
-        (folder / "tokenizer_config.json").unlink()
-    elif how == "config is no JSON":
-        (folder / "config.json").write_text("{")
-    elif how == "shard elsewhere":
-        shard(folder)
-        index = json.loads((folder / checkpoint.INDEX).read_text())
-        index["weight_map"]["embed_out.weight"] = "../model-00001-of-00002.safetensors"
-        (folder / checkpoint.INDEX).write_text(json.dumps(index))
+def truncated(folder):
+    content = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(content[:-10])
+
+
+def no_safetensors(folder):
+    (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1")
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer_config.json").unlink()
+
+
+def two_tokenizers(folder):
+    for name in ("slow", "fast"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "tokenizer_config.json", folder / name)
+    no_tokenizer(folder)
+
+
+def config_is_no_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def config_is_no_object(folder):
+    (folder / "config.json").write_text("[1]")
+
+
+def config_is_nested_without_end(folder):
+    (folder / "config.json").write_text('{"a":' * 100_000)
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("spoil", "words"),
     [
-        ("no weights", "0 folders with config.json and"),
-        ("pickle", "pickles are not read"),
-        ("adapter", "merge_and_unload"),
-        ("two models", "2 folders"),
-        ("own code", "brings its own code"),
-        ("quantised", "is quantised"),
-        ("truncated", "is damaged"),
-        ("no tokenizer", "0 folders with a tokenizer"),
-        ("config is no JSON", "cannot be read"),
-        ("shard elsewhere", "no file beside it"),
+        (no_weights, "0 folders with config.json and"),
+        (pickle, "pickles are not read"),
+        (adapter, "merge_and_unload"),
+        (adapter_beside_weights, "an adapter beside its weights"),
+        (two_models, "2 folders with config.json"),
+        (own_code, "brings its own code.*auto_map"),
+        (quantised, "is quantised.*quantization_config"),
+        (compressed, "is quantised.*compression_config"),
+        (eight_bit_floats, "is quantised.*\n.*q_proj.weight: F8_E4M3"),
+        (truncated, "model.safetensors of models:/toy/1 is damaged"),
+        (no_safetensors, "model.safetensors of models:/toy/1 is damaged"),
+        (no_tokenizer, "0 folders with a tokenizer"),
+        (two_tokenizers, "2 folders with a tokenizer"),
+        (config_is_no_json, "config.json of models:/toy/1 cannot be read"),
+        (config_is_no_object, "config.json of models:/toy/1 is not a JSON object"),
+        (config_is_nested_without_end, "config.json of models:/toy/1 cannot be read"),
     ],
 )
-def test_what_is_no_sound_checkpoint_is_refused_with_a_reason(folder, how, words):
-    spoil(folder, how)
-    with pytest.raises(errors.ParentError, match=words):
-        find(folder, "models:/toy/1")
+def test_what_is_no_sound_checkpoint_is_refused_with_a_reason(bare, spoil, words):
+    spoil(bare)
+    with pytest.raises(ParentError, match=words) as refusal:
+        find(bare, "models:/toy/1")
+    assert "models:/toy/1" in refusal.value.what
+    assert refusal.value.exit_code == 4
 
 
-def test_links_are_not_copied_into_a_soup(checkpoints, folder, tmp_path):
-    (folder / "notes.txt").symlink_to("/etc/passwd")
-    with pytest.raises(errors.ParentError, match="holds a link"):
-        write([find(checkpoints[1], "v2"), find(folder, "v1")], (0.5, 0.5), tmp_path / "soup")
-    assert not (tmp_path / "soup").exists()
+def rename_in_index(folder, **files):
+    """Say of tensors that they are in other files; None takes them out."""
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"] | files
+    kept = {name: file for name, file in weight_map.items() if file is not None}
+    toy.edit_json(folder / INDEX, weight_map=kept)
 
 
-def test_a_soup_of_a_model_and_itself_is_that_model(checkpoints, tmp_path):
-    parent = find(checkpoints[0], "v1")
-    soup = write([parent, parent], (0.3, 0.7), tmp_path / "soup")
-    assert digest(soup) == digest(parent)
+def in_the_wrong_shard(folder):
+    rename_in_index(folder, b=FIRST, c=SECOND)
 
 
-def test_tied_weights_are_written_once(tmp_path, trained):
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+def missing_in_the_index(folder):
+    rename_in_index(folder, c=None)
 
-    config = GPTNeoXConfig(**{**trained.config.to_dict(), "tie_word_embeddings": True})
-    for i in (1, 2):
-        torch.manual_seed(i)
-        toy.save(GPTNeoXForCausalLM(config), tmp_path / f"v{i}")
-    parents = [find(tmp_path / f"v{i}", f"v{i}") for i in (1, 2)]
-    soup = write(parents, (0.4, 0.6), tmp_path / "soup")
-    assert soup.tensors.keys() == parents[0].tensors.keys()
-    assert "embed_out.weight" not in soup.tensors
+
+def in_no_shard(folder):
+    rename_in_index(folder, d=SECOND)
+
+
+def in_two_shards(folder):
+    toy.lay_out(folder / SECOND, {"b": torch.ones(2, 3), "c": torch.ones(2, 3)})
+
+
+def unlisted_shard(folder):
+    toy.lay_out(folder / "model-00003-of-00003.safetensors", {"d": torch.ones(2)})
+
+
+def single_file_beside_shards(folder):
+    toy.lay_out(folder / SINGLE, weights())
+
+
+def shard_gone(folder):
+    (folder / SECOND).unlink()
+
+
+def shard_is_a_link(folder):
+    (folder / SECOND).rename(folder.parent / "elsewhere.safetensors")
+    (folder / SECOND).symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def shard_above(folder):
+    shutil.copy(folder / SECOND, folder.parent)
+    rename_in_index(folder, b=f"../{SECOND}")
+
+
+def shard_is_the_folder_above(folder):
+    rename_in_index(folder, b="..")
+
+
+def shard_by_absolute_path(folder):
+    rename_in_index(folder, b=str(folder / SECOND))
+
+
+def no_weight_map(folder):
+    toy.edit_json(folder / INDEX, weight_map=None)
+
+
+def no_index(folder):
+    (folder / INDEX).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (in_the_wrong_shard, f"b: the index says {FIRST}, it is in {SECOND}\n    c: the index"),
+        (missing_in_the_index, f"c: the index says nothing, it is in {FIRST}"),
+        (in_no_shard, f"d: the index says {SECOND}, it is in no file"),
+        (in_two_shards, f"'c' of models:/toy/1 is in two files\n  where: {FIRST} and {SECOND}"),
+        (unlisted_shard, "2 files, but 3 are there\n.*model-00003-of-00003.safetensors"),
+        (single_file_beside_shards, "2 files, but 3 are there\n.*: model.safetensors"),
+        (shard_gone, f"names '{SECOND}', which is no file beside it"),
+        (shard_is_a_link, f"{SECOND} of models:/toy/1 is a link"),
+        (shard_above, f"names '../{SECOND}', which is no file beside it"),
+        (shard_is_the_folder_above, r"names '\.\.', which is no file beside it"),
+        (shard_by_absolute_path, "which is no file beside it"),
+        (no_weight_map, "names 0 files, but 2 are there"),
+        (no_index, f"2 files of weights and no index\n.*{FIRST}, {SECOND}"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards_is_refused(bare, spoil, words):
+    spoil(toy.shard(bare))
+    with pytest.raises(ParentError, match=words) as refusal:
+        find(bare, "models:/toy/1")
+    assert "models:/toy/1" in refusal.value.what
+
+
+def test_one_file_has_one_name(bare):
+    (bare / SINGLE).rename(bare / "weights.safetensors")
+    with pytest.raises(ParentError, match=rf"no index\n.*weights\.safetensors\n.*{SINGLE}"):
+        find(bare, "v1")
+
+
+def test_a_long_report_ends_with_a_count():
+    lines = [str(number) for number in range(7)]
+    assert shorten(lines, 7) == lines
+    assert shorten(lines, 5) == ["0", "1", "2", "3", "4", "and 2 more"]
+
+
+def test_an_index_wrong_about_many_tensors_gives_a_report_of_bearable_length(tmp_path):
+    folder = toy.bare(tmp_path / "bare", {f"t{i:03}": torch.ones(1) for i in range(300)})
+    toy.shard(folder)
+    names = json.loads((folder / INDEX).read_text())["weight_map"]
+    swapped = {name: SECOND if file == FIRST else FIRST for name, file in names.items()}
+    toy.edit_json(folder / INDEX, weight_map=swapped)
+    with pytest.raises(ParentError, match="and 200 more") as refusal:
+        find(folder, "v1")
+    assert len(str(refusal.value).splitlines()) < 110
+
+
+def huge(folder, size):
+    """A checkpoint of one tensor as long as that, of which the disk holds the header only."""
+    toy.bare(folder, {})
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}})
+    with (folder / SINGLE).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + size)
+    return folder
+
+
+def test_checkpoints_larger_than_the_memory_are_compared_by_their_headers(tmp_path):
+    sizes = (10**12, 10**12, 10**12 - 2)
+    found = [find(huge(tmp_path / str(i), size), f"v{i}") for i, size in enumerate(sizes)]
+    assert found[0].tensors["w"].shape == (5 * 10**11,)
+    check_compatible(found[:2])
+    with pytest.raises(ParentError, match=re.escape("BF16 (500000000000,) against BF16 (49999")):
+        check_compatible(found)
+
+
+def longer(path):
+    with path.open("ab") as file:
+        file.write(b" ")
+
+
+def touched(path):
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def gone(path):
+    path.unlink()
+
+
+def replaced_by_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("file", [FIRST, SECOND])
+@pytest.mark.parametrize("change", [longer, touched, gone, replaced_by_a_folder])
+def test_a_checkpoint_that_was_written_to_is_noticed_by_file(bare, file, change):
+    found = find(toy.shard(bare), "models:/toy/1")
+    found.check_unchanged()
+    change(bare / file)
+    with pytest.raises(ParentError, match=rf"^{file} of models:/toy/1 was written to"):
+        found.check_unchanged()
+
+
+def test_reading_does_not_count_as_a_change(bare):
+    found = find(bare, "v1")
+    assert {name: tensor.sum().item() for name, tensor in found.read()} == {"a": 0, "b": 6, "c": 12}
+    found.check_unchanged()
+    assert load_file(bare / SINGLE).keys() == found.tensors.keys()
+
+
+def test_weights_that_are_a_link_are_refused(bare):
+    (bare / SINGLE).rename(bare.parent / "elsewhere")
+    (bare / SINGLE).symlink_to(bare.parent / "elsewhere")
+    with pytest.raises(ParentError, match=f"{SINGLE} of models:/toy/1 is a link"):
+        find(bare, "models:/toy/1")
+
+
+def test_a_checkpoint_without_tokenizer_is_found_where_none_is_needed(bare):
+    for path in bare.glob("*token*"):
+        path.unlink()
+    assert find(bare, "v1", with_tokenizer=False).tensors.keys() == {"a", "b", "c"}
+    with pytest.raises(ParentError, match="0 folders with a tokenizer"):
+        find(bare, "v1")
+
+
+def test_a_file_larger_than_all_memory_is_read_where_it_is_asked_for(bare):
+    size = 1 << 40
+    header = {"hole": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (bare / SINGLE).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    ((name, tensor),) = find(bare, "v1", with_tokenizer=False).read()
+    assert (name, len(tensor)) == ("hole", size // 2)
+    assert tensor[-1].item() == 0.0
+
+
+def test_a_checkpoint_without_tensors_is_refused(bare):
+    save_file({}, bare / SINGLE, {"format": "pt"})
+    with pytest.raises(ParentError, match="holds no tensors"):
+        find(bare, "v1", with_tokenizer=False)

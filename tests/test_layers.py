@@ -23,18 +23,23 @@ PURE = (
     "gate",
     "lineage",
     "spec",
+    "family",
     "report",
 )
 # none may import another, but for these
 EDGES = {
     "checkpoint": set(),
+    "compatibility": {"checkpoint"},
+    "digests": {"checkpoint"},
+    "durable": set(),
+    "soup": {"checkpoint", "digests", "durable"},
     "live": {"checkpoint"},
     "registry": {"tracking"},
     "tracking": set(),
     "suite": {"live"},
     "objective": {"live", "suite"},
 }
-REST = ("bench", "pipeline", "__init__", "cli", "__main__")
+REST = ("provenance", "bench", "pipeline", "__init__", "cli", "__main__")
 
 ALLOWED = {"errors": set(), "records": set()}
 ALLOWED |= {name: {*NOUNS, *PURE[:i]} for i, name in enumerate(PURE)}
@@ -46,7 +51,7 @@ HOMES = {
     "lm_eval": {"suite", "objective"},
     "transformers": {"live"},
     "safetensors": {"checkpoint"},
-    "torch": {"merge", "checkpoint", "live", "objective"},
+    "torch": {"merge", "checkpoint", "digests", "durable", "soup", "live", "objective"},
     "click": {"cli"},
 }
 

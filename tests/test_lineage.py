@@ -12,13 +12,14 @@ import strategies as s
 from mlflow_soup import lineage
 from mlflow_soup.lineage import (
     card,
+    format_manifest,
     format_parents,
     key_of,
-    manifest,
+    parse_manifest,
     parse_parents,
     version_tags,
 )
-from mlflow_soup.records import Recipe, Version
+from mlflow_soup.records import Version
 
 several = st.lists(s.versions(), min_size=1, max_size=4).map(tuple)
 
@@ -69,24 +70,25 @@ def test_a_key_is_that_of_the_plain_text():
     assert key_of(request) == hashlib.sha256(text.encode()).hexdigest()
 
 
-@given(lam=st.floats(0, 1), versions=st.lists(s.versions(), min_size=2, max_size=2, unique=True))
-def test_a_manifest_gives_back_the_exact_recipe_from_json(lam, versions):
-    recipe = Recipe("linear", (1.0 - lam, lam))
-    digests = {version: f"sha256:{i}" for i, version in enumerate(versions)}
-    written = json.dumps(manifest("toy", recipe, digests, "key", "run", "sha256:soup"))
-    read = json.loads(written)
-    assert tuple(float.fromhex(p["lambda"]) for p in read["parents"]) == recipe.lam
-    assert [p["uri"] for p in read["parents"]] == [version.uri for version in versions]
-    assert [p["digest"] for p in read["parents"]] == ["sha256:0", "sha256:1"]
-    assert (read["schema"], read["model"], read["method"]) == (1, "toy", "linear")
-    assert (read["search_key"], read["run_id"], read["digest"]) == ("key", "run", "sha256:soup")
+@given(manifest=s.manifests())
+def test_a_manifest_reads_back_as_it_is_written(manifest):
+    assert parse_manifest(json.loads(json.dumps(format_manifest(manifest)))) == manifest
 
 
-def test_a_manifest_needs_one_weight_for_each_parent():
-    with pytest.raises(ValueError, match="zip"):
-        manifest(
-            "toy", Recipe("linear", (1.0,)), {Version("a", 1): "", Version("a", 2): ""}, *"krd"
-        )
+@given(manifest=s.manifests())
+def test_a_manifest_has_its_weights_to_the_last_bit(manifest):
+    written = json.loads(json.dumps(format_manifest(manifest)))
+    assert [float.fromhex(p["lambda"]) for p in written["parents"]] == [
+        source.lam for source in manifest.sources
+    ]
+    assert written["schema"] == 1
+    assert "fp32" in written["kernel"]
+
+
+@pytest.mark.parametrize("content", [None, [], {}, {"schema": 2}, {"schema": 1, "parents": [{}]}])
+def test_what_is_no_manifest_cannot_be_read(content):
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        parse_manifest(content)
 
 
 @given(recipe=s.recipes())
@@ -107,13 +109,12 @@ def test_no_two_names_are_the_same():
     assert "soup.parents" in names
 
 
-@given(name=s.model_names(), recipe=s.recipes(), parents=st.tuples(s.versions(), s.versions()))
-def test_the_cards_front_matter_names_the_parents_as_base_models(name, recipe, parents):
-    _, front, words = card(name, recipe, parents).split("---\n", 2)
-    matter = yaml.safe_load(front)
-    assert matter["base_model"] == [version.uri for version in parents]
-    assert matter["base_model_relation"] == "merge"
-    assert matter["library_name"] == "transformers"
-    assert "merge" in matter["tags"]
-    for lam, version in zip(recipe.lam, parents, strict=True):
-        assert f"{lam:g} × {version}" in words
+@given(manifest=s.manifests())
+def test_a_card_can_be_read_by_hugging_face_tools(manifest):
+    _, front, text = card(manifest).split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert fields["base_model"] == [source.uri for source in manifest.sources]
+    assert fields["base_model_relation"] == "merge"
+    assert {"merge", "mlflow-soup"} <= set(fields["tags"])
+    for source in manifest.sources:
+        assert f"{source.lam:g} × `{source.uri}`" in text

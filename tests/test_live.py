@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -9,14 +10,22 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import toy
-from mlflow_soup import errors
-from mlflow_soup.checkpoint import find, write
-from mlflow_soup.live import LiveModel, open_weights
+from mlflow_soup import errors, soup
+from mlflow_soup.checkpoint import find
+from mlflow_soup.live import LiveModel
 
 SMALL = {
     "hidden_size": 32,
@@ -25,54 +34,178 @@ SMALL = {
     "intermediate_size": 64,
     "vocab_size": 25,
 }
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+EXPERTS = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
     "gpt_neox tied": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, tie_word_embeddings=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "qwen2 tied": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**SMALL, tie_word_embeddings=True, num_key_value_heads=2)
+    "qwen2 tied": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED, tie_word_embeddings=True)),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**EXPERTS, moe_intermediate_size=16, shared_expert_intermediate_size=24)
     ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**EXPERTS, moe_intermediate_size=16, head_dim=8)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**EXPERTS)),
 }
+IDS = torch.arange(20)[None]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_live_model_is_the_written_file_bit_for_bit(tmp_path, family, dtype):
+def save_pair(family, dtype, root):
+    """Two checkpoints that agree in some tensors, as those of an expert nobody was routed to."""
+    folders = []
     for i in (1, 2):
         torch.manual_seed(i)
-        toy.save(FAMILIES[family]().to(dtype), tmp_path / f"v{i}")
-    parents = [find(tmp_path / f"v{i}", f"v{i}") for i in (1, 2)]
-    live = LiveModel(parents[0])
-    live.set_weights([open_weights(p) for p in parents], (0.37, 0.63))
-    write(parents, (0.37, 0.63), tmp_path / "soup")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
-    ids = torch.arange(20)[None]
+        folders.append(toy.save(FAMILIES[family]().to(dtype), root / f"v{i}"))
+    shared, content = (load_file(folder / "model.safetensors") for folder in folders)
+    agree = {name: tensor for name, tensor in shared.items() if ".1." in name}
+    save_file({**content, **agree}, folders[1] / "model.safetensors", {"format": "pt"})
+    return folders
+
+
+def link(live, folders):
+    return live.link([find(folder, folder.name) for folder in folders])
+
+
+def merge(folders, lam, out):
+    out.mkdir()
+    return soup.write([find(folder, folder.name) for folder in folders], lam, out)
+
+
+def logits(model):
     with torch.no_grad():
-        assert torch.equal(live.model(ids).logits, reloaded(ids).logits)
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_live_model_is_the_written_file_bit_for_bit(tmp_path, family, dtype):
+    folders = save_pair(family, dtype, tmp_path)
+    live = LiveModel(find(folders[0], "v1"))
+    links = link(live, folders)
+    live.set_weights(links, (0.9, 0.1))
+    live.set_weights(links, (0.37, 0.63))
+    merge(folders, (0.37, 0.63), tmp_path / "soup")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
+    expected = reloaded.state_dict()
+    for name, tensor in live.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(logits(live.model), logits(reloaded))
+    assert not torch.equal(logits(live.model), logits(LiveModel(find(folders[1], "v2")).model))
+
+
+def old_pythia(folder):
+    """Buffers as GPTNeoX checkpoints of transformers 4 have them, and no `dtype` in the config."""
+    path = folder / "model.safetensors"
+    content = load_file(path)
+    for layer in range(SMALL["num_hidden_layers"]):
+        attention = f"gpt_neox.layers.{layer}.attention"
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+        content[f"{attention}.bias"] = mask
+        content[f"{attention}.masked_bias"] = torch.tensor(float("-inf"), dtype=torch.float16)
+        content[f"{attention}.rotary_emb.inv_freq"] = torch.rand(
+            4, generator=torch.Generator().manual_seed(1)
+        )
+    save_file(content, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_old_pythias_buffers_are_kept_and_do_no_harm(tmp_path):
+    folders = [old_pythia(f) for f in save_pair("gpt_neox", torch.float16, tmp_path)]
+    live = LiveModel(find(folders[0], "v1"))
+    live.set_weights(link(live, folders), (0.4, 0.6))
+    merge(folders, (0.4, 0.6), tmp_path / "soup")
+    written = load_file(tmp_path / "soup" / "model.safetensors")
+    parent = load_file(folders[1] / "model.safetensors")
+    assert written.keys() == parent.keys()
+    for name in (n for n in parent if "attention." in n and "query" not in n and "dense" not in n):
+        assert torch.equal(written[name], parent[name])
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
+    assert torch.equal(logits(live.model), logits(reloaded))
+    assert torch.isfinite(logits(reloaded)).all()
+
+
+def test_a_weight_kept_in_another_precision_than_the_model_is_rounded_as_loading_rounds_it(
+    tmp_path,
+):
+    folders = save_pair("llama", torch.bfloat16, tmp_path)
+    for folder in folders:
+        content = load_file(folder / "model.safetensors")
+        content["model.norm.weight"] = torch.rand(32)  # F32 on disk, BF16 in memory
+        save_file(content, folder / "model.safetensors", {"format": "pt"})
+    live = LiveModel(find(folders[0], "v1"))
+    live.set_weights(link(live, folders), (0.37, 0.63))
+    merge(folders, (0.37, 0.63), tmp_path / "soup")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
+    assert torch.equal(
+        live.model.state_dict()["model.norm.weight"], reloaded.state_dict()["model.norm.weight"]
+    )
+    assert torch.equal(logits(live.model), logits(reloaded))
+
+
+def test_a_head_saved_beside_the_embedding_it_is_tied_to_is_written_once(tmp_path):
+    folders = save_pair("qwen2 tied", torch.float32, tmp_path)
+    for folder in folders:
+        content = load_file(folder / "model.safetensors")
+        content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
+        save_file(content, folder / "model.safetensors", {"format": "pt"})
+    live = LiveModel(find(folders[0], "v1"))
+    links = link(live, folders)
+    assert len([x for x in links if x.name in ("lm_head.weight", "model.embed_tokens.weight")]) == 1
+    live.set_weights(links, (0.25, 0.75))
+    merge(folders, (0.25, 0.75), tmp_path / "soup")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
+    assert torch.equal(logits(live.model), logits(reloaded))
 
 
 def test_moving_away_and_back_leaves_no_trace(checkpoints):
-    parents = [find(folder, folder.name) for folder in checkpoints[:2]]
-    live = LiveModel(parents[0])
-    sources = [open_weights(p) for p in parents]
-    ids = torch.arange(20)[None]
+    live = LiveModel(find(checkpoints[0], "v1"))
+    links = link(live, checkpoints[:2])
 
-    def logits(lam):
-        live.set_weights(sources, (1 - lam, lam))
-        with torch.no_grad():
-            return live.model(ids).logits
+    def at(lam):
+        live.set_weights(links, (1 - lam, lam))
+        return logits(live.model)
 
-    first = logits(0.3)
+    first = at(0.3)
     for lam in (0.0, 1.0, 0.77):
-        assert not torch.equal(logits(lam), first)
-    assert torch.equal(logits(0.3), first)
+        assert not torch.equal(at(lam), first)
+    assert torch.equal(at(0.3), first)
+
+
+def test_parents_read_into_memory_give_the_same_model(checkpoints):
+    live = LiveModel(find(checkpoints[0], "v1"))
+    mapped = link(live, checkpoints[:2])
+    live.set_weights(mapped, (0.3, 0.7))
+    expected = logits(live.model)
+    parents = [find(folder, folder.name) for folder in checkpoints[:2]]
+    resident = live.link(parents, resident=True)
+    assert {x.parents[0].data_ptr() for x in resident}.isdisjoint(
+        x.parents[0].data_ptr() for x in mapped
+    )
+    live.set_weights(resident, (0.0, 1.0))
+    live.set_weights(resident, (0.3, 0.7))
+    assert torch.equal(logits(live.model), expected)
+
+
+def test_switching_keeps_every_parameter_where_it_is(checkpoints):
+    live = LiveModel(find(checkpoints[0], "v1"))
+    links = link(live, checkpoints[:2])
+    before = {name: p.data_ptr() for name, p in live.model.state_dict().items()}
+    live.set_weights(links, (0.3, 0.7))
+    assert before == {name: p.data_ptr() for name, p in live.model.state_dict().items()}
 
 
 def test_switching_leaves_the_parents_files_alone(checkpoints):
     before = [(folder / "model.safetensors").read_bytes() for folder in checkpoints[:2]]
-    parents = [find(folder, folder.name) for folder in checkpoints[:2]]
-    live = LiveModel(parents[1])
-    live.set_weights([open_weights(p) for p in parents], (0.5, 0.5))
+    live = LiveModel(find(checkpoints[1], "v2"))
+    live.set_weights(link(live, checkpoints[:2]), (0.5, 0.5))
     assert before == [(folder / "model.safetensors").read_bytes() for folder in checkpoints[:2]]
 
 

@@ -1,14 +1,23 @@
 """The kernel, bit for bit: NumPy in separate operations says what every dtype must come to."""
 
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import strategies as s
 from mlflow_soup.errors import ParentError
-from mlflow_soup.merge import mix, same_bytes
+from mlflow_soup.merge import Scratch, add_up, is_finite, mix, same_bytes
 
 DTYPES = sorted(s.BITS, key=str)
 
@@ -72,6 +81,176 @@ def test_a_soup_of_three_adds_its_parents_oldest_first(dtype, drawn):
     lam = (0.2, 0.3, 0.5)
     if not same_bytes(tensors[0], tensors[1]):
         np.testing.assert_array_equal(bits(mix(tensors, lam)), expected_bits(tensors, lam))
+
+
+@cache
+def specials(dtype):
+    """Bits where rounding, underflow and overflow begin, of either sign."""
+    carrier, exponent = s.BITS[dtype]
+    normal = exponent & -exponent
+    one = exponent >> 1 & exponent
+    edges = [0, 1, 2, normal - 1, normal, normal + 1, one - 1, one, one + 1, exponent - 1]
+    sign = 1 << 8 * np.dtype(carrier).itemsize - 1
+    return np.array([edge | s for s in (0, sign) for edge in edges], carrier)
+
+
+@cache
+def trained(dtype):
+    """Two tensors: every pair of special numbers, then those again amid any finite ones."""
+    carrier, exponent = s.BITS[dtype]
+    edges = specials(dtype)
+    pairs = np.stack([np.repeat(edges, len(edges)), np.tile(edges, len(edges))])
+    rng = np.random.default_rng(5)
+    drawn = rng.integers(0, np.iinfo(carrier).max, (2, 300_000), carrier, endpoint=True)
+    finite = drawn[:, (drawn & carrier(exponent) != exponent).all(axis=0)]
+    rest = rng.permutation(np.concatenate([finite, np.tile(pairs, 40)], axis=1), axis=1)
+    both = np.concatenate([pairs, rest], axis=1)
+    return [torch.from_numpy(b.view(f"i{b.itemsize}").copy()).view(dtype) for b in both]
+
+
+LAMS = ((0.5, 0.5), (0.3, 0.7), (0.9999, 0.0001), (1 / 3, 2 / 3))
+
+
+@cache
+def trained_soup(dtype, lam):
+    """What NumPy makes of them."""
+    return expected_bits(trained(dtype), lam)
+
+
+@pytest.fixture(params=[1, 2, 8])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 333, 1024, None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neither_threads_nor_chunks_are_seen_in_the_bits(dtype, threads, chunk):
+    length = 800 * (chunk or 1000)  # a chunk costs some microseconds
+    tensors = [tensor[:length] for tensor in trained(dtype)]
+    scratch = Scratch(chunk)
+    assert scratch.chunk == chunk or scratch.chunk % threads == 0
+    for lam in LAMS:
+        soup = mix(tensors, lam, scratch=scratch)
+        np.testing.assert_array_equal(bits(soup), trained_soup(dtype, lam)[:length])
+
+
+LEVELS = ["DEFAULT", "AVX2", "AVX512"]
+MIX_AND_DIGEST = """
+import hashlib, sys
+import torch
+from safetensors.torch import load_file
+from mlflow_soup.merge import bits, mix
+print(torch.backends.cpu.get_cpu_capability())
+tensors = load_file(sys.argv[1])
+for name in sorted({name[:-1] for name in tensors}):
+    for lam in map(float, sys.argv[2:]):
+        soup = mix([tensors[name + "0"], tensors[name + "1"]], (1 - lam, lam))
+        print(hashlib.sha256(bits(soup).numpy().tobytes()).hexdigest())
+"""
+
+
+def test_the_bits_are_those_of_every_generation_of_cpus(tmp_path):
+    here = torch.backends.cpu.get_cpu_capability()
+    levels = LEVELS[: LEVELS.index(here) + 1] if here in LEVELS else ["DEFAULT"]
+    lams = ("0.5", "0.7", "0.0001")
+    tensors = {f"{dtype}.{i}": t for dtype in DTYPES for i, t in enumerate(trained(dtype))}
+    save_file(tensors, tmp_path / "inputs")
+    assert all(same_bytes(t, tensors[name]) for name, t in load_file(tmp_path / "inputs").items())
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", MIX_AND_DIGEST, tmp_path / "inputs", *lams],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": level.lower()},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for level in levels
+    ]
+    printed = [process.communicate()[0].split() for process in running]
+    assert [took for took, *_ in printed] == levels  # PyTorch obeyed
+    digests = [
+        hashlib.sha256(trained_soup(dtype, (1 - lam, lam)).tobytes()).hexdigest()
+        for dtype in DTYPES
+        for lam in map(float, lams)
+    ]
+    assert [own for _, *own in printed] == [digests] * len(levels)
+
+
+def exact(tensor):
+    """A tensor's numbers without any rounding."""
+    return [Fraction(value) for value in tensor.double().reshape(-1).tolist()]
+
+
+def spacing(value, dtype):
+    """The distance of a number of `dtype` from the next larger one."""
+    about = torch.finfo(dtype)
+    power = Fraction(about.smallest_normal)
+    while 2 * power <= abs(value):
+        power *= 2
+    return Fraction(about.eps) * power
+
+
+def slack(products, dtype):
+    """The most that λ, products and sums in working precision can be off.
+
+    Each rounds once: by half a unit in the last place, or by half the smallest subnormal number.
+    """
+    work = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    unit, least = Fraction(work.eps) / 2, Fraction(work.eps) * Fraction(work.smallest_normal)
+    return (len(products) + 2) * (unit * sum(map(abs, products)) + least)
+
+
+def ideals(tensors, lam):
+    """For each element: its place, its products with λ and their sum, without any rounding."""
+    numbers = zip(*map(exact, tensors), strict=True)
+    for i, values in enumerate(numbers):
+        products = [Fraction(c) * v for c, v in zip(lam, values, strict=True)]
+        yield i, products, sum(products)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(drawn=st.data(), recipe=s.recipes())
+def test_a_soup_is_within_one_rounding_of_the_exact_one(dtype, drawn, recipe):
+    tensors = drawn.draw(s.parents(dtype))
+    soup = exact(mix(tensors, recipe.lam))
+    for i, products, ideal in ideals(tensors, recipe.lam):
+        off = abs(soup[i] - ideal)
+        half = spacing(max(abs(ideal), abs(soup[i])), dtype) / 2
+        # in double precision the sum's rounding is the one to the parents' dtype
+        assert off <= slack(products, dtype) + half
+        # λ from 0 to 1 never leaves the interval between the parents by more than that
+        low, high = sorted((exact(tensors[0])[i], exact(tensors[1])[i]))
+        assert (
+            low - slack(products, dtype) - half <= soup[i] <= high + slack(products, dtype) + half
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(drawn=st.data(), recipe=s.recipes())
+def test_a_parent_mixed_with_itself_is_that_parent(dtype, drawn, recipe):
+    (tensor,) = drawn.draw(s.parents(dtype, count=1))
+    assert same_bytes(mix([tensor, tensor.clone()], recipe.lam), tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(drawn=st.data(), recipe=s.recipes())
+def test_two_parents_may_change_places_with_their_weights(dtype, drawn, recipe):
+    old, new = drawn.draw(s.parents(dtype))
+    assert same_bytes(mix([new, old], recipe.lam[::-1]), mix([old, new], recipe.lam))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(drawn=st.data())
+def test_three_parents_change_places_within_one_rounding(dtype, drawn):
+    tensors, lam = drawn.draw(s.parents(dtype, count=3)), (0.2, 0.3, 0.5)
+    orders = list(itertools.permutations(range(3)))
+    soups = [exact(mix([tensors[i] for i in o], [lam[i] for i in o])) for o in orders]
+    for i, products, _ in ideals(tensors, lam):
+        found = [soup[i] for soup in soups]
+        step = spacing(max(map(abs, found)), dtype)
+        assert max(found) - min(found) <= step + 2 * slack(products, dtype)
 
 
 def test_half_way_between_neighbours_goes_to_the_even_one():
@@ -155,3 +334,124 @@ def test_how_a_tensor_lies_in_memory_does_not_matter():
 )
 def test_tensors_are_the_same_by_their_bytes(first, second, same):
     assert same_bytes(first, second) is same
+
+
+def edges(length, chunk):
+    """The first and last elements of a tensor and of its chunks."""
+    return [0, chunk - 1, chunk, length // 2, length - 2, length - 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_what_is_not_finite_is_found_wherever_it_is(dtype, value, guilty):
+    length, scratch = 100_003, Scratch(1024)
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(length, generator=generator).to(dtype) for _ in range(2)]
+    parts = list(zip(tensors, (0.25, 0.75), strict=True))
+    out = torch.empty_like(tensors[0])
+    copied = [(tensors[guilty], 1.0)]
+    assert add_up(parts, out, scratch=scratch, check=True)
+    assert add_up(copied, out, scratch=scratch, check=True)
+    assert is_finite(tensors[guilty], scratch)
+    for place in edges(length, scratch.chunk):
+        before = tensors[guilty][place].item()
+        tensors[guilty][place] = value
+        assert not add_up(parts, out, scratch=scratch, check=True)
+        assert not add_up(copied, out, scratch=scratch, check=True)
+        assert not is_finite(tensors[guilty], scratch)
+        assert add_up(parts, out, scratch=scratch)  # nobody asked
+        tensors[guilty][place] = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)], ids=str)
+def test_the_largest_numbers_are_finite_though_their_sum_is_not(dtype, signs):
+    largest = torch.finfo(dtype).max
+    tensor = torch.tensor([signs[0] * largest, signs[1] * largest], dtype=dtype).repeat(3000)
+    half = (tensor / 2, 0.5)
+    scratch, out = Scratch(1024), torch.empty_like(tensor)
+    assert is_finite(tensor, scratch)
+    assert add_up([(tensor, 1.0)], out, scratch=scratch, check=True)
+    assert same_bytes(out, tensor)
+    assert add_up([(tensor, 0.5), half], out, scratch=scratch, check=True)
+    tensor[4000] = float("inf")
+    assert not is_finite(tensor, scratch)
+    assert not add_up([(tensor, 0.5), half], out, scratch=scratch, check=True)
+
+
+def test_a_soup_that_overflows_is_not_finite_though_its_parents_are():
+    # 0.01 + 0.5 + 0.49, each and their products rounded to fp32, are a little more than 1
+    largest = torch.full((2000,), torch.finfo(torch.float32).max)
+    parts, scratch = [(largest, c) for c in (0.01, 0.5, 0.49)], Scratch()
+    assert is_finite(largest, scratch)
+    assert not add_up(parts, torch.empty(2000), scratch=scratch, check=True)
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor([2**40]), torch.tensor([True]), torch.zeros(0)])
+def test_integers_and_nothing_are_finite(tensor):
+    assert is_finite(tensor, Scratch())
+    assert add_up([(tensor, 1.0)], tensor.clone(), scratch=Scratch(), check=True)
+
+
+@pytest.mark.parametrize("chunk", [7, 1024, None])
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_soup_for_another_dtype_is_rounded_to_its_parents_first(dtype, wide, chunk):
+    tensors = [torch.randn(5000, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    out, lam = torch.empty(5000, dtype=wide), (0.3, 0.7)
+    assert add_up(list(zip(tensors, lam, strict=True)), out, scratch=Scratch(chunk), check=True)
+    assert same_bytes(out, mix(tensors, lam).to(wide))
+    add_up([(tensors[1], 1.0)], out, scratch=Scratch(chunk))
+    assert same_bytes(out, tensors[1].to(wide))
+
+
+def test_rounding_once_would_give_other_numbers():
+    # 1 + 2⁻⁸ is half way between bf16's 1 and 1 + 2⁻⁷, and fp32 could hold it
+    old, new = torch.tensor([1.0]).bfloat16(), torch.tensor([1 + 2**-7]).bfloat16()
+    out = torch.empty(1)
+    add_up([(old, 0.5), (new, 0.5)], out, scratch=Scratch())
+    assert out.item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wide", [None, torch.float32], ids=str)
+def test_nothing_is_allocated_after_the_first_tensor(dtype, wide):
+    parents = [torch.randn(50_000).to(dtype) for _ in range(3)]
+    parts = list(zip(parents, (0.2, 0.3, 0.5), strict=True))
+    out, scratch = torch.empty(50_000, dtype=wide or dtype), Scratch(4096)
+    first = allocated(lambda: add_up(parts, out, scratch=scratch, check=True))
+    again = allocated(lambda: add_up(parts, out, scratch=scratch, check=True))
+    short = [(tensor[:99], c) for tensor, c in parts]
+    fewer = allocated(lambda: add_up(short, out[:99], scratch=scratch, check=True))
+    assert max(first) >= 4096 * 4  # the rows
+    assert max(again + fewer, default=0) <= 8  # numbers, which PyTorch keeps in tensors
+
+
+def allocated(action):
+    """The sizes in bytes of all memory that PyTorch asks for meanwhile."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        action()
+    events = profile.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+def test_rows_are_made_once_and_lent_again():
+    scratch = Scratch(100)
+    row = scratch.row(torch.float32, 0, 100)
+    assert len(row) == 100
+    assert scratch.row(torch.float32, 0, 30).data_ptr() == row.data_ptr()
+    others = [scratch.row(torch.float32, 1, 1), scratch.row(torch.float64, 0, 1)]
+    assert len({row.data_ptr(), *(other.data_ptr() for other in others)}) == 3

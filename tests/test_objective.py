@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 import toy
 from mlflow_soup import errors, gate
 from mlflow_soup.checkpoint import find
-from mlflow_soup.live import LiveModel, open_weights
+from mlflow_soup.live import LiveModel
 from mlflow_soup.objective import Evaluator
 from mlflow_soup.suite import load_suite
 
@@ -27,9 +27,9 @@ def live(checkpoints):
 
 def test_scores_are_those_of_lm_eval_on_the_merged_weights(live, checkpoints, tasks):
     evaluator = Evaluator(live, load_suite(EVERYTHING, include_path=str(tasks)))
-    sources = [open_weights(find(folder, folder.name)) for folder in checkpoints[:2]]
+    links = live.link([find(folder, folder.name) for folder in checkpoints[:2]])
     for lam in (0.0, 0.37, 1.0):
-        live.set_weights(sources, (1 - lam, lam))
+        live.set_weights(links, (1 - lam, lam))
         ours = {m.task + m.metric: m.value for m in evaluator.score().metrics}
         theirs = reference.simple_evaluate(
             HFLM(pretrained=live.model, tokenizer=toy.tokenizer(), batch_size=32),

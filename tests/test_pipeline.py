@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 
 import toy
 from conftest import MODEL, fill, register
-from mlflow_soup import Spec, checkpoint, errors, lineage, objective, pipeline, tracking
+from mlflow_soup import Spec, errors, lineage, objective, pipeline, soup, tracking
 from mlflow_soup import run as run_soup
 
 
@@ -106,7 +106,7 @@ def test_the_soup_loads_where_its_parents_did(client, outcome):
     with torch.no_grad():
         logits = model(**encode("abc abc ab", return_tensors="pt")).logits
     assert torch.isfinite(logits).all()
-    manifest = json.loads((Path(folder) / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((Path(folder) / soup.MANIFEST).read_text())
     assert manifest["digest"] == outcome.soup.digest
     assert [float.fromhex(p["lambda"]) for p in manifest["parents"]] == list(
         outcome.soup.recipe.lam

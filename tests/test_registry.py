@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mlflow_soup
 import toy
 from conftest import MODEL, register
-from mlflow_soup import Spec, checkpoint, errors, registry
+from mlflow_soup import Spec, errors, family, registry
+from mlflow_soup.checkpoint import find
+from mlflow_soup.digests import digest
 from mlflow_soup.records import Version
-from mlflow_soup.spec import VersionRef
+from mlflow_soup.spec import Target, VersionRef
 
 
 def test_a_local_store_is_read_where_it_lies(client):
@@ -25,9 +27,7 @@ def test_a_remote_store_is_downloaded_once(server_client, checkpoints, tmp_path,
     register(server_client, checkpoints[0], "cached")
     register(server_client, checkpoints[0], "cached")
     first = registry.pull(server_client, Version("cached", 1))
-    assert checkpoint.digest(checkpoint.find(first, "v1")) == checkpoint.digest(
-        checkpoint.find(checkpoints[0], "v1")
-    )
+    assert digest(find(first, "v1")) == digest(find(checkpoints[0], "v1"))
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert registry.pull(server_client, Version("cached", 1)) == first
     assert registry.pull(server_client, Version("cached", 2)) == first  # the same content
@@ -124,6 +124,76 @@ def test_the_model_may_come_from_the_environment(client, monkeypatch):
 def test_the_only_model_with_the_versions_is_meant(client):
     client.create_registered_model("other")
     assert registry.find_model(client, "", [VersionRef(1, None), VersionRef(2, None)]) == MODEL
+
+
+def add(client, name, parents=None, **tags):
+    """A version that has tags only."""
+    tags |= {} if parents is None else {"soup.parents": parents}
+    created = client.create_model_version(name, "s3://bucket/checkpoint", tags=tags)
+    return Version(name, int(created.version))
+
+
+def test_a_soup_of_a_soup_is_traced_to_its_checkpoints(client, outcome):
+    grandchild = add(client, MODEL, "3,4", **{"soup.lambda": "0.7", "soup.gate": "refused"})
+    traced = registry.trace(client, grandchild)
+    first, *_ = traced.members.values()
+    assert (first.kind, first.gate, first.aliases) == (family.SOUP, "refused", ())
+    assert first.parents == ((Version(MODEL, 3), 0.3), (Version(MODEL, 4), 0.7))
+    soup = traced.members[outcome.soup.version]
+    assert (soup.kind, soup.gate, soup.aliases) == (family.SOUP, "passed", ("champion",))
+    assert (soup.digest, soup.promoted_to) == (outcome.soup.digest, "alias champion")
+    recipe = outcome.soup.recipe.lam
+    assert soup.parents == ((Version(MODEL, 1), recipe[0]), (Version(MODEL, 2), recipe[1]))
+    assert [traced.members[Version(MODEL, i)].kind for i in (1, 2, 3)] == [family.CHECKPOINT] * 3
+    assert len(traced.members) == 5
+
+
+@pytest.mark.parametrize("store", ["client", "server_client"])
+def test_a_family_is_traced_across_models_gaps_and_cycles(request, store):
+    client: MlflowClient = request.getfixturevalue(store)
+    for name in ("kin", "elders", "gone"):
+        client.create_registered_model(name)
+    elder, ghost = add(client, "elders"), add(client, "gone")
+    odd = add(client, "kin", "banana")
+    circular = add(client, "kin", "2,3")
+    soup = add(client, "kin", "elders/1,1,2,gone/1,7")
+    client.set_registered_model_alias("elders", "base", "1")
+    client.delete_registered_model("gone")
+    traced = registry.trace(client, soup)
+    deleted = Version("kin", 7)
+    kinds = {version: member.kind for version, member in traced.members.items()}
+    assert kinds == {
+        soup: family.SOUP,
+        elder: family.CHECKPOINT,
+        odd: family.SOUP,
+        circular: family.SOUP,
+        ghost: family.MISSING,
+        deleted: family.MISSING,
+    }
+    assert traced.members[elder].aliases == ("base",)
+    assert [len(member.problems) for member in traced.members.values()] == [0, 0, 1, 2, 0, 0]
+
+
+def test_a_copy_in_another_model_names_its_parents_with_their_model(client, outcome):
+    target = Target("model", "champion", "prod")
+    copy = registry.promote(client, outcome.soup.version, target)
+    assert copy == Version("prod", 1)
+    assert registry.tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"
+    assert registry.tags_of(client, outcome.soup.version)["soup.parents"] == "1,2"
+    copied, original = (registry.trace(client, v) for v in (copy, outcome.soup.version))
+    assert copied.members[copy].parents == original.members[outcome.soup.version].parents
+    client.set_model_version_tag("prod", "1", "soup.parents", "1,2")
+    assert registry.promote(client, outcome.soup.version, target) == copy
+    assert registry.tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"  # mended
+
+
+def test_a_copy_among_its_parents_names_them_by_their_numbers(client, outcome):
+    client.create_registered_model("prod")
+    for _ in range(2):
+        add(client, "prod")
+    soup = add(client, MODEL, "prod/1,prod/2", **{"soup.gate": "passed", "soup.digest": "sha256:x"})
+    copy = registry.promote(client, soup, Target("model", "champion", "prod"))
+    assert registry.tags_of(client, copy)["soup.parents"] == "1,2"
 
 
 def test_models_of_other_shape_are_no_pair(client, tmp_path, trained):

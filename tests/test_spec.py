@@ -13,7 +13,15 @@ import strategies as s
 from mlflow_soup import search, spec
 from mlflow_soup.errors import SpecError
 from mlflow_soup.lineage import key_of
-from mlflow_soup.spec import Spec, Target, VersionRef, parse_pair, parse_target, parse_version
+from mlflow_soup.spec import (
+    Spec,
+    Target,
+    VersionRef,
+    parse_pair,
+    parse_target,
+    parse_uri,
+    parse_version,
+)
 
 KNOBS = {knob.name: knob for knob in fields(Spec)}
 POLICY = sorted(name for name, knob in KNOBS.items() if knob.metadata["policy"])
@@ -54,6 +62,58 @@ def test_what_names_no_version_is_refused(text):
         parse_version(text)
     assert repr(text) in refusal.value.what
     assert "v12, 12 or @alias" in refusal.value.fix
+
+
+@given(version=s.versions(), alias=s.aliases())
+def test_a_uri_reads_back_as_mlflow_writes_it(version, alias):
+    name, ref = version.name, VersionRef(version.number, None)
+    assert parse_uri(version.uri) == (name, ref)
+    assert parse_uri(f" models:/{name}/v{version.number}\n") == (name, ref)
+    assert parse_uri(f"models:/{name}@{alias}") == (name, VersionRef(None, alias))
+
+
+@pytest.mark.parametrize(
+    ("uri", "fix"),
+    [
+        ("", "write models:/my-llm/14"),
+        ("my-llm/14", "write models:/my-llm/14"),
+        ("models:my-llm/14", "write models:/my-llm/14"),
+        ("models://my-llm/14", "write models:/my-llm/14"),
+        ("models:/my-llm", "or models:/my-llm@champion"),
+        ("models:/my-llm/", "or models:/my-llm@champion"),
+        ("models:/my-llm/champion", "or models:/my-llm@champion"),
+        ("models:/my-llm/@champion", "or models:/my-llm@champion"),
+        ("models:/my-llm/14/config.json", "write models:/my-llm/14"),
+        ("models:/@champion", "write models:/my-llm/14"),
+        ("runs:/0123456789abcdef/model", "write models:/my-llm/14"),
+        ("models:/m-0123456789abcdef0123456789abcdef", "it is a logged model"),
+        ("models:/my-llm/Production", "a stage may hold several versions"),
+        ("models:/my-llm/latest", "a stage may hold several versions"),
+    ],
+)
+def test_a_uri_of_no_version_is_refused_with_one_that_is(uri, fix):
+    with pytest.raises(SpecError, match="names no registered version") as refusal:
+        parse_uri(uri)
+    assert refusal.value.where == "argument URI"
+    assert fix in refusal.value.fix
+    assert "models:/my-llm/14" in refusal.value.fix
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("models:/my-llm/0", "'0' names no version"),
+        ("models:/my-llm/012", "'012' names no version"),
+        ("models:/my-llm/1.5", "'1.5' names no version"),
+        ("models:/my-llm@a b", "'@a b' names no version"),
+        ("models:/a'b/1", "not taken as the name of a registered model"),
+        ("models:/-a/1", "not taken as the name of a registered model"),
+    ],
+)
+def test_the_parts_of_a_uri_are_checked(uri, why):
+    with pytest.raises(SpecError, match=why) as refusal:
+        parse_uri(uri, "here")
+    assert refusal.value.where == "here"
 
 
 @given(older=s.version_refs(), newer=s.version_refs())
@@ -135,6 +195,7 @@ RANGES = {
     "promote": (["champion", "stage:Staging"], ["stage:x", "@champion"]),
     "alpha": ([0.0, 0.5, 0.999], [-0.01, 1.0, 2.0, float("nan")]),
     "trials": ([4, 10, 1000], [3, 0, -1]),
+    "parents_in": (["mmap", "memory"], ["disk", ""]),
     "acquisition": (["gp-hedge", "ei", "pi", "ucb"], ["EI", "", "random"]),
     "seed": ([0, 7], [-1]),
     "margin": ([0.0, 0.01, 5.0], [-0.01, float("inf"), float("nan")]),

@@ -11,11 +11,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from mlflow_soup.checkpoint import INDEX, SINGLE
+
 LETTERS, DIGITS = "abcdefghijklm", "0123456789"
 END = "<|endoftext|>"
+
+# as safetensors calls them
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -83,6 +99,60 @@ def save(model: GPTNeoXForCausalLM, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def lay_out(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file with its tensors in this order, at odd offsets if it so happens."""
+    header, parts, end = {}, [], 0
+    for name, tensor in tensors.items():
+        parts.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        begin, end = end, end + len(parts[-1])
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    path.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *parts]))
+
+
+def bare(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    """The least that is a checkpoint: tensors, a config and a tokenizer's config."""
+    folder.mkdir(parents=True)
+    lay_out(folder / SINGLE, tensors)
+    (folder / "config.json").write_text(json.dumps({"model_type": "toy", **config}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def shard(folder: Path) -> Path:
+    """The same checkpoint in two files with an index: every other tensor is in the second."""
+    content = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    names = sorted(content)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-0000{i}-of-00002.safetensors"
+        save_file({name: content[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(t.numel() * t.element_size() for t in content.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    """Set fields of a JSON object, or drop those given as None."""
+    content = {**json.loads(path.read_text()), **fields}
+    gone = {name for name, value in fields.items() if value is None}
+    path.write_text(json.dumps({k: v for k, v in content.items() if k not in gone}))
+
+
+def edit_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Set tensors of a checkpoint in one file, or drop those that are None."""
+    content = {**load_file(folder / SINGLE), **tensors}
+    kept = {name: tensor for name, tensor in content.items() if tensor is not None}
+    save_file(kept, folder / SINGLE, {"format": "pt"})
 
 
 def _choice_items(alphabet: str, count: int, seed: int) -> list[dict[str, object]]:
