@@ -12,14 +12,19 @@ from mlflow_soup.spec import Spec
 
 if TYPE_CHECKING:
     from mlflow_soup.pipeline import run
+    from mlflow_soup.provenance import merge_checkpoints, verify
 
-__all__ = ["Outcome", "SoupError", "Spec", "run"]
+__all__ = ["Outcome", "SoupError", "Spec", "merge_checkpoints", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline when it is first asked for: mlflow and torch take seconds."""
+    """Import what works when it is first asked for: mlflow and torch take seconds."""
     if name == "run":
-        from mlflow_soup.pipeline import run
+        from mlflow_soup import pipeline
 
-        return run
+        return pipeline.run
+    if name in ("merge_checkpoints", "verify"):
+        from mlflow_soup import provenance
+
+        return getattr(provenance, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,10 @@
 """The command line: knobs from `Spec`, words and exit codes; everything heavy is imported late."""
 
+import contextlib
+import gc
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
 from pathlib import Path
 from types import FrameType
@@ -12,7 +14,8 @@ import click
 import yaml
 
 from mlflow_soup.errors import SoupError, SpecError
-from mlflow_soup.spec import Spec, kind
+from mlflow_soup.family import FORMATS
+from mlflow_soup.spec import Spec, kind, parse_uri
 
 
 class SoupGroup(click.Group):
@@ -30,6 +33,21 @@ class SoupGroup(click.Group):
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     """`mlflow run` passes a SIGTERM on to nobody: raise, so that runs are ended properly."""
     sys.exit(128 + signum)
+
+
+@contextlib.contextmanager
+def _heavy_imports() -> Iterator[None]:
+    """Import without looking for garbage among what will live as long as the process.
+
+    torch makes so many objects that collecting them, then and at the end, takes as long as
+    importing it.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -115,7 +133,8 @@ def run(ctx: click.Context, /, **said: Any) -> None:
     5 overtaken by another promotion, 6 store unreachable, 1 anything else.
     """
     spec = _spec(said)
-    from mlflow_soup import pipeline
+    with _heavy_imports():
+        from mlflow_soup import pipeline
 
     outcome = pipeline.run(spec)
     click.echo(outcome.summary)
@@ -127,7 +146,8 @@ def run(ctx: click.Context, /, **said: Any) -> None:
 def evaluate(**said: Any) -> None:
     """Score a registered soup, its parents and the champion out of domain."""
     spec = _spec(said)
-    from mlflow_soup import pipeline, report
+    with _heavy_imports():
+        from mlflow_soup import pipeline, report
 
     click.echo(report.ood_table(pipeline.evaluate(spec)))
 
@@ -138,7 +158,8 @@ def evaluate(**said: Any) -> None:
 def gate(ctx: click.Context, /, **said: Any) -> None:
     """Judge a soup by its newest evaluation. Exit code 0 when it passes, 3 when it is refused."""
     spec = _spec(said)
-    from mlflow_soup import pipeline, report
+    with _heavy_imports():
+        from mlflow_soup import pipeline, report
 
     version, verdict = pipeline.gate(spec)
     click.echo(f"{version}: gate {'passed' if verdict.passed else 'REFUSED'}")
@@ -152,7 +173,94 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
 def promote(**said: Any) -> None:
     """Point an alias, a stage or another model's alias at a soup that passed the gate."""
     spec = _spec(said)
-    from mlflow_soup import pipeline
+    with _heavy_imports():
+        from mlflow_soup import pipeline
 
     version, target = pipeline.promote(spec)
     click.echo(f"{target} → {version}")
+
+
+@main.command()
+@click.argument("uri")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(list(FORMATS)),
+    default="text",
+    show_default=True,
+    help="A tree for people, a graph for programs, a drawing for Markdown pages.",
+)
+def lineage(uri: str, form: str) -> None:
+    """Print the family tree of a version, models:/my-llm/14 or models:/my-llm@champion.
+
+    Soups of soups are followed down to trained checkpoints; nothing is pulled.
+    """
+    name, ref = parse_uri(uri)
+    with _heavy_imports():
+        from mlflow_soup import registry, tracking
+
+    client = tracking.connect()
+    version = registry.resolve(client, registry.find_model(client, name, [ref]), ref)
+    click.echo(FORMATS[form](registry.trace(client, version)))
+
+
+@main.command()
+@click.argument("parents", nargs=-1, required=True, metavar="PARENT PARENT [PARENT]...")
+@click.option(
+    "--weights",
+    required=True,
+    help="Weight λ of each parent, in their order, comma-separated: 0.3,0.7.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the soup, not there yet.",
+)
+@click.option(
+    "--digests/--no-digests",
+    default=False,
+    show_default=True,
+    help="Record SHA-256 of all files and tensors; takes longer than the merge itself.",
+)
+def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> None:
+    """Merge folders or versions (models:/my-llm/12) with given weights; no search, no registry.
+
+    The soup has the files, names and dtypes of the last parent, and a manifest from which
+    `mlflow-soup verify OUT` can make it again.
+    """
+    try:
+        lam = [float(weight) for weight in weights.split(",")]
+    except ValueError as error:
+        raise SpecError(
+            f"{weights!r} is no list of weights",
+            where="--weights",
+            fix="numbers from 0 to 1 that sum to 1, one for each parent: 0.3,0.7",
+        ) from error
+    with _heavy_imports():
+        from mlflow_soup import provenance
+
+    manifest = provenance.merge_checkpoints(parents, lam, out, digests=digests)
+    shares = " + ".join(f"{source.lam:g} × {source.uri}" for source in manifest.sources)
+    click.echo(f"{out} = {shares}")
+
+
+@main.command()
+@click.argument("soup", metavar="SOUP")
+@click.pass_context
+def verify(ctx: click.Context, soup: str) -> None:
+    """Pull a soup (models:/my-llm/14, or a folder) and its parents, mix again and compare.
+
+    Exit codes: 0 it is what its manifest says, 3 it is not, 4 it or a parent is missing.
+    """
+    with _heavy_imports():
+        from mlflow_soup import provenance
+
+    findings = provenance.verify(soup)
+    for finding in findings:
+        click.echo(
+            f"{'ok      ' if finding.holds else 'MISMATCH'}  {finding.what}: {finding.detail}"
+        )
+    sound = all(finding.holds for finding in findings)
+    click.echo(f"{soup}: {'verified' if sound else 'NOT what its manifest says'}")
+    ctx.exit(0 if sound else 3)

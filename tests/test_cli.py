@@ -1,5 +1,6 @@
 """The command: words, exit codes, and what it leaves alone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def test_a_refusal_exits_with_3(client):
         (["run", "--pair", "v1,v2", "--model", "none"], 4, "no registered model 'none'"),
         (["promote", "--version", "v1", "--promote", "champion"], 2, "is no soup"),
         (["gate"], 2, "no version was named"),
+        (["lineage", "toy-llm/1"], 2, "'toy-llm/1' names no registered version"),
+        (["lineage", "models:/toy-llm/Production"], 2, "a stage may hold several versions"),
+        (["lineage", "models:/toy-llm/9"], 4, "toy-llm has no v9"),
+        (["lineage", "models:/toy-llm@champion"], 4, "toy-llm has no alias @champion"),
+        (["lineage", "models:/none/1"], 4, "no registered model 'none'"),
         (["run", "--pairs", "v1,v2"], 2, "No such option"),
     ],
 )
@@ -89,6 +95,23 @@ def test_a_mistake_is_answered_with_one_clear_error(client, words, code, said):
     if not said.startswith("No such"):
         assert done.stderr.count("error:") == 1
         assert "fix:" in done.stderr
+
+
+def test_a_familys_tree_is_printed_by_number_or_alias(client, outcome):
+    done = command("lineage", "models:/toy-llm/4")
+    assert done.returncode == 0, done.stderr
+    first, *parents = done.stdout.splitlines()
+    assert first == "toy-llm v4: soup, gate passed, @champion"
+    assert [line.split(" × ")[1] for line in parents] == [
+        "toy-llm v1: checkpoint",
+        "toy-llm v2: checkpoint",
+    ]
+    for uri in ("models:/toy-llm/v4", "models:/toy-llm@champion"):
+        assert command("lineage", uri).stdout == done.stdout
+    graph = json.loads(command("lineage", "models:/toy-llm@champion", "--format", "json").stdout)
+    assert graph["root"] == "models:/toy-llm/4"
+    drawn = command("lineage", "models:/toy-llm/4", "--format", "mermaid").stdout
+    assert drawn.startswith("graph TD\n")
 
 
 def test_a_server_that_is_not_there_exits_with_6():
@@ -117,3 +140,57 @@ def test_options_may_be_spelt_with_underscores_as_mlflow_projects_pass_them(clie
     done = command("run", "--pair=v1,v2", "--model=", "--ood_tasks", "toy_letters")
     assert done.returncode == 2
     assert "toy_letters is held-out and out of domain at once" in done.stderr
+
+
+def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    older, newer = map(str, checkpoints[:2])
+    words = ("--weights", "0.3,0.7", "--out", "soup", "--digests")
+    done = process("merge", older, newer, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"soup = 0.3 × {older} + 0.7 × {newer}\n"
+    assert done.stderr == ""  # no progress bar where nobody watches
+    done = process("verify", "soup")
+    assert done.returncode == 0, done.stderr
+    *findings, verdict = done.stdout.splitlines()
+    assert all(line.startswith("ok ") for line in findings)
+    assert verdict == "soup: verified"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["soup"]  # no mlflow.db, no mlruns
+    path = tmp_path / "soup" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = process("verify", "soup")
+    assert done.returncode == 3
+    assert "MISMATCH  soup: " in done.stdout
+    assert "NOT what its manifest says" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "complaint"),
+    [
+        (("--weights", "a,b"), 2, "no list of weights"),
+        (("--weights", "0.3,0.3"), 2, "the weights sum to 0.6"),
+        (("--weights", "0.5,0.5", "--out", "."), 2, ". is there already"),
+        (("--weights", "0.5,0.5", "--out", "/proc/soup"), 2, "cannot be written"),
+    ],
+)
+def test_a_wrong_merge_is_refused_in_words(checkpoints, tmp_path, words, code, complaint):
+    done = command("merge", *map(str, checkpoints[:2]), "--out", str(tmp_path / "soup"), *words)
+    assert done.returncode == code
+    assert complaint in done.stderr
+    assert "fix: " in done.stderr
+    assert not (tmp_path / "soup").exists()
+
+
+def test_what_cannot_be_verified_is_told_by_its_exit_code(client, outcome, checkpoints, tmp_path):
+    assert command("verify", str(checkpoints[0])).returncode == 2  # no soup
+    assert command("verify", str(tmp_path / "nowhere")).returncode == 4
+    assert command("verify", "models:/toy-llm/99").returncode == 4
+    assert command("verify", "models:/nobody/1").returncode == 4
+    assert command("verify", "models:/toy-llm/Production").returncode == 2
+    assert command("verify", "models:/toy-llm/4").returncode == 0
+    client.delete_model_version(MODEL, "1")
+    done = command("verify", "models:/toy-llm/4")
+    assert done.returncode == 4
+    assert "toy-llm has no v1" in done.stderr

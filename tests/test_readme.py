@@ -12,7 +12,7 @@ from mlflow_soup.spec import Spec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-OPTIONS = {"--" + f.name.replace("_", "-") for f in fields(Spec)} | {"--spec"}
+OPTIONS = {option for c in main.commands.values() for p in c.params for option in p.opts}
 
 
 def test_every_command_is_documented_and_has_help():
