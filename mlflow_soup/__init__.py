@@ -12,7 +12,8 @@ from mlflow_soup.spec import Spec
 
 if TYPE_CHECKING:
     from mlflow_soup.pipeline import run
-    from mlflow_soup.provenance import merge_checkpoints, verify
+    from mlflow_soup.provenance import merge_checkpoints
+    from mlflow_soup.verification import verify
 
 __all__ = ["Outcome", "SoupError", "Spec", "merge_checkpoints", "run", "verify"]
 
@@ -23,8 +24,12 @@ def __getattr__(name: str) -> Any:
         from mlflow_soup import pipeline
 
         return pipeline.run
-    if name in ("merge_checkpoints", "verify"):
+    if name == "merge_checkpoints":
         from mlflow_soup import provenance
 
-        return getattr(provenance, name)
+        return provenance.merge_checkpoints
+    if name == "verify":
+        from mlflow_soup import verification
+
+        return verification.verify
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

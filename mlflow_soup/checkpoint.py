@@ -146,9 +146,9 @@ def _stamp(path: Path) -> Stamp:
 _ADAPTER = "merge the adapter into its base first (peft: merge_and_unload) and register that"
 
 
-def _only(folders: Sequence[Path], what: str, label: str, fix: str) -> Path:
+def _only(folders: Sequence[Path], root: Path, what: str, label: str, fix: str) -> Path:
     if len(folders) != 1:
-        found = ", ".join(str(f) for f in folders) or "none"
+        found = ", ".join(str(f) for f in folders) or f"none below {root}"
         raise ParentError(f"{label} has {len(folders)} folders with {what}", where=found, fix=fix)
     return folders[0]
 
@@ -165,13 +165,13 @@ def load_json(path: Path, label: str) -> dict[str, Any]:
         raise ParentError(
             f"{path.name} of {label} cannot be read: {error}",
             where=str(path),
-            fix="register the checkpoint again",
+            fix="save the checkpoint again, and register that",
         ) from error
     if not isinstance(content, dict):
         raise ParentError(
             f"{path.name} of {label} is not a JSON object",
             where=str(path),
-            fix="register the checkpoint again",
+            fix="save the checkpoint again, and register that",
         )
     return content
 
@@ -202,13 +202,13 @@ def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
             raise ParentError(
                 f"the index of {label} names {name!r}, which is no file beside it",
                 where=str(folder / INDEX),
-                fix="register the checkpoint again, all shards in one folder",
+                fix="save the checkpoint again, all shards in one folder",
             )
     if names != files:  # transformers would read model.safetensors, and leave the index alone
         raise ParentError(
             f"the index of {label} names {len(names)} files, but {len(files)} are there",
             where=f"{folder}: {', '.join(sorted({*files} ^ {*names}))}",
-            fix="register the checkpoint again with one set of weights",
+            fix="save the checkpoint again, with one set of weights",
         )
     return names, where
 
@@ -227,7 +227,7 @@ def _check_index(
         raise ParentError(
             f"the index of {label} does not fit its files:\n    " + "\n    ".join(shorten(wrong)),
             where=str(path),
-            fix="register the checkpoint again, as save_pretrained writes it",
+            fix="save the checkpoint again, as save_pretrained writes it",
         )
 
 
@@ -259,7 +259,7 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
         fix = "convert it: save_pretrained writes safetensors; pickles are not read"
     else:
         fix = "register one Hugging Face checkpoint folder: config.json and *.safetensors"
-    weights = _only(folders, "config.json and *.safetensors", label, fix)
+    weights = _only(folders, root, "config.json and *.safetensors", label, fix)
     if (weights / "adapter_config.json").is_file():
         raise ParentError(
             f"{label} has an adapter beside its weights, and adapters cannot be averaged",
@@ -267,23 +267,24 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
             fix=_ADAPTER,
         )
     config = load_json(weights / "config.json", label)
-    for field, why in (
-        ("auto_map", "brings its own code"),
-        ("quantization_config", "is quantised"),
-        ("compression_config", "is quantised"),
+    unquantised = f"register its weights in one of {', '.join(MIXED)}"
+    for field, why, fix in (
+        ("auto_map", "brings its own code", "register an architecture that transformers knows"),
+        ("quantization_config", "is quantised", unquantised),
+        ("compression_config", "is quantised", unquantised),
     ):
         if field in config:
             raise ParentError(
                 f"{label} {why} ({field} in its config) and cannot be merged",
                 where=str(weights / "config.json"),
-                fix="register an architecture that transformers knows, in F32, BF16 or F16",
+                fix=fix,
             )
     tokenizer = weights
     if not (weights / "tokenizer_config.json").is_file():
         holders = sorted({path.parent for path in root.rglob("tokenizer_config.json")})
         if holders or with_tokenizer:
             fix = "register the tokenizer beside the model"
-            tokenizer = _only(holders, "a tokenizer", label, fix)
+            tokenizer = _only(holders, root, "a tokenizer", label, fix)
     files, where = _weight_files(weights, label)
     stamps = {file: _stamp(weights / file) for file in files}
     tensors: dict[str, TensorInfo] = {}
@@ -296,7 +297,7 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
                         raise ParentError(
                             f"{name!r} of {label} is in two files",
                             where=f"{tensors[name].file} and {file} in {weights}",
-                            fix="register the checkpoint again with one set of weights",
+                            fix="save the checkpoint again, with one set of weights",
                         )
                     view = handle.get_slice(name)
                     tensors[name] = TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))
@@ -304,11 +305,11 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
             raise ParentError(
                 f"{file} of {label} is damaged: {error}",
                 where=str(weights / file),
-                fix="register the checkpoint again",
+                fix="save the checkpoint again, and register that",
             ) from error
     if not tensors:
         raise ParentError(
-            f"{label} holds no tensors", where=str(weights), fix="register the checkpoint again"
+            f"{label} holds no tensors", where=str(weights), fix="save the checkpoint again"
         )
     if where:
         _check_index(where, tensors, weights / INDEX, label)
@@ -319,6 +320,6 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
             f"{label} is quantised, or of another dtype that cannot be merged:\n    "
             + "\n    ".join(shorten(odd, 10)),
             where=str(weights),
-            fix=f"register the weights in one of {', '.join(MIXED)}",
+            fix=unquantised,
         )
     return Checkpoint(label, root, weights, tokenizer, config, tensors, stamps)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -209,7 +210,7 @@ def lineage(uri: str, form: str) -> None:
 @click.option(
     "--weights",
     required=True,
-    help="Weight λ of each parent, in their order, comma-separated: 0.3,0.7.",
+    help="Weight λ of each parent, in their order, comma-separated: 0.3,0.7 or 1/3,2/3.",
 )
 @click.option(
     "--out",
@@ -218,10 +219,11 @@ def lineage(uri: str, form: str) -> None:
     help="Folder of the soup, not there yet.",
 )
 @click.option(
-    "--digests/--no-digests",
+    "--digests",
+    type=bool,
     default=False,
-    show_default=True,
-    help="Record SHA-256 of all files and tensors; takes longer than the merge itself.",
+    metavar="YES|NO",
+    help="Record SHA-256 of all files and tensors; takes longer than the merge.  [default: no]",
 )
 def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> None:
     """Merge folders or versions (models:/my-llm/12) with given weights; no search, no registry.
@@ -230,8 +232,8 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
     `mlflow-soup verify OUT` can make it again.
     """
     try:
-        lam = [float(weight) for weight in weights.split(",")]
-    except ValueError as error:
+        lam = [float(Fraction(weight.strip())) for weight in weights.split(",")]
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise SpecError(
             f"{weights!r} is no list of weights",
             where="--weights",
@@ -249,18 +251,25 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
 @click.argument("soup", metavar="SOUP")
 @click.pass_context
 def verify(ctx: click.Context, soup: str) -> None:
-    """Pull a soup (models:/my-llm/14, or a folder) and its parents, mix again and compare.
+    """Check whether a soup is what it says: models:/my-llm/14, or a folder.
 
+    It and its parents are pulled, compared with its manifest, mixed again and compared once more.
     Exit codes: 0 it is what its manifest says, 3 it is not, 4 it or a parent is missing.
     """
     with _heavy_imports():
-        from mlflow_soup import provenance
+        from mlflow_soup import verification
 
-    findings = provenance.verify(soup)
-    for finding in findings:
-        click.echo(
-            f"{'ok      ' if finding.holds else 'MISMATCH'}  {finding.what}: {finding.detail}"
-        )
-    sound = all(finding.holds for finding in findings)
-    click.echo(f"{soup}: {'verified' if sound else 'NOT what its manifest says'}")
-    ctx.exit(0 if sound else 3)
+    verdicts = set()
+    for finding in verification.verify(soup):
+        first, *others = finding.details
+        click.echo(f"{finding.verdict:<8}  {finding.what}: {first}")
+        for line in others:
+            click.echo(f"{'':<10}{line}")
+        verdicts.add(finding.verdict)
+    if "MISMATCH" in verdicts:
+        click.echo(f"{soup}: NOT what its manifest says")
+        ctx.exit(3)
+    if "missing" in verdicts:
+        click.echo(f"{soup}: not verified, a parent is missing")
+        ctx.exit(4)
+    click.echo(f"{soup}: verified")

@@ -17,7 +17,6 @@ CONFIG_MAY_DIFFER = {
 TOKENIZER_MAY_DIFFER = {
     "name_or_path": "where it was loaded from",
     "transformers_version": "who wrote it",
-    "chat_template": "for conversations; the soup takes its newest parent's",
     "is_local": "where it was loaded from",
     "local_files_only": "how it was loaded",
 }
@@ -25,7 +24,7 @@ TOKENIZER_MAY_DIFFER = {
 RENAMED = {"torch_dtype": "dtype"}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model", "added_tokens.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "added_tokens.json", "chat_template.jinja"),
 )
 _ABSENT = "absent"
 

@@ -6,6 +6,7 @@ Renaming anything here breaks pipelines that read it; it is a breaking change.
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from mlflow_soup.records import Digests, Manifest, Recipe, Source, Version
@@ -96,8 +97,9 @@ def parse_manifest(content: Any) -> Manifest:
     Raises:
         KeyError, TypeError, ValueError, AttributeError: it is none, or of another schema.
     """
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"schema {content['schema']!r}, and this version reads {SCHEMA}")
+    for field, known in (("schema", SCHEMA), ("method", "linear"), ("kernel", KERNEL)):
+        if content[field] != known:
+            raise ValueError(f"{field} {content[field]!r}, and this version knows {known!r}")
     sources = tuple(
         Source(
             str(parent["uri"]),
@@ -108,6 +110,8 @@ def parse_manifest(content: Any) -> Manifest:
         )
         for parent in content["parents"]
     )
+    if len(sources) < 2 or not all(0.0 <= source.lam <= 1.0 for source in sources):
+        raise ValueError("it takes two parents, and weights from 0 to 1")
     return Manifest(
         str(content["model"]),
         str(content["method"]),
@@ -147,9 +151,12 @@ def version_tags(
 
 def card(manifest: Manifest) -> str:
     """The model card: front matter that Hugging Face tools read, and the recipe in words."""
-    names = [source.uri for source in manifest.sources]
+    # a folder's place on the machine that merged it is nobody else's concern
+    uris = [source.uri for source in manifest.sources]
+    names = [uri if uri.startswith("models:/") else PurePath(uri).name for uri in uris]
     base = "\n".join(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)
-    shares = ", ".join(f"{source.lam:g} × `{source.uri}`" for source in manifest.sources)
+    weights = (source.lam for source in manifest.sources)
+    shares = ", ".join(f"{lam:g} × `{name}`" for lam, name in zip(weights, names, strict=True))
     return f"""---
 library_name: transformers
 base_model:

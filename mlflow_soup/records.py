@@ -128,11 +128,22 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that `verify` looked at."""
+    """One thing that `verify` looked at.
+
+    Attributes:
+        what: was looked at.
+        verdict: `ok`, `MISMATCH`, `missing`, or `skipped` where there is nothing to compare with.
+        details: what was found, in lines.
+    """
 
     what: str
-    holds: bool
-    detail: str
+    verdict: str
+    details: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the soup may still be what it says."""
+        return self.verdict in ("ok", "skipped")
 
 
 @dataclass(frozen=True)

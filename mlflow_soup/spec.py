@@ -79,7 +79,7 @@ def parse_uri(text: str, where: str = "argument URI") -> tuple[str, VersionRef]:
         if re.fullmatch(r"models:/m-[0-9a-f]+", text):
             fix = f"it is a logged model: register it, then {fix}"
         elif re.fullmatch(r"(?i)models:/[^/]+/(none|staging|production|archived|latest)", text):
-            fix = f"a stage may hold several versions: {fix}"
+            fix = f"stages and latest move from version to version: {fix}"
         raise SpecError(f"{text!r} names no registered version", where=where, fix=fix)
     check_name(match["name"], where)
     return match["name"], parse_version(match["version"], where)

@@ -80,7 +80,7 @@ def test_a_refusal_exits_with_3(client):
         (["promote", "--version", "v1", "--promote", "champion"], 2, "is no soup"),
         (["gate"], 2, "no version was named"),
         (["lineage", "toy-llm/1"], 2, "'toy-llm/1' names no registered version"),
-        (["lineage", "models:/toy-llm/Production"], 2, "a stage may hold several versions"),
+        (["lineage", "models:/toy-llm/Production"], 2, "stages and latest move"),
         (["lineage", "models:/toy-llm/9"], 4, "toy-llm has no v9"),
         (["lineage", "models:/toy-llm@champion"], 4, "toy-llm has no alias @champion"),
         (["lineage", "models:/none/1"], 4, "no registered model 'none'"),
@@ -145,7 +145,7 @@ def test_options_may_be_spelt_with_underscores_as_mlflow_projects_pass_them(clie
 def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     older, newer = map(str, checkpoints[:2])
-    words = ("--weights", "0.3,0.7", "--out", "soup", "--digests")
+    words = ("--weights", "3/10,7/10", "--out", "soup", "--digests", "yes")
     done = process("merge", older, newer, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"soup = 0.3 × {older} + 0.7 × {newer}\n"
@@ -153,7 +153,7 @@ def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, m
     done = process("verify", "soup")
     assert done.returncode == 0, done.stderr
     *findings, verdict = done.stdout.splitlines()
-    assert all(line.startswith("ok ") for line in findings)
+    assert [line.split()[0] for line in findings] == ["skipped", *["ok"] * 6]
     assert verdict == "soup: verified"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["soup"]  # no mlflow.db, no mlruns
     path = tmp_path / "soup" / "model.safetensors"
@@ -193,4 +193,6 @@ def test_what_cannot_be_verified_is_told_by_its_exit_code(client, outcome, check
     client.delete_model_version(MODEL, "1")
     done = command("verify", "models:/toy-llm/4")
     assert done.returncode == 4
-    assert "toy-llm has no v1" in done.stderr
+    assert "missing   parent models:/toy-llm/1: toy-llm has no v1" in done.stdout
+    client.set_model_version_tag(MODEL, "4", "soup.lambda", "0.99")
+    assert command("verify", "models:/toy-llm/4").returncode == 3  # worse than missing

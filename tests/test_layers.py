@@ -39,7 +39,7 @@ EDGES = {
     "suite": {"live"},
     "objective": {"live", "suite"},
 }
-REST = ("provenance", "bench", "pipeline", "__init__", "cli", "__main__")
+REST = ("provenance", "verification", "bench", "pipeline", "__init__", "cli", "__main__")
 
 ALLOWED = {"errors": set(), "records": set()}
 ALLOWED |= {name: {*NOUNS, *PURE[:i]} for i, name in enumerate(PURE)}

@@ -113,8 +113,9 @@ def test_no_two_names_are_the_same():
 def test_a_card_can_be_read_by_hugging_face_tools(manifest):
     _, front, text = card(manifest).split("---\n", 2)
     fields = yaml.safe_load(front)
-    assert fields["base_model"] == [source.uri for source in manifest.sources]
+    names = [source.uri.removeprefix("/checkpoints/") for source in manifest.sources]
+    assert fields["base_model"] == names
     assert fields["base_model_relation"] == "merge"
     assert {"merge", "mlflow-soup"} <= set(fields["tags"])
-    for source in manifest.sources:
-        assert f"{source.lam:g} × `{source.uri}`" in text
+    for source, name in zip(manifest.sources, names, strict=True):
+        assert f"{source.lam:g} × `{name}`" in text

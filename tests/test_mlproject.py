@@ -29,7 +29,7 @@ def test_every_parameter_is_an_option_and_is_passed_on():
         words = entry["command"].split()
         assert words[0] == "mlflow-soup"
         if name == "merge":  # two parents by name, where the command takes any number
-            entry = {**entry, "parameters": {"weights", "out"}}
+            entry = {**entry, "parameters": {"weights", "out", "digests"}}
         options = {option.name: option for option in main.commands[words[1]].params}
         for parameter in entry["parameters"]:
             assert parameter in options

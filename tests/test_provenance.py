@@ -8,6 +8,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import mlflow_soup
@@ -39,7 +40,7 @@ def flip(path: Path, name: str, element: int, bit: int = 0) -> None:
 
 
 def failures(findings):
-    return {finding.what: finding.detail for finding in findings if not finding.holds}
+    return {f.what: "; ".join(f.details) for f in findings if not f.holds}
 
 
 def test_folders_are_merged_with_given_weights(folders, tmp_path):
@@ -81,8 +82,8 @@ def test_digests_are_those_of_the_files(folders, tmp_path):
     ("weights", "words"),
     [
         ([0.3, 0.3], "sum to 0.6"),
-        ([1.0], "1 weights for 2 parents"),
-        ([0.2, 0.3, 0.5], "3 weights for 2 parents"),
+        ([1.0], "weights is 1, and that of parents 2"),
+        ([0.2, 0.3, 0.5], "weights is 3, and that of parents 2"),
         ([-0.5, 1.5], "not between 0 and 1"),
         ([float("nan"), 1.0], "not between 0 and 1"),
     ],
@@ -99,6 +100,35 @@ def test_weights_that_are_none_are_refused_before_anything_is_touched(
 def test_the_fix_for_weights_says_what_they_would_be(folders, tmp_path):
     with pytest.raises(errors.SpecError, match=r"0\.25,0\.75"):
         mlflow_soup.merge_checkpoints(folders, [0.1, 0.3], tmp_path / "soup")
+
+
+def test_a_parent_is_not_taken_for_a_list_of_letters(folders, tmp_path):
+    with pytest.raises(errors.SpecError, match="a list of at least two"):
+        mlflow_soup.merge_checkpoints(str(folders[0]), [1.0], tmp_path / "soup")
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/12", "runs:/0a/model", "model:/toy/1", "file:///tmp"])
+def test_a_uri_that_is_no_registered_version_is_not_taken_for_a_folder(folders, tmp_path, uri):
+    with pytest.raises(errors.SpecError, match="neither a folder nor a version"):
+        mlflow_soup.merge_checkpoints([folders[0], uri], [0.5, 0.5], tmp_path / "soup")
+    with pytest.raises(errors.SpecError, match="is no folder"):
+        mlflow_soup.merge_checkpoints(folders, [0.5, 0.5], uri)
+
+
+def test_a_full_disk_is_told_wherever_it_is_met(folders, mount):
+    codes = set()
+    for kilobytes in range(60, 400, 4):  # weights, config, manifest or card do not fit
+        full = mount("tmpfs", f"size={kilobytes}k")
+        try:
+            mlflow_soup.merge_checkpoints(folders, [0.5, 0.5], full / "soup", digests=True)
+        except errors.StoreError as error:
+            codes.add(error.exit_code)
+            left = list(full.iterdir())
+        else:
+            break
+        assert left == []
+    assert codes == {6}
+    assert 100 < kilobytes < 396
 
 
 def test_one_parent_is_no_merge(folders, tmp_path):
@@ -151,9 +181,12 @@ def test_a_merged_folder_verifies(folders, tmp_path):
     for digests in (False, True):
         out = tmp_path / f"soup {digests}"
         mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], out, digests=digests)
-        findings = provenance.verify(str(out))
+        findings = list(mlflow_soup.verify(out))
         assert not failures(findings)
         assert [f.what for f in findings][-1] == "merged again"
+        assert {f.verdict for f in findings} == ({"ok", "skipped"} if not digests else {"ok"}) | {
+            "skipped"  # a folder has no tags
+        }
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +213,7 @@ def test_one_flipped_bit_in_a_soup_of_100_megabytes_is_found_and_named(large, wh
     place = ("layers.7.weight", 123_456, 3)
     flip(large / where / WEIGHTS, *place)
     try:
-        found = failures(provenance.verify(str(large / where)))
+        found = failures(mlflow_soup.verify(str(large / where)))
     finally:
         flip(large / where / WEIGHTS, *place)
     assert "layers.7.weight[12, 3456] is 0x" in found["merged again"]
@@ -194,7 +227,7 @@ def test_one_flipped_bit_in_a_parent_is_found_and_named(large):
     place = ("layers.2.weight", 4_999_999, 14)
     flip(large / "v1" / WEIGHTS, *place)
     try:
-        found = failures(provenance.verify(str(large / "soup")))
+        found = failures(mlflow_soup.verify(str(large / "soup")))
     finally:
         flip(large / "v1" / WEIGHTS, *place)
     assert found[f"parent {large / 'v1'}"] == "layers.2.weight is changed"
@@ -210,9 +243,9 @@ def test_a_flipped_bit_in_a_header_is_found(folders, tmp_path):
         metadata = [before.index(b'"pt"') + 1] if folder.name == "soup" else []
         for at in (*metadata, 0, before.index(b"embed_in"), before.index(b'"dtype":"F32"') + 9):
             (folder / WEIGHTS).write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
-            assert failures(provenance.verify(str(tmp_path / "soup"))), at
+            assert failures(mlflow_soup.verify(str(tmp_path / "soup"))), at
         (folder / WEIGHTS).write_bytes(before)
-    assert not failures(provenance.verify(str(tmp_path / "soup")))
+    assert not failures(mlflow_soup.verify(str(tmp_path / "soup")))
 
 
 @pytest.mark.parametrize(
@@ -231,41 +264,49 @@ def test_files_beside_the_weights_are_checked_too(folders, tmp_path, change, wor
         path.unlink()
     else:
         path.write_text((path.read_text() if path.exists() else "") + "\n")
-    assert failures(provenance.verify(str(tmp_path / "soup"))) == {"config and tokenizer": words}
+    assert failures(mlflow_soup.verify(str(tmp_path / "soup"))) == {"other files": words}
 
 
 def test_resharding_a_parent_is_no_mismatch(folders, tmp_path):
     mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup", digests=True)
     content = load_file(folders[0] / WEIGHTS)
     save_file(dict(reversed(content.items())), folders[0] / WEIGHTS, {"format": "pt", "by": "us"})
-    findings = provenance.verify(str(tmp_path / "soup"))
+    findings = list(mlflow_soup.verify(str(tmp_path / "soup")))
     assert not failures(findings)
-    assert any("in other files than then" in finding.detail for finding in findings)
+    assert any("in other files than then" in f.details[0] for f in findings)
 
 
 def test_a_checkpoint_that_is_no_soup_cannot_be_verified(checkpoints):
     with pytest.raises(errors.SpecError, match=r"is no soup.*soup_manifest"):
-        provenance.verify(str(checkpoints[0]))
+        list(mlflow_soup.verify(checkpoints[0]))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99}', '{"schema": 1}'])
-def test_a_manifest_that_was_spoilt_is_a_mismatch(folders, tmp_path, content):
+@pytest.mark.parametrize(
+    "change",
+    ["{", "[]", {"schema": 99}, {"parents": []}, {"method": "slerp"}, {"kernel": "lerp"}],
+    ids=str,
+)
+def test_a_manifest_that_was_spoilt_is_a_mismatch(folders, tmp_path, change):
     mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup")
-    (tmp_path / "soup" / soup.MANIFEST).write_text(content)
+    path = tmp_path / "soup" / soup.MANIFEST
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(change)
     with pytest.raises(errors.MismatchError, match="cannot be read") as refusal:
-        provenance.verify(str(tmp_path / "soup"))
+        list(mlflow_soup.verify(tmp_path / "soup"))
     assert refusal.value.exit_code == 3
 
 
 def test_a_registered_soup_verifies(client, outcome):
-    findings = provenance.verify(f"models:/{MODEL}/4")
+    findings = list(mlflow_soup.verify(f"models:/{MODEL}/4"))
     assert not failures(findings)
     assert [f.what for f in findings] == [
         "tags",
-        "config and tokenizer",
+        "other files",
         "soup",
         f"parent models:/{MODEL}/1",
         f"parent models:/{MODEL}/2",
+        "flavours",
         "merged again",
     ]
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{MODEL}/4"))
@@ -279,7 +320,7 @@ def test_a_registered_soup_verifies(client, outcome):
 
 def test_its_copy_in_another_model_verifies(client, outcome):
     pipeline.promote(mlflow_soup.Spec(version="v4", promote="model:prod@live"))
-    assert not failures(provenance.verify("models:/prod@live"))
+    assert not failures(mlflow_soup.verify("models:/prod@live"))
 
 
 @pytest.mark.parametrize(
@@ -288,17 +329,67 @@ def test_its_copy_in_another_model_verifies(client, outcome):
 )
 def test_tags_that_say_otherwise_are_a_mismatch(client, outcome, tag, value):
     client.set_model_version_tag(MODEL, "4", tag, value)
-    found = failures(provenance.verify(f"models:/{MODEL}/4"))
+    found = failures(mlflow_soup.verify(f"models:/{MODEL}/4"))
     assert set(found) == {"tags"}
     assert tag in found["tags"]
 
 
-@pytest.mark.parametrize("version", ["1", "4"])
-def test_a_deleted_version_is_missing(client, outcome, version):
-    client.delete_model_version(MODEL, version)
-    with pytest.raises(errors.ParentError, match="has no v") as refusal:
-        provenance.verify(f"models:/{MODEL}/4")
+def test_a_deleted_soup_is_missing(client, outcome):
+    client.delete_model_version(MODEL, "4")
+    with pytest.raises(errors.ParentError, match="has no v4") as refusal:
+        list(mlflow_soup.verify(f"models:/{MODEL}/4"))
     assert refusal.value.exit_code == 4
+
+
+def test_a_deleted_parent_is_missing_and_the_rest_is_checked_all_the_same(client, outcome):
+    client.delete_model_version(MODEL, "1")
+    client.set_model_version_tag(MODEL, "4", "soup.lambda", "0.99")
+    verdicts = {f.what: f.verdict for f in mlflow_soup.verify(f"models:/{MODEL}/4")}
+    assert verdicts == {
+        "tags": "MISMATCH",
+        "other files": "ok",
+        "soup": "ok",
+        f"parent models:/{MODEL}/1": "missing",
+        f"parent models:/{MODEL}/2": "ok",
+        "merged again": "skipped",
+    }
+
+
+def test_a_merged_folder_verifies_once_it_is_registered(client, tmp_path):
+    parents = [f"models:/{MODEL}/{number}" for number in (1, 2, 3)]
+    mlflow_soup.merge_checkpoints(parents, [0.2, 0.3, 0.5], tmp_path / "soup")
+    assert register(client, tmp_path / "soup") == 4
+    verdicts = {f.what: f.verdict for f in mlflow_soup.verify(f"models:/{MODEL}/4")}
+    assert verdicts["tags"] == verdicts["soup"] == "skipped"
+    assert verdicts["other files"] == verdicts["merged again"] == "ok"
+
+
+def test_who_registers_a_soup_does_not_choose_which_folders_are_read(client, folders, tmp_path):
+    mlflow_soup.merge_checkpoints(folders, [0.2, 0.8], tmp_path / "soup")
+    register(client, tmp_path / "soup")
+    findings = {f.what: f for f in mlflow_soup.verify(f"models:/{MODEL}/4")}
+    assert findings[f"parent {folders[0]}"].verdict == "missing"
+    assert "a folder of the machine" in findings[f"parent {folders[0]}"].details[0]
+    assert findings["merged again"].verdict == "skipped"
+
+
+def test_how_mlflow_loads_a_soup_is_checked_too(client, checkpoints, tmp_path):
+    for number, folder in enumerate(checkpoints[:2], start=4):
+        flavoured = shutil.copytree(folder, tmp_path / f"flavoured {number}")
+        flavour = {
+            "flavors": {"transformers": {"task": "text-generation"}},
+            "model_id": str(number),
+        }
+        (flavoured / "MLmodel").write_text(yaml.safe_dump(flavour))
+        assert register(client, flavoured) == number
+    parents = [f"models:/{MODEL}/4", f"models:/{MODEL}/5"]
+    mlflow_soup.merge_checkpoints(parents, [0.5, 0.5], tmp_path / "soup")
+    assert not failures(mlflow_soup.verify(tmp_path / "soup"))
+    path = tmp_path / "soup" / "MLmodel"
+    path.write_text(path.read_text().replace("model_id: '5'", "model_id: mine"))
+    assert not failures(mlflow_soup.verify(tmp_path / "soup"))
+    path.write_text(path.read_text().replace("text-generation", "evil"))
+    assert failures(mlflow_soup.verify(tmp_path / "soup")) == {"flavours": "flavors of MLmodel"}
 
 
 def test_a_parent_whose_training_goes_on_in_its_folder_is_not_what_was_merged(client, tmp_path):
@@ -310,7 +401,7 @@ def test_a_parent_whose_training_goes_on_in_its_folder_is_not_what_was_merged(cl
     mlflow_soup.merge_checkpoints(
         [f"models:/{MODEL}/4", f"models:/{MODEL}/5"], [0.5, 0.5], tmp_path / "soup", digests=True
     )
-    location = Path(provenance.fetch(f"models:/{MODEL}/4").folder)
+    location = Path(provenance.fetch(f"models:/{MODEL}/4", "").folder)
     shutil.copy(folders[1] / WEIGHTS, location / WEIGHTS)
-    found = failures(provenance.verify(str(tmp_path / "soup")))
+    found = failures(mlflow_soup.verify(str(tmp_path / "soup")))
     assert set(found) == {f"parent models:/{MODEL}/4", "merged again"}

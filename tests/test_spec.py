@@ -87,8 +87,8 @@ def test_a_uri_reads_back_as_mlflow_writes_it(version, alias):
         ("models:/@champion", "write models:/my-llm/14"),
         ("runs:/0123456789abcdef/model", "write models:/my-llm/14"),
         ("models:/m-0123456789abcdef0123456789abcdef", "it is a logged model"),
-        ("models:/my-llm/Production", "a stage may hold several versions"),
-        ("models:/my-llm/latest", "a stage may hold several versions"),
+        ("models:/my-llm/Production", "stages and latest move"),
+        ("models:/my-llm/latest", "stages and latest move"),
     ],
 )
 def test_a_uri_of_no_version_is_refused_with_one_that_is(uri, fix):
