@@ -4,11 +4,12 @@ Only safetensors are read, single or sharded. Pickles, remote code and adapters 
 registry takes anything that anybody uploads.
 """
 
+import contextlib
 import json
 import mmap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ COPIED = {
 }
 # old Pythia keeps a constant −inf here, in fp16
 MAY_BE_INFINITE = ("masked_bias",)
-Stamp = tuple[int, int]  # size in bytes, time of last change in ns
+Stamp = tuple[int, ...]  # size in bytes, times of change of content and entry in ns, inode
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,31 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     stamps: Mapping[str, Stamp]
+    _mapped: dict[str, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor with its name, as `tensors` has them; memory-mapped: never write into one."""
         for file, names in groupby(self.tensors, key=lambda name: self.tensors[name].file):
-            mapped, header = _map(self.weights / file), self.header(file)
-            data = 8 + int.from_bytes(mapped[:8], "little")
-            for name in names:
-                info, (begin, end) = self.tensors[name], header[name]["data_offsets"]
-                dtype = (MIXED | COPIED)[info.dtype]
-                flat = _view(mapped, dtype, (end - begin) // dtype.itemsize, data + begin)
-                yield name, flat.view(info.shape)
+            header, views = self.header(file), []
+            with readable(self.label), warnings.catch_warnings():
+                # torch says that they cannot be written to; that is as it should be
+                warnings.filterwarnings("ignore", "The given buffer is not writable")
+                # a file is mapped once: each mapping holds a descriptor, and those are few
+                if file not in self._mapped:
+                    self._mapped[file] = _map(self.weights / file)
+                mapped = self._mapped[file]
+                data = 8 + int.from_bytes(mapped[:8], "little")
+                for name in names:
+                    info, (begin, end) = self.tensors[name], header[name]["data_offsets"]
+                    dtype = (MIXED | COPIED)[info.dtype]
+                    count = (end - begin) // dtype.itemsize
+                    view = _view(mapped, dtype, count, data + begin)
+                    views.append((name, view.view(info.shape)))
+            yield from views
 
     def header(self, file: str) -> dict[str, Any]:
         """The JSON that a weight file begins with; `find` had it checked by safetensors."""
-        with (self.weights / file).open("rb") as opened:
+        with readable(self.label), (self.weights / file).open("rb") as opened:
             header: dict[str, Any] = json.loads(
                 opened.read(int.from_bytes(opened.read(8), "little"))
             )
@@ -132,15 +143,29 @@ def _view(mapped: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Ten
     """A tensor over mapped bytes, shape (n,)."""
     if not count:
         return torch.empty(0, dtype=dtype)
-    with warnings.catch_warnings():
-        # that is as it should be: a parent is never written to
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
+
+
+@contextlib.contextmanager
+def readable(label: str) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint's files are read into words.
+
+    Raises:
+        ParentError: a file is gone, closed to us, or on a failing disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ParentError(
+            f"{label} cannot be read: {error.strerror}",
+            where=str(error.filename or label),
+            fix="make its files readable, or save the checkpoint again",
+        ) from error
 
 
 def _stamp(path: Path) -> Stamp:
     status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 _ADAPTER = "merge the adapter into its base first (peft: merge_and_unload) and register that"
@@ -251,6 +276,11 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
     Raises:
         ParentError: there is none or more than one, or it needs code or pickles to be read.
     """
+    with readable(label):
+        return _find(root, label, with_tokenizer)
+
+
+def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     folders = sorted({path.parent for path in root.rglob("*.safetensors")})
     folders = [folder for folder in folders if (folder / "config.json").is_file()]
     if not folders and any(root.rglob("adapter_config.json")):
@@ -268,14 +298,14 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
         )
     config = load_json(weights / "config.json", label)
     unquantised = f"register its weights in one of {', '.join(MIXED)}"
-    for field, why, fix in (
+    for key, why, fix in (
         ("auto_map", "brings its own code", "register an architecture that transformers knows"),
         ("quantization_config", "is quantised", unquantised),
         ("compression_config", "is quantised", unquantised),
     ):
-        if field in config:
+        if key in config:
             raise ParentError(
-                f"{label} {why} ({field} in its config) and cannot be merged",
+                f"{label} {why} ({key} in its config) and cannot be merged",
                 where=str(weights / "config.json"),
                 fix=fix,
             )
@@ -313,6 +343,13 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
         )
     if where:
         _check_index(where, tensors, weights / INDEX, label)
+    forged = [name for name in tensors if not name.isprintable()]
+    if forged:
+        raise ParentError(
+            f"{label} holds a tensor whose name cannot be printed: {forged[0]!r}",
+            where=str(weights / tensors[forged[0]].file),
+            fix="save the checkpoint again, as save_pretrained writes it",
+        )
     known = MIXED.keys() | COPIED.keys()
     odd = [f"{name}: {info.dtype}" for name, info in tensors.items() if info.dtype not in known]
     if odd:

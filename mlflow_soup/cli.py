@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,14 @@ class SoupGroup(click.Group):
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
     """`mlflow run` passes a SIGTERM on to nobody: raise, so that runs are ended properly."""
     sys.exit(128 + signum)
+
+
+def _use_one_thread() -> None:
+    """Keep torch to one thread: what waits for a disk has no use for more.
+
+    OpenMP's threads spin between two operations, and burn the core that writes or digests.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @contextlib.contextmanager
@@ -239,12 +248,18 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
             where="--weights",
             fix="numbers from 0 to 1 that sum to 1, one for each parent: 0.3,0.7",
         ) from error
+    _use_one_thread()
     with _heavy_imports():
         from mlflow_soup import provenance
 
     manifest = provenance.merge_checkpoints(parents, lam, out, digests=digests)
     shares = " + ".join(f"{source.lam:g} × {source.uri}" for source in manifest.sources)
     click.echo(f"{out} = {shares}")
+
+
+def _printable(line: str) -> str:
+    """One line for the terminal: what others named cannot pretend to be more lines, or colours."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 @main.command()
@@ -256,15 +271,16 @@ def verify(ctx: click.Context, soup: str) -> None:
     It and its parents are pulled, compared with its manifest, mixed again and compared once more.
     Exit codes: 0 it is what its manifest says, 3 it is not, 4 it or a parent is missing.
     """
+    _use_one_thread()
     with _heavy_imports():
         from mlflow_soup import verification
 
     verdicts = set()
     for finding in verification.verify(soup):
         first, *others = finding.details
-        click.echo(f"{finding.verdict:<8}  {finding.what}: {first}")
+        click.echo(_printable(f"{finding.verdict:<8}  {finding.what}: {first}"))
         for line in others:
-            click.echo(f"{'':<10}{line}")
+            click.echo(_printable(f"{'':<10}{line}"))
         verdicts.add(finding.verdict)
     if "MISMATCH" in verdicts:
         click.echo(f"{soup}: NOT what its manifest says")

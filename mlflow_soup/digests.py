@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlflow_soup.checkpoint import MAY_BE_INFINITE, Checkpoint, TensorInfo
+from mlflow_soup.checkpoint import MAY_BE_INFINITE, Checkpoint, TensorInfo, readable
 from mlflow_soup.errors import ParentError
 from mlflow_soup.merge import Scratch, is_finite
 from mlflow_soup.records import Digests
@@ -72,8 +72,9 @@ class Digesting:
 
     def result(self) -> Digests:
         """Wait for the threads."""
-        contents = {name: future.result() for name, future in self._tensors.items()}
-        files = {file: future.result() for file, future in self._files.items()}
+        with readable(self._checkpoint.label):
+            contents = {name: future.result() for name, future in self._tensors.items()}
+            files = {file: future.result() for file, future in self._files.items()}
         return Digests(canonical(self._checkpoint.tensors, contents), contents, files)
 
 

@@ -51,58 +51,73 @@ def staged(folder: Path) -> Iterator[Path]:
     Raises:
         SpecError: there is something at `folder`, or it cannot be written there.
     """
+    folder = Path(os.path.abspath(folder))
     taken = SpecError(
         f"{folder} is there already",
         where="--out",
         fix="name a folder that does not exist, or delete this one",
     )
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise taken
-    pattern = f".{folder.name}.partial-"
-    partial = folder.parent / (pattern + secrets.token_hex(4))
     try:
+        there = folder.is_symlink() or folder.exists()
+        if there and (folder.is_symlink() or folder == Path.cwd() or any(folder.iterdir())):
+            raise taken
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f"{glob.escape(pattern)}*"):
-            with _locked(left) as nobody_has_it:
-                if nobody_has_it:
-                    shutil.rmtree(left)
-        partial.mkdir()
+        partial, lock = _claim(folder)
+    except NotADirectoryError as error:
+        raise taken from error
     except OSError as error:
         raise SpecError(
             f"{folder} cannot be written: {error.strerror}",
             where="--out",
             fix="name a folder that you may write to",
         ) from error
-    with _locked(partial):
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            with on_disk(path):
+                _sync(path)
         try:
-            yield partial
-            for path in (*partial.rglob("*"), partial):
-                with on_disk(path):
-                    _sync(path)
-            try:
-                partial.rename(folder)
-            except OSError as error:  # another was quicker
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-                raise taken from error
-            _sync(folder.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            partial.rename(folder)
+        except OSError as error:  # another was quicker
+            raise taken from error
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder; the lock goes with the process. False when another process has it."""
+def _claim(folder: Path) -> tuple[Path, int]:
+    """A hidden folder beside `folder`, and the lock that keeps others from sweeping it."""
+    pattern = f".{folder.name}.partial-"
+    for left in folder.parent.glob(f"{glob.escape(pattern)}*"):
+        with contextlib.suppress(OSError):  # not ours to sweep, or swept by another just now
+            lock = _lock(left)
+            shutil.rmtree(left)
+            os.close(lock)
+    while True:
+        partial = folder.parent / (pattern + secrets.token_hex(4))
+        partial.mkdir()
+        # another may sweep it before it is locked
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(partial)
+            if partial.exists():
+                return partial, lock
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds a lock on a folder; it goes with the process.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
     except BlockingIOError:
-        free = False
-    try:
-        yield free
-    finally:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 @contextlib.contextmanager

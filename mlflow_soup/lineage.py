@@ -95,7 +95,8 @@ def parse_manifest(content: Any) -> Manifest:
     """The manifest that `format_manifest` wrote.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is none, or of another schema.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: it is none, or of another
+            schema.
     """
     for field, known in (("schema", SCHEMA), ("method", "linear"), ("kernel", KERNEL)):
         if content[field] != known:
@@ -112,14 +113,16 @@ def parse_manifest(content: Any) -> Manifest:
     )
     if len(sources) < 2 or not all(0.0 <= source.lam <= 1.0 for source in sources):
         raise ValueError("it takes two parents, and weights from 0 to 1")
+    if not all(source.uri.isprintable() for source in sources):
+        raise ValueError("a parent's name cannot be printed")
     return Manifest(
         str(content["model"]),
         str(content["method"]),
         sources,
         _parse_digests(content),
-        dict(content["inherited"]),
+        _texts(content["inherited"]),
         dict(content["search"]),
-        dict(content["versions"]),
+        _texts(content["versions"]),
     )
 
 
@@ -133,7 +136,13 @@ def _format_digests(digests: Digests | None) -> dict[str, Any]:
 def _parse_digests(content: Mapping[str, Any]) -> Digests | None:
     if content["digest"] is None:
         return None
-    return Digests(str(content["digest"]), dict(content["tensors"]), dict(content["files"]))
+    return Digests(str(content["digest"]), _texts(content["tensors"]), _texts(content["files"]))
+
+
+def _texts(content: Any) -> dict[str, str]:
+    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+        raise TypeError("an object of texts is expected")
+    return content
 
 
 def version_tags(

@@ -41,6 +41,14 @@ class Place:
         return by_row[self.first_row : self.first_row + self.rows].view(-1)
 
 
+def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> ParentError:
+    return ParentError(
+        f"transformers cannot load {checkpoint.label}: {error}",
+        where=str(checkpoint.weights),
+        fix=f"register a checkpoint that {loader}.from_pretrained loads",
+    )
+
+
 def _rows(parameter: Tensor) -> int:
     """Vectors along the last dimension; the elements where there is but one dimension."""
     return math.prod(parameter.shape[:-1]) if parameter.ndim > 1 else parameter.numel()
@@ -75,12 +83,8 @@ def _load(checkpoint: Checkpoint) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ParentError(
-            f"transformers cannot load {checkpoint.label}: {error}",
-            where=str(checkpoint.weights),
-            fix="register a checkpoint that AutoModelForCausalLM.from_pretrained loads",
-        ) from error
+    except Exception as error:  # a config can make its model's code raise anything
+        raise _unloadable(checkpoint, "AutoModelForCausalLM", error) from error
     model, info = loaded
     # missing weights would be initialised at random, with only a warning
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -93,12 +97,16 @@ def _load(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _locate(model: Any, checkpoint: Checkpoint) -> dict[str, Place]:
+def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[str, str]]:
     """Where each tensor on disk is in memory, in the terms of the transformers that loaded it.
 
     transformers is asked to undo its renaming and fusing on a model whose every row holds nothing
     but its number. The answer is then compared with the loaded weights, byte by byte: it comes out
     of the inner workings of transformers, and a wrong soup is worse than no soup.
+
+    Returns:
+        Name on disk → its place; and for names that share a place with another, as a head does that
+        was saved beside the embedding it is tied to, that other.
 
     Raises:
         ParentError: some weight is not made of whole rows of tensors on disk.
@@ -118,30 +126,40 @@ def _locate(model: Any, checkpoint: Checkpoint) -> dict[str, Place]:
 
     names = list(parameters)
     places: dict[str, Place] = {}
+    tied: dict[str, str] = {}
     # tied parameters are one storage under several names: written once
     left = {parameter.data_ptr(): _rows(parameter) for parameter in parameters.values()}
-    taken = set()
+    taken: dict[tuple[int, int], str] = {}
     for name, tensor in checkpoint.read():
         row_numbers = on_disk.get(name)  # transformers has no use for old Pythia's buffers
-        if row_numbers is None or not tensor.numel():
+        if row_numbers is None or not tensor.numel() or not _in_order(row_numbers, tensor):
             continue
         first, rows = int(row_numbers.flatten()[0]), row_numbers.numel()
-        if not torch.equal(row_numbers.flatten(), torch.arange(first, first + rows)):
-            continue
         owner = bisect_right(starts, first) - 1
         place = Place(names[owner], first - starts[owner], rows)
         live, storage = place.of(parameters), parameters[place.parameter].data_ptr()
-        # a head that was saved beside the embedding it is tied to may hold something else
-        if (storage, place.first_row) in taken or len(live) != tensor.numel():
+        # a head saved beside its embedding may hold something else, which transformers overlooks
+        if not same_bytes(live, tensor.reshape(-1).to(live.dtype)):
             continue
-        if same_bytes(live, tensor.reshape(-1).to(live.dtype)):
+        if (storage, place.first_row) in taken:
+            tied[name] = taken[storage, place.first_row]
+        else:
             places[name] = place
-            taken.add((storage, place.first_row))
+            taken[storage, place.first_row] = name
             left[storage] -= rows
     missing = [name for name, parameter in parameters.items() if left[parameter.data_ptr()]]
     if missing:
         raise _rearranged(checkpoint, ", ".join(missing[:5]))
-    return places
+    return places, tied
+
+
+def _in_order(row_numbers: Tensor, tensor: Tensor) -> bool:
+    """True when these are the rows of the tensor, one after another: neither turned nor mixed."""
+    shape = (*tensor.shape[:-1], 1) if tensor.ndim > 1 else tensor.shape
+    if row_numbers.numel() > 1 and row_numbers.shape != shape:
+        return False
+    flat = row_numbers.flatten()
+    return torch.equal(flat, torch.arange(len(flat)) + flat[0])
 
 
 def _rearranged(checkpoint: Checkpoint, detail: str) -> ParentError:
@@ -177,11 +195,14 @@ class LiveModel:
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
         model = _load(checkpoint)
-        self._places = _locate(model, checkpoint)
+        self._places, self._tied = _locate(model, checkpoint)
         self.model = model.to(_device(device)).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            str(checkpoint.tokenizer), trust_remote_code=False, local_files_only=True
-        )
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                str(checkpoint.tokenizer), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise _unloadable(checkpoint, "AutoTokenizer", error) from error
         self._scratch = Scratch()
 
     def link(self, parents: Sequence[Checkpoint], *, resident: bool = False) -> list[Link]:
@@ -190,9 +211,22 @@ class LiveModel:
         Args:
             parents: oldest first, compatible with the checkpoint the model was loaded from.
             resident: read them into memory now, for disks that are slow to read again.
+
+        Links hold as long as the model stays on its device and keeps its dtype.
+
+        Raises:
+            ParentError: a parent holds different tensors where the model has one.
         """
         parameters = self.model.state_dict()
         weights = [dict(parent.read()) for parent in parents]
+        for parent, own in zip(parents, weights, strict=True):
+            for name, other in self._tied.items():
+                if not same_bytes(own[name], own[other]):
+                    raise ParentError(
+                        f"{name!r} and {other!r} of {parent.label} differ, and the model ties them",
+                        where=str(parent.weights),
+                        fix="merge checkpoints that save one of them, or agree in both",
+                    )
         links = []
         for name, place in self._places.items():
             tensors = tuple(own[name].reshape(-1) for own in weights)

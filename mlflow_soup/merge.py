@@ -8,9 +8,8 @@ through chunks whose fp32 rows stay in the cache; neither their size nor the num
 be seen in the result.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,20 +60,6 @@ class Scratch:
         return row[:length]
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch work on one thread: what waits for a disk has no use for more.
-
-    OpenMP's threads spin between two operations, and so burn the core that writes or digests.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def terms(
     tensors: Sequence[Tensor],
     coefficients: Sequence[float],
@@ -85,30 +70,33 @@ def terms(
     """What has to be added up: one tensor with weight 1 where nothing is to be mixed.
 
     A coefficient of 1 beside zeros gives that parent byte for byte, and so do parents that agree
-    byte for byte (old Pythia's `masked_bias` is −inf: multiplied by 0, it would become NaN).
+    byte for byte (old Pythia's `masked_bias` is −inf: multiplied by 0, it would become NaN). What
+    has the coefficient 0 is as good as absent.
 
     Args:
         tensors: K tensors of one shape (...) and dtype, oldest parent first.
-        coefficients: K merge weights c; they sum to 1.
+        coefficients: K merge weights c ≥ 0; they sum to 1.
         same: what `all_same` says of the tensors, if it is known already.
         name: the tensor's name, for the error.
 
     Raises:
         ParentError: the parents disagree on a tensor that is not of floating point.
     """
-    for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        if coefficient == 1.0:
-            return [(tensor, 1.0)]
-    if all_same(tensors) if same is None else same:
-        return [(tensors[0], 1.0)]
-    if not tensors[0].is_floating_point():
+    parts = [(t, c) for t, c in zip(tensors, coefficients, strict=True) if c != 0.0]
+    if len(parts) == 1 and parts[0][1] == 1.0:
+        return parts
+    if not same and (same is None or len(parts) < len(tensors)):
+        same = all_same([tensor for tensor, _ in parts])
+    if same:
+        return [(parts[0][0], 1.0)]
+    if not parts[0][0].is_floating_point():
         raise ParentError(
-            f"parents differ in {name!r}, which is {tensors[0].dtype} and cannot be mixed",
+            f"parents differ in {name!r}, which is {parts[0][0].dtype} and cannot be mixed",
             where="the parents' weights",
             fix="merge checkpoints of one training run: integer tensors must agree; quantised "
             "weights cannot be merged",
         )
-    return [(t, c) for t, c in zip(tensors, coefficients, strict=True) if c != 0.0]  # 0·∞ is NaN
+    return parts
 
 
 @torch.no_grad()
@@ -181,6 +169,8 @@ def mix(
 ) -> Tensor:
     """The weighted sum of one tensor over its parents (Liu et al. 2024, arXiv:2403.19390, eq. 1).
 
+    For tensors at hand; files and live models go through `terms` and `add_up`, as this does.
+
     Args:
         tensors: K tensors of one shape (...) and dtype, oldest parent first. Not modified.
         coefficients: K merge weights c; they sum to 1.
@@ -195,7 +185,7 @@ def mix(
         ParentError: the parents disagree on a tensor that is not of floating point.
     """
     parts = terms(tensors, coefficients, name=name)
-    if parts[0][1] == 1.0:
+    if len(parts) == 1 and parts[0][1] == 1.0:
         return parts[0][0]
     out = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
     flat = [(tensor.reshape(-1), coefficient) for tensor, coefficient in parts]

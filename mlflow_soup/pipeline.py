@@ -29,6 +29,7 @@ from mlflow_soup.bench import (
     rivals,
     set_up,
 )
+from mlflow_soup.checkpoint import find
 from mlflow_soup.compatibility import check_compatible
 from mlflow_soup.errors import GateError, NonFiniteError, ObjectiveError, ParentError, SpecError
 from mlflow_soup.live import Link
@@ -178,10 +179,13 @@ def _write_and_register(
             if t.held_out is not None
         },
     }
+    # hours have passed since they were opened
+    parents_now = [find(o.parent.folder, o.parent.version.uri) for o in job.opened]
+    check_compatible(parents_now)
     with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as temporary:
         folder = Path(temporary)
         manifest = provenance.make(
-            [o.checkpoint for o in job.opened],
+            parents_now,
             origins,
             recipe.lam,
             folder,

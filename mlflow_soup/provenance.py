@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_soup import lineage, soup
-from mlflow_soup.checkpoint import Checkpoint, find
+from mlflow_soup.checkpoint import Checkpoint, find, readable
 from mlflow_soup.compatibility import check_compatible
 from mlflow_soup.digests import of_file
 from mlflow_soup.durable import on_disk, staged
@@ -84,11 +84,11 @@ def make(
 
 def inherited(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
     """A soup's files that are its newest parent's, by their path in the tree."""
-    own = (soup.MANIFEST, soup.CARD, *_OF_MLFLOW)
+    own = {checkpoint.root / name for name in (soup.MANIFEST, soup.CARD, *_OF_MLFLOW)}
+    own |= {checkpoint.weights / file for file in checkpoint.files()}
     for path in sorted(checkpoint.root.rglob("*")):
-        name = path.relative_to(checkpoint.root).as_posix()
-        if path.is_file() and path.suffix != ".safetensors" and name not in own:
-            yield name, path
+        if path.is_file() and path not in own:
+            yield path.relative_to(checkpoint.root).as_posix(), path
 
 
 def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
@@ -103,6 +103,10 @@ def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
         SpecError: it is neither.
         ParentError: it is not there.
     """
+    if not text.isprintable():
+        raise SpecError(
+            f"{text!r} cannot be printed", where=where, fix="rename it to letters that can be"
+        )
     if text.startswith("models:"):
         name, ref = parse_uri(text, where)
         # mlflow takes longer to import than folders of a gigabyte to merge
@@ -117,9 +121,10 @@ def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
     folder, fix = Path(text), "name a checkpoint folder, or a version: models:/my-llm/12"
     if _URI.match(text):
         raise SpecError(f"{text} is neither a folder nor a version", where=where, fix=fix)
-    if not folder.is_dir():
-        what = f"{text} is a file" if folder.exists() else f"there is no folder {text}"
-        raise ParentError(what, where=str(folder.absolute()), fix=fix)
+    with readable(text):
+        if not folder.is_dir():
+            what = f"{text} is a file" if folder.exists() else f"there is no folder {text}"
+            raise ParentError(what, where=str(folder.absolute()), fix=fix)
     return Origin(folder, str(folder.resolve()))
 
 
@@ -178,7 +183,7 @@ def merge_checkpoints(
 
 
 def _check_weights(parents: Sequence[str], lam: Sequence[float]) -> None:
-    where, total = "--weights " + ",".join(f"{weight:g}" for weight in lam), fsum(lam)
+    where = "--weights " + ",".join(f"{weight:g}" for weight in lam)
     if len(parents) < 2:
         raise SpecError(
             f"a merge needs two parents, and there are {len(parents)}",
@@ -193,6 +198,7 @@ def _check_weights(parents: Sequence[str], lam: Sequence[float]) -> None:
         )
     if not all(0.0 <= weight <= 1.0 for weight in lam):
         raise SpecError("a weight is not between 0 and 1", where=where, fix="weights from 0 to 1")
+    total = fsum(lam)
     if abs(total - 1.0) > 1e-6:
         fix = "weights that sum to 1"
         if total > 0.0:

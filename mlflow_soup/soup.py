@@ -6,7 +6,6 @@ kernel gives, whatever the number of threads.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlflow_soup.checkpoint import MAY_BE_INFINITE, Checkpoint, find
+from mlflow_soup.checkpoint import MAY_BE_INFINITE, Checkpoint, find, readable
 from mlflow_soup.digests import Digesting, canonical, check_may_be_infinite, threads
 from mlflow_soup.durable import BLOCK, FileWriter, check_space, on_disk
 from mlflow_soup.errors import ParentError
-from mlflow_soup.merge import Scratch, add_up, bits, is_finite, one_thread, same_bytes, terms
+from mlflow_soup.merge import Scratch, add_up, bits, is_finite, same_bytes, terms
 from mlflow_soup.records import Digests, Mismatch
 
 MANIFEST = "soup_manifest.json"
@@ -71,21 +70,23 @@ def write(
         parent.check_unchanged()
     donor = parents[-1]
     below = donor.weights.relative_to(donor.root)
-    inherited = list(_inherited(donor))
+    inherited = list(_taken_over(donor))
     size = sum(stamp[0] + BLOCK for stamp in donor.stamps.values())
-    check_space(folder, size + sum(path.stat().st_size for path in inherited))
+    check_space(folder, size + sum(path.stat().st_size + BLOCK for path in inherited))
     for path in inherited:
         target = folder / path.relative_to(donor.root)
+        with readable(donor.label):
+            content = path.read_bytes()
         with on_disk(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            target.write_bytes(content)
     (folder / below).mkdir(parents=True, exist_ok=True)
 
     weights = [dict(parent.read()) for parent in parents]
     contents: dict[str, str] = {}
     files: dict[str, str] = {}
     bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=None)
-    with bar, threads() as pool, one_thread():
+    with bar, threads() as pool:
         scratch = Scratch()
         of_parents = [Digesting(parent, pool) for parent in parents if digests]
         for file, group in groupby(donor.tensors, key=lambda name: donor.tensors[name].file):
@@ -120,7 +121,7 @@ def write(
     )
 
 
-def _inherited(donor: Checkpoint) -> Iterator[Path]:
+def _taken_over(donor: Checkpoint) -> Iterator[Path]:
     """The files a soup takes over from its newest parent."""
     for path in sorted(donor.root.rglob("*")):
         if path.is_symlink():

@@ -16,6 +16,10 @@ from mlflow_soup.errors import MismatchError, ParentError, SpecError
 from mlflow_soup.provenance import Origin, fetch, inherited
 from mlflow_soup.records import Digests, Finding, Manifest, Mismatch
 
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError),
+)
 _SHOWN = 10  # tensors and files named in a finding
 
 
@@ -49,6 +53,8 @@ def verify(text: str | os.PathLike[str]) -> Iterator[Finding]:
             parent = _open(_fetch_parent(origin, source.uri), source.uri)
         except ParentError as error:
             parent = Finding(f"parent {source.uri}", "missing", (error.what,))
+        except SpecError as error:
+            parent = Finding(f"parent {source.uri}", "MISMATCH", (error.what,))
         if isinstance(parent, Finding):
             yield parent
         else:
@@ -90,7 +96,7 @@ def _read_manifest(origin: Origin) -> Manifest:
         )
     try:
         return lineage.parse_manifest(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise MismatchError(
             f"{soup.MANIFEST} of {origin.uri} cannot be read: {type(error).__name__} {error}",
             where=str(path),

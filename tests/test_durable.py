@@ -1,6 +1,8 @@
+import fcntl
 import hashlib
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -327,3 +329,35 @@ def test_several_folders_are_written_side_by_side(tmp_path):
 
 def test_buffers_hold_whole_blocks():
     assert durable.BUFFER % BLOCK == 0
+
+
+def test_the_page_cache_is_passed_by_where_the_file_system_allows(tmp_path):
+    path = tmp_path / "probe"
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+    with FileWriter(tmp_path / "file") as writer:
+        assert fcntl.fcntl(writer._file, fcntl.F_GETFL) & os.O_DIRECT
+
+
+def test_the_working_folder_itself_and_links_are_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", "x/..", "../link", "../dangling"):
+        with pytest.raises(SpecError, match="is there already"), staged(Path(out)):
+            pytest.fail("nothing is to be written there")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "empty", "link"]
+    with staged(Path("soup")) as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "empty" / "soup" / "file").exists()
+
+
+def test_what_cannot_be_swept_does_not_matter(tmp_path):
+    (tmp_path / ".soup.partial-file").touch()  # not one of ours
+    with staged(tmp_path / "soup") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "soup" / "file").exists()

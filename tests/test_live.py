@@ -21,6 +21,11 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import Transpose, WeightConverter
 
 import toy
 from mlflow_soup import errors, soup
@@ -215,4 +220,54 @@ def test_a_missing_weight_is_refused_not_initialised_at_random(checkpoints, tmp_
     del content["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
     save_file(content, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(errors.ParentError, match=r"missing keys.*dense_h_to_4h"):
+        LiveModel(find(folder, "v1"))
+
+
+@pytest.mark.parametrize("base", [0, 1])
+def test_a_head_that_only_one_parent_ties_to_its_embedding_is_refused(tmp_path, base):
+    folders = save_pair("qwen2 tied", torch.float32, tmp_path)
+    for i, folder in enumerate(folders):
+        content = load_file(folder / "model.safetensors")
+        content["lm_head.weight"] = content["model.embed_tokens.weight"] * (1 if i == base else 2)
+        save_file(content, folder / "model.safetensors", {"format": "pt"})
+    live = LiveModel(find(folders[base], "base"))
+    with pytest.raises(errors.ParentError, match=r"embed_tokens.* differ, and the model ties them"):
+        link(live, folders)
+
+
+@pytest.fixture
+def transposing():
+    """A transformers that transposes Llama's output projections on loading, as it does others'."""
+    name = "self_attn.o_proj.weight"
+    before = get_checkpoint_conversion_mapping("llama")
+    converter = WeightConverter(name, name, operations=[Transpose(0, 1)])
+    register_checkpoint_conversion_mapping("llama", [converter], overwrite=True)
+    yield
+    register_checkpoint_conversion_mapping("llama", before or [], overwrite=True)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_weights_that_are_transposed_on_loading_are_refused(tmp_path, transposing, constant):
+    torch.manual_seed(0)
+    model = FAMILIES["llama"]()
+    if constant:  # rows and columns look alike
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.data.zero_()
+    toy.save(model, tmp_path / "v1")
+    with pytest.raises(errors.ParentError, match=r"cannot be followed: .*o_proj"):
+        LiveModel(find(tmp_path / "v1", "v1"))
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float99"}, {"hidden_size": "x"}])
+def test_a_config_that_makes_no_model_is_refused_in_words(checkpoints, tmp_path, change):
+    folder = shutil.copytree(checkpoints[0], tmp_path / "spoilt")
+    toy.edit_json(folder / "config.json", **change)
+    with pytest.raises(errors.ParentError, match="transformers cannot load v1"):
+        LiveModel(find(folder, "v1"))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_words(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints[0], tmp_path / "spoilt")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(errors.ParentError, match=r"(?s)transformers cannot load v1.*AutoTokenizer"):
         LiveModel(find(folder, "v1"))

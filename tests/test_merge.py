@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import strategies as s
 from mlflow_soup.errors import ParentError
-from mlflow_soup.merge import Scratch, add_up, is_finite, mix, same_bytes
+from mlflow_soup.merge import Scratch, add_up, is_finite, mix, same_bytes, terms
 
 DTYPES = sorted(s.BITS, key=str)
 
@@ -455,3 +455,22 @@ def test_rows_are_made_once_and_lent_again():
     assert scratch.row(torch.float32, 0, 30).data_ptr() == row.data_ptr()
     others = [scratch.row(torch.float32, 1, 1), scratch.row(torch.float64, 0, 1)]
     assert len({row.data_ptr(), *(other.data_ptr() for other in others)}) == 3
+
+
+def test_a_parent_without_weight_is_as_good_as_absent():
+    generator = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(50, generator=generator) for _ in range(2))
+    other = torch.full((50,), float("nan"))
+    expected = mix([old, new], (0.3, 0.7))
+    assert same_bytes(mix([old, other, new], (0.3, 0.0, 0.7)), expected)
+    assert same_bytes(mix([old, other, old.clone()], (0.3, 0.0, 0.7)), old)  # the rest agree
+    whole = torch.tensor([1, 2])
+    assert same_bytes(mix([whole, whole + 1, whole.clone()], (0.3, 0.0, 0.7)), whole)
+    for same in (None, False):  # a live model knows of all parents beforehand
+        parts = terms([old, other, old.clone()], (0.3, 0.0, 0.7), same=same)
+        assert len(parts) == 1
+
+
+def test_a_weight_next_to_one_is_no_copy():
+    old, new = torch.tensor([1.0]), torch.tensor([3e7])
+    assert mix([old, new], (1.0, 1e-7)).item() == 4.0

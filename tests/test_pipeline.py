@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from mlflow.utils.file_utils import local_file_uri_to_path
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -135,6 +137,25 @@ def test_a_search_cut_short_continues_to_the_same_soup(client, monkeypatch):
     assert (
         len([c for c in children(client, rest.run_id) if c.data.tags["soup.role"] == "trial"]) == 3
     )
+
+
+def test_a_parent_that_changes_during_the_search_makes_no_soup(client, tmp_path, monkeypatch):
+    location = tmp_path / "weights"
+    for seed in (1, 2):
+        folder = toy.save(toy.noisy(toy.train(1), seed, 0.1), tmp_path / f"v{seed}")
+        register(client, folder)  # v4, v5
+    uri = client.get_model_version_download_uri(MODEL, "4")
+    location = Path(local_file_uri_to_path(uri)) / "model.safetensors"
+    recommend = pipeline.search.recommend
+
+    def train_on(*args):
+        shutil.copy(tmp_path / "v2" / "model.safetensors", location)
+        return recommend(*args)
+
+    monkeypatch.setattr(pipeline.search, "recommend", train_on)
+    with pytest.raises(errors.ParentError, match="toy-llm v4 were changed during the search"):
+        run_soup(Spec(pair="v4,v5"))
+    assert len(client.search_model_versions(f"name='{MODEL}'")) == 5
 
 
 def test_a_gate_that_refuses_moves_no_alias(client):

@@ -1,6 +1,7 @@
 """Soups that say what they are made of, and whether they are that."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def test_digests_are_those_of_the_files(folders, tmp_path):
         ([0.2, 0.3, 0.5], "weights is 3, and that of parents 2"),
         ([-0.5, 1.5], "not between 0 and 1"),
         ([float("nan"), 1.0], "not between 0 and 1"),
+        ([float("inf"), -float("inf")], "not between 0 and 1"),
+        ([1e308, 1e308], "not between 0 and 1"),
     ],
 )
 def test_weights_that_are_none_are_refused_before_anything_is_touched(
@@ -254,6 +257,7 @@ def test_a_flipped_bit_in_a_header_is_found(folders, tmp_path):
         ("config.json", "config.json is changed"),
         ("tokenizer.json", "tokenizer.json is changed"),
         ("evil.py", "evil.py is new"),
+        ("code/extra.safetensors", "code/extra.safetensors is new"),
         ("generation_config.json", "generation_config.json is missing"),
     ],
 )
@@ -263,6 +267,7 @@ def test_files_beside_the_weights_are_checked_too(folders, tmp_path, change, wor
     if change.startswith("generation"):
         path.unlink()
     else:
+        path.parent.mkdir(exist_ok=True)
         path.write_text((path.read_text() if path.exists() else "") + "\n")
     assert failures(mlflow_soup.verify(str(tmp_path / "soup"))) == {"other files": words}
 
@@ -283,7 +288,10 @@ def test_a_checkpoint_that_is_no_soup_cannot_be_verified(checkpoints):
 
 @pytest.mark.parametrize(
     "change",
-    ["{", "[]", {"schema": 99}, {"parents": []}, {"method": "slerp"}, {"kernel": "lerp"}],
+    [
+        *("{", "[]", {"inherited": [[1, 2]]}, {"versions": {"torch": 2}}, {"schema": 99}),
+        *({"parents": []}, {"method": "slerp"}, {"kernel": "lerp"}),
+    ],
     ids=str,
 )
 def test_a_manifest_that_was_spoilt_is_a_mismatch(folders, tmp_path, change):
@@ -295,6 +303,38 @@ def test_a_manifest_that_was_spoilt_is_a_mismatch(folders, tmp_path, change):
     with pytest.raises(errors.MismatchError, match="cannot be read") as refusal:
         list(mlflow_soup.verify(tmp_path / "soup"))
     assert refusal.value.exit_code == 3
+
+
+@pytest.mark.parametrize("lam", ["0x1p99999", "abc", "-0x1p-1", "nan", "half"])
+def test_a_weight_that_is_none_spoils_a_manifest(folders, tmp_path, lam):
+    mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup")
+    path = tmp_path / "soup" / soup.MANIFEST
+    content = json.loads(path.read_text())
+    content["parents"][0]["lambda"] = lam
+    path.write_text(json.dumps(content))
+    with pytest.raises(errors.MismatchError, match="cannot be read"):
+        list(mlflow_soup.verify(tmp_path / "soup"))
+
+
+def test_a_tensor_cannot_speak_in_the_name_of_verify(checkpoints, tmp_path):
+    forged = "w\nok        merged again: gives its bytes"
+    for number in (1, 2):
+        folder = toy.bare(tmp_path / f"v{number}", {forged: torch.ones(2) * number})
+        with pytest.raises(errors.ParentError, match="name cannot be printed") as refusal:
+            find(folder, "v")
+        assert "\nok " not in str(refusal.value)
+
+
+def test_a_search_has_room_for_many_shards(tmp_path, checkpoints):
+    folders = []
+    for number in (1, 2):
+        content = {f"t{i}": torch.full((4,), float(number)) for i in range(40)}
+        folder = toy.shard(toy.bare(tmp_path / f"v{number}", content))
+        folders.append(find(folder, folder.name, with_tokenizer=False))
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [dict(checkpoint.read()) for checkpoint in folders for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) - before == 4  # two parents of two shards
+    del kept
 
 
 def test_a_registered_soup_verifies(client, outcome):
