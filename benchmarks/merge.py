@@ -139,7 +139,7 @@ def on_disk(folder: Path, mergekit: Path, rounds: int) -> dict[str, dict[str, fl
     programs: dict[str, Sequence[object]] = {
         f"mergekit {MERGEKIT}": [mergekit.parent / "mergekit-yaml", folder / "mergekit.yml", out],
         "ours": ours,
-        "ours, with digests": [*ours, "--digests"],
+        "ours, with digests": [*ours, "--digests", "yes"],
         "floor: import torch": [sys.executable, "-c", "import torch"],
         "floor: read both": ["sh", "-c", f"cat {' '.join(files)} > /dev/null"],
         "floor: write one": ["sh", "-c", write],
