@@ -103,11 +103,8 @@ class Checkpoint:
 
     def header(self, file: str) -> dict[str, Any]:
         """The JSON that a weight file begins with; `find` had it checked by safetensors."""
-        with readable(self.label), (self.weights / file).open("rb") as opened:
-            header: dict[str, Any] = json.loads(
-                opened.read(int.from_bytes(opened.read(8), "little"))
-            )
-        return header
+        with readable(self.label):
+            return _read_header(self.weights / file)
 
     def files(self) -> list[str]:
         """The safetensors files, sorted."""
@@ -128,6 +125,12 @@ class Checkpoint:
                     where=f"{path}: {stamp[0]} bytes at first, now {now[0] if now else 'gone'}",
                     fix="wait until its training run has saved it, then run the same command again",
                 )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -322,7 +325,9 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
         try:
             # for torch it would reserve memory for the whole file, and fail where there is less
             with safe_open(weights / file, framework="np") as handle:
-                for name in handle.offset_keys():
+                header = _read_header(weights / file)
+                # offset_keys() leaves open in which order empty tensors come
+                for name in sorted(handle.keys(), key=lambda n: (header[n]["data_offsets"], n)):
                     if name in tensors:
                         raise ParentError(
                             f"{name!r} of {label} is in two files",

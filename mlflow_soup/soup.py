@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mlflow_soup.checkpoint import MAY_BE_INFINITE, Checkpoint, find, readable
 from mlflow_soup.digests import Digesting, canonical, check_may_be_infinite, threads
-from mlflow_soup.durable import BLOCK, FileWriter, check_space, on_disk
+from mlflow_soup.durable import BLOCK, FileWriter, Sink, check_space, on_disk
 from mlflow_soup.errors import ParentError
 from mlflow_soup.merge import Scratch, add_up, bits, is_finite, same_bytes, terms
 from mlflow_soup.records import Digests, Mismatch
@@ -69,56 +69,73 @@ def write(
     for parent in parents:  # its tensors may not be where they were found
         parent.check_unchanged()
     donor = parents[-1]
-    below = donor.weights.relative_to(donor.root)
-    inherited = list(_taken_over(donor))
-    size = sum(stamp[0] + BLOCK for stamp in donor.stamps.values())
-    check_space(folder, size + sum(path.stat().st_size + BLOCK for path in inherited))
-    for path in inherited:
-        target = folder / path.relative_to(donor.root)
-        with readable(donor.label):
-            content = path.read_bytes()
-        with on_disk(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-    (folder / below).mkdir(parents=True, exist_ok=True)
-
+    weights_folder = _copy_the_rest(donor, folder)
     weights = [dict(parent.read()) for parent in parents]
     contents: dict[str, str] = {}
     files: dict[str, str] = {}
+    scratch = Scratch()
+    size = sum(stamp[0] for stamp in donor.stamps.values())
     bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=None)
     with bar, threads() as pool:
-        scratch = Scratch()
         of_parents = [Digesting(parent, pool) for parent in parents if digests]
-        for file, group in groupby(donor.tensors, key=lambda name: donor.tensors[name].file):
+        for file, names in groupby(donor.tensors, key=lambda name: donor.tensors[name].file):
             hashing = {}
-            with FileWriter(folder / below / file, digest=digests) as writer:
+            with FileWriter(weights_folder / file, digest=digests) as writer:
                 writer.put(_header(donor, file))
-                for name in group:
+                for name in names:
                     tensors = [own[name].reshape(-1) for own in weights]
-                    sha256 = hashing[name] = hashlib.sha256()
-                    check = not name.endswith(MAY_BE_INFINITE)
-                    parts, done = terms(tensors, lam, name=name), 0
-                    while done < len(tensors[0]):
-                        most = len(tensors[0]) - done
-                        out = writer.room(
-                            tensors[0].dtype, most, sha256.update if digests else None
-                        )
-                        here = slice(done, done + len(out))
-                        pieces = [(tensor[here], c) for tensor, c in parts]
-                        if not add_up(pieces, out, scratch=scratch, check=check):
-                            _refuse(parents, name, tensors, scratch)
-                        done += len(out)
-                        bar.update(out.nbytes)
+                    hashing[name] = hashlib.sha256()
+                    sink = hashing[name].update if digests else None
+                    if not _stream(name, tensors, lam, writer, sink, scratch):
+                        _refuse(parents, name, tensors, scratch)
+                    bar.update(tensors[0].nbytes)
             contents |= {name: sha256.hexdigest() for name, sha256 in hashing.items()}
             if writer.sha256 is not None:
                 files[file] = writer.sha256.hexdigest()
         measured = tuple(digesting.result() for digesting in of_parents)
     for parent in parents:
         parent.check_unchanged()
+    made = find(folder, "the soup", with_tokenizer=False)
     own = Digests(canonical(donor.tensors, contents), contents, files) if digests else None
-    return Written(
-        find(folder, "the soup", with_tokenizer=False), own, measured or (None,) * len(parents)
-    )
+    return Written(made, own, measured or (None,) * len(parents))
+
+
+def _copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
+    """Everything but the weights; the folder for these, when there is room for all."""
+    paths = list(_taken_over(donor))
+    sizes = [stamp[0] for stamp in donor.stamps.values()] + [path.stat().st_size for path in paths]
+    check_space(folder, sum(size + BLOCK for size in sizes))
+    for path in paths:
+        target = folder / path.relative_to(donor.root)
+        with readable(donor.label):
+            content = path.read_bytes()
+        with on_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    weights = folder / donor.weights.relative_to(donor.root)
+    with on_disk(weights):
+        weights.mkdir(parents=True, exist_ok=True)
+    return weights
+
+
+def _stream(
+    name: str,
+    tensors: Sequence[Tensor],
+    lam: Sequence[float],
+    writer: FileWriter,
+    sink: Sink | None,
+    scratch: Scratch,
+) -> bool:
+    """Mix one tensor into the writer's buffers, as there is room; False when it is not finite."""
+    parts, done = terms(tensors, lam, name=name), 0
+    check = not name.endswith(MAY_BE_INFINITE)
+    while done < len(tensors[0]):
+        out = writer.room(tensors[0].dtype, len(tensors[0]) - done, sink)
+        here = slice(done, done + len(out))
+        if not add_up([(t[here], c) for t, c in parts], out, scratch=scratch, check=check):
+            return False
+        done += len(out)
+    return True
 
 
 def _taken_over(donor: Checkpoint) -> Iterator[Path]:
