@@ -1,11 +1,11 @@
 """Whether checkpoints may be averaged, from their headers and configs: before a tensor is read."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow_soup.checkpoint import Checkpoint, load_json, shorten
+from mlflow_soup.digests import of_file
 from mlflow_soup.errors import ParentError
 
 # fields that parents may disagree on, and why they may
@@ -30,10 +30,7 @@ _ABSENT = "absent"
 
 
 def _digest_of(path: Path) -> str:
-    if not path.is_file():
-        return _ABSENT
-    with path.open("rb") as file:
-        return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return f"sha256 {of_file(path)[:12]}" if path.is_file() else _ABSENT
 
 
 def _fields(

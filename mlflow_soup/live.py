@@ -41,14 +41,6 @@ class Place:
         return by_row[self.first_row : self.first_row + self.rows].view(-1)
 
 
-def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> ParentError:
-    return ParentError(
-        f"transformers cannot load {checkpoint.label}: {error}",
-        where=str(checkpoint.weights),
-        fix=f"register a checkpoint that {loader}.from_pretrained loads",
-    )
-
-
 def _rows(parameter: Tensor) -> int:
     """Vectors along the last dimension; the elements where there is but one dimension."""
     return math.prod(parameter.shape[:-1]) if parameter.ndim > 1 else parameter.numel()
@@ -95,6 +87,14 @@ def _load(checkpoint: Checkpoint) -> Any:
                 fix="register the checkpoint again, as save_pretrained writes it",
             )
     return model
+
+
+def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> ParentError:
+    return ParentError(
+        f"transformers cannot load {checkpoint.label}: {error}",
+        where=str(checkpoint.weights),
+        fix=f"register a checkpoint that {loader}.from_pretrained loads",
+    )
 
 
 def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[str, str]]:

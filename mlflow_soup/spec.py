@@ -23,6 +23,7 @@ _PROMOTE = re.compile(
 STAGES = ("Staging", "Production")  # Archived is where the others go
 # in step with `search.CHOICES`, which a test compares; importing it here would cost a second
 ACQUISITIONS = ("gp-hedge", "ei", "pi", "ucb")
+PARENTS_IN = ("mmap", "memory")
 
 
 def knob(
@@ -246,7 +247,7 @@ class Spec:
         "mmap",
         "Where parents stay during the search: mapped from their files, or read into memory.",
         "run",
-        choices=("mmap", "memory"),
+        choices=PARENTS_IN,
     )
     experiment: str = knob(
         "", "MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, or Default.", "run evaluate"
@@ -276,8 +277,8 @@ class Spec:
             raise _refuse("trials", self.trials, "at least 4: parents, uniform soup, one more")
         if self.acquisition not in ACQUISITIONS:
             raise _refuse("acquisition", self.acquisition, f"one of {', '.join(ACQUISITIONS)}")
-        if self.parents_in not in ("mmap", "memory"):
-            raise _refuse("parents_in", self.parents_in, "mmap or memory")
+        if self.parents_in not in PARENTS_IN:
+            raise _refuse("parents_in", self.parents_in, f"one of {', '.join(PARENTS_IN)}")
         if not 0.0 <= self.margin < float("inf"):
             raise _refuse("margin", self.margin, "a finite number from 0")
         if not 0.5 < self.confidence < 1.0:

@@ -29,8 +29,8 @@ PURE = (
 # none may import another, but for these
 EDGES = {
     "checkpoint": set(),
-    "compatibility": {"checkpoint"},
     "digests": {"checkpoint"},
+    "compatibility": {"checkpoint", "digests"},
     "durable": set(),
     "soup": {"checkpoint", "digests", "durable"},
     "live": {"checkpoint"},
