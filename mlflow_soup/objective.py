@@ -23,7 +23,9 @@ from lm_eval.models.huggingface import HFLM
 from mlflow_soup.errors import NonFiniteError, ObjectiveError
 from mlflow_soup.live import LiveModel, quiet
 from mlflow_soup.records import Items, Metric, Score
-from mlflow_soup.suite import Asked, Suite, contributions
+from mlflow_soup.suite import Asked, Suite, choice_sizes, contributions, right_choice
+
+Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes; as in Items
 
 # what the lm_eval command seeds few-shot sampling with
 FEWSHOT_SEED = 1234
@@ -106,6 +108,7 @@ class Evaluator:
         for task in suite.loaded["tasks"].values():
             _freeze(task, num_fewshot, limit)
         self.fingerprint = self._fingerprint()
+        self._answers: dict[tuple[str, str], Answers] = {}
 
     @property
     def truncated(self) -> int:
@@ -176,7 +179,13 @@ class Evaluator:
         sign = 1.0 if leaves[0].higher_is_better()[metric] else -1.0
         weights = self._weights(term, {name: len(r) for name, r in rows.items()})
         items = tuple(
-            _items(task, term.metric, sign * weights[task.config.task], rows[task.config.task])
+            _items(
+                task,
+                term.metric,
+                sign * weights[task.config.task],
+                rows[task.config.task],
+                self._answered(task, term.metric, rows[task.config.task]),
+            )
             for task in leaves
         )
         value = math.fsum(i.weight * math.fsum(np.multiply(i.shares, i.values)) for i in items)
@@ -190,6 +199,13 @@ class Evaluator:
             )
         shown = Metric(term.name, term.metric, printed, stderr, higher_is_better=sign > 0)
         return Score(sign * printed, stderr, items, (shown,))
+
+    def _answered(self, task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
+        """Right choices and sizes of a task's items, which no weights change: asked for once."""
+        key = (task.config.task, metric)
+        if key not in self._answers:
+            self._answers[key] = _answers(task, metric, rows)
+        return self._answers[key]
 
     def _weights(self, term: Asked, sizes: Mapping[str, int]) -> dict[str, float]:
         """Each leaf's weight in the term: by size or equal, as the group says."""
@@ -223,7 +239,18 @@ def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
     task.build_all_requests = rebuild
 
 
-def _items(task: Any, metric: str, weight: float, rows: Sequence[Mapping[str, Any]]) -> Items:
+def _answers(task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
+    """Empty for a task without choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return (), ()
+    docs = [(row["doc"], len(row["resps"])) for row in rows]
+    gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
+    return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
+
+
+def _items(
+    task: Any, metric: str, weight: float, rows: Sequence[Mapping[str, Any]], answers: Answers
+) -> Items:
     likelihoods = tuple(tuple(_likelihoods(row["resps"])) for row in rows)
     name = metric.split(",")[0]
     values, shares = contributions(task, metric, [row[name] for row in rows])
@@ -243,6 +270,7 @@ def _items(task: Any, metric: str, weight: float, rows: Sequence[Mapping[str, An
         tuple(map(float, values)),
         tuple(map(float, shares)),
         likelihoods,
+        *answers,
     )
 
 

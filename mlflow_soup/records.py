@@ -160,6 +160,11 @@ class Items:
         values: N contributions in the metric's own units.
         shares: N shares of the items in the task's value; they sum to 1.
         log_likelihoods: N tuples, one number per choice; empty tuples for generation.
+        gold: N indices of the choice that is right, where the choice with the largest
+            log-likelihood per size decides; -1 where none or several are. Empty where nothing is
+            known.
+        sizes: N tuples of what each log-likelihood is divided by before choices are compared, such
+            as their lengths for `acc_norm`; empty for 1.
     """
 
     task: str
@@ -169,6 +174,8 @@ class Items:
     values: tuple[float, ...]
     shares: tuple[float, ...]
     log_likelihoods: tuple[tuple[float, ...], ...] = ()
+    gold: tuple[int, ...] = ()
+    sizes: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,40 @@ def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, whe
     return term
 
 
+def right_choice(task: Any, metric: str, doc: Any, count: int) -> int:
+    """Which of its choices makes an item right: lm-eval itself is asked, choice by choice.
+
+    Args:
+        task: lm-eval's.
+        metric: lm-eval's key, `acc,none`.
+        doc: the item.
+        count: how many log-likelihoods it has.
+
+    Returns:
+        The index of the only choice that gives 1 where all others give 0; -1 where none does.
+    """
+    sure = np.full((count, count), -1e6)
+    np.fill_diagonal(sure, 0.0)
+    values = [
+        task.process_results(doc, [(likelihood, False) for likelihood in row]).get(
+            metric.split(",")[0]
+        )
+        for row in sure.tolist()
+    ]
+    return values.index(1.0) if sorted(values) == [0.0] * (count - 1) + [1.0] else -1
+
+
+def choice_sizes(task: Any, metric: str, doc: Any) -> tuple[float, ...]:
+    """What lm-eval divides each choice's log-likelihood by for `acc_norm` and `acc_bytes`."""
+    name = metric.split(",")[0]
+    choices = task.doc_to_choice(doc)
+    if name == "acc_norm":
+        return tuple(float(len(choice)) for choice in choices)
+    if name == "acc_bytes":
+        return tuple(float(len(choice.encode())) for choice in choices)
+    return (1.0,) * len(choices)
+
+
 def contributions(
     task: Any, metric: str, rows: Sequence[Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

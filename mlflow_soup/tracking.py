@@ -45,6 +45,8 @@ _COLUMNS = pa.schema(
         ("value", pa.float64()),
         ("share", pa.float64()),
         ("log_likelihoods", pa.list_(pa.float64())),
+        ("gold", pa.int32()),  # null where nothing is known
+        ("sizes", pa.list_(pa.float64())),  # null for 1
     ]
 )
 
@@ -178,7 +180,15 @@ def write_score(score: Score, path: Path) -> None:
     rows = [
         (position, i.task, i.metric, i.weight, *row)
         for position, i in enumerate(score.items)
-        for row in zip(i.ids, i.values, i.shares, i.log_likelihoods, strict=True)
+        for row in zip(
+            i.ids,
+            i.values,
+            i.shares,
+            i.log_likelihoods,
+            i.gold or [None] * len(i.ids),
+            i.sizes or [None] * len(i.ids),
+            strict=True,
+        )
     ]
     columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
     head = {
@@ -199,8 +209,11 @@ def read_score(path: Path) -> Score:
         groups.setdefault((term, task, its_metric, weight), []).append(row)
     items = []
     for group, rows in groups.items():
-        ids, values, shares, likelihoods = zip(*rows, strict=True)
-        items.append(Items(*group[1:], ids, values, shares, tuple(map(tuple, likelihoods))))
+        ids, values, shares, likelihoods, gold, sizes = zip(*rows, strict=True)
+        known = () if gold[0] is None else gold
+        divisors = () if sizes[0] is None else tuple(map(tuple, sizes))
+        likelihoods = tuple(map(tuple, likelihoods))
+        items.append(Items(*group[1:], ids, values, shares, likelihoods, known, divisors))
     metrics = tuple(Metric(**m) for m in head["metrics"])
     return Score(head["value"], head["stderr"], tuple(items), metrics)
 

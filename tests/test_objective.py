@@ -51,6 +51,21 @@ def test_a_score_is_the_mean_of_its_terms_oriented_so_that_larger_is_better(live
     assert [i.weight for i in score.items] == pytest.approx([1 / 3, 1 / 3, -1 / 3])
 
 
+def test_gold_and_sizes_say_which_items_are_right(live, tasks):
+    suite = load_suite("toy_letters,toy_digits:acc_norm", include_path=str(tasks))
+    for _, score in Evaluator(live, suite).evaluate():
+        (items,) = score.items
+        compared = np.array(items.log_likelihoods) / np.array(items.sizes)
+        assert tuple(compared.argmax(axis=1) == np.array(items.gold)) == items.values
+        assert 0 < sum(items.values) < len(items.values)
+
+
+def test_nothing_is_known_of_answers_without_choices(live, tasks):
+    suite = load_suite("toy_digits_bpb", include_path=str(tasks))
+    (items,) = Evaluator(live, suite).score().items
+    assert items.gold == () == items.sizes
+
+
 def test_items_add_up_to_the_score(live, tasks):
     suite = load_suite(EVERYTHING + ",toy_digits_bpb:word_perplexity", include_path=str(tasks))
     for _, score in Evaluator(live, suite).evaluate():

@@ -11,6 +11,9 @@ def test_a_score_survives_its_file(tmp_path):
     items = (
         Items("a", "acc,none", 0.5, ("x", "y"), (1.0, 0.0), (0.5, 0.5), ((-1.5, -2.25), (-0.1,))),
         Items("b", "exact_match,strict", -0.5, ("z",), (1 / 3,), (1.0,), ((),)),
+        Items(
+            "c", "acc_norm,none", 1.0, ("u",), (1.0,), (1.0,), ((-1.0, -2.0),), (0,), ((3.0, 1.0),)
+        ),
     )
     metrics = (Metric("a", "acc,none", 0.5, 0.25, higher_is_better=True),)
     score = Score(1 / 7, 0.1, items, metrics)
