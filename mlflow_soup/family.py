@@ -64,14 +64,15 @@ def read(version: Version, tags: Mapping[str, str], aliases: tuple[str, ...] = (
     parents = _parents(version.name, told) if told is not None else ()
     if told is not None and not parents:
         problems.append(f"{lineage.PARENTS} = {reprlib.repr(told)} names no parents")
-    written = tags.get(lineage.LAMBDA)
-    lam = _weight(written) if written is not None else None
-    if parents and written is not None and lam is None:
-        problems.append(f"{lineage.LAMBDA} = {reprlib.repr(written)} is no weight")
+    tag = lineage.WEIGHTS if lineage.WEIGHTS in tags else lineage.LAMBDA
+    written = tags.get(tag)
+    weights = _weights(written, parents) if written is not None else None
+    if parents and written is not None and weights is None:
+        problems.append(f"{tag} = {reprlib.repr(written)} is no weight")
     return Member(
         version,
         SOUP if told is not None else CHECKPOINT,
-        _shares(parents, lam),
+        tuple(zip(parents, weights or [None] * len(parents), strict=True)),
         gate=tags.get(lineage.GATE),
         digest=tags.get(lineage.DIGEST),
         promoted_to=tags.get(lineage.PROMOTED_TO),
@@ -92,24 +93,19 @@ def _parents(name: str, told: str) -> tuple[Version, ...]:
     return parents if all(0 < parent.number < 2**31 for parent in parents) else ()
 
 
-def _weight(told: str) -> float | None:
+def _weights(told: str, parents: tuple[Version, ...]) -> tuple[float | None, ...] | None:
+    """Each parent's weight, as far as a tag tells: λ of the newest tells it of two."""
     try:
-        lam = float(told)
+        weights = lineage.parse_weights(told)
     except ValueError:
         return None
-    return lam if 0.0 <= lam <= 1.0 else None  # nan is not
-
-
-def _shares(
-    parents: tuple[Version, ...], lam: float | None
-) -> tuple[tuple[Version, float | None], ...]:
-    """Each parent with its weight, as far as λ of the newest tells: with two, the rest is 1 − λ."""
-    if not parents:
-        return ()
-    *older, newest = parents
+    if len(weights) == len(parents):
+        return weights
+    if len(weights) != 1:
+        return None
     # rounded: 0.3, not 0.30000000000000004
-    rest = round(1.0 - lam, 12) if lam is not None and len(older) == 1 else None
-    return (*((parent, rest) for parent in older), (newest, lam))
+    rest = round(1.0 - weights[0], 12) if len(parents) == 2 else None
+    return (*[rest] * (len(parents) - 1), *weights)
 
 
 def gather(root: Version, members: Mapping[Version, Member]) -> Family:

@@ -5,7 +5,7 @@ Renaming anything here breaks pipelines that read it; it is a breaking change.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -14,7 +14,9 @@ from mlflow_soup.records import Digests, Manifest, Recipe, Source, Version
 # tags of model versions
 PARENTS = "soup.parents"  # "12,13" (same model) or "a/12,b/3", oldest first
 LAMBDA = "soup.lambda"  # weight of the newest parent, as a decimal
-KEY = "soup.key"  # digest of the search request; also on search and trial runs
+WEIGHTS = "soup.weights"  # "0.3,0.7": of every parent, oldest first
+KEY = "soup.key"  # digest of what is searched and how; also on search and trial runs
+REQUEST = "soup.request"  # digest of that and of when it ends: one request, one version
 DIGEST = "soup.digest"  # canonical digest of the soup's tensors
 GATE = "soup.gate"  # passed or refused; also on search runs
 RUN_ID = "soup.run_id"  # the search run
@@ -56,6 +58,23 @@ def parse_parents(name: str, text: str) -> tuple[Version, ...]:
     """The versions that `soup.parents` of a version of `name` stands for."""
     parts = [part.rpartition("/") for part in text.split(",")]
     return tuple(Version(owner or name, int(number)) for owner, _, number in parts)
+
+
+def format_weights(lam: Sequence[float]) -> str:
+    """Value of `soup.weights`; `parse_weights` is its inverse for weights in steps of 1e-4."""
+    return ",".join(f"{weight:g}" for weight in lam)
+
+
+def parse_weights(text: str) -> tuple[float, ...]:
+    """The weights that `soup.weights` stands for.
+
+    Raises:
+        ValueError: it is none.
+    """
+    weights = tuple(map(float, text.split(",")))
+    if not all(0.0 <= weight <= 1.0 for weight in weights):  # nan is not
+        raise ValueError(f"{text!r} are no merge weights")
+    return weights
 
 
 def key_of(request: Mapping[str, Any]) -> str:
@@ -146,13 +165,15 @@ def _texts(content: Any) -> dict[str, str]:
 
 
 def version_tags(
-    soup_parents: str, recipe: Recipe, key: str, run_id: str, digest: str
+    soup_parents: str, recipe: Recipe, key: str, request: str, run_id: str, digest: str
 ) -> dict[str, str]:
     """The tags a soup's version is created with, all in one transaction."""
     return {
         PARENTS: soup_parents,
         LAMBDA: f"{recipe.lam[-1]:g}",
+        WEIGHTS: format_weights(recipe.lam),
         KEY: key,
+        REQUEST: request,
         RUN_ID: run_id,
         DIGEST: digest,
     }

@@ -45,7 +45,7 @@ from mlflow_soup.records import (
     Version,
 )
 from mlflow_soup.space import Space
-from mlflow_soup.spec import Spec, Target, parse_pair, parse_target, parse_version
+from mlflow_soup.spec import Spec, Target, parse_target, parse_version
 
 logger = logging.getLogger("mlflow_soup")
 # MLflow's, of a run tag and of a version's description on databases that enforce it
@@ -63,10 +63,11 @@ class _Job:
     champions: tuple[Opened, ...]  # what stood in the soup's place when the job began
     bench: Bench
     key: str
+    request: str
 
     @property
     def space(self) -> Space:
-        return Space.pair(self.spec.alpha)
+        return Space.simplex(len(self.opened), self.spec.alpha)
 
 
 def _log_request(client: MlflowClient, run_id: str, job: _Job) -> None:
@@ -78,19 +79,21 @@ def _log_request(client: MlflowClient, run_id: str, job: _Job) -> None:
 
 
 def _search(job: _Job, run_id: str) -> list[Trial]:
-    """Trials until the budget is spent; those of an earlier run with the same key count."""
+    """Trials until the search ends; those of an earlier run with the same key count."""
     spec, space = job.spec, job.space
     parents = [o.checkpoint for o in job.opened]
     links = job.bench.live.link(parents, resident=spec.parents_in == "memory")
     trials: list[Trial] = []
-    history = tracking.read_trials(job.client, job.key)[: spec.trials]
+    history = tracking.read_trials(job.client, job.key)[: spec.budget]
     best, at = float("-inf"), ""
-    with tqdm(total=spec.trials, desc="search", unit="λ", disable=None) as bar:
-        while len(trials) < spec.trials:
+    with tqdm(total=spec.budget, desc="search", unit="λ", disable=None) as bar:
+        while True:
             if history:
                 trial = history.pop(0)
             else:
-                recipe = search.ask(space, trials, acquisition=spec.acquisition, seed=spec.seed)
+                recipe = _proceed(job, trials)
+                if recipe is None:
+                    break
                 trial = _try(job, run_id, len(trials), recipe, links)
             trials.append(trial)
             bar.update()
@@ -98,9 +101,9 @@ def _search(job: _Job, run_id: str) -> list[Trial]:
                 if trial.recipe in space.parents():
                     break  # nothing can be compared with it
                 continue
-            lam, value = space.point(trial.recipe), trial.held_out.value
+            lam, value = trial.recipe.lam[-1], trial.held_out.value
             if value > best:
-                best, at = value, f"best {value:.4f} at λ = {lam:g}"
+                best, at = value, f"best {value:.4f} at λ = {trial.recipe}"
             bar.set_postfix_str(at)
             numbers = {"search/objective": value, "search/lambda": lam, "search/best": best}
             metrics = [tracking.metric(k, v, trial.number) for k, v in numbers.items()]
@@ -108,9 +111,41 @@ def _search(job: _Job, run_id: str) -> list[Trial]:
     return trials
 
 
+def _proceed(job: _Job, trials: Sequence[Trial]) -> Recipe | None:
+    """What is evaluated next; None when the search has ended."""
+    spec = job.spec
+    return search.proceed(
+        job.space,
+        trials,
+        acquisition=spec.acquisition,
+        seed=spec.seed,
+        budget=spec.budget,
+        tolerance=spec.stop * _resolution(job.space, trials),
+    )
+
+
+def _resolution(space: Space, trials: Sequence[Trial]) -> float:
+    """The paired standard error between the best merge so far and the better parent.
+
+    Much smaller gains cannot be told from none on these items.
+    """
+    scored = [t for t in trials if t.held_out is not None]
+    parents = [t for t in scored if t.recipe in space.parents()]
+    others = [t for t in scored if t not in parents]
+    if not parents or not others:
+        return 0.0
+    best, parent = (_best(group) for group in (others, parents))
+    return gates.paired(best, parent).stderr
+
+
+def _best(trials: Sequence[Trial]) -> Score:
+    scores = [t.held_out for t in trials if t.held_out is not None]
+    return scores[gates.better(scores)]
+
+
 def _try(job: _Job, run_id: str, number: int, recipe: Recipe, links: Sequence[Link]) -> Trial:
     """One λ: a child run with its params, metrics, item rows and seconds."""
-    client, bench, lam = job.client, job.bench, recipe.lam[-1]
+    client, bench = job.client, job.bench
     tags = {
         lineage.KEY: job.key,
         lineage.ROLE: "trial",
@@ -119,9 +154,9 @@ def _try(job: _Job, run_id: str, number: int, recipe: Recipe, links: Sequence[Li
     }
     child = ""
     try:
-        with tracking.open_child(client, run_id, f"λ = {lam:g}", tags) as child:
+        with tracking.open_child(client, run_id, f"λ = {recipe}", tags) as child:
             weights = json.dumps(recipe.lam)
-            params = {"lambda": f"{lam:g}", "method": recipe.method, "weights": weights}
+            params = {"lambda": str(recipe), "method": recipe.method, "weights": weights}
             tracking.log(client, child, params=params)
             begin = time.monotonic()
             bench.live.set_weights(links, recipe.lam)
@@ -137,7 +172,7 @@ def _try(job: _Job, run_id: str, number: int, recipe: Recipe, links: Sequence[Li
             metrics = [tracking.metric(key, value) for key, value in numbers.items()]
             tracking.log(client, child, metrics=metrics + tracking.score_metrics(score, "dev"))
     except NonFiniteError as error:  # it would be so again; anything else ends the run
-        logger.warning("λ = %g failed: %s", lam, error.what)
+        logger.warning("λ = %s failed: %s", recipe, error.what)
         tracking.log(client, child, tags={lineage.FAILED: error.what[:5000]})
         return Trial(number, recipe, None, child)
     return Trial(number, recipe, score, child)
@@ -154,7 +189,7 @@ def _scored(trials: Sequence[Trial], recipe: Recipe, what: str) -> Score:
             return trial.held_out
     raise ObjectiveError(
         f"{what} could not be scored",
-        where=f"λ = {recipe.lam[-1]:g}, see tag {lineage.FAILED} of its run",
+        where=f"λ = {recipe}, see tag {lineage.FAILED} of its run",
         fix="a parent must have a finite score; choose other versions or tasks",
     )
 
@@ -197,7 +232,7 @@ def _write_and_register(
         _check_unchanged(job.opened, manifest)
         digest = manifest.digests.canonical
         parents = lineage.format_parents(job.name, versions)
-        tags = lineage.version_tags(parents, recipe, job.key, run_id, digest)
+        tags = lineage.version_tags(parents, recipe, job.key, job.request, run_id, digest)
         version = registry.register(
             client,
             folder,
@@ -205,7 +240,7 @@ def _write_and_register(
             run_id=run_id,
             parents=versions,
             tags=tags | {lineage.EVALUATOR: job.bench.held_out.fingerprint},
-            description=f"Soup of {' and '.join(map(str, versions))}, λ = {recipe.lam[-1]:g}.",
+            description=f"Soup of {' and '.join(map(str, versions))}, λ = {recipe}.",
         )
     check_stored(client, version, digest)
     return version, digest
@@ -283,6 +318,7 @@ def run(spec: Spec) -> Outcome:
         "mlflow.runName": f"soup of {' and '.join(map(str, versions))}",
         lineage.ROLE: "search",
         lineage.KEY: job.key,
+        lineage.REQUEST: job.request,
     }
     with tracking.open_run(spec.experiment, tags) as run_id:
         _log_request(client, run_id, job)
@@ -292,13 +328,18 @@ def run(spec: Spec) -> Outcome:
             for recipe, version in zip(job.space.parents(), versions, strict=True)
         ]
         better = gates.better(alone)
-        existing = registry.find_soup(client, job.name, job.key)
+        # what was registered, should another library version recommend another λ today
+        existing = registry.find_soup(client, job.name, {lineage.REQUEST: job.request})
         if existing is None:
-            recipe = search.recommend(job.space, trials)
+            recipe = search.recommend(job.space, trials, measured=True)
+            weights = lineage.format_weights(recipe.lam)
+            same = {lineage.KEY: job.key, lineage.WEIGHTS: weights}  # by another budget
+            existing = registry.find_soup(client, job.name, same)
+        if existing is None:
             version, digest = _write_and_register(job, run_id, recipe, trials)
-        else:  # what was registered, should another library version recommend another λ today
+        else:
             its = registry.tags_of(client, existing)
-            recipe = job.space.recipe(float(its[lineage.LAMBDA]))
+            recipe = job.space.recipe(lineage.parse_weights(its[lineage.WEIGHTS]))
             version, digest = existing, its[lineage.DIGEST]
         held_out = _scored(trials, recipe, "the soup")
         soup = Soup(version, recipe, tuple(o.parent for o in job.opened), held_out, digest)
@@ -323,7 +364,7 @@ def run(spec: Spec) -> Outcome:
             roles=roles,
             verdict=verdict,
             promoted=promoted,
-            notes=tuple(_notes(client, trials, soup)),
+            notes=tuple(_notes(job, trials, soup)),
         )
         return Outcome(
             soup, story.trials, story.gain, verdict, promoted, run_id, _tell(client, run_id, story)
@@ -332,11 +373,13 @@ def run(spec: Spec) -> Outcome:
 
 def _prepare(spec: Spec) -> _Job:
     """Check the whole request against the store, the tasks and the parents; nothing is touched."""
-    if not spec.pair:
+    refs = spec.parents
+    if not refs:
         raise SpecError(
-            "no pair was named", where="--pair", fix="older, then newer: --pair v12,v13"
+            "no pair was named",
+            where="--pair",
+            fix="older, then newer: --pair v12,v13; more than two: --versions v11,v12,v13",
         )
-    refs = parse_pair(spec.pair)
     client = tracking.connect()
     name = registry.find_model(client, spec.model, refs)
     spec = spec.settle(registry.policy(client, name))
@@ -353,17 +396,18 @@ def _prepare(spec: Spec) -> _Job:
             fix="drop one of them",
         )
     versions = [registry.resolve(client, name, ref) for ref in refs]
-    if versions[0] == versions[1]:
+    for i, version in enumerate(versions):
+        if version in versions[:i]:
+            raise SpecError(
+                f"{refs[versions.index(version)]} and {refs[i]} are the same version, {version}",
+                where="--versions" if spec.versions else "--pair",
+                fix="name different versions",
+            )
+    space = Space.simplex(len(refs), spec.alpha)
+    choice = {*(recipe.lam for recipe in space.start()), *map(tuple, space.candidates().tolist())}
+    if len(choice) < spec.budget:
         raise SpecError(
-            f"{refs[0]} and {refs[1]} are the same version, {versions[0]}",
-            where="--pair",
-            fix="name two different versions",
-        )
-    space = Space.pair(spec.alpha)
-    choice = {*(space.point(recipe) for recipe in space.start()), *space.candidates().tolist()}
-    if len(choice) < spec.trials:
-        raise SpecError(
-            f"there are only {len(choice)} different λ for {spec.trials} trials",
+            f"there are only {len(choice)} different λ for {spec.budget} trials",
             where=f"--trials and --alpha: [{spec.alpha}, 1] in steps of 1e-4",
             fix="lower --trials or --alpha",
         )
@@ -372,12 +416,14 @@ def _prepare(spec: Spec) -> _Job:
     check_compatible([o.checkpoint for o in opened])
     champions = open_rivals(client, name, spec, opened)
     bench = set_up(spec, opened[-1].checkpoint, suites)
-    request = {
+    searched = {
         "parents": [o.parent.digest for o in opened],
         "evaluator": bench.held_out.fingerprint,
-        **{k: getattr(spec, k) for k in ("alpha", "trials", "acquisition", "seed")},
+        **{k: getattr(spec, k) for k in ("alpha", "acquisition", "seed")},
     }
-    return _Job(client, spec, name, tuple(opened), tuple(champions), bench, lineage.key_of(request))
+    key = lineage.key_of(searched)
+    request = lineage.key_of({"key": key, "trials": spec.budget, "stop": spec.stop})
+    return _Job(client, spec, name, tuple(opened), tuple(champions), bench, key, request)
 
 
 def _examine_once(
@@ -404,13 +450,29 @@ def _examine_once(
         return ood_run, _examine(client, ood_run, bench, models, known, measured)
 
 
-def _notes(client: MlflowClient, trials: Sequence[Trial], soup: Soup) -> list[str]:
+def _notes(job: _Job, trials: Sequence[Trial], soup: Soup) -> list[str]:
     """What a reader of the scores should know besides."""
+    client, spec = job.client, job.spec
     notes = [
         f"No merge was found that is better than {parent.version}: the soup is a copy of it."
         for parent in soup.parents
         if parent.digest == soup.digest
     ]
+    if len(trials) < spec.budget:
+        notes.append(
+            f"The search ended after {len(trials)} of {spec.budget} evaluations: one more was "
+            f"expected to gain less than {spec.stop:g} of the paired standard error."
+        )
+    belief = search.believe(trials)
+    if spec.acquisition == search.LANDSCAPE and belief.landscape is None:
+        notes.append(f"The curve was not reconstructed from the items: {belief.why}.")
+    feasible = [
+        t.held_out for t in trials if t.held_out is not None and job.space.feasible(t.recipe)
+    ]
+    notes.append(
+        f"The best of {len(feasible)} scores on the same items is expected to look "
+        f"{gates.optimism(feasible):.4f} better than it is."
+    )
     scored = next(t for t in trials if t.held_out is not None)
     if cut := int(client.get_run(scored.run_id).data.metrics[lineage.TRUNCATED]):
         notes.append(f"{cut} held-out requests were cut to the longest input.")
@@ -441,14 +503,14 @@ def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
     numbers = {
         "search/gain": story.gain.value,
         "search/gain_stderr": story.gain.stderr,
-        "search/chosen_lambda": space.point(soup.recipe),
+        "search/chosen_lambda": soup.recipe.lam[-1],
     }
     metrics = tracking.score_metrics(soup.held_out, "dev")
     metrics += [tracking.metric(key, value) for key, value in numbers.items()]
     metrics += [
-        tracking.metric("curve/objective", t.held_out.value, round(1000 * space.point(t.recipe)))
+        tracking.metric("curve/objective", t.held_out.value, round(1000 * t.recipe.lam[-1]))
         for t in story.trials
-        if t.held_out is not None
+        if t.held_out is not None and space.count == 2
     ]
     for _, score in story.roles["soup"].ood if story.roles else ():
         metrics += [tracking.metric(f"ood/{m.key}", m.value) for m in score.metrics]
@@ -532,10 +594,10 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
             for t in tracking.read_trials(client, tags[lineage.KEY])
             if t.held_out is not None
         }
-        lam = float(tags[lineage.LAMBDA])
-        digests = {0.0: parents[0].parent.digest, 1.0: parents[-1].parent.digest}
-        digests[lam] = tags[lineage.DIGEST]
-        known = {digests[k[-1]]: score for k, score in scores.items() if k[-1] in digests}
+        alone = Space.simplex(len(parents), 0.0).parents()
+        digests = {r.lam: p.parent.digest for r, p in zip(alone, parents, strict=True)}
+        digests[lineage.parse_weights(tags[lineage.WEIGHTS])] = tags[lineage.DIGEST]
+        known = {digests[lam]: score for lam, score in scores.items() if lam in digests}
     ood_tags = _ood_tags(version, tags[lineage.DIGEST], conditions(bench))
     with tracking.open_run(spec.experiment, ood_tags) as run_id:
         roles = _examine(client, run_id, bench, models, known, {})

@@ -50,6 +50,11 @@ class Recipe:
     method: str
     lam: tuple[float, ...]  # merge weights λ, one per parent, in parent order, oldest first; sum 1
 
+    def __str__(self) -> str:
+        """As people read it: λ of a pair, which the newer weighs; all weights of more parents."""
+        shown = self.lam[-1:] if len(self.lam) == 2 else self.lam
+        return ", ".join(f"{weight:g}" for weight in shown)
+
 
 @dataclass(frozen=True)
 class Digests:

@@ -182,11 +182,12 @@ def origin(client: MlflowClient, version: Version) -> tuple[str, str]:
     return run_id or "", redact(location)
 
 
-def find_soup(client: MlflowClient, name: str, key: str) -> Version | None:
-    """The version that a search with this key registered; the lowest, should there be several."""
+def find_soup(client: MlflowClient, name: str, tags: Mapping[str, str]) -> Version | None:
+    """The version that was registered with these tags; the lowest, should there be several."""
+    query = "".join(f" and tags.`{key}`='{value}'" for key, value in tags.items())
     with asking(f"search the versions of {name}"):
-        found = client.search_model_versions(f"name='{name}' and tags.`{lineage.KEY}`='{key}'")
-    numbers = [int(v.version) for v in found if v.name == name and v.tags[lineage.KEY] == key]
+        found = client.search_model_versions(f"name='{name}'{query}")
+    numbers = [int(v.version) for v in found if v.name == name and tags.items() <= v.tags.items()]
     return Version(name, min(numbers)) if numbers else None
 
 

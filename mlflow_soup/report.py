@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlflow_soup import gate, search
@@ -16,10 +17,6 @@ from mlflow_soup.space import Space
 
 # colour-blind safe (Okabe & Ito 2008)
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-
-
-def _lam(recipe: Recipe) -> str:
-    return f"{recipe.lam[-1]:g}"
 
 
 def _trial_of(trials: Sequence[Trial], recipe: Recipe) -> Trial | None:
@@ -110,12 +107,11 @@ class Story:
 def baselines(story: Story) -> list[tuple[str, Trial]]:
     """The soup's trial beside what it has to beat: parents and uniform soup."""
     space, soup, trials = story.space, story.soup, story.trials
-    old, new = space.parents()
-    named = [
-        (f"{soup.parents[0].version} alone (λ = 0)", old),
-        (f"{soup.parents[-1].version} alone (λ = 1)", new),
-        ("uniform soup (λ = 0.5)", space.uniform()),
-        (f"chosen soup (λ = {_lam(soup.recipe)})", soup.recipe),
+    alone = zip(soup.parents, space.parents(), strict=True)
+    named = [(f"{p.version} alone (λ = {recipe})", recipe) for p, recipe in alone]
+    named += [
+        (f"uniform soup (λ = {space.uniform()})", space.uniform()),
+        (f"chosen soup (λ = {soup.recipe})", soup.recipe),
     ]
     found = [(label, _trial_of(trials, recipe)) for label, recipe in named]
     return [(label, trial) for label, trial in found if trial is not None]
@@ -135,10 +131,11 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
         assert trial.held_out is not None
         rows.append([label, f"{trial.held_out.value:.4f}", f"{trial.held_out.stderr:.4f}"])
     metrics = ", ".join(f"{m.task} {m.metric.removesuffix(',none')}" for m in soup.held_out.metrics)
+    shares = zip(reversed(soup.recipe.lam), reversed(soup.parents), strict=True)
+    mixture = " + ".join(f"{weight:g} × {parent.version}" for weight, parent in shares)
     parts = [
-        f"# Soup of {parents}, λ = {_lam(soup.recipe)}",
-        f"{_lam(soup.recipe)} × {soup.parents[-1].version} + "
-        f"{soup.recipe.lam[0]:g} × {soup.parents[0].version}, found in {len(trials)} evaluations "
+        f"# Soup of {parents}, λ = {soup.recipe}",
+        f"{mixture}, found in {len(trials)} evaluations "
         f"([run]({links['run']}), [all λ]({links['trials']})).",
         f"## Held-out: {metrics}",
         _table(["model", "score", "s.e."], rows),
@@ -162,57 +159,72 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
 def trials_table(story: Story) -> str:
     """Every evaluation in order, as a Markdown section."""
     history = [
-        [str(t.number), _lam(t.recipe), f"{t.held_out.value:.4f}" if t.held_out else "failed"]
+        [str(t.number), str(t.recipe), f"{t.held_out.value:.4f}" if t.held_out else "failed"]
         for t in story.trials
     ]
     return "\n## Trials\n\n" + _table(["trial", "λ", "held-out"], history) + "\n"
 
 
 def landscape(story: Story) -> Figure:
-    """Held-out score over λ: trials, GP mean and band, parents, uniform soup, the chosen λ."""
-    space, soup, trials = story.space, story.soup, story.trials
+    """Held-out scores: over λ with the curve that is believed in, or of more parents by trial.
+
+    Marked are parents, uniform soup and the chosen one.
+    """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    scored = [t for t in trials if t.held_out is not None]
-    grid = np.linspace(0.0, 1.0, 401)
-    mean, std = search.fit(space, trials).predict(grid)
-    axes.fill_between(grid, mean - 1.96 * std, mean + 1.96 * std, color=BLUE, alpha=0.15, lw=0)
-    axes.plot(grid, mean, color=BLUE, label="GP mean, 95 % band")
-    values = [t.held_out.value for t in scored if t.held_out]
-    axes.plot([space.point(t.recipe) for t in scored], values, "o", color=GREY, label="trial")
+    space, soup = story.space, story.soup
+    if space.count == 2:
+        places = {t.number: t.recipe.lam[-1] for t in story.trials}
+        _draw_curve(axes, story)
+        newer, older = soup.parents[-1].version, soup.parents[0].version
+        axes.set_xlabel(f"λ, weight of {newer} (rest: {older})")
+    else:
+        places = {t.number: float(t.number) for t in story.trials}
+        axes.set_xlabel("trial")
     marks = (
+        ("trial", "o", GREY, [t.recipe for t in story.trials]),
         ("parents", "s", GREEN, list(space.parents())),
         ("uniform soup", "D", GREEN, [space.uniform()]),
         ("chosen λ", "o", ORANGE, [soup.recipe]),
     )
     for label, marker, colour, recipes in marks:
-        found = [t for t in (_trial_of(trials, r) for r in recipes) if t is not None]
+        found = [t for t in (_trial_of(story.trials, r) for r in recipes) if t is not None]
+        chosen = label == "chosen λ"
         axes.plot(
-            [space.point(t.recipe) for t in found],
+            [places[t.number] for t in found],
             [t.held_out.value for t in found if t.held_out],
             marker,
             color=colour,
-            markersize=16 if label == "chosen λ" else 8,
-            markeredgewidth=2.5,
-            fillstyle="none" if label == "chosen λ" else "full",
+            markersize=16 if chosen else 6 if label == "trial" else 8,
+            markeredgewidth=2.5 if chosen else 1.0,
+            fillstyle="none" if chosen else "full",
             label=label,
         )
-    if space.alpha > 0:
-        axes.axvspan(-0.02, space.alpha, color=GREY, alpha=0.08, lw=0)
-        axes.annotate(
-            "not searched",
-            (space.alpha / 2, 0.02),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            color=GREY,
-        )
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel(f"λ, weight of {soup.parents[-1].version} (rest: {soup.parents[0].version})")
     names = ", ".join(dict.fromkeys(m.task for m in soup.held_out.metrics))
     axes.set_ylabel(f"held-out score: {names}")
     axes.set_title(f"Soup of {' and '.join(str(p.version) for p in soup.parents)}")
     axes.legend(frameon=False)
     return figure
+
+
+def _draw_curve(axes: Axes, story: Story) -> None:
+    """The curve of a pair with its 95 % band, and where nothing was searched."""
+    belief, alpha = search.believe(story.trials), story.space.alpha
+    grid = np.linspace(0.0, 1.0, 401)
+    mean, std = belief.posterior.predict(np.column_stack([1.0 - grid, grid]))
+    axes.fill_between(grid, mean - 1.96 * std, mean + 1.96 * std, color=BLUE, alpha=0.15, lw=0)
+    what = "from the items" if belief.landscape is not None else "Gaussian process"
+    axes.plot(grid, mean, color=BLUE, label=f"{what}, 95 % band")
+    if alpha > 0:
+        axes.axvspan(-0.02, alpha, color=GREY, alpha=0.08, lw=0)
+        axes.annotate(
+            "not searched",
+            (alpha / 2, 0.02),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            color=GREY,
+        )
+    axes.set_xlim(-0.02, 1.02)
 
 
 def summary(story: Story, look: Sequence[str]) -> str:
@@ -230,9 +242,7 @@ def summary(story: Story, look: Sequence[str]) -> str:
         lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
     lines.append(f"soup against its better parent, {story.better}: {format_difference(story.gain)}")
     done = "was registered before as" if story.existed else "registered as"
-    lines.append(
-        f"{done} {soup.version.uri} (λ = {_lam(soup.recipe)}, {len(story.trials)} evaluations)"
-    )
+    lines.append(f"{done} {soup.version.uri} (λ = {soup.recipe}, {len(story.trials)} evaluations)")
     if story.verdict is not None:
         lines.append(f"gate {'passed' if story.verdict.passed else 'REFUSED'}")
         lines += [f"  {format_check(check)}" for check in story.verdict.checks]

@@ -1,65 +1,111 @@
-"""Ask and tell: which λ next, and which in the end.
+"""Ask and tell: which weights next, and which in the end.
 
-Both are pure functions of the trials and the seed, so a search that was cut short goes on as if it
+All are pure functions of the trials and the seed, so a search that was cut short goes on as if it
 never was: *tell* is appending a record.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlflow_soup import surrogate
-from mlflow_soup.acquisition import ACQUISITIONS
+from mlflow_soup import landscape, surrogate
+from mlflow_soup.acquisition import ACQUISITIONS, log_ei
 from mlflow_soup.errors import SpecError
-from mlflow_soup.records import Recipe, Trial
-from mlflow_soup.space import Space
+from mlflow_soup.landscape import Landscape, NoLandscape
+from mlflow_soup.records import Recipe, Score, Trial
+from mlflow_soup.space import Space, distances
 from mlflow_soup.surrogate import Surrogate
 
 Array = NDArray[np.float64]
 
-# λ closer than this to a measured one would mostly measure the same again
+# weights closer than this to measured ones would mostly measure the same again
 SPACING = 0.01
-HEDGE = "gp-hedge"
-CHOICES = (HEDGE, *ACQUISITIONS)
+# how many candidates the costly utilities are computed at, twice
+LOOKS = 200
+LANDSCAPE, HEDGE = "landscape", "gp-hedge"
+CHOICES = (LANDSCAPE, HEDGE, *ACQUISITIONS)
 
 
-def _observed(space: Space, trials: Sequence[Trial]) -> tuple[Array, Array]:
-    """λ and score of every trial that has one."""
-    pairs = [(space.point(t.recipe), t.held_out.value) for t in trials if t.held_out is not None]
-    points, scores = zip(*pairs, strict=True)
-    return np.array(points), np.array(scores)
+class Posterior(Protocol):
+    """What is believed of the score at any weights."""
+
+    @property
+    def scale(self) -> float:
+        """Standard deviation of the scores, or 1 when they are all equal."""
+
+    def predict(self, points: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation, shape (m,), at points of shape (m, count)."""
 
 
-def fit(space: Space, trials: Sequence[Trial]) -> Surrogate:
-    """The posterior over λ given the trials that have a score, at least one."""
-    return surrogate.fit(*_observed(space, trials))
+@dataclass(frozen=True)
+class Belief:
+    """What the trials say of the whole space.
+
+    Attributes:
+        posterior: of the held-out score.
+        landscape: the same where it was reconstructed from the items, else None.
+        why: why it was not, in words.
+    """
+
+    posterior: Posterior
+    landscape: Landscape | None
+    why: str = ""
 
 
-def _fresh(space: Space, taken: set[float]) -> Array:
-    """The candidates that are not taken yet, at least one; far from the taken while any is."""
-    candidates = space.candidates()
-    distance: Array = np.abs(candidates[:, None] - np.array(sorted(taken))).min(axis=1)
-    fresh: Array = candidates[distance > SPACING]
-    if not fresh.size:
-        fresh = candidates[distance > 0]
-    if not fresh.size:
-        raise SpecError(
-            "every candidate λ has been measured",
-            where=f"[{space.alpha}, 1] in steps of 1e-4",
-            fix="lower --trials or --alpha",
+def _scored(trials: Sequence[Trial]) -> list[tuple[Recipe, Score]]:
+    return [(trial.recipe, trial.held_out) for trial in trials if trial.held_out is not None]
+
+
+def _points(recipes: Sequence[Recipe]) -> Array:
+    return np.array([recipe.lam for recipe in recipes])
+
+
+def fit(trials: Sequence[Trial]) -> Surrogate:
+    """The Gaussian process of the trials that have a score, at least one."""
+    recipes, scores = zip(*_scored(trials), strict=True)
+    return surrogate.fit(_points(recipes), np.array([score.value for score in scores]))
+
+
+def believe(trials: Sequence[Trial]) -> Belief:
+    """The landscape if the items tell of it and it can be trusted, else the Gaussian process.
+
+    It is trusted as long as it predicts the scores that were left out at least as well.
+    """
+    process = fit(trials)
+    try:
+        scape = landscape.fit(trials)
+    except NoLandscape as reason:
+        return Belief(process, None, str(reason))
+    inside = scape.points.max(axis=1) < 1.0
+    ours, theirs = np.array(scape.misses), process.misses[inside]
+    if scape.doubt > 3 and np.sqrt(np.mean(ours**2)) > np.sqrt(np.mean(theirs**2)):
+        why = (
+            f"scores that were left out were missed by {np.sqrt(np.mean(ours**2)):.4f}, by the "
+            f"Gaussian process by {np.sqrt(np.mean(theirs**2)):.4f}"
         )
-    return fresh
+        return Belief(process, None, why)
+    return Belief(scape, scape)
 
 
-def _nominate(space: Space, trials: Sequence[Trial], taken: set[float]) -> dict[str, float]:
-    """Each base acquisition's favourite λ that is not taken yet."""
-    candidates = _fresh(space, taken)
-    posterior = fit(space, trials)
+def _fresh(space: Space, taken: Sequence[Recipe]) -> Array:
+    """The candidates that are not taken yet; far from the taken while any is."""
+    candidates = space.candidates()
+    distance = distances(candidates, _points(taken)).min(axis=1)
+    far: Array = candidates[distance > SPACING + 1e-9]
+    return far if far.size else candidates[distance > 1e-9]
+
+
+def _nominate(trials: Sequence[Trial], candidates: Array) -> dict[str, Array]:
+    """Each base acquisition's favourite candidate."""
+    posterior = fit(trials)
     mean, std = posterior.predict(candidates)
-    best = posterior.predict(_observed(space, trials)[0])[0].max()
+    best = posterior.predict(_points([recipe for recipe, _ in _scored(trials)]))[0].max()
     return {
-        name: float(candidates[np.argmax(utility(mean, std, best, posterior.scale))])
+        name: candidates[np.argmax(utility(mean, std, best, posterior.scale))]
         for name, utility in ACQUISITIONS.items()
     }
 
@@ -73,71 +119,188 @@ def _gains(space: Space, trials: Sequence[Trial], begin: int) -> dict[str, float
     gains = dict.fromkeys(ACQUISITIONS, 0.0)
     for step in range(begin, len(trials)):
         past = trials[:step]
-        if all(trial.held_out is None for trial in past):
+        if not _scored(past):
             continue  # the step was a random one: nobody nominated
-        nominees = _nominate(space, past, {space.point(t.recipe) for t in past})
-        posterior = fit(space, trials[: step + 1])
+        nominees = _nominate(past, _fresh(space, [trial.recipe for trial in past]))
+        posterior = fit(trials[: step + 1])
         mean, _ = posterior.predict(np.array(list(nominees.values())))
         for name, value in zip(nominees, (mean - posterior.mean) / posterior.scale, strict=True):
             gains[name] += float(value)
     return gains
 
 
+def _most_improving(
+    space: Space, known: Sequence[Recipe], posterior: Posterior, candidates: Array
+) -> tuple[Array, float]:
+    """The candidate of largest expected improvement on what is known, and that improvement's log.
+
+    Every item is predicted at every candidate, so first some all over the space are looked at,
+    then those around the best of them.
+    """
+    done = [recipe for recipe in known if space.feasible(recipe)] or known
+    best = posterior.predict(_points(done))[0].max()
+
+    def look(at: Array) -> tuple[Array, float]:
+        mean, std = posterior.predict(at)
+        gain = log_ei(mean, std, best, posterior.scale)
+        return at[np.argmax(gain)], float(gain.max())
+
+    if len(candidates) <= 2 * LOOKS:
+        return look(candidates)
+    coarse = look(candidates[:: -(-len(candidates) // LOOKS)])
+    near = np.argsort(distances(candidates, coarse[0][None])[:, 0], kind="stable")[:LOOKS]
+    return max(coarse, look(candidates[near]), key=lambda found: found[1])
+
+
 def ask(
     space: Space,
     trials: Sequence[Trial],
     *,
-    acquisition: str = HEDGE,
+    acquisition: str = LANDSCAPE,
     seed: int = 0,
     pending: Sequence[Recipe] = (),
 ) -> Recipe:
-    """The recipe to evaluate next (Liu et al. 2024, algorithm 1).
+    """The recipe to evaluate next.
 
-    First the parents, the uniform soup and the ends of [α, 1]; then the maximiser of the
-    acquisition, or for `gp-hedge` that of one base acquisition drawn by
+    First the parents and the uniform soup. Then `landscape`: the maximiser of the expected
+    improvement on the curve that is reconstructed from the items; where the items do not tell of
+    it, `gp-hedge`. The others (Liu et al. 2024, algorithm 1): a pair's λ = α, then the maximiser of
+    the acquisition, for `gp-hedge` that of one base acquisition drawn by
 
         p_j = exp(g_j) / Σ exp(g_l)        (Hoffman, Brochu & de Freitas 2011, η = 1)
 
     Args:
-        space: the feasible λ.
+        space: the feasible merge weights.
         trials: the history in order; failed trials (no score) are not asked again.
         acquisition: one of `CHOICES`.
         seed: together with the number of trials it fixes the draw.
-        pending: recipes that are being evaluated and are not asked again.
+        pending: recipes that are being evaluated: not asked again, and imagined to come out as is
+            expected ("kriging believer", Ginsbourger, Le Riche & Carraro 2010, sec. 4.2.1).
 
     Raises:
         SpecError: nothing is left to ask.
     """
-    known = {space.point(recipe) for recipe in (*(t.recipe for t in trials), *pending)}
-    start = space.start()
-    for recipe in start:
-        if space.point(recipe) not in known:
+    known = [*(trial.recipe for trial in trials), *pending]
+    for recipe in space.start():
+        if recipe not in known:
             return recipe
-    if all(trial.held_out is None for trial in trials):
-        fresh = _fresh(space, known)
-        return space.recipe(np.random.default_rng([seed, len(trials)]).choice(fresh))
-    nominees = _nominate(space, trials, known)
+    fresh = _fresh(space, known)
+    if not fresh.size:
+        raise SpecError(
+            "every candidate λ has been measured",
+            where=f"[{space.alpha}, 1] in steps of 1e-4",
+            fix="lower --trials or --alpha",
+        )
+    if acquisition == LANDSCAPE:
+        belief = believe(trials) if _scored(trials) else None
+        if belief is not None and belief.landscape is not None:
+            believed = replace(belief.landscape, pending=tuple(r.lam for r in pending))
+            done = [*(recipe for recipe, _ in _scored(trials)), *pending]
+            return space.recipe(_most_improving(space, done, believed, fresh)[0])
+        acquisition = HEDGE
+    for recipe in space.ends():
+        if recipe not in known:
+            return recipe
+    draw = np.random.default_rng([seed, len(known)])
+    if not _scored(trials):
+        return space.recipe(draw.choice(fresh))
+    nominees = _nominate(_imagine(trials, pending), fresh)
     if acquisition == HEDGE:
-        gains = _gains(space, trials, len(start))
+        gains = _gains(space, trials, len({*space.start(), *space.ends()}))
         logits = np.array([gains[name] for name in nominees])
         weights = np.exp(logits - logits.max())
-        draw = np.random.default_rng([seed, len(trials)])
         acquisition = str(draw.choice(list(nominees), p=weights / weights.sum()))
     return space.recipe(nominees[acquisition])
 
 
-def recommend(space: Space, trials: Sequence[Trial]) -> Recipe:
-    """The measured feasible recipe with the highest posterior mean, not the luckiest trial.
+def _imagine(trials: Sequence[Trial], pending: Sequence[Recipe]) -> Sequence[Trial]:
+    """The trials, and what is pending as if it came out as expected."""
+    if not pending:
+        return trials
+    mean, _ = fit(trials).predict(_points(pending))
+    scores = [Score(float(value), 0.0) for value in mean]
+    return [*trials, *(Trial(-1, r, s) for r, s in zip(pending, scores, strict=True))]
+
+
+def improvement(space: Space, trials: Sequence[Trial]) -> float:
+    """How much one more evaluation is expected to gain on the best so far, in score units."""
+    fresh = _fresh(space, [trial.recipe for trial in trials])
+    if not fresh.size:
+        return 0.0
+    done = [recipe for recipe, _ in _scored(trials)]
+    return math.exp(_most_improving(space, done, believe(trials).posterior, fresh)[1])
+
+
+def proceed(
+    space: Space,
+    trials: Sequence[Trial],
+    *,
+    acquisition: str = LANDSCAPE,
+    seed: int = 0,
+    budget: int,
+    tolerance: float,
+) -> Recipe | None:
+    """The next recipe of a search that comes to an end, or None at its end.
+
+    It ends when the budget is spent, or early when one more evaluation is expected to gain less
+    than `tolerance`; but not before what is then recommended has been measured itself.
+
+    Args:
+        space: as of `ask`.
+        trials: as of `ask`.
+        acquisition: as of `ask`.
+        seed: as of `ask`.
+        budget: how many trials there may be.
+        tolerance: in score units; 0 never ends early.
+    """
+    left = budget - len(trials)
+    if left <= 0:
+        return None
+    known = [trial.recipe for trial in trials]
+    started = {*space.start()} <= {*known} and len(_scored(trials)) > landscape.LEAST
+    if started and any(space.feasible(recipe) for recipe, _ in _scored(trials)):
+        enough = improvement(space, trials) < tolerance
+        if enough or left == 1:
+            chosen = recommend(space, trials)
+            if chosen not in known:
+                return chosen
+            if enough:
+                return None
+    return ask(space, trials, acquisition=acquisition, seed=seed)
+
+
+def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) -> Recipe:
+    """The feasible recipe of which most is expected, not the luckiest trial.
+
+    By posterior mean; where the curve was reconstructed, by the one of the population that the
+    held-out items are a sample of. What was measured to be worse than a feasible parent is out.
+
+    Args:
+        space: the feasible merge weights.
+        trials: the history.
+        measured: only among recipes that have a score. Otherwise the choice may be one that was
+            never measured: measure it before it is relied on.
 
     Raises:
         SpecError: no feasible trial has a score.
     """
-    feasible = [t.recipe for t in trials if t.held_out is not None and space.feasible(t.recipe)]
+    feasible = [
+        (recipe, score.value) for recipe, score in _scored(trials) if space.feasible(recipe)
+    ]
     if not feasible:
         raise SpecError(
             "no feasible trial has a score",
             where=f"{len(trials)} trials, λ in [{space.alpha}, 1]",
             fix="raise --trials",
         )
-    mean, _ = fit(space, trials).predict(np.array([space.point(r) for r in feasible]))
-    return feasible[int(np.argmax(mean))]
+    least = max((v for recipe, v in feasible if recipe in space.parents()), default=-math.inf)
+    options = _points([recipe for recipe, value in feasible if value >= least])
+    if not measured:
+        fresh = _fresh(space, [trial.recipe for trial in trials])
+        options = np.concatenate([options, fresh])
+    belief = believe(trials)
+    if belief.landscape is not None:
+        mean = belief.landscape.population(options)
+    else:
+        mean, _ = belief.posterior.predict(options)
+    return space.recipe(options[np.argmax(mean)])

@@ -1,15 +1,23 @@
-"""Where the search may look: recipes as points, and points as recipes.
+"""Where the search may look: the merge weights of two or more parents.
 
-For a pair the point is λ itself, the weight of the newer checkpoint: Θ(λ) = λ·Θ_new + (1−λ)·Θ_old
-with λ ∈ [α, 1] (Liu et al. 2024, eq. 2-3). The older parent, λ = 0, is measured anyway and informs
-the surrogate even where α > 0 keeps the search away from it.
+For a pair λ weighs the newer checkpoint: Θ(λ) = λ·Θ_new + (1−λ)·Θ_old with λ ∈ [α, 1] (Liu et al.
+2024, eq. 2-3). For n parents Θ = Σ λ_i·Θ_i with λ on the simplex and λ_newest ≥ α (eq. 1). Every
+parent alone is measured anyway and informs the surrogate even where α > 0 keeps the search away.
+
+A point is the vector of weights itself, and points are compared by their distance on the simplex
+with edges of length 1: |λ − λ'| for a pair. Softmax or stick-breaking coordinates would squeeze
+the corners and prefer some parents to others.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import qmc
 
 from mlflow_soup.records import Recipe
 
@@ -17,44 +25,113 @@ Array = NDArray[np.float64]
 
 # 1,001 candidates: exact enough in one dimension that no inner optimiser is needed
 GRID = 1001
+# of three or more: on the whole simplex, and on its faces of each lower dimension
+INSIDE, ON_FACES = 2048, 512
 
 
 @dataclass(frozen=True)
 class Space:
-    """The feasible merge weights of two parents, λ ∈ [α, 1]."""
+    """The feasible merge weights of `count` parents, oldest first; the newest weighs at least α."""
 
+    count: int
     alpha: float
 
     @classmethod
     def pair(cls, alpha: float) -> "Space":
         """Two parents, the newer weighing at least α ∈ [0, 1), rounded up to 1e-4 as λ is."""
-        return cls(math.ceil(round(alpha * 1e4, 6)) / 1e4)
+        return cls.simplex(2, alpha)
 
-    def recipe(self, point: float) -> Recipe:
-        """The recipe at λ = `point`, rounded to 1e-4: what a run shows is what was merged."""
-        lam = round(float(point), 4)
-        return Recipe("linear", (round(1.0 - lam, 4), lam))
+    @classmethod
+    def simplex(cls, count: int, alpha: float) -> "Space":
+        """`count` ≥ 2 parents, the newest weighing at least α ∈ [0, 1), rounded up to 1e-4."""
+        return cls(count, math.ceil(round(alpha * 1e4, 6)) / 1e4)
 
-    def point(self, recipe: Recipe) -> float:
-        """λ of a recipe; the inverse of `recipe` on points rounded to 1e-4."""
-        return recipe.lam[-1]
+    def recipe(self, weights: float | Sequence[float] | Array) -> Recipe:
+        """The recipe of some weights, rounded to 1e-4: what a run shows is what was merged.
+
+        The largest takes what rounding leaves, so that they sum to 1 as well as decimals can.
+
+        Args:
+            weights: one per parent, oldest first; or λ of a pair.
+        """
+        if isinstance(weights, float | int):
+            weights = (1.0 - weights, weights)
+        steps = [round(1e4 * float(weight)) for weight in weights]
+        largest = max(range(len(steps)), key=lambda i: (steps[i], i))
+        steps[largest] += 10_000 - sum(steps)
+        return Recipe("linear", tuple(step / 1e4 for step in steps))
 
     def feasible(self, recipe: Recipe) -> bool:
         """Whether the recipe may be recommended."""
-        return self.alpha <= self.point(recipe) <= 1.0
+        return self.alpha <= recipe.lam[-1] <= 1.0
 
-    def parents(self) -> tuple[Recipe, Recipe]:
-        """Each parent alone, older first."""
-        return self.recipe(0.0), self.recipe(1.0)
+    def parents(self) -> tuple[Recipe, ...]:
+        """Each parent alone, oldest first."""
+        return tuple(self.recipe(row) for row in np.eye(self.count))
 
     def uniform(self) -> Recipe:
         """The uniform soup (Wortsman et al. 2022, arXiv:2203.05482), a baseline."""
-        return self.recipe(0.5)
+        return self.recipe(np.full(self.count, 1.0 / self.count))
 
     def start(self) -> tuple[Recipe, ...]:
-        """What is measured before the surrogate speaks: parents, uniform soup, ends of [α, 1]."""
-        return tuple(dict.fromkeys((*self.parents(), self.uniform(), self.recipe(self.alpha))))
+        """What is measured before anything is fitted: parents and uniform soup."""
+        return (*self.parents(), self.uniform())
+
+    def ends(self) -> tuple[Recipe, ...]:
+        """The ends of a pair's [α, 1], where the paper begins (Liu et al. 2024, algorithm 1)."""
+        return (self.recipe(self.alpha), self.recipe(1.0)) if self.count == 2 else ()
 
     def candidates(self) -> Array:
-        """Points of [α, 1] among which an acquisition chooses, shape (n,), ascending."""
-        return np.unique(np.linspace(self.alpha, 1.0, GRID).round(4))
+        """Points among which the next recipe is chosen, shape (m, count), read-only.
+
+        A pair: λ from α to 1 in equal steps. More: a Sobol sample, uniform on the feasible simplex
+        (Devroye 1986, ch. V.2: the gaps between sorted uniforms), and one on its faces.
+        """
+        return _candidates(self.count, self.alpha)
+
+
+@lru_cache(maxsize=32)
+def _candidates(count: int, alpha: float) -> Array:
+    if count == 2:
+        lam = np.unique(np.linspace(alpha, 1.0, GRID).round(4))
+        points = np.column_stack([1.0 - lam, lam])
+    else:
+        # the feasible weights are a smaller simplex at the newest parent's corner
+        newest = np.eye(count)[-1]
+        points = alpha * newest + (1.0 - alpha) * _spread(count)
+    steps = np.unique(np.round(1e4 * points), axis=0)
+    points = steps / 1e4
+    largest = points.argmax(axis=1)
+    rows = np.arange(len(points))
+    points[rows, largest] = np.round(points[rows, largest] + 1.0 - points.sum(axis=1), 4)
+    points = points[points[:, -1] >= alpha]
+    points.flags.writeable = False
+    return points
+
+
+def _spread(count: int) -> Array:
+    """Points all over the unit simplex of `count` corners, the corners themselves first."""
+    parts = [np.eye(count), _uniform(count, INSIDE)]
+    for corners in range(2, count):
+        faces = list(itertools.combinations(range(count), corners))
+        sample = _uniform(corners, ON_FACES)
+        part = np.zeros((len(sample), count))
+        for row, (point, face) in enumerate(zip(sample, itertools.cycle(faces), strict=False)):
+            part[row, list(face)] = point
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def _uniform(corners: int, size: int) -> Array:
+    """A Sobol sample, uniform on the simplex: the gaps between sorted coordinates."""
+    cube = np.sort(qmc.Sobol(corners - 1, scramble=False).random(size), axis=1)
+    padded = np.pad(cube, ((0, 0), (1, 1)), constant_values=((0, 0), (0.0, 1.0)))
+    gaps: Array = np.diff(padded, axis=1)
+    return gaps
+
+
+def distances(a: Array, b: Array) -> Array:
+    """Distances between points on a simplex with edges of length 1, shape (len(a), len(b))."""
+    difference = a[:, None, :] - b[None, :, :]
+    out: Array = np.sqrt(0.5 * (difference**2).sum(axis=2))
+    return out

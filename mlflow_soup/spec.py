@@ -22,7 +22,7 @@ _PROMOTE = re.compile(
 )
 STAGES = ("Staging", "Production")  # Archived is where the others go
 # in step with `search.CHOICES`, which a test compares; importing it here would cost a second
-ACQUISITIONS = ("gp-hedge", "ei", "pi", "ucb")
+ACQUISITIONS = ("landscape", "gp-hedge", "ei", "pi", "ucb")
 PARENTS_IN = ("mmap", "memory")
 
 
@@ -86,26 +86,46 @@ def parse_uri(text: str, where: str = "argument URI") -> tuple[str, VersionRef]:
     return match["name"], parse_version(match["version"], where)
 
 
-def parse_pair(text: str) -> tuple[VersionRef, VersionRef]:
+def parse_pair(text: str) -> tuple[VersionRef, ...]:
     """`older,newer`, two different versions.
 
     Raises:
         SpecError: there are not two, or they are the same.
     """
-    refs = tuple(parse_version(part, "--pair") for part in text.split(",") if part.strip())
+    refs = _parse_refs(text, "--pair")
     if len(refs) != 2:
         raise SpecError(
             f"a pair is two versions, and {text!r} names {len(refs)}",
             where="--pair",
-            fix="name the older, then the newer: --pair v12,v13",
+            fix="name the older, then the newer: --pair v12,v13; more than two: --versions",
         )
-    if refs[0] == refs[1]:
+    return refs
+
+
+def parse_versions(text: str) -> tuple[VersionRef, ...]:
+    """`v11,v12,v13`: two different versions or more, the newest last.
+
+    Raises:
+        SpecError: there are fewer, or one is named twice.
+    """
+    refs = _parse_refs(text, "--versions")
+    if len(refs) < 2:
         raise SpecError(
-            f"{refs[0]} is in the pair twice",
-            where="--pair",
-            fix="name two different versions: --pair v12,v13",
+            f"a soup needs two versions at least, and {text!r} names {len(refs)}",
+            where="--versions",
+            fix="name them by age, the newest last: --versions v11,v12,v13",
         )
-    return refs[0], refs[1]
+    return refs
+
+
+def _parse_refs(text: str, where: str) -> tuple[VersionRef, ...]:
+    refs = tuple(parse_version(part, where) for part in text.split(",") if part.strip())
+    twice = next((ref for ref in refs if refs.count(ref) > 1), None)
+    if twice is not None:
+        raise SpecError(
+            f"{twice} is named twice", where=where, fix="name each version once: v12,v13"
+        )
+    return refs
 
 
 @dataclass(frozen=True)
@@ -192,6 +212,7 @@ class Spec:
         "run evaluate gate promote",
     )
     pair: str = knob("", "Two versions, older first: v12,v13 or @champion,v13.", "run")
+    versions: str = knob("", "Two versions or more, the newest last: v11,v12,v13.", "run")
     version: str = knob("", "The soup: v14 or @alias.", "evaluate gate promote")
     tasks: str = knob(
         "",
@@ -205,12 +226,23 @@ class Spec:
     include_path: str = knob(
         "", "Folder with lm-eval task YAMLs of your own.", "run evaluate", policy=True
     )
-    alpha: float = knob(0.5, "Smallest weight λ of the newer version.", "run", policy=True)
-    trials: int = knob(
-        10, "Evaluations in all, parents and uniform soup included.", "run", policy=True
+    alpha: float = knob(0.5, "Smallest weight λ of the newest version.", "run", policy=True)
+    trials: int | None = knob(
+        None,
+        "Evaluations at most, parents and uniform soup included; default: 8 for a pair, 4 more for "
+        "each further version.",
+        "run",
+        policy=True,
+    )
+    stop: float = knob(
+        0.02,
+        "End when one more evaluation is expected to gain less than this share of the paired "
+        "standard error; 0: never early.",
+        "run",
+        policy=True,
     )
     acquisition: str = knob(
-        "gp-hedge", "How the next λ is chosen.", "run", policy=True, choices=ACQUISITIONS
+        "landscape", "How the next λ is chosen.", "run", policy=True, choices=ACQUISITIONS
     )
     seed: int = knob(0, "Seed of the search.", "run")
     margin: float = knob(
@@ -260,12 +292,20 @@ class Spec:
         return self
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "margin", "confidence"):  # 0 and 0.0 are one request
+        for name in ("alpha", "stop", "margin", "confidence"):  # 0 and 0.0 are one request
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.champion:
             _check_alias(self.champion, "--champion, or tag soup.champion of the model")
-        if self.pair:
-            parse_pair(self.pair)
+        if self.pair and self.versions:
+            raise SpecError(
+                "a pair and several versions were named",
+                where="--pair and --versions",
+                fix="drop one of them",
+            )
+        least = max(len(self.parents), 2) + 2
+        if self.trials is not None and self.trials < least:
+            rule = f"at least {least}: {least - 2} parents, uniform soup, one more"
+            raise _refuse("trials", self.trials, rule)
         if self.version:
             parse_version(self.version)
         if self.promote:
@@ -273,8 +313,8 @@ class Spec:
         check_name(self.model)
         if not 0.0 <= self.alpha < 1.0:
             raise _refuse("alpha", self.alpha, "a number from 0 up to, not including, 1")
-        if self.trials < 4:
-            raise _refuse("trials", self.trials, "at least 4: parents, uniform soup, one more")
+        if not 0.0 <= self.stop < float("inf"):
+            raise _refuse("stop", self.stop, "a finite number from 0")
         if self.acquisition not in ACQUISITIONS:
             raise _refuse("acquisition", self.acquisition, f"one of {', '.join(ACQUISITIONS)}")
         if self.parents_in not in PARENTS_IN:
@@ -296,6 +336,18 @@ class Spec:
                     where="--include-path, or tag soup.include_path of the model",
                     fix="name a folder with lm-eval task YAMLs",
                 )
+
+    @property
+    def parents(self) -> tuple[VersionRef, ...]:
+        """The versions to merge, oldest first; empty when none were named."""
+        if self.versions:
+            return parse_versions(self.versions)
+        return parse_pair(self.pair) if self.pair else ()
+
+    @property
+    def budget(self) -> int:
+        """How many evaluations the search may take."""
+        return 4 * len(self.parents) if self.trials is None else self.trials
 
     def settle(self, policy: Mapping[str, str]) -> "Spec":
         """The spec with what its caller left open taken from a registered model's policy tags.

@@ -1,4 +1,4 @@
-"""A Gaussian process over λ, its hyper-parameters by maximum a posteriori.
+"""A Gaussian process over merge weights, its hyper-parameters by maximum a posteriori.
 
     f ~ GP(0, s²·Matérn_5/2(|λ−λ'| / l)),   y = f + ε,  ε ~ N(0, n²),  y standardised
 
@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_solve
 from scipy.optimize import minimize
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -24,6 +25,8 @@ Array = NDArray[np.float64]
 # medians and log-sds that matched the best published searchers on landscapes like the paper's
 MEDIAN = np.log([1.0, 0.4, 5e-3])
 LOG_SD = np.array([1.0, 0.6, 1.5])
+# brings the simplex to edges of length 1, so that distances are |λ − λ'| for a pair
+EDGE = math.sqrt(0.5)
 BOUNDS = ((1e-2, 1e3), (0.05, 5.0), (1e-6, 1.0))
 
 
@@ -52,23 +55,33 @@ class Surrogate:
     mean: float  # of the scores it was fitted to
     scale: float  # their standard deviation, or 1 when they are all equal
 
+    @property
+    def misses(self) -> Array:
+        """Each score less what the others predict of it, in score units, shape (n,).
+
+        Leave-one-out at fixed hyper-parameters (Rasmussen & Williams 2006, eq. 5.12).
+        """
+        inverse = cho_solve((self.regressor.L_, True), np.eye(len(self.regressor.L_)))
+        misses: Array = self.scale * self.regressor.alpha_ / np.diag(inverse)
+        return misses
+
     def predict(self, points: Array) -> tuple[Array, Array]:
         """Posterior mean and latent standard deviation, without the noise term.
 
         Args:
-            points: λ, shape (n,).
+            points: weights, shape (n, count).
 
         Returns:
             Mean and standard deviation, shape (n,), in score units; the second is > 0.
         """
-        mean, std = self.regressor.predict(points[:, None], return_std=True)
+        mean, std = self.regressor.predict(points * EDGE, return_std=True)
         noise = self.regressor.kernel_.k2.noise_level
         latent = np.sqrt(np.maximum(std**2 - noise, 1e-12))
         return self.mean + self.scale * mean, self.scale * latent
 
 
 @lru_cache(maxsize=256)
-def _fit(points: tuple[float, ...], scores: tuple[float, ...]) -> Surrogate:
+def _fit(points: tuple[tuple[float, ...], ...], scores: tuple[float, ...]) -> Surrogate:
     y = np.array(scores)
     mean, scale = float(y.mean()), float(y.std())
     if not scale > 1e-12 * max(1.0, abs(mean)):  # all equal: nothing to scale by
@@ -78,7 +91,7 @@ def _fit(points: tuple[float, ...], scores: tuple[float, ...]) -> Surrogate:
     )
     # alpha: jitter for duplicated points, far below the smallest noise
     regressor = GaussianProcessRegressor(kernel, alpha=1e-10, optimizer=_maximise_posterior)
-    regressor.fit(np.array(points)[:, None], (y - mean) / scale)
+    regressor.fit(np.array(points) * EDGE, (y - mean) / scale)
     return Surrogate(regressor, mean, scale)
 
 
@@ -86,7 +99,7 @@ def fit(points: Array, scores: Array) -> Surrogate:
     """The posterior given scores; a function of its arguments alone.
 
     Args:
-        points: λ of the trials, shape (n,), n ≥ 1; duplicates are welcome.
+        points: weights of the trials, shape (n, count), n ≥ 1; duplicates are welcome.
         scores: their finite scores, shape (n,), larger is better.
     """
-    return _fit(tuple(map(float, points)), tuple(map(float, scores)))
+    return _fit(tuple(map(tuple, points.tolist())), tuple(map(float, scores)))

@@ -110,7 +110,7 @@ def _finding(what: str, wrong: Sequence[str], *sound: str) -> Finding:
 
 def _check_tags(origin: Origin, manifest: Manifest) -> Finding:
     """The version's tags against the manifest."""
-    names = (lineage.PARENTS, lineage.LAMBDA, lineage.DIGEST)
+    names = (lineage.PARENTS, lineage.LAMBDA, lineage.WEIGHTS, lineage.DIGEST)
     said = {tag: origin.tags[tag] for tag in names if tag in origin.tags}
     if not said:
         return Finding("tags", "skipped", ("mlflow-soup run did not register it",))
@@ -119,6 +119,7 @@ def _check_tags(origin: Origin, manifest: Manifest) -> Finding:
     meant = {
         lineage.PARENTS: parents,
         lineage.LAMBDA: f"{manifest.sources[-1].lam:g}",
+        lineage.WEIGHTS: lineage.format_weights([source.lam for source in manifest.sources]),
         lineage.DIGEST: manifest.digests.canonical if manifest.digests else None,
     }
     read: dict[str, Any] = {**dict.fromkeys(names), **said}

@@ -1,5 +1,8 @@
 """One Hypothesis strategy per noun of the domain."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from hypothesis import settings
@@ -41,29 +44,129 @@ def recipes() -> st.SearchStrategy[Recipe]:
     return lams().map(Space.pair(0.0).recipe)
 
 
-def spaces() -> st.SearchStrategy[Space]:
-    """[α, 1] with α in steps of 1e-4 and room for at least a hundred candidates."""
-    return st.integers(0, 9_900).map(lambda n: Space.pair(n / 10_000))
+def spaces(most: int = 2) -> st.SearchStrategy[Space]:
+    """Two parents, or up to `most`; α in steps of 1e-4, with room for a hundred candidates."""
+    alphas = st.integers(0, 9_900).map(lambda n: n / 10_000)
+    return st.builds(Space.simplex, st.integers(2, most), alphas)
+
+
+def weights(count: int) -> st.SearchStrategy[np.ndarray]:
+    """Merge weights of `count` parents, not rounded, corners and faces among them."""
+    parts = st.lists(st.integers(0, 10**6), min_size=count, max_size=count).filter(any)
+    return parts.map(lambda parts: np.array(parts) / sum(parts))
+
+
+def choices(
+    levels: Sequence[Sequence[float]],
+    right: Sequence[int | set[int]],
+    *,
+    sizes: Sequence[Sequence[float]] = (),
+    gold: Sequence[int] | None = None,
+    shares: Sequence[float] = (),
+    task: str = "quiz",
+    weight: float = 1.0,
+) -> Items:
+    """A multiple-choice task as lm-eval tells of it.
+
+    Args:
+        levels: log-likelihoods, those of an item's choices together.
+        right: each item's right choice or choices.
+        sizes: what the log-likelihoods are divided by.
+        gold: what is known of the right choices; all of it when there is one per item.
+        shares: equal ones by default.
+        task: its name.
+        weight: of the task in the score.
+    """
+    each = sizes if len(sizes) else [np.ones(len(row)) for row in levels]
+    wins = [int(np.argmax(np.divide(row, size))) for row, size in zip(levels, each, strict=True)]
+    sets = [{one} if isinstance(one, int) else one for one in right]
+    count = len(levels)
+    if gold is None:
+        gold = [one if isinstance(one, int) else -1 for one in right]
+    return Items(
+        task=task,
+        metric="acc_norm,none" if len(sizes) else "acc,none",
+        weight=weight,
+        ids=tuple(map(str, range(count))),
+        values=tuple(float(win in its) for win, its in zip(wins, sets, strict=True)),
+        shares=tuple(shares) or (1.0 / count,) * count,
+        log_likelihoods=tuple(tuple(map(float, row)) for row in levels),
+        gold=tuple(gold),
+        sizes=tuple(tuple(map(float, row)) for row in sizes),
+    )
+
+
+def scored(*items: Items) -> Score:
+    """The score that the items add up to."""
+    return Score(
+        math.fsum(i.weight * float(np.dot(i.shares, i.values)) for i in items), 0.01, items
+    )
+
+
+class Quiz:
+    """Items whose log-likelihoods are smooth: linear in λ, bent by Σ λᵢ·λⱼ, and `wild`.
+
+    Merging helps: the right choice gains most from being bent.
+    """
+
+    def __init__(self, seed, *, count=2, items=200, bend=0.5, wild=0.0, side=0.0):
+        rng = np.random.default_rng(seed)
+        self.right = rng.integers(4, size=items).tolist()
+        gold = np.eye(4)[self.right]
+        # what the parents have in common, and what not; `side` favours the newest
+        self.ends = rng.normal(size=(items, 4, 1)) + 0.7 * rng.normal(size=(items, 4, count))
+        self.ends[..., -1] += side * gold
+        self.bend = bend * (gold + rng.normal(size=(items, 4)))
+        self.wild = wild * rng.normal(size=(items, 4))
+        self.phase = rng.uniform(0.0, 6.3, size=(items, 4))
+
+    def levels(self, lam):
+        """Log-likelihoods at merge weights, shape (items, 4)."""
+        lam = np.asarray(lam)
+        products = (1.0 - lam @ lam) / 2.0
+        waves = self.wild * np.sin(self.phase + 12.0 * lam @ np.arange(1, len(lam) + 1))
+        return self.ends @ lam + 4.0 * self.bend * products + waves
+
+    def accuracy(self, points):
+        """The share of items that are right at each of some points."""
+        return np.array([np.mean(self.levels(lam).argmax(axis=1) == self.right) for lam in points])
+
+    def score(self, lam, **options):
+        """The score of a merge, as lm-eval tells of it."""
+        return scored(choices(self.levels(lam).tolist(), self.right, **options))
+
+    def trials(self, points):
+        """A history of merges at given points."""
+        space = Space.simplex(self.ends.shape[2], 0.0)
+        recipes = [space.recipe(point) for point in points]
+        return [Trial(i, r, self.score(r.lam)) for i, r in enumerate(recipes)]
 
 
 @st.composite
 def histories(draw, space: Space, *, least: int = 0, most: int = 9) -> list[Trial]:
-    """Trials of a search: the start first, then distinct λ of [α, 1].
+    """Trials of a search: the start first, then distinct candidates; with items or without.
 
     Some of them failed, but never the first: a search without its parents' scores has no result.
     """
     size = draw(st.integers(least, most))
-    later = draw(st.lists(st.sampled_from(space.candidates().tolist()), min_size=size, unique=True))
+    candidates = st.sampled_from(list(map(tuple, space.candidates().tolist())))
+    later = draw(st.lists(candidates, min_size=size, unique=True))
     chosen = list(dict.fromkeys((*space.start(), *map(space.recipe, later))))[:size]
-    scores = st.none() | st.floats(0.2, 0.8).map(lambda value: Score(value, 0.01))
-    outcomes = [draw(scores.filter(bool) if i == 0 else scores) for i in range(len(chosen))]
-    return [Trial(i, r, s) for i, (r, s) in enumerate(zip(chosen, outcomes, strict=True))]
+    if draw(st.booleans()):
+        quiz = Quiz(draw(st.integers(0, 9)), count=space.count, items=20)
+        values = [draw(st.sampled_from([quiz.score(recipe.lam), None])) for recipe in chosen]
+        values[:1] = [quiz.score(recipe.lam) for recipe in chosen[:1]]
+    else:
+        scores = st.none() | st.floats(0.2, 0.8).map(lambda value: Score(value, 0.01))
+        values = [draw(scores.filter(bool) if i == 0 else scores) for i in range(len(chosen))]
+    return [Trial(i, r, s) for i, (r, s) in enumerate(zip(chosen, values, strict=True))]
 
 
 @st.composite
 def observations(draw, *, least: int = 1, most: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """λ, in steps of 1e-4 and perhaps repeated, and a score for each."""
-    points = draw(st.lists(lams(), min_size=least, max_size=most))
+    """Weights of two to four parents, in steps of 1e-4 and perhaps repeated; a score for each."""
+    space = Space.simplex(draw(st.integers(2, 4)), 0.0)
+    points = draw(st.lists(weights(space.count), min_size=least, max_size=most))
     scores = draw(
         st.lists(
             st.integers(-2_000, 2_000).map(lambda n: n / 1_000),
@@ -71,7 +174,7 @@ def observations(draw, *, least: int = 1, most: int = 8) -> tuple[np.ndarray, np
             max_size=len(points),
         )
     )
-    return np.array(points), np.array(scores)
+    return np.array([space.recipe(point).lam for point in points]), np.array(scores)
 
 
 @st.composite

@@ -71,7 +71,7 @@ def test_a_refusal_exits_with_3(client):
     [
         (["run"], 2, "no pair was named"),
         (["run", "--pair", "v1"], 2, "a pair is two versions"),
-        (["run", "--pair", "v1,1"], 2, "v1 is in the pair twice"),
+        (["run", "--pair", "v1,1"], 2, "v1 is named twice"),
         (["run", "--pair", "v1,x"], 2, "'x' names no version"),
         (["run", "--pair", "v1,v2", "--alpha", "1"], 2, "--alpha 1.0 is out of range"),
         (["run", "--pair", "v1,v2", "--promote", "stage:Live"], 2, "'Live' is no stage"),

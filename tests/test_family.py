@@ -162,6 +162,17 @@ def test_a_weight_that_is_none_is_not_shown(told):
     assert member.problems == (f"soup.lambda = {told!r} is no weight",)
 
 
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [("0.2,0.3,0.5", (0.2, 0.3, 0.5)), ("0.5", (None, None, 0.5)), ("0.5,0.5", (None,) * 3)],
+)
+def test_every_weight_of_more_parents_is_told(told, shown):
+    member = read(llm(7), {"soup.parents": "1,2,3", "soup.weights": told})
+    assert tuple(weight for _, weight in member.parents) == shown
+    wrong = told == "0.5,0.5"
+    assert member.problems == (("soup.weights = '0.5,0.5' is no weight",) if wrong else ())
+
+
 def test_a_gate_that_is_no_verdict_of_ours_is_quoted():
     assert "gate 'passed\\n'" in family.text(tree(read(llm(1), {"soup.gate": "passed\n"})))
 

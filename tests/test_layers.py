@@ -17,6 +17,8 @@ NOUNS = ("errors", "records")
 PURE = (
     "merge",
     "space",
+    "kriging",
+    "landscape",
     "surrogate",
     "acquisition",
     "search",

@@ -17,6 +17,7 @@ from mlflow_soup.lineage import (
     key_of,
     parse_manifest,
     parse_parents,
+    parse_weights,
     version_tags,
 )
 from mlflow_soup.records import Version
@@ -93,14 +94,22 @@ def test_what_is_no_manifest_cannot_be_read(content):
 
 @given(recipe=s.recipes())
 def test_the_tags_of_a_version_say_what_it_is_made_of(recipe):
-    tags = version_tags("12,13", recipe, "key", "run", "sha256:soup")
-    assert float(tags["soup.lambda"]) == recipe.lam[-1]
-    assert {name: text for name, text in tags.items() if name != "soup.lambda"} == {
+    tags = version_tags("12,13", recipe, "key", "request", "run", "sha256:soup")
+    assert float(tags.pop("soup.lambda")) == recipe.lam[-1]
+    assert parse_weights(tags.pop("soup.weights")) == recipe.lam
+    assert tags == {
         "soup.parents": "12,13",
         "soup.key": "key",
+        "soup.request": "request",
         "soup.run_id": "run",
         "soup.digest": "sha256:soup",
     }
+
+
+@pytest.mark.parametrize("text", ["", "0.3,", "a,b", "nan,1", "1.2,-0.2", "inf"])
+def test_what_are_no_weights_is_refused(text):
+    with pytest.raises(ValueError, match=r"could not convert|no merge weights"):
+        parse_weights(text)
 
 
 def test_no_two_names_are_the_same():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from mlflow_soup import report
@@ -93,10 +95,36 @@ def test_the_figure_marks_each_kind_of_point(story):
     figure = report.landscape(story)
     (axes,) = figure.axes
     labels = axes.get_legend_handles_labels()[1]
-    assert labels == ["GP mean, 95 % band", "trial", "parents", "uniform soup", "chosen λ"]
+    assert labels == ["Gaussian process, 95 % band", "trial", "parents", "uniform soup", "chosen λ"]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert drawn["chosen λ"] == [[0.8, 0.56]]
     assert drawn["parents"] == [[0.0, 0.50], [1.0, 0.52]]
     assert len(drawn["trial"]) == 4
     assert "llm v13" in axes.get_xlabel()
     assert "piqa" in axes.get_ylabel()
+
+
+def three(story, tmp_path):
+    """The same story of three parents."""
+    space = Space.simplex(3, 0.5)
+    recipes = [*space.start(), space.recipe((0.1, 0.2, 0.7))]
+    trials = [Trial(i, r, score(0.5 + 0.01 * i)) for i, r in enumerate(recipes)]
+    oldest = Parent(Version("llm", 11), "sha256:3", tmp_path)
+    soup = Soup(SOUP, recipes[-1], (oldest, *story.soup.parents), score(0.54), "sha256:1")
+    return replace(story, space=space, soup=soup, trials=tuple(trials))
+
+
+def test_a_soup_of_three_is_told_with_all_its_weights(story, tmp_path):
+    names = [f"llm v{number}" for number in (11, 12, 13)]
+    links = {"run": "#/run", "trials": "#/trials", **dict.fromkeys(names, "#/x")}
+    text = report.markdown(three(story, tmp_path), links)
+    assert "0.7 × llm v13 + 0.2 × llm v12 + 0.1 × llm v11, found in 5 evaluations" in text
+    assert "| uniform soup (λ = 0.3333, 0.3333, 0.3334) | 0.5300 | 0.0100 |" in text
+
+
+def test_the_figure_of_three_shows_scores_by_trial(story, tmp_path):
+    (axes,) = report.landscape(three(story, tmp_path)).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn["chosen λ"] == [[4.0, 0.54]]
+    assert [x for x, _ in drawn["trial"]] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert axes.get_xlabel() == "trial"

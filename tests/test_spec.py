@@ -122,7 +122,7 @@ def test_a_pair_reads_back_in_its_order_unless_it_is_one_version_twice(older, ne
         assert parse_pair(f"{older},{newer}") == (older, newer)
         assert parse_pair(f" {older} , {newer} ") == (older, newer)
     else:
-        with pytest.raises(SpecError, match="in the pair twice"):
+        with pytest.raises(SpecError, match="is named twice"):
             parse_pair(f"{older},{newer}")
 
 
@@ -133,8 +133,8 @@ def test_a_pair_reads_back_in_its_order_unless_it_is_one_version_twice(older, ne
         ("v12,", "names 1"),
         ("", "names 0"),
         ("v1,v2,v3", "names 3"),
-        ("v12,12", "v12 is in the pair twice"),
-        ("@champion,@champion", "@champion is in the pair twice"),
+        ("v12,12", "v12 is named twice"),
+        ("@champion,@champion", "@champion is named twice"),
         ("v1,champion", "'champion' names no version"),
     ],
 )
@@ -191,12 +191,14 @@ def test_an_alias_that_mlflow_reserves_is_refused_at_once(text):
 RANGES = {
     "model": (["my-llm", "a", "My model 2.0"], ["/", "a/b", "-a", " a", "a:b", "x" * 129]),
     "pair": (["v1,v2", "@champion,3"], ["v1", "v1,v1", "x,y"]),
+    "versions": (["v1,v2", "v1,@champion,3"], ["v1", "v1,v2,v1", "x,y", ","]),
     "version": (["v14", "@a"], ["v0", "a"]),
     "promote": (["champion", "stage:Staging"], ["stage:x", "@champion"]),
     "alpha": ([0.0, 0.5, 0.999], [-0.01, 1.0, 2.0, float("nan")]),
-    "trials": ([4, 10, 1000], [3, 0, -1]),
+    "trials": ([None, 4, 10, 1000], [3, 0, -1]),
+    "stop": ([0.0, 0.05, 3.0], [-0.01, float("inf"), float("nan")]),
     "parents_in": (["mmap", "memory"], ["disk", ""]),
-    "acquisition": (["gp-hedge", "ei", "pi", "ucb"], ["EI", "", "random"]),
+    "acquisition": (["landscape", "gp-hedge", "ei", "pi", "ucb"], ["EI", "", "random"]),
     "seed": ([0, 7], [-1]),
     "margin": ([0.0, 0.01, 5.0], [-0.01, float("inf"), float("nan")]),
     "confidence": ([0.51, 0.95, 0.999], [0.5, 1.0, 0.0, 95.0, float("nan")]),
@@ -231,6 +233,28 @@ def test_a_value_out_of_its_range_is_refused_by_its_option(name, value):
     assert f"--{name.replace('_', '-')}" in refusal.value.where
 
 
+@pytest.mark.parametrize(
+    ("named", "budget", "least"),
+    [
+        ({"pair": "v1,v2"}, 8, 4),
+        ({"versions": "v1,v2"}, 8, 4),
+        ({"versions": "v1,v2,v3"}, 12, 5),
+        ({"versions": "v1,v2,v3,v4"}, 16, 6),
+    ],
+)
+def test_more_parents_take_more_trials(named, budget, least):
+    assert Spec(**named).budget == budget
+    assert Spec(**named, trials=least).budget == least
+    with pytest.raises(SpecError, match="out of range") as refusal:
+        Spec(**named, trials=least - 1)
+    assert refusal.value.fix == f"at least {least}: {least - 2} parents, uniform soup, one more"
+
+
+def test_a_pair_and_versions_at_once_are_refused():
+    with pytest.raises(SpecError, match="a pair and several versions were named"):
+        Spec(pair="v1,v2", versions="v1,v2,v3")
+
+
 def test_the_defaults_are_in_range_and_ask_for_nothing():
     assert Spec() == Spec(**{name: knob.default for name, knob in KNOBS.items()})
 
@@ -255,6 +279,7 @@ TAGS = {
     "include_path": (os.curdir, os.curdir),
     "alpha": ("0.7", 0.7),
     "trials": (" 12 ", 12),
+    "stop": ("0.1", 0.1),
     "acquisition": (" ei ", "ei"),
     "margin": ("1e-3", 0.001),
     "confidence": ("0.9", 0.9),
