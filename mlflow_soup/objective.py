@@ -2,26 +2,28 @@
 
 An `Evaluator` freezes the requests of a suite (few-shot examples drawn once, text tokenised once)
 and scores whatever weights the live model has, with lm-eval's own scoring and aggregation: the
-`lm_eval` command gives the same numbers.
+`lm_eval` command gives the same numbers. How the model is asked is up to `prepared`.
 """
 
+import contextlib
 import copy
 import hashlib
 import importlib.metadata
 import json
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from lm_eval import evaluator
-from lm_eval.models.huggingface import HFLM
+from lm_eval.evaluator import evaluate
 
 from mlflow_soup.errors import NonFiniteError, ObjectiveError
 from mlflow_soup.live import LiveModel, quiet
+from mlflow_soup.prepared import FrozenLM, PreparedLM
 from mlflow_soup.records import Items, Metric, Score
 from mlflow_soup.suite import Asked, Suite, choice_sizes, contributions, right_choice
 
@@ -29,42 +31,6 @@ Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes; 
 
 # what the lm_eval command seeds few-shot sampling with
 FEWSHOT_SEED = 1234
-
-
-class _FrozenLM(HFLM):  # type: ignore[misc]
-    """lm-eval's model with tokenisation remembered (the text never changes) and cuts counted."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._pairs: dict[tuple[str, str], Any] = {}
-        self._encoded: dict[Any, list[int]] = {}
-        self.truncated = 0  # requests of the last evaluation that were cut to max_length
-
-    def _encode_pair(self, context: str, continuation: str) -> Any:
-        key = (context, continuation)
-        if key not in self._pairs:
-            self._pairs[key] = super()._encode_pair(context, continuation)
-        return self._pairs[key]
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
-        key = (string, add_special_tokens, *sorted(kwargs.items()))
-        if key not in self._encoded:
-            self._encoded[key] = super().tok_encode(string, add_special_tokens, **kwargs)
-        return list(self._encoded[key])
-
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        # the last token is only predicted, never read
-        self.truncated += sum(len(c) + len(k) - 1 > self.max_length for _, c, k in requests)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-    def tok_batch_encode(
-        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
-    ) -> Any:
-        if left_truncate_len:
-            self.truncated += sum(len(self.tok_encode(s)) > left_truncate_len for s in strings)
-        return super().tok_batch_encode(
-            strings, *args, left_truncate_len=left_truncate_len, **kwargs
-        )
 
 
 def _quiet_copy(tokenizer: Any) -> Any:
@@ -80,10 +46,15 @@ class Evaluator:
     Args:
         live: the model; its weights may change between calls, nothing else.
         suite: what to score it on.
-        batch_size: fixed, because log-likelihoods depend on it in the last digits.
+        evaluator: `prepared`, or `lm-eval` for the way that the `lm_eval` command takes.
+        batch_size: fixed, because log-likelihoods depend on it in the last digits; `prepared`
+            lowers it once, before it starts, where an accelerator has no memory for it.
         max_length: longest input in tokens; None for the model's own.
         num_fewshot: for tasks that leave it open.
         limit: first items of each task only.
+
+    Raises:
+        ObjectiveError: the requests cannot be put to this model.
     """
 
     def __init__(
@@ -91,22 +62,34 @@ class Evaluator:
         live: LiveModel,
         suite: Suite,
         *,
+        evaluator: str = "prepared",
         batch_size: int = 32,
         max_length: int | None = None,
         num_fewshot: int | None = None,
         limit: int | None = None,
     ) -> None:
         self._live, self._suite, self._limit = live, suite, limit
+        self._evaluator = evaluator
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._lm = _FrozenLM(
-            pretrained=live.model,
-            tokenizer=_quiet_copy(live.tokenizer),
-            batch_size=batch_size,
-            max_length=max_length,
-            softmax_dtype="float32",
-        )
+        arguments = {
+            "pretrained": live.model,
+            "tokenizer": _quiet_copy(live.tokenizer),
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "softmax_dtype": "float32",
+        }
+        if evaluator == "prepared":
+            accelerated = live.model.device.type != "cpu"
+            self._lm: FrozenLM = PreparedLM(**arguments, probes=accelerated)
+        else:
+            self._lm = FrozenLM(**arguments)
+        requests: dict[str, list[Any]] = defaultdict(list)
         for task in suite.loaded["tasks"].values():
             _freeze(task, num_fewshot, limit)
+            for request in task.instances:
+                requests[request.request_type] += [request] * request.repeats
+        with self._enough_memory(), quiet():
+            self._lm.prepare(requests)
         self.fingerprint = self._fingerprint()
         self._answers: dict[tuple[str, str], Answers] = {}
 
@@ -119,6 +102,7 @@ class Evaluator:
         """What scores depend on besides weights and requests."""
         versions = ("lm_eval", "torch", "transformers")
         return {
+            "evaluator": self._evaluator,
             "batch_size": self._lm.batch_size,
             "max_length": self._lm.max_length,
             "dtype": str(self._live.model.dtype),
@@ -147,19 +131,21 @@ class Evaluator:
             ObjectiveError: there is no memory for it.
         """
         self._lm.truncated = 0
+        with self._enough_memory(), quiet():
+            results = evaluate(self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0)
+        assert results is not None
+        return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
+
+    @contextlib.contextmanager
+    def _enough_memory(self) -> Iterator[None]:
         try:
-            with quiet():
-                results = evaluator.evaluate(
-                    self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
-                )
+            yield
         except torch.OutOfMemoryError as error:
             raise ObjectiveError(
                 f"no memory left for the evaluation: {error}",
                 where=f"batch size {self._lm.batch_size}",
                 fix="lower --batch-size",
             ) from error
-        assert results is not None
-        return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
 
     def score(self) -> Score:
         """The mean over terms: the objective (Liu et al. 2024, eq. 3)."""

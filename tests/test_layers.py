@@ -39,7 +39,8 @@ EDGES = {
     "registry": {"tracking"},
     "tracking": set(),
     "suite": {"live"},
-    "objective": {"live", "suite"},
+    "prepared": set(),
+    "objective": {"live", "suite", "prepared"},
 }
 REST = ("provenance", "verification", "bench", "pipeline", "__init__", "cli", "__main__")
 
@@ -50,10 +51,10 @@ ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(RE
 
 HOMES = {
     "mlflow": {"registry", "tracking", "bench", "pipeline"},
-    "lm_eval": {"suite", "objective"},
+    "lm_eval": {"suite", "prepared", "objective"},
     "transformers": {"live"},
     "safetensors": {"checkpoint"},
-    "torch": {"merge", "checkpoint", "digests", "durable", "soup", "live", "objective"},
+    "torch": {"merge", "checkpoint", "digests", "durable", "soup", "live", "prepared", "objective"},
     "click": {"cli"},
 }
 
