@@ -109,6 +109,7 @@ def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
     return Evaluator(
         live,
         suite,
+        evaluator=spec.evaluator,
         batch_size=spec.batch_size,
         max_length=spec.max_length,
         num_fewshot=spec.num_fewshot,

@@ -7,6 +7,7 @@ and scores whatever weights the live model has, with lm-eval's own scoring and a
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
+from lm_eval.utils import env
 
 from mlflow_soup.errors import NonFiniteError, ObjectiveError
 from mlflow_soup.live import LiveModel, quiet
@@ -38,6 +40,16 @@ def _quiet_copy(tokenizer: Any) -> Any:
     copied = copy.deepcopy(tokenizer)
     copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return copied
+
+
+@contextlib.contextmanager
+def _templates_kept() -> Iterator[None]:
+    """Compile a task's templates once; lm-eval does it anew for every document, 0.5 ms each."""
+    env.from_string = functools.lru_cache(maxsize=1024)(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string
 
 
 class Evaluator:
@@ -85,7 +97,8 @@ class Evaluator:
             self._lm = FrozenLM(**arguments)
         requests: dict[str, list[Any]] = defaultdict(list)
         for task in suite.loaded["tasks"].values():
-            _freeze(task, num_fewshot, limit)
+            with _templates_kept():
+                _freeze(task, num_fewshot, limit)
             for request in task.instances:
                 requests[request.request_type] += [request] * request.repeats
         with self._enough_memory(), quiet():
@@ -131,7 +144,7 @@ class Evaluator:
             ObjectiveError: there is no memory for it.
         """
         self._lm.truncated = 0
-        with self._enough_memory(), quiet():
+        with self._enough_memory(), _templates_kept(), quiet():
             results = evaluate(self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0)
         assert results is not None
         return tuple((str(term), self._score(term, results)) for term in self._suite.terms)

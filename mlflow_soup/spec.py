@@ -24,6 +24,7 @@ STAGES = ("Staging", "Production")  # Archived is where the others go
 # in step with `search.CHOICES`, which a test compares; importing it here would cost a second
 ACQUISITIONS = ("landscape", "gp-hedge", "ei", "pi", "ucb")
 PARENTS_IN = ("mmap", "memory")
+EVALUATORS = ("prepared", "lm-eval")
 
 
 def knob(
@@ -265,7 +266,19 @@ class Spec:
     num_fewshot: int | None = knob(
         None, "Few-shot examples, where the task does not fix them.", "run evaluate", policy=True
     )
-    batch_size: int = knob(32, "Evaluation batch size.", "run evaluate", policy=True)
+    evaluator: str = knob(
+        "prepared",
+        "How the model is asked: requests batched beforehand, or as the lm_eval command does it.",
+        "run evaluate",
+        policy=True,
+        choices=EVALUATORS,
+    )
+    batch_size: int = knob(
+        32,
+        "Evaluation batch size; a smaller one if a GPU's memory asks for it.",
+        "run evaluate",
+        policy=True,
+    )
     max_length: int | None = knob(
         None, "Longest input in tokens; default: the model's own.", "run evaluate", policy=True
     )
@@ -317,6 +330,8 @@ class Spec:
             raise _refuse("stop", self.stop, "a finite number from 0")
         if self.acquisition not in ACQUISITIONS:
             raise _refuse("acquisition", self.acquisition, f"one of {', '.join(ACQUISITIONS)}")
+        if self.evaluator not in EVALUATORS:
+            raise _refuse("evaluator", self.evaluator, f"one of {', '.join(EVALUATORS)}")
         if self.parents_in not in PARENTS_IN:
             raise _refuse("parents_in", self.parents_in, f"one of {', '.join(PARENTS_IN)}")
         if not 0.0 <= self.margin < float("inf"):

@@ -199,6 +199,7 @@ RANGES = {
     "stop": ([0.0, 0.05, 3.0], [-0.01, float("inf"), float("nan")]),
     "parents_in": (["mmap", "memory"], ["disk", ""]),
     "acquisition": (["landscape", "gp-hedge", "ei", "pi", "ucb"], ["EI", "", "random"]),
+    "evaluator": (["prepared", "lm-eval"], ["lm_eval", ""]),
     "seed": ([0, 7], [-1]),
     "margin": ([0.0, 0.01, 5.0], [-0.01, float("inf"), float("nan")]),
     "confidence": ([0.51, 0.95, 0.999], [0.5, 1.0, 0.0, 95.0, float("nan")]),
@@ -285,6 +286,7 @@ TAGS = {
     "confidence": ("0.9", 0.9),
     "champion": ("prod", "prod"),
     "num_fewshot": ("5", 5),
+    "evaluator": (" lm-eval", "lm-eval"),
     "batch_size": ("8", 8),
     "max_length": ("2048", 2048),
 }
