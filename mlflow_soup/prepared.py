@@ -15,7 +15,7 @@ the shape of a batch there too.
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -30,6 +30,8 @@ from mlflow_soup.errors import ObjectiveError
 Tokens = Sequence[int]
 Answer = tuple[float, bool]  # log-likelihood, and whether it is what greedy decoding gives
 
+# padded tokens of a batch; a CPU loses a tenth to a fifth when more of them leave its cache
+BATCH_TOKENS = {"cpu": 1 << 11, "other": 1 << 20}
 # logits of a batch, whatever the vocabulary: 1 GiB in float32
 BATCH_LOGITS = 1 << 28
 # logits of them that become log-likelihoods at once; on a CPU they stay in its cache, twice as fast
@@ -322,8 +324,11 @@ class PreparedLM(FrozenLM):
         common = next((i for i in range(least) if first[4 * i :][:4] != last[4 * i :][:4]), least)
         by_context = sorted(sequences, key=lambda s: (-s.start, s.data))
         ways = [
-            [_Part(chunk, common) for chunk in self._chunks(sequences)],
-            [_Part(chunk, min(s.start for s in chunk)) for chunk in self._chunks(by_context)],
+            [_Part(chunk, common) for chunk in self._chunks(sequences, lambda _: common)],
+            [
+                _Part(chunk, min(s.start for s in chunk))
+                for chunk in self._chunks(by_context, lambda s: s.start)
+            ],
         ]
         best = min(ways, key=self._cost)
         plain = [_Part(chunk) for chunk in self._chunks(sequences)]
@@ -342,19 +347,25 @@ class PreparedLM(FrozenLM):
                 known = part.prefixes
         return cost
 
-    def _chunks(self, sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
-        """Sequences by the batch: as many as were asked for, or as their logits allow."""
+    def _chunks(
+        self, sequences: Sequence[_Sequence], shared: Callable[[_Sequence], int] = lambda _: 0
+    ) -> Iterator[list[_Sequence]]:
+        """Sequences by the batch: as many as were asked for, or fewer where they are long."""
         chunk: list[_Sequence] = []
-        rows = 0
+        rows = width = 0
         for sequence in sequences:
-            its = sequence.rows if self.selects else len(sequence)
+            rows += sequence.rows if self.selects else len(sequence)
+            width = max(width, len(sequence) - shared(sequence))
             if chunk and (
-                len(chunk) == self.batch_size or (rows + its) * self._vocabulary > BATCH_LOGITS
+                len(chunk) == self.batch_size
+                or (len(chunk) + 1) * width > BATCH_TOKENS[self._kind]
+                or rows * self._vocabulary > BATCH_LOGITS
             ):
                 yield chunk
-                chunk, rows = [], 0
+                chunk = []
+                rows = sequence.rows if self.selects else len(sequence)
+                width = len(sequence) - shared(sequence)
             chunk.append(sequence)
-            rows += its
         if chunk:
             yield chunk
 
