@@ -144,6 +144,7 @@ class Evaluator:
             ObjectiveError: there is no memory for it.
         """
         self._lm.truncated = 0
+        self._live.model.eval()
         with self._enough_memory(), _templates_kept(), quiet():
             results = evaluate(self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0)
         assert results is not None

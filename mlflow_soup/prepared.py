@@ -13,21 +13,18 @@ the shape of a batch there too.
 """
 
 import copy
-import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from mlflow_soup.batches import Input, Limits, Part, Tokens, divide, pack, unpack
 from mlflow_soup.errors import ObjectiveError
 
-Tokens = Sequence[int]
 Answer = tuple[float, bool]  # log-likelihood, and whether it is what greedy decoding gives
 
 # padded tokens of a batch; a CPU loses a tenth to a fifth when more of them leave its cache
@@ -36,8 +33,6 @@ BATCH_TOKENS = {"cpu": 1 << 11, "other": 1 << 20}
 BATCH_LOGITS = 1 << 28
 # logits of them that become log-likelihoods at once; on a CPU they stay in its cache, twice as fast
 SOFTMAX_LOGITS = {"cpu": 1 << 20, "other": 1 << 26}
-# prefixes are shared from here on: less is lost again in smaller matrices
-WORTHWHILE = 0.8
 # what a forward costs beside its tokens, in tokens × parameters: measured on CPU, estimated on GPU
 OVERHEAD = {"cpu": 1e8, "other": 1.6e12}
 
@@ -86,59 +81,6 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         )
 
 
-@dataclass
-class _Sequence:
-    """Tokens that are forwarded once, for every continuation asked of them.
-
-    `data` has four bytes to a token, the highest first: compared as bytes they are in order.
-    """
-
-    data: bytes
-    task: str
-    asked: list[tuple[int, Tokens]] = field(default_factory=list)  # number, continuation
-
-    def __len__(self) -> int:
-        return len(self.data) // 4
-
-    @property
-    def rows(self) -> int:
-        """How many of its last logits are read."""
-        return max(len(continuation) for _, continuation in self.asked)
-
-    @property
-    def start(self) -> int:
-        """The first position whose logits are read: what is before it may be shared."""
-        return len(self) - self.rows
-
-    def before(self, position: int) -> bytes:
-        """The tokens up to a position, not included."""
-        return self.data[: 4 * position]
-
-    def tokens(self, first: int = 0) -> Tensor:
-        """Shape (n,), from a position on."""
-        return torch.from_numpy(np.frombuffer(self.data[4 * first :], ">u4").astype(np.int64))
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Sequences that become one batch, and how many of their first tokens come from prefixes."""
-
-    sequences: Sequence[_Sequence]
-    shared: int = 0
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Rows and columns of the padded batch."""
-        return len(self.sequences), max(map(len, self.sequences)) - self.shared
-
-    @functools.cached_property
-    def prefixes(self) -> tuple[bytes, ...]:
-        """What the sequences begin with, each once."""
-        if not self.shared:
-            return ()
-        return tuple(dict.fromkeys(s.before(self.shared) for s in self.sequences))
-
-
 @dataclass(frozen=True)
 class _Batch:
     """A part as tensors on the model's device.
@@ -155,6 +97,12 @@ class _Batch:
     prefixes: Tensor | None  # (P, L)
     prefix: Tensor  # (B,), which of the P a sequence continues
 
+    @property
+    def seen(self) -> int:
+        """Positions that attention looks back on, padding and prefixes included."""
+        length = 0 if self.prefixes is None else self.prefixes.shape[1]
+        return self.tokens.numel() + len(self.prefix) * length
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -163,7 +111,7 @@ class _Plan:
     asked: Sequence[tuple[Any, ...]]  # the requests' arguments
     counts: Sequence[int]  # continuations of each: several windows of a long document
     truncated: int
-    sequences: Sequence[_Sequence]
+    inputs: Sequence[Input]
     batches: Sequence[_Batch] = ()
 
 
@@ -198,7 +146,7 @@ class PreparedLM(FrozenLM):
         plans = {kind: self._read(kind, asked) for kind, asked in requests.items() if kind in known}
         while True:
             try:
-                self._settle([plan.sequences for plan in plans.values()])
+                self._settle([plan.inputs for plan in plans.values()])
                 self._plans = {kind: self._lay_out(plan) for kind, plan in plans.items()}
                 if self._probes:
                     self._try_largest()
@@ -230,9 +178,7 @@ class PreparedLM(FrozenLM):
         """The plan that was prepared for these requests; for others, one for this time."""
         plan = self._plans.get(kind)
         if plan is None or plan.asked != [request.args for request in requests]:
-            plan = self._read(kind, requests)
-            self._settle([plan.sequences])
-            plan = self._lay_out(plan)
+            plan = self._lay_out(self._read(kind, requests))
         return plan
 
     # ---- once
@@ -240,7 +186,7 @@ class PreparedLM(FrozenLM):
     def _read(self, kind: str, requests: Sequence[Any]) -> _Plan:
         """Tokenise requests as lm-eval does; what is to be forwarded, each sequence once."""
         method = getattr(super(), kind)
-        found: dict[bytes, _Sequence] = {}
+        found: dict[bytes, Input] = {}
         counts, truncated, number = [], 0, 0
         previous = None
         for request in requests:
@@ -253,14 +199,14 @@ class PreparedLM(FrozenLM):
             for context, continuation in self._noted:
                 self._check_length(continuation, str(request.task_name))
                 whole = [*context, *continuation][-(self.max_length + 1) :]
-                data = np.array(whole[:-1], ">u4").tobytes()
-                sequence = found.setdefault(data, _Sequence(data, str(request.task_name)))
-                sequence.asked.append((number, continuation))
+                data = pack(whole[:-1])
+                one = found.setdefault(data, Input(data, str(request.task_name)))
+                one.asked.append((number, continuation))
                 number += 1
                 truncated += self._cuts(context, continuation)
             counts.append(len(self._noted))
-        # as lm-eval orders them, so that batches have the shapes that they have there
-        order = sorted(found.values(), key=lambda s: (-len(s), s.data))
+        # as lm-eval orders them
+        order = sorted(found.values(), key=lambda one: (-len(one), one.data))
         return _Plan([request.args for request in requests], counts, truncated, order)
 
     def _check_length(self, continuation: Tokens, task: str) -> None:
@@ -271,20 +217,32 @@ class PreparedLM(FrozenLM):
                 fix="raise --max-length, or mend the task's data",
             )
 
-    def _settle(self, kinds: Sequence[Sequence[_Sequence]]) -> None:
+    def _settle(self, kinds: Sequence[Sequence[Input]]) -> None:
         """Find out whether the model takes selected rows and prefixes, on its longest inputs."""
-        firsts = [_Part(sequences[:4]) for sequences in kinds if sequences]
+        firsts = [Part(inputs[:4]) for inputs in kinds if inputs]
         self.selects = self._head is not None and all(map(self._agrees, firsts))
-        self.shares = self.selects
-        parts = [part for sequences in kinds for part in self._divide(sequences) if part.shared]
-        if parts:
-            longest = max(parts, key=lambda part: part.shared + part.size[1])
-            some = longest.sequences[:: max(1, len(longest.sequences) // 4)]
-            self.shares = self._agrees(_Part(some, longest.shared))
+        self.shares = False
+        if not self.selects:
+            return
+        parts = [part for inputs in kinds for part in divide(inputs, self._limits(), shares=True)]
+        sharing = [part for part in parts if part.shared]
+        if sharing:
+            longest = max(sharing, key=lambda part: part.shared + part.size[1])
+            some = longest.inputs[:: max(1, len(longest.inputs) // 4)]
+            self.shares = self._agrees(Part(some, longest.shared))
 
-    def _agrees(self, part: _Part) -> bool:
+    def _limits(self) -> Limits:
+        return Limits(
+            inputs=self.batch_size,
+            tokens=BATCH_TOKENS[self._kind],
+            logits=BATCH_LOGITS // self._vocabulary,
+            forward=OVERHEAD[self._kind] / sum(p.numel() for p in self.model.parameters()),
+            selects=self.selects,
+        )
+
+    def _agrees(self, part: Part) -> bool:
         """True when the short way gives the logits of lm-eval's, up to rounding."""
-        plain = self._batch(_Part(part.sequences))
+        plain = self._batch(Part(part.inputs))
         expected = self._model_call(plain.tokens).flatten(0, 1)[plain.reads].float()
         batch = self._batch(part)
         try:
@@ -301,91 +259,26 @@ class PreparedLM(FrozenLM):
         return bool((logits.float() - expected).norm() <= tolerance * spread)
 
     def _lay_out(self, plan: _Plan) -> _Plan:
-        batches = tuple(map(self._batch, self._divide(plan.sequences)))
-        return _Plan(plan.asked, plan.counts, plan.truncated, plan.sequences, batches)
+        parts = divide(plan.inputs, self._limits(), shares=self.shares)
+        return replace(plan, batches=tuple(map(self._batch, parts)))
 
-    def _divide(self, sequences: Sequence[_Sequence]) -> list[_Part]:
-        """Batches; of a task on its own where it is worthwhile to share prefixes."""
-        parts: list[_Part] = []
-        together = sequences
-        if self.shares:
-            tasks = defaultdict(list)
-            for sequence in sequences:
-                tasks[sequence.task].append(sequence)
-            shared = {task: self._share(own) for task, own in tasks.items()}
-            parts = [part for own in shared.values() for part in own]
-            together = [sequence for sequence in sequences if not shared[sequence.task]]
-        return parts + [_Part(chunk) for chunk in self._chunks(together)]
-
-    def _share(self, sequences: Sequence[_Sequence]) -> list[_Part]:
-        """A task's batches on prefixes; none where they save too little."""
-        least = min(s.start for s in sequences)
-        first, last = (f(s.before(least) for s in sequences) for f in (min, max))
-        common = next((i for i in range(least) if first[4 * i :][:4] != last[4 * i :][:4]), least)
-        by_context = sorted(sequences, key=lambda s: (-s.start, s.data))
-        ways = [
-            [_Part(chunk, common) for chunk in self._chunks(sequences, lambda _: common)],
-            [
-                _Part(chunk, min(s.start for s in chunk))
-                for chunk in self._chunks(by_context, lambda s: s.start)
-            ],
-        ]
-        best = min(ways, key=self._cost)
-        plain = [_Part(chunk) for chunk in self._chunks(sequences)]
-        return best if self._cost(best) <= WORTHWHILE * self._cost(plain) else []
-
-    def _cost(self, parts: Sequence[_Part]) -> float:
-        """Tokens forwarded, and what forwards cost besides in tokens."""
-        forward = OVERHEAD[self._kind] / sum(p.numel() for p in self.model.parameters())
-        cost = 0.0
-        known: tuple[bytes, ...] = ()
-        for part in parts:
-            rows, columns = part.size
-            cost += rows * columns + forward
-            if part.prefixes != known:
-                cost += len(part.prefixes) * part.shared + forward * bool(part.shared)
-                known = part.prefixes
-        return cost
-
-    def _chunks(
-        self, sequences: Sequence[_Sequence], shared: Callable[[_Sequence], int] = lambda _: 0
-    ) -> Iterator[list[_Sequence]]:
-        """Sequences by the batch: as many as were asked for, or fewer where they are long."""
-        chunk: list[_Sequence] = []
-        rows = width = 0
-        for sequence in sequences:
-            rows += sequence.rows if self.selects else len(sequence)
-            width = max(width, len(sequence) - shared(sequence))
-            if chunk and (
-                len(chunk) == self.batch_size
-                or (len(chunk) + 1) * width > BATCH_TOKENS[self._kind]
-                or rows * self._vocabulary > BATCH_LOGITS
-            ):
-                yield chunk
-                chunk = []
-                rows = sequence.rows if self.selects else len(sequence)
-                width = len(sequence) - shared(sequence)
-            chunk.append(sequence)
-        if chunk:
-            yield chunk
-
-    def _batch(self, part: _Part) -> _Batch:
+    def _batch(self, part: Part) -> _Batch:
         height, width = part.size
         tokens = torch.zeros(height, width, dtype=torch.long)
         reads, rows, asked = [], [], []
         read = 0
-        for i, sequence in enumerate(part.sequences):
-            own = sequence.tokens(part.shared)
+        for i, one in enumerate(part.inputs):
+            own = torch.from_numpy(unpack(one.data)[part.shared :])
             tokens[i, : len(own)] = own
             end = i * width + len(own)
-            reads.append(torch.arange(end - sequence.rows, end))
-            read += sequence.rows
-            for number, continuation in sequence.asked:
+            reads.append(torch.arange(end - one.rows, end))
+            read += one.rows
+            for number, continuation in one.asked:
                 rows.append(torch.arange(read - len(continuation), read))
                 asked.append((number, continuation))
         where = {prefix: i for i, prefix in enumerate(part.prefixes)}
-        prefixes = [_Sequence(prefix, "").tokens() for prefix in part.prefixes]
-        prefix = [where[s.before(part.shared)] for s in part.sequences] if prefixes else []
+        prefixes = [torch.from_numpy(unpack(prefix)) for prefix in part.prefixes]
+        prefix = [where[one.before(part.shared)] for one in part.inputs] if prefixes else []
         to = {"device": self.device}
         return _Batch(
             tokens.to(**to),
@@ -400,13 +293,9 @@ class PreparedLM(FrozenLM):
 
     def _try_largest(self) -> None:
         """Forward the batches that need the most memory."""
-        for plan in self._plans.values():
-            for size in (
-                lambda b: b.tokens.numel() + b.prefix.numel() * _width(b),
-                lambda b: b.reads.numel(),
-            ):
-                if plan.batches:
-                    self._forward([max(plan.batches, key=size)])
+        for batches in filter(None, (plan.batches for plan in self._plans.values())):
+            self._forward([max(batches, key=lambda batch: batch.seen)])
+            self._forward([max(batches, key=lambda batch: len(batch.reads))])
 
     # ---- for each λ
 
@@ -493,7 +382,3 @@ class PreparedLM(FrozenLM):
             hit[hit.clone()] = scores[row[hit]].argmax(-1) == token[hit]
             picked[inside], hits[inside] = likelihoods, hit
         return picked, hits
-
-
-def _width(batch: _Batch) -> int:
-    return 0 if batch.prefixes is None else batch.prefixes.shape[1]

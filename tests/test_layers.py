@@ -27,6 +27,7 @@ PURE = (
     "spec",
     "family",
     "report",
+    "batches",
 )
 # none may import another, but for these
 EDGES = {

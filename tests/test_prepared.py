@@ -327,12 +327,21 @@ def test_a_model_whose_cache_forgets_is_forwarded_without(monkeypatch):
     assert_same(lm.loglikelihood(requests), wrapped(model, HFLM).loglikelihood(requests))
 
 
+def test_what_was_prepared_is_not_read_again(live, mixed, monkeypatch):
+    suite = load_suite("several,same,long:bits_per_byte", include_path=str(mixed))
+    evaluator = Evaluator(live, suite, limit=20)
+    once = evaluator.score()
+    monkeypatch.setattr(live.tokenizer.__class__, "encode", None)
+    assert evaluator.score() == once
+
+
 def test_requests_that_were_not_prepared_are_answered_all_the_same():
     model = family("GPTNeoX")
     lm = wrapped(model)
     lm.prepare({"loglikelihood": letters()})
     for requests in (choices(), choices()[5:6], letters()):
         assert_same(lm.loglikelihood(requests), wrapped(model, HFLM).loglikelihood(requests))
+    assert_same(wrapped(model).loglikelihood(choices()), lm.loglikelihood(choices()))
     assert lm.loglikelihood([]) == []
     assert lm.loglikelihood_rolling([]) == []
 
@@ -357,7 +366,7 @@ def test_equal_logits_are_greedy_for_the_first_token_only():
 def test_log_likelihoods_are_the_same_in_pieces(monkeypatch):
     model = family("Llama")
     requests = [*choices(), *letters()]
-    whole = wrapped(model).loglikelihood(requests)
+    whole = wrapped(model, HFLM).loglikelihood(requests)
     monkeypatch.setattr("mlflow_soup.prepared.SOFTMAX_LOGITS", {"cpu": 50})
     monkeypatch.setattr("mlflow_soup.prepared.BATCH_LOGITS", 1000)
     lm = wrapped(model)
