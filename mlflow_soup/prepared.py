@@ -205,9 +205,8 @@ class PreparedLM(FrozenLM):
                 number += 1
                 truncated += self._cuts(context, continuation)
             counts.append(len(self._noted))
-        # as lm-eval orders them
-        order = sorted(found.values(), key=lambda one: (-len(one), one.data))
-        return _Plan([request.args for request in requests], counts, truncated, order)
+        inputs = sorted(found.values(), key=lambda one: (-len(one), one.data))
+        return _Plan([request.args for request in requests], counts, truncated, inputs)
 
     def _check_length(self, continuation: Tokens, task: str) -> None:
         if not 0 < len(continuation) <= self.max_length:
@@ -218,8 +217,11 @@ class PreparedLM(FrozenLM):
             )
 
     def _settle(self, kinds: Sequence[Sequence[Input]]) -> None:
-        """Find out whether the model takes selected rows and prefixes, on its longest inputs."""
-        firsts = [Part(inputs[:4]) for inputs in kinds if inputs]
+        """Find out whether the model takes selected rows and prefixes, on its longest inputs.
+
+        Two inputs each time: all logits of a whole batch could be what does not fit.
+        """
+        firsts = [Part(inputs[:2]) for inputs in kinds if inputs]
         self.selects = self._head is not None and all(map(self._agrees, firsts))
         self.shares = False
         if not self.selects:
@@ -228,8 +230,8 @@ class PreparedLM(FrozenLM):
         sharing = [part for part in parts if part.shared]
         if sharing:
             longest = max(sharing, key=lambda part: part.shared + part.size[1])
-            some = longest.inputs[:: max(1, len(longest.inputs) // 4)]
-            self.shares = self._agrees(Part(some, longest.shared))
+            first_and_last = longest.inputs[:: max(1, len(longest.inputs) - 1)]
+            self.shares = self._agrees(Part(first_and_last, longest.shared))
 
     def _limits(self) -> Limits:
         return Limits(

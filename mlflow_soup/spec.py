@@ -273,12 +273,7 @@ class Spec:
         policy=True,
         choices=EVALUATORS,
     )
-    batch_size: int = knob(
-        32,
-        "Evaluation batch size; a smaller one if a GPU's memory asks for it.",
-        "run evaluate",
-        policy=True,
-    )
+    batch_size: int = knob(32, "Evaluation batch size, at most.", "run evaluate", policy=True)
     max_length: int | None = knob(
         None, "Longest input in tokens; default: the model's own.", "run evaluate", policy=True
     )
