@@ -1,0 +1,347 @@
+"""Searching λ: our searchers against peers, by the number of evaluations they need.
+
+    python benchmarks/search.py --describe                      # what the landscapes look like
+    python benchmarks/search.py --seeds 50 --out results.jsonl  # ours, random and grid; resumable
+    python benchmarks/search.py --table results.jsonl           # Markdown of what is there so far
+    python benchmarks/search.py --parallel --out parallel.jsonl # 1, 2, 4, 8 evaluations at a time
+
+Peers need an environment of their own; there the same commands measure them, into the same file:
+
+    python3 -m venv peers
+    peers/bin/pip install torch==2.13.0     # first: another version may bring gigabytes of CUDA
+    peers/bin/pip install scikit-optimize optuna botorch bayesian-optimization scikit-learn scipy
+    peers/bin/python benchmarks/search.py --seeds 50 --out results.jsonl
+
+`mlflow_soup` is the one that is installed or on PYTHONPATH, else that of this tree. Set
+OMP_NUM_THREADS=1: seconds per ask are CPU seconds of one thread.
+
+Every evaluation counts, those of the parents too. Everybody but us starts from the parents and the
+middle of [α, 1] (of more than two parents, their uniform soup); we choose our own start. Regret is
+the best held-out score of a dense grid of feasible λ minus the best one measured; true regret is
+the same on the population, for the λ that a searcher recommends after n evaluations: ours by
+`search.recommend`, scikit-optimize by `expected_minimum`, BoTorch by the maximum of its posterior
+mean; the others offer nothing but the best one measured. In points: of accuracy, or 0.005 bits per
+byte.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+import landscapes
+import mlflow_soup
+from landscapes import Landscape, lattice
+from mlflow_soup import search
+from mlflow_soup.records import Recipe, Score, Trial
+from mlflow_soup.space import Space
+
+BUDGET = 20
+CLOSE = (0.25, 0.10)  # points below the best that count as found
+LOOK = (4, 6, 8, 10, 15, 20)  # evaluations after which regrets are shown
+BATCHES = (1, 2, 4, 8)
+
+Weights = tuple[float, ...]
+
+
+class Searcher(Protocol):
+    """What the benchmark drives."""
+
+    def ask(self, pending: Sequence[Weights]) -> Weights:
+        """The merge weights to evaluate next, while others are being evaluated."""
+
+    def tell(self, weights: Weights, score: Score) -> None:
+        """What the evaluation said."""
+
+    def recommend(self) -> Weights:
+        """The merge weights to keep if the search ended now."""
+
+
+class Ours:
+    """`mlflow_soup.search` with one acquisition."""
+
+    def __init__(self, landscape: Landscape, seed: int, acquisition: str) -> None:
+        if landscape.parents == 2:
+            self.space = Space.pair(landscape.alpha)
+        else:
+            self.space = Space.simplex(landscape.parents, landscape.alpha)  # type: ignore[attr-defined]
+        self.seed, self.acquisition = seed, acquisition
+        self.trials: list[Trial] = []
+
+    def ask(self, pending: Sequence[Weights]) -> Weights:
+        """As the pipeline asks."""
+        recipe = search.ask(
+            self.space,
+            self.trials,
+            acquisition=self.acquisition,
+            seed=self.seed,
+            pending=[Recipe("linear", weights) for weights in pending],
+        )
+        return recipe.lam
+
+    def tell(self, weights: Weights, score: Score) -> None:
+        """Append the trial."""
+        self.trials.append(Trial(len(self.trials), Recipe("linear", weights), score))
+
+    def recommend(self) -> Weights:
+        """As the pipeline does in the end."""
+        return search.recommend(self.space, self.trials).lam
+
+
+class Started:
+    """Parents and the middle first; after that a subclass proposes. Recommends the best."""
+
+    def __init__(self, landscape: Landscape, seed: int) -> None:
+        self.parents, self.alpha, self.seed = landscape.parents, landscape.alpha, seed
+        self.rng = np.random.default_rng([seed, 1])
+        lam = (1 + self.alpha) / 2 if self.parents == 2 else 1 / self.parents
+        middle = np.array([*[(1 - lam) / (self.parents - 1)] * (self.parents - 1), lam])
+        self.queue = [*map(tuple, np.eye(self.parents)), rounded(middle)]
+        self.told: list[tuple[Weights, float]] = []
+
+    def ask(self, pending: Sequence[Weights]) -> Weights:
+        """The start, then proposals."""
+        return self.queue.pop(0) if self.queue else self.propose()
+
+    def tell(self, weights: Weights, score: Score) -> None:
+        """Keep the value; items are for those who can read them."""
+        self.told.append((weights, score.value))
+
+    def feasible(self) -> list[tuple[Weights, float]]:
+        """What may be recommended among what was told."""
+        return [(w, value) for w, value in self.told if w[-1] >= self.alpha]
+
+    def recommend(self) -> Weights:
+        """The best one measured."""
+        return max(self.feasible(), key=lambda pair: pair[1])[0]
+
+    def propose(self) -> Weights:
+        """The next merge weights."""
+        raise NotImplementedError
+
+
+class Random(Started):
+    """Uniform on the feasible weights."""
+
+    def propose(self) -> Weights:
+        """Rejection where α cuts the simplex; it never cuts a pair to less than half."""
+        while True:
+            weights = rounded(self.rng.dirichlet(np.ones(self.parents)))
+            if weights[-1] >= self.alpha:
+                return weights
+
+
+class Grid(Started):
+    """Halves, then quarters, then eighths of the feasible weights; in random order within each."""
+
+    def propose(self) -> Weights:
+        """The coarsest point not measured yet."""
+        known = {weights for weights, _ in self.told}
+        for steps in (2, 4, 8, 16, 32):
+            points = lattice(self.parents, steps)
+            points[:, :-1] *= 1 - self.alpha
+            points[:, -1] = 1 - points[:, :-1].sum(axis=1)
+            fresh = [w for w in map(rounded, points) if w not in known]
+            if fresh:
+                return fresh[self.rng.integers(len(fresh))]
+        raise ValueError("the grid is exhausted")
+
+
+def rounded(weights: np.ndarray[Any, Any]) -> Weights:
+    """In steps of 1e-4, as recipes are; the oldest takes what is left."""
+    rest = [round(float(x), 4) for x in weights[1:]]
+    return (round(max(1 - sum(rest), 0.0), 4), *rest)
+
+
+def searchers() -> dict[str, Any]:
+    """Name → function of a landscape and a seed; peers that are not installed are left out."""
+    table: dict[str, Any] = {
+        f"ours {name}": lambda landscape, seed, name=name: Ours(landscape, seed, name)
+        for name in search.CHOICES
+    }
+    return table | {"random": Random, "grid": Grid}
+
+
+def measure(searcher: Searcher, landscape: Landscape, batch: int) -> dict[str, Any]:
+    """Regret after every evaluation, true regret of recommendations, and seconds per ask."""
+    feasible = landscape.feasible(landscape.grid)
+    best = landscape.held_out_values[feasible].max()
+    truth = landscape.population_values[feasible].max()
+    record: dict[str, Any] = {"asked": [], "regret": [], "true": {}, "seconds": []}
+    found = -np.inf
+    while len(record["asked"]) < BUDGET:
+        pending: list[Weights] = []
+        for _ in range(min(batch, BUDGET - len(record["asked"]))):
+            begin = time.process_time()
+            pending.append(searcher.ask(pending))
+            record["seconds"].append(round(time.process_time() - begin, 4))
+            record["asked"].append(pending[-1])
+        for weights in pending:
+            score = landscape.score(weights)
+            searcher.tell(weights, score)
+            if landscape.feasible(np.array([weights]))[0]:
+                found = max(found, score.value)
+            regret = max(best - found, 0.0) / landscape.point if found > -np.inf else None
+            record["regret"].append(regret if regret is None else round(regret, 4))
+        count = len(record["asked"])
+        if count in LOOK:
+            recommended = np.array([searcher.recommend()])
+            regret = max(truth - landscape.truth(recommended)[0], 0.0) / landscape.point
+            record["true"][str(count)] = round(float(regret), 4)
+    return record
+
+
+def run(
+    names: list[str], families: list[str], seeds: int, batches: Sequence[int], out: Path
+) -> None:
+    """Append what `out` lacks; all families of one seed before the next seed."""
+    table = searchers()
+    done = {key(record) for record in read(out)} if out.is_file() else set()
+    for name in [name for name in names if name not in table]:
+        print(f"skipped: {name} is not installed here or not known", file=sys.stderr)
+    for seed in range(seeds):
+        for family in families:
+            wanted = [
+                (name, batch)
+                for name in names
+                if name in table
+                for batch in batches
+                if (name, batch, family, seed) not in done
+            ]
+            if wanted:
+                landscape = landscapes.make(family, seed)
+            for name, batch in wanted:
+                try:
+                    searcher = table[name](landscape, seed)
+                except AttributeError:  # no Space.simplex yet
+                    if landscape.parents == 2:
+                        raise
+                    continue
+                head = {"searcher": name, "batch": batch, "family": family, "seed": seed}
+                with out.open("a") as file:
+                    file.write(json.dumps(head | measure(searcher, landscape, batch)) + "\n")
+        print(f"seed {seed} done", file=sys.stderr)
+
+
+def key(record: dict[str, Any]) -> tuple[str, int, str, int]:
+    """What a run is known by."""
+    return record["searcher"], record["batch"], record["family"], record["seed"]
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The records of a file; the last one of each run counts."""
+    records = map(json.loads, file.read_text().splitlines())
+    return list({key(record): record for record in records}.values())
+
+
+def needed(record: dict[str, Any], close: float) -> float:
+    """Evaluations until the best one measured is that close, infinite if never."""
+    hits = (n for n, r in enumerate(record["regret"], 1) if r is not None and r <= close)
+    return next(hits, np.inf)
+
+
+def quantile(values: list[float], q: float) -> str:
+    """A quantile that was reached, `>20` when it is infinite."""
+    value = np.quantile(values, q, method="inverted_cdf")
+    return f">{BUDGET}" if np.isinf(value) else f"{value:g}"
+
+
+def row(records: list[dict[str, Any]]) -> list[str]:
+    """The cells of a searcher."""
+    cells = [str(len(records))]
+    for close in CLOSE:
+        counts = [needed(record, close) for record in records]
+        cells.append(f"{quantile(counts, 0.5)} / {quantile(counts, 0.9)}")
+        cells.append(f"{np.isfinite(counts).mean():.0%}")
+    looks = [n for n in LOOK if all(r["regret"][n - 1] is not None for r in records)]
+    cells.append(" ".join(f"{np.mean([r['regret'][n - 1] for r in records]):.2f}" for n in looks))
+    cells.append(
+        " ".join(f"{np.mean([r['true'][str(n)] for r in records]):.2f}"
+        for n in LOOK if all(str(n) in r["true"] for r in records))
+    )  # fmt: skip
+    asks = [statistics.median(r["seconds"]) for r in records]
+    return [*cells, f"{1000 * statistics.median(asks):.0f}"]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: overall for pairs and for simplices, then each family."""
+    looks = " ".join(map(str, LOOK))
+    head = ["searcher", "runs"]
+    for close in CLOSE:
+        head += [f"to ≤ {close:.2f}, median / p90", "solved"]
+    head += [f"regret at {looks}", f"true regret at {looks}", "ms per ask"]
+    families = list(dict.fromkeys(record["family"] for record in records))
+    several = [f for f in families if f[0].isdigit()]
+    groups = {
+        "pairs": [f for f in families if f not in several],
+        "three and four parents": several,
+    }
+    groups |= {f"{f}: {landscapes.FAMILIES[f].what}": [f] for f in families}
+    lines: list[str] = []
+    for title, members in groups.items():
+        chosen = [record for record in records if record["family"] in members]
+        if not chosen:
+            continue
+        lines += [f"\n### {title}\n", *markdown(head)]
+        batches = {record["batch"] for record in records}
+        for name, batch in dict.fromkeys((r["searcher"], r["batch"]) for r in chosen):
+            mine = [r for r in chosen if (r["searcher"], r["batch"]) == (name, batch)]
+            label = name if batches == {1} else f"{name}, {batch} at a time"
+            lines.append("| " + " | ".join([label, *row(mine)]) + " |")
+    return "\n".join(lines)
+
+
+def markdown(head: list[str]) -> list[str]:
+    """The head of a Markdown table."""
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+
+
+def described(families: list[str], seeds: int) -> str:
+    """Markdown of what the families are like."""
+    lines: list[str] = []
+    for name in families:
+        numbers = landscapes.describe(name, seeds)
+        lines = lines or markdown(["family", "what", *numbers])
+        cells = [name, landscapes.FAMILIES[name].what, *(f"{x:.2f}" for x in numbers.values())]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, then print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--searchers", help="names, by commas; default: all that are installed")
+    parser.add_argument("--families", default=",".join(landscapes.FAMILIES))
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=Path("results.jsonl"))
+    parser.add_argument("--parallel", action="store_true", help="ours, several at a time")
+    parser.add_argument("--table", type=Path, help="only print the table of these results")
+    parser.add_argument("--describe", action="store_true", help="only describe the landscapes")
+    chosen = parser.parse_args()
+    families = chosen.families.split(",")
+    if chosen.describe:
+        print(described(families, chosen.seeds))
+        return
+    warnings.simplefilter("ignore")
+    if not chosen.table:
+        print(f"mlflow_soup of {Path(mlflow_soup.__file__).parent}", file=sys.stderr)
+        names = chosen.searchers.split(",") if chosen.searchers else list(searchers())
+        batches = BATCHES if chosen.parallel else (1,)
+        if chosen.parallel:
+            names = [name for name in names if name.startswith("ours ")]
+        run(names, families, chosen.seeds, batches, chosen.out)
+    records = read(chosen.table or chosen.out)
+    print(table([r for r in records if r["family"] in families]))
+
+
+if __name__ == "__main__":
+    main()
