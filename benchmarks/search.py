@@ -40,17 +40,18 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import landscapes
 import mlflow_soup
-from landscapes import Landscape, lattice
+import peers
+from landscapes import Landscape
 from mlflow_soup import search
 from mlflow_soup.records import Recipe, Score, Trial
 from mlflow_soup.space import Space
+from started import Grid, Random, Weights
 
 BUDGET = 20
 CLOSE = (0.25, 0.10)  # points below the best that count as found
 LOOK = (4, 6, 8, 10, 15, 20)  # evaluations after which regrets are shown
 BATCHES = (1, 2, 4, 8)
-
-Weights = tuple[float, ...]
+SEVERAL = [name for name in landscapes.FAMILIES if name[0].isdigit()]
 
 
 class Searcher(Protocol):
@@ -97,78 +98,13 @@ class Ours:
         return search.recommend(self.space, self.trials).lam
 
 
-class Started:
-    """Parents and the middle first; after that a subclass proposes. Recommends the best."""
-
-    def __init__(self, landscape: Landscape, seed: int) -> None:
-        self.parents, self.alpha, self.seed = landscape.parents, landscape.alpha, seed
-        self.rng = np.random.default_rng([seed, 1])
-        lam = (1 + self.alpha) / 2 if self.parents == 2 else 1 / self.parents
-        middle = np.array([*[(1 - lam) / (self.parents - 1)] * (self.parents - 1), lam])
-        self.queue = [*map(tuple, np.eye(self.parents)), rounded(middle)]
-        self.told: list[tuple[Weights, float]] = []
-
-    def ask(self, pending: Sequence[Weights]) -> Weights:
-        """The start, then proposals."""
-        return self.queue.pop(0) if self.queue else self.propose()
-
-    def tell(self, weights: Weights, score: Score) -> None:
-        """Keep the value; items are for those who can read them."""
-        self.told.append((weights, score.value))
-
-    def feasible(self) -> list[tuple[Weights, float]]:
-        """What may be recommended among what was told."""
-        return [(w, value) for w, value in self.told if w[-1] >= self.alpha]
-
-    def recommend(self) -> Weights:
-        """The best one measured."""
-        return max(self.feasible(), key=lambda pair: pair[1])[0]
-
-    def propose(self) -> Weights:
-        """The next merge weights."""
-        raise NotImplementedError
-
-
-class Random(Started):
-    """Uniform on the feasible weights."""
-
-    def propose(self) -> Weights:
-        """Rejection where α cuts the simplex; it never cuts a pair to less than half."""
-        while True:
-            weights = rounded(self.rng.dirichlet(np.ones(self.parents)))
-            if weights[-1] >= self.alpha:
-                return weights
-
-
-class Grid(Started):
-    """Halves, then quarters, then eighths of the feasible weights; in random order within each."""
-
-    def propose(self) -> Weights:
-        """The coarsest point not measured yet."""
-        known = {weights for weights, _ in self.told}
-        for steps in (2, 4, 8, 16, 32):
-            points = lattice(self.parents, steps)
-            points[:, :-1] *= 1 - self.alpha
-            points[:, -1] = 1 - points[:, :-1].sum(axis=1)
-            fresh = [w for w in map(rounded, points) if w not in known]
-            if fresh:
-                return fresh[self.rng.integers(len(fresh))]
-        raise ValueError("the grid is exhausted")
-
-
-def rounded(weights: np.ndarray[Any, Any]) -> Weights:
-    """In steps of 1e-4, as recipes are; the oldest takes what is left."""
-    rest = [round(float(x), 4) for x in weights[1:]]
-    return (round(max(1 - sum(rest), 0.0), 4), *rest)
-
-
 def searchers() -> dict[str, Any]:
     """Name → function of a landscape and a seed; peers that are not installed are left out."""
     table: dict[str, Any] = {
         f"ours {name}": lambda landscape, seed, name=name: Ours(landscape, seed, name)
         for name in search.CHOICES
     }
-    return table | {"random": Random, "grid": Grid}
+    return table | {"random": Random, "grid": Grid} | peers.installed()
 
 
 def measure(searcher: Searcher, landscape: Landscape, batch: int) -> dict[str, Any]:
@@ -183,11 +119,13 @@ def measure(searcher: Searcher, landscape: Landscape, batch: int) -> dict[str, A
         for _ in range(min(batch, BUDGET - len(record["asked"]))):
             begin = time.process_time()
             pending.append(searcher.ask(pending))
-            record["seconds"].append(round(time.process_time() - begin, 4))
+            record["seconds"].append(time.process_time() - begin)
             record["asked"].append(pending[-1])
         for weights in pending:
             score = landscape.score(weights)
-            searcher.tell(weights, score)
+            begin = time.process_time()
+            searcher.tell(weights, score)  # some peers think here
+            record["seconds"][len(record["regret"])] += time.process_time() - begin
             if landscape.feasible(np.array([weights]))[0]:
                 found = max(found, score.value)
             regret = max(best - found, 0.0) / landscape.point if found > -np.inf else None
@@ -197,6 +135,7 @@ def measure(searcher: Searcher, landscape: Landscape, batch: int) -> dict[str, A
             recommended = np.array([searcher.recommend()])
             regret = max(truth - landscape.truth(recommended)[0], 0.0) / landscape.point
             record["true"][str(count)] = round(float(regret), 4)
+    record["seconds"] = [round(seconds, 4) for seconds in record["seconds"]]
     return record
 
 
@@ -206,30 +145,30 @@ def run(
     """Append what `out` lacks; all families of one seed before the next seed."""
     table = searchers()
     done = {key(record) for record in read(out)} if out.is_file() else set()
-    for name in [name for name in names if name not in table]:
+    for name in sorted({*names} - {*table}):
         print(f"skipped: {name} is not installed here or not known", file=sys.stderr)
     for seed in range(seeds):
         for family in families:
             wanted = [
                 (name, batch)
                 for name in names
-                if name in table
+                if name in table and (family not in SEVERAL or can_simplex(name))
                 for batch in batches
                 if (name, batch, family, seed) not in done
             ]
             if wanted:
                 landscape = landscapes.make(family, seed)
             for name, batch in wanted:
-                try:
-                    searcher = table[name](landscape, seed)
-                except AttributeError:  # no Space.simplex yet
-                    if landscape.parents == 2:
-                        raise
-                    continue
+                searcher = table[name](landscape, seed)
                 head = {"searcher": name, "batch": batch, "family": family, "seed": seed}
                 with out.open("a") as file:
                     file.write(json.dumps(head | measure(searcher, landscape, batch)) + "\n")
         print(f"seed {seed} done", file=sys.stderr)
+
+
+def can_simplex(name: str) -> bool:
+    """Whether a searcher takes more than two parents."""
+    return not name.startswith("ours") or hasattr(Space, "simplex")
 
 
 def key(record: dict[str, Any]) -> tuple[str, int, str, int]:
@@ -280,10 +219,9 @@ def table(records: list[dict[str, Any]]) -> str:
         head += [f"to ≤ {close:.2f}, median / p90", "solved"]
     head += [f"regret at {looks}", f"true regret at {looks}", "ms per ask"]
     families = list(dict.fromkeys(record["family"] for record in records))
-    several = [f for f in families if f[0].isdigit()]
     groups = {
-        "pairs": [f for f in families if f not in several],
-        "three and four parents": several,
+        "pairs": [f for f in families if f not in SEVERAL],
+        "three and four parents": SEVERAL,
     }
     groups |= {f"{f}: {landscapes.FAMILIES[f].what}": [f] for f in families}
     lines: list[str] = []
@@ -334,7 +272,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if not chosen.table:
         print(f"mlflow_soup of {Path(mlflow_soup.__file__).parent}", file=sys.stderr)
-        names = chosen.searchers.split(",") if chosen.searchers else list(searchers())
+        names = (
+            chosen.searchers.split(",") if chosen.searchers else [*{**searchers(), **peers.PEERS}]
+        )
         batches = BATCHES if chosen.parallel else (1,)
         if chosen.parallel:
             names = [name for name in names if name.startswith("ours ")]
