@@ -13,17 +13,19 @@ evaluated. Accuracy is then what lm-eval makes of it, a staircase.
 
 The held-out items are a small sample, the population a large one of the same kind. The constants
 are set so that the curves look as published ones do (Liu et al. 2024, figures 2 and 7); `python
-benchmarks/search.py --describe` prints what came out.
+benchmarks/search.py --describe` prints what came out. `load` reads recorded items instead.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.interpolate import CubicSpline
 
 from mlflow_soup.records import Items, Score
 
@@ -58,13 +60,18 @@ class Shape:
     waves: tuple[float, ...] = ()
     periods: tuple[float, ...] = ()
 
+    @property
+    def parents(self) -> int:
+        """K, how many checkpoints are merged."""
+        return len(self.levels)
+
     def features(self, weights: Array) -> Array:
         """φ(w), shape (n, B), for merge weights of shape (n, K)."""
         columns = [np.ones(len(weights)), *weights.T]
         pairs = list(combinations(weights.T, 2))
         columns += [4 * a * b for a, b in pairs]
         columns += [6 * math.sqrt(3) * a * b * (b - a) for a, b in pairs]
-        if len(self.levels) == 2:
+        if self.parents == 2:
             lam, p = weights[:, 1], self.late_power
             peak = p / (p + 1)
             columns.append(lam**p * (1 - lam) / (peak**p * (1 - peak)))
@@ -76,7 +83,7 @@ class Shape:
         """Coefficients of φ that give the curve, in points."""
         parts: list[float] = [0.0, *self.levels, *self.domes]
         parts += self.skews or [0.0] * len(self.domes)
-        if len(self.levels) == 2:
+        if self.parents == 2:
             phases = rng.uniform(0, 2 * np.pi, len(self.waves))
             parts += [self.late, *(self.waves * np.sin(phases)), *(self.waves * np.cos(phases))]
         return np.array(parts)
@@ -85,9 +92,25 @@ class Shape:
         """Standard deviations of an item's own coefficients: of its level, slopes and bends."""
         pairs = len(self.domes)
         parts = [common, *[parent] * len(self.levels), *[bend] * pairs, *[bend / 2] * pairs]
-        if len(self.levels) == 2:
+        if self.parents == 2:
             parts += [bend / 3, *[bend / 8] * 2 * len(self.periods)]
         return np.array(parts)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Cubic splines through what was recorded at each λ of a pair: coefficients are the values.
+
+    Attributes:
+        lam: the λ, ascending.
+    """
+
+    lam: Array
+    parents: int = 2
+
+    def features(self, weights: Array) -> Array:
+        """φ(w), shape (n, L), for merge weights of shape (n, 2)."""
+        return np.asarray(CubicSpline(self.lam, np.eye(len(self.lam)))(weights[:, 1]))
 
 
 @dataclass(frozen=True)
@@ -261,7 +284,7 @@ class Landscape:
     """
 
     alpha: float
-    shape: Shape
+    shape: Shape | Recorded
     held_out: tuple[Task, ...]
     population: tuple[Task, ...]
     weights: tuple[float, ...]
@@ -272,7 +295,7 @@ class Landscape:
     @property
     def parents(self) -> int:
         """K, how many checkpoints are merged."""
-        return len(self.shape.levels)
+        return self.shape.parents
 
     @cached_property
     def grid(self) -> Array:
@@ -343,7 +366,7 @@ def _pair(gap: float, dome: float, skew: float = 0.0, **more: object) -> Shape:
 
 def _gap(rng: Rng) -> Shape:
     return _pair(
-        rng.uniform(4, 9), rng.uniform(0, 2), late=rng.uniform(0.6, 1.6),
+        rng.uniform(4, 9), rng.uniform(0, 1), late=rng.uniform(0.5, 1.4),
         late_power=int(rng.integers(6, 10)),
     )  # fmt: skip
 
@@ -477,11 +500,41 @@ def make(name: str, seed: int) -> Landscape:
     )
 
 
-def describe(name: str, seeds: int) -> dict[str, float]:
-    """Medians over seeds of what the curves of a family are like, in points."""
+def load(file: Path, seed: int) -> Landscape:
+    """A recorded pair (see record.py), its items split at random: held out, and the population."""
+    with np.load(file) as arrays:
+        data = {name: arrays[name] for name in arrays.files}
+    likelihoods = data["log_likelihoods"].cumsum(axis=-1) * float(data["step"])
+    order = np.random.default_rng(seed).permutation(len(likelihoods))
+    halves = np.array_split(order, 2)
+    sizes = data.get("sizes")
+    tasks: list[Task] = []
+    if "gold" in data:
+        curves = likelihoods if sizes is None else likelihoods / sizes[..., None]
+        for half in halves:
+            chosen = None if sizes is None else sizes[half].astype(float)
+            tasks.append(Choices(curves[half].astype(np.float32), data["gold"][half], chosen, 0.0))
+    else:
+        bits = -likelihoods / LN2 / data["sizes"][:, None, None]
+        for half in halves:
+            size = data["sizes"][half].astype(float)
+            tasks.append(Documents(bits[half].astype(np.float32), size, 0.0))
+    return Landscape(
+        alpha=0.0,
+        shape=Recorded(data["lam"]),
+        held_out=(tasks[0],),
+        population=(tasks[1],),
+        weights=(1.0 if "gold" in data else -1.0,),
+        point=POINT if "gold" in data else BYTES_POINT,
+        with_items=True,
+        seed=seed,
+    )
+
+
+def describe(drawn: Iterable[Landscape]) -> dict[str, float]:
+    """Medians over landscapes of what their curves are like, in points."""
     rows = []
-    for seed in range(seeds):
-        landscape = make(name, seed)
+    for landscape in drawn:
         row = {}
         for what in ("held_out", "population"):
             values = getattr(landscape, f"{what}_values") / landscape.point

@@ -8,7 +8,9 @@ BoTorch searches the simplex itself, as a linear constraint.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -168,8 +170,9 @@ class BayesOpt(Box):
         )
 
     def learn(self, point: list[float], value: float) -> None:
-        """It maximises."""
-        self.optimizer.register(dict(zip(self.names, point, strict=True)), value)
+        """It maximises, and prints a note for every point it knows already."""
+        with redirect_stdout(StringIO()):
+            self.optimizer.register(dict(zip(self.names, point, strict=True)), value)
 
     def suggest(self) -> Sequence[float]:
         """Its next point."""

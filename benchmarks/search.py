@@ -4,6 +4,7 @@
     python benchmarks/search.py --seeds 50 --out results.jsonl  # ours, random and grid; resumable
     python benchmarks/search.py --table results.jsonl           # Markdown of what is there so far
     python benchmarks/search.py --parallel --out parallel.jsonl # 1, 2, 4, 8 evaluations at a time
+    python benchmarks/search.py --recorded benchmarks/recorded --out recorded.jsonl
 
 Peers need an environment of their own; there the same commands measure them, into the same file:
 
@@ -30,7 +31,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,7 @@ BUDGET = 20
 CLOSE = (0.25, 0.10)  # points below the best that count as found
 LOOK = (4, 6, 8, 10, 15, 20)  # evaluations after which regrets are shown
 BATCHES = (1, 2, 4, 8)
+Make = Callable[[str, int], Landscape]  # of a family and a seed
 SEVERAL = [name for name in landscapes.FAMILIES if name[0].isdigit()]
 
 
@@ -140,7 +142,12 @@ def measure(searcher: Searcher, landscape: Landscape, batch: int) -> dict[str, A
 
 
 def run(
-    names: list[str], families: list[str], seeds: int, batches: Sequence[int], out: Path
+    names: Sequence[str],
+    families: Sequence[str],
+    make: Make,
+    seeds: int,
+    batches: Sequence[int],
+    out: Path,
 ) -> None:
     """Append what `out` lacks; all families of one seed before the next seed."""
     table = searchers()
@@ -152,12 +159,12 @@ def run(
             wanted = [
                 (name, batch)
                 for name in names
-                if name in table and (family not in SEVERAL or can_simplex(name))
+                if name in table and (family not in SEVERAL or takes_several(name))
                 for batch in batches
                 if (name, batch, family, seed) not in done
             ]
             if wanted:
-                landscape = landscapes.make(family, seed)
+                landscape = make(family, seed)
             for name, batch in wanted:
                 searcher = table[name](landscape, seed)
                 head = {"searcher": name, "batch": batch, "family": family, "seed": seed}
@@ -166,7 +173,7 @@ def run(
         print(f"seed {seed} done", file=sys.stderr)
 
 
-def can_simplex(name: str) -> bool:
+def takes_several(name: str) -> bool:
     """Whether a searcher takes more than two parents."""
     return not name.startswith("ours") or hasattr(Space, "simplex")
 
@@ -223,7 +230,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "pairs": [f for f in families if f not in SEVERAL],
         "three and four parents": SEVERAL,
     }
-    groups |= {f"{f}: {landscapes.FAMILIES[f].what}": [f] for f in families}
+    groups |= {what(family): [family] for family in families}
     lines: list[str] = []
     for title, members in groups.items():
         chosen = [record for record in records if record["family"] in members]
@@ -243,13 +250,19 @@ def markdown(head: list[str]) -> list[str]:
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
 
 
-def described(families: list[str], seeds: int) -> str:
+def what(family: str) -> str:
+    """A family's name and description; recorded ones have none."""
+    known = landscapes.FAMILIES.get(family)
+    return f"{family}: {known.what}" if known else family
+
+
+def described(families: Sequence[str], make: Make, seeds: int) -> str:
     """Markdown of what the families are like."""
     lines: list[str] = []
     for name in families:
-        numbers = landscapes.describe(name, seeds)
-        lines = lines or markdown(["family", "what", *numbers])
-        cells = [name, landscapes.FAMILIES[name].what, *(f"{x:.2f}" for x in numbers.values())]
+        numbers = landscapes.describe(make(name, seed) for seed in range(seeds))
+        lines = lines or markdown(["family", *numbers])
+        cells = [what(name), *(f"{x:.2f}" for x in numbers.values())]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -258,16 +271,26 @@ def main() -> None:
     """Measure what is missing, then print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--searchers", help="names, by commas; default: all that are installed")
-    parser.add_argument("--families", default=",".join(landscapes.FAMILIES))
+    parser.add_argument("--families", help="names, by commas; default: all")
+    parser.add_argument("--recorded", type=Path, help="folder of recorded pairs, the families then")
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"))
     parser.add_argument("--parallel", action="store_true", help="ours, several at a time")
     parser.add_argument("--table", type=Path, help="only print the table of these results")
     parser.add_argument("--describe", action="store_true", help="only describe the landscapes")
     chosen = parser.parse_args()
-    families = chosen.families.split(",")
+    make: Make = landscapes.make
+    families = list(landscapes.FAMILIES)
+    if chosen.recorded:
+        families = sorted(file.stem for file in chosen.recorded.glob("*.npz"))
+
+        def make(name: str, seed: int) -> Landscape:
+            return landscapes.load(chosen.recorded / f"{name}.npz", seed)
+
+    if chosen.families:
+        families = chosen.families.split(",")
     if chosen.describe:
-        print(described(families, chosen.seeds))
+        print(described(families, make, chosen.seeds))
         return
     warnings.simplefilter("ignore")
     if not chosen.table:
@@ -278,9 +301,11 @@ def main() -> None:
         batches = BATCHES if chosen.parallel else (1,)
         if chosen.parallel:
             names = [name for name in names if name.startswith("ours ")]
-        run(names, families, chosen.seeds, batches, chosen.out)
+        run(names, families, make, chosen.seeds, batches, chosen.out)
     records = read(chosen.table or chosen.out)
-    print(table([r for r in records if r["family"] in families]))
+    if chosen.families or not chosen.table:
+        records = [record for record in records if record["family"] in families]
+    print(table(records))
 
 
 if __name__ == "__main__":
