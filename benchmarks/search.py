@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -201,21 +201,24 @@ def quantile(values: list[float], q: float) -> str:
     return f">{BUDGET}" if np.isinf(value) else f"{value:g}"
 
 
-def row(records: list[dict[str, Any]]) -> list[str]:
+def row(records: list[dict[str, Any]], batch: int) -> list[str]:
     """The cells of a searcher."""
     cells = [str(len(records))]
     for close in CLOSE:
         counts = [needed(record, close) for record in records]
         cells.append(f"{quantile(counts, 0.5)} / {quantile(counts, 0.9)}")
+        if batch > 1:
+            cells[-1] += f" in {quantile(np.ceil(np.array(counts) / batch), 0.5)} rounds"
         cells.append(f"{np.isfinite(counts).mean():.0%}")
-    looks = [n for n in LOOK if all(r["regret"][n - 1] is not None for r in records)]
-    cells.append(" ".join(f"{np.mean([r['regret'][n - 1] for r in records]):.2f}" for n in looks))
-    cells.append(
-        " ".join(f"{np.mean([r['true'][str(n)] for r in records]):.2f}"
-        for n in LOOK if all(str(n) in r["true"] for r in records))
-    )  # fmt: skip
+    cells.append(means([r["regret"][n - 1] for r in records] for n in LOOK))
+    cells.append(means([r["true"].get(str(n)) for r in records] for n in LOOK))
     asks = [statistics.median(r["seconds"]) for r in records]
     return [*cells, f"{1000 * statistics.median(asks):.0f}"]
+
+
+def means(columns: Iterable[list[float | None]]) -> str:
+    """The mean of each column, a dash where one of its numbers is missing."""
+    return " ".join("-" if None in column else f"{np.mean(column):.2f}" for column in columns)
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -241,7 +244,7 @@ def table(records: list[dict[str, Any]]) -> str:
         for name, batch in dict.fromkeys((r["searcher"], r["batch"]) for r in chosen):
             mine = [r for r in chosen if (r["searcher"], r["batch"]) == (name, batch)]
             label = name if batches == {1} else f"{name}, {batch} at a time"
-            lines.append("| " + " | ".join([label, *row(mine)]) + " |")
+            lines.append("| " + " | ".join([label, *row(mine, batch)]) + " |")
     return "\n".join(lines)
 
 
