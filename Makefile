@@ -10,7 +10,7 @@ slow:
 	pytest -m slow
 
 bench:
-	for script in benchmarks/*.py; do python $$script; done
+	for script in merge per_lambda search; do python benchmarks/$$script.py; done
 
 fmt:
 	ruff check --fix .

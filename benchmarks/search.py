@@ -14,7 +14,8 @@ Peers need an environment of their own; there the same commands measure them, in
     peers/bin/python benchmarks/search.py --seeds 50 --out results.jsonl
 
 `mlflow_soup` is the one that is installed or on PYTHONPATH, else that of this tree. Set
-OMP_NUM_THREADS=1: seconds per ask are CPU seconds of one thread.
+OMP_NUM_THREADS=1: seconds per ask are CPU seconds of one thread. Whoever changes a searcher or a
+landscape begins a new file: what is in it is not measured again.
 
 Every evaluation counts, those of the parents too. Everybody but us starts from the parents and the
 middle of [α, 1] (of more than two parents, their uniform soup); we choose our own start. Regret is
