@@ -103,9 +103,11 @@ class Skopt(Box):
         return self.optimizer.ask()  # type: ignore[no-any-return]
 
     def recommend(self) -> Weights:
-        """The minimum of its posterior mean."""
+        """The minimum of its posterior mean, once it has one: after the start."""
         from skopt import expected_minimum
 
+        if not self.result.models:
+            return super().recommend()
         return self.weights(expected_minimum(self.result, random_state=self.seed)[0])
 
 
