@@ -24,6 +24,8 @@ Array = NDArray[np.float64]
 
 # weights closer than this to measured ones would mostly measure the same again
 SPACING = 0.01
+# a landscape that was checked knows between which of them an item turns
+FINE = 0.002
 # how many candidates the costly utilities are computed at, twice
 LOOKS = 200
 LANDSCAPE, HEDGE = "landscape", "gp-hedge"
@@ -91,11 +93,11 @@ def believe(trials: Sequence[Trial]) -> Belief:
     return Belief(scape, scape)
 
 
-def _fresh(space: Space, taken: Sequence[Recipe]) -> Array:
+def _fresh(space: Space, taken: Sequence[Recipe], spacing: float = SPACING) -> Array:
     """The candidates that are not taken yet; far from the taken while any is."""
     candidates = space.candidates()
     distance = distances(candidates, _points(taken)).min(axis=1)
-    far: Array = candidates[distance > SPACING + 1e-9]
+    far: Array = candidates[distance > spacing + 1e-9]
     return far if far.size else candidates[distance > 1e-9]
 
 
@@ -196,6 +198,8 @@ def ask(
         if belief is not None and belief.landscape is not None:
             believed = replace(belief.landscape, pending=tuple(r.lam for r in pending))
             done = [*(recipe for recipe, _ in _scored(trials)), *pending]
+            if len(believed.misses) > 1:
+                fresh = _fresh(space, known, FINE)
             return space.recipe(_most_improving(space, done, believed, fresh)[0])
         acquisition = HEDGE
     for recipe in space.ends():
