@@ -30,6 +30,7 @@ CHUNK = 4_000_000
 BROADER = 3.0
 LEAST = 3  # weights
 FLOOR = 1e-3  # of an item's variance: an item is never quite certain
+ROUNDING = 1e-9  # of a score: what is closer is equal
 DISAGREE = 0.01  # share of items that may be right or wrong for another reason
 
 
@@ -227,13 +228,16 @@ def _part(task: Sequence[Items]) -> _Part:
     same = all([len(row) for row in items.log_likelihoods] == counts for items in task)
     if not counts or not same or 0 in counts:
         raise NoLandscape(f"the items of {first.task} come without log-likelihoods")
-    if not np.isin(values, (0.0, 1.0)).all() or (
-        set(counts) == {1} and (values == values[0]).all()
-    ):
-        return _Sums(values * shares)  # a single choice is always right: a flat sum
+    flat = bool((values == values[0]).all())  # a single choice is always right
+    if not np.isin(values, (0.0, 1.0)).all() or (set(counts) == {1} and flat):
+        return _Sums(values * shares)
+    if set(counts) == {1}:
+        raise NoLandscape(f"{first.metric} of {first.task} compares no choices")
     if first.sizes and [len(row) for row in first.sizes] != counts:
         raise NoLandscape(f"{first.metric} of {first.task} compares more than log-likelihoods")
     levels = _levels(task, counts)
+    if (np.isfinite(levels) != np.isfinite(levels[0])).any() or np.isnan(levels).any():
+        raise NoLandscape(f"log-likelihoods of {first.task} are not finite")
     winner = levels.argmax(axis=2)
     rows, gold, parts = _rows(first, winner, values == 1.0, np.isfinite(levels[0]))
     predicted = np.zeros_like(values)
@@ -303,7 +307,8 @@ class Landscape:
     @property
     def scale(self) -> float:
         """Standard deviation of the measured scores, or 1 when they are all equal."""
-        return float(self.values.std()) or 1.0
+        spread, size = float(self.values.std()), float(np.abs(self.values).max())
+        return spread if spread > ROUNDING * max(1.0, size) else 1.0
 
     def predict(self, points: Array) -> tuple[Array, Array]:
         """Mean and standard deviation of the smooth curve below the measured scores, shape (m,).
@@ -312,10 +317,11 @@ class Landscape:
             points: shape (m, count).
         """
         weights, variance = self.model.weights(points)
+        mean, square, _ = self._add_up(self.model, weights, variance)
         if self.pending:
             known = np.concatenate([self.model.points, self.pending])
-            variance = replace(self.model, points=known).weights(points)[1]
-        mean, square, _ = self._add_up(self.model, weights, variance)
+            narrower = replace(self.model, points=known).weights(points)[1]
+            square = self._add_up(self.model, weights, narrower)[1]
         return mean, self.doubt * np.sqrt(np.maximum(square, 1e-24))
 
     def population(self, points: Array) -> Array:
@@ -337,7 +343,8 @@ class Landscape:
         there[:, rest] = weights
         mean, square, measured = self._add_up(model, there, variance, among=rest)[:, 0]
         miss = float(self.values[trial] - mean)
-        return miss, miss / math.sqrt(square + measured)
+        rounding = ROUNDING * max(1.0, abs(float(self.values[trial])))
+        return miss, miss / math.sqrt(square + measured + rounding**2)
 
     def _add_up(
         self,

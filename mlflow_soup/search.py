@@ -198,7 +198,7 @@ def ask(
         if belief is not None and belief.landscape is not None:
             believed = replace(belief.landscape, pending=tuple(r.lam for r in pending))
             done = [*(recipe for recipe, _ in _scored(trials)), *pending]
-            if len(believed.misses) > 1:
+            if len(believed.misses) > 1 and not pending:
                 fresh = _fresh(space, known, FINE)
             return space.recipe(_most_improving(space, done, believed, fresh)[0])
         acquisition = HEDGE
@@ -227,7 +227,12 @@ def _imagine(trials: Sequence[Trial], pending: Sequence[Recipe]) -> Sequence[Tri
 
 
 def improvement(space: Space, trials: Sequence[Trial]) -> float:
-    """How much one more evaluation is expected to gain on the best so far, in score units."""
+    """How much one more evaluation is expected to gain on the best so far, in score units, ≥ 0.
+
+    Args:
+        space: the feasible merge weights.
+        trials: the history; one of them at least has a score.
+    """
     fresh = _fresh(space, [trial.recipe for trial in trials])
     if not fresh.size:
         return 0.0
@@ -246,8 +251,9 @@ def proceed(
 ) -> Recipe | None:
     """The next recipe of a search that comes to an end, or None at its end.
 
-    It ends when the budget is spent, or early when one more evaluation is expected to gain less
-    than `tolerance`; but not before what is then recommended has been measured itself.
+    It ends when the budget or the space is spent, or early when one more evaluation is expected to
+    gain less than `tolerance`; but not before what is then recommended has been measured itself. So
+    the last trial of a budget may be a recommendation, where a larger budget would go on asking.
 
     Args:
         space: as of `ask`.
@@ -270,6 +276,8 @@ def proceed(
                 return chosen
             if enough:
                 return None
+    if {*space.start(), *space.ends()} <= {*known} and not _fresh(space, known).size:
+        return None
     return ask(space, trials, acquisition=acquisition, seed=seed)
 
 

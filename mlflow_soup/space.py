@@ -82,10 +82,10 @@ class Space:
         return (self.recipe(self.alpha), self.recipe(1.0)) if self.count == 2 else ()
 
     def candidates(self) -> Array:
-        """Points among which the next recipe is chosen, shape (m, count), read-only.
+        """Points among which the next recipe is chosen, shape (m, count), distinct, read-only.
 
-        A pair: λ from α to 1 in equal steps. More: a Sobol sample, uniform on the feasible simplex
-        (Devroye 1986, ch. V.2: the gaps between sorted uniforms), and one on its faces.
+        A pair: λ from α to 1 in equal steps. More: evenly spread over the feasible simplex and over
+        each of its faces.
         """
         return _candidates(self.count, self.alpha)
 
@@ -93,40 +93,42 @@ class Space:
 @lru_cache(maxsize=32)
 def _candidates(count: int, alpha: float) -> Array:
     if count == 2:
-        lam = np.unique(np.linspace(alpha, 1.0, GRID).round(4))
+        lam = np.linspace(alpha, 1.0, GRID)
         points = np.column_stack([1.0 - lam, lam])
     else:
         # the feasible weights are a smaller simplex at the newest parent's corner
-        newest = np.eye(count)[-1]
-        points = alpha * newest + (1.0 - alpha) * _spread(count)
-    steps = np.unique(np.round(1e4 * points), axis=0)
+        points = alpha * np.eye(count)[-1] + (1.0 - alpha) * _spread(count)
+    steps = np.round(1e4 * points)
+    largest = steps.argmax(axis=1)
+    steps[np.arange(len(steps)), largest] += 1e4 - steps.sum(axis=1)
+    steps = np.unique(steps[steps[:, -1] >= 1e4 * alpha - 1e-6], axis=0)[::-1]
     points = steps / 1e4
-    largest = points.argmax(axis=1)
-    rows = np.arange(len(points))
-    points[rows, largest] = np.round(points[rows, largest] + 1.0 - points.sum(axis=1), 4)
-    points = points[points[:, -1] >= alpha]
     points.flags.writeable = False
     return points
 
 
 def _spread(count: int) -> Array:
-    """Points all over the unit simplex of `count` corners, the corners themselves first."""
+    """Points all over the unit simplex of `count` corners: the corners, the inside, the faces."""
     parts = [np.eye(count), _uniform(count, INSIDE)]
     for corners in range(2, count):
         faces = list(itertools.combinations(range(count), corners))
-        sample = _uniform(corners, ON_FACES)
-        part = np.zeros((len(sample), count))
-        for row, (point, face) in enumerate(zip(sample, itertools.cycle(faces), strict=False)):
-            part[row, list(face)] = point
-        parts.append(part)
+        sample = _uniform(corners, max(ON_FACES // len(faces), 1))
+        for face in faces:
+            part = np.zeros((len(sample), count))
+            part[:, face] = sample
+            parts.append(part)
     return np.concatenate(parts)
 
 
 def _uniform(corners: int, size: int) -> Array:
-    """A Sobol sample, uniform on the simplex: the gaps between sorted coordinates."""
-    cube = np.sort(qmc.Sobol(corners - 1, scramble=False).random(size), axis=1)
-    padded = np.pad(cube, ((0, 0), (1, 1)), constant_values=((0, 0), (0.0, 1.0)))
-    gaps: Array = np.diff(padded, axis=1)
+    """Points spread evenly over a simplex, shape (size, corners): a Halton sequence, mapped.
+
+    Each weight is a Beta-distributed share of what those before it left, so that all together are
+    uniform (Devroye 1986, ch. XI.4).
+    """
+    cube = (qmc.Halton(corners - 1, scramble=False).random(size) + 0.5 / size) % 1.0
+    left = np.cumprod(cube ** (1.0 / np.arange(corners - 1, 0, -1)), axis=1)
+    gaps: Array = -np.diff(left, axis=1, prepend=1.0, append=0.0)
     return gaps
 
 

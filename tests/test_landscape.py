@@ -428,7 +428,33 @@ def test_answers_that_are_right_or_wrong_for_another_reason_are_refused():
         items = s.choices([[-lam[1]]] * 4, [0] * 4)
         return s.scored(replace(items, values=(1.0, 0.0, float(lam[1] > 0.5), 0.0)))
 
-    assert "not the largest log-likelihood" in refused(history(five(2), score))
+    assert "compares no choices" in refused(history(five(2), score))
+
+
+def test_one_such_answer_in_many_is_refused_as_well():
+    def score(lam):
+        items = s.choices([[-0.1 * lam[1]]] * 200, [0] * 200)
+        return s.scored(replace(items, values=(float(lam[1] > 0.6), *items.values[1:])))
+
+    assert "compares no choices" in refused(history(five(2), score))
+
+
+def test_a_log_likelihood_that_is_infinite_at_one_weight_is_refused():
+    def score(lam):
+        worst = -np.inf if lam[1] == 0.5 else -2.0
+        return s.scored(s.choices([[-1.0, worst], [-lam[1], -1.0]], [0, 0]))
+
+    assert "not finite" in refused(history(five(2), score))
+
+
+@pytest.mark.parametrize("count", range(4, 10))
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_curves_that_the_trend_explains_leave_no_doubt(count, power):
+    curve = documents(lambda lam: np.array([1.0, 2.0, 3.0]) * lam[1] ** power)
+    points = pairs(*np.linspace(0.0, 1.0, count))
+    landscape = fit(history(points, lambda lam: s.scored(curve(lam))))
+    assert landscape.doubt == pytest.approx(1.0, abs=1e-3)
+    np.testing.assert_allclose(landscape.misses, 0.0, atol=1e-9)
 
 
 def test_trials_that_failed_do_not_matter():
@@ -455,6 +481,22 @@ def test_a_miss_is_what_a_landscape_without_the_trial_is_off_by(count):
         assert miss == pytest.approx(trial.held_out.value - mean[0], abs=1e-9)
         # measuring adds what is an item's own, so it is at least as far from certain
         assert 0 < abs(deviations) <= abs(miss) / std[0] * (1 + 1e-9)
+
+
+def test_a_miss_of_a_sum_is_counted_in_deviations_of_its_measurement():
+    task = documents(lambda lam: np.sin([3 * lam[1], 7 * lam[1], 11 * lam[1]]))
+    trials = history(pairs(0.0, 1.0, 0.5, 0.3, 0.75, 0.9), lambda lam: s.scored(task(lam)))
+    found = fit(trials)
+    rest = np.array([0, 1, 2, 3, 5])
+    model = at(found.points[rest], found.model)
+    curves = np.array([t.held_out.items[0].values for t in trials])[rest] * [0.5, 0.3, 0.2]
+    _, variance = model.weights(found.points[[4]])
+    # σ² of the sum itself, and of three independent curves as one more observation
+    own, apart = model.scale(np.outer(curves.sum(1), curves.sum(1))), model.scale(curves @ curves.T)
+    square = (model.freedom * own + apart) / (model.freedom + 1)
+    square *= variance[0] + model.nugget**2
+    miss, deviations = found.miss(4)
+    assert deviations == pytest.approx(miss / math.sqrt(square))
 
 
 def test_doubt_is_how_far_off_the_misses_were():
@@ -542,6 +584,13 @@ def test_what_is_pending_narrows_the_band():
     np.testing.assert_array_equal(waiting.population(GRID), found.population(GRID))
 
 
+def test_what_is_pending_does_not_move_the_mean_of_choices():
+    landscape = fit(s.Quiz(22, wild=0.3).trials(start(2, *pairs(0.75))))
+    pending = replace(landscape, pending=((0.75, 0.25), (0.1, 0.9)))
+    points = np.array(pairs(0.25, 0.6, 0.9))
+    np.testing.assert_array_equal(pending.predict(points)[0], landscape.predict(points)[0])
+
+
 def test_what_is_pending_does_not_move_the_mean_of_a_sum():
     task = documents(lambda lam: np.sin([3 * lam[1], 7 * lam[1], 11 * lam[1]]))
     found = fit(history(pairs(0.0, 1.0, 0.5, 0.3), lambda lam: s.scored(task(lam))))
@@ -608,6 +657,23 @@ def test_the_order_does_not_matter(which, count):
     assert again.doubt == pytest.approx(found.doubt)
     np.testing.assert_allclose(again.predict(look), found.predict(grid(count)), atol=1e-7)
     np.testing.assert_allclose(again.population(look), found.population(grid(count)), atol=1e-7)
+
+
+def test_what_all_choices_of_an_item_have_in_common_does_not_matter():
+    quiz = s.Quiz(26, items=40, wild=0.3)
+    rows = ragged(quiz, np.tile([2, 3, 4, 4], 10))
+
+    def noisy(lam):
+        shifts = np.random.default_rng(round(1e4 * lam[1])).normal(scale=5.0, size=40)
+        levels = [row + shift for row, shift in zip(rows(lam), shifts, strict=True)]
+        return s.scored(s.choices(levels, [0] * 40))
+
+    points = start(2, *pairs(0.7, 0.9, 0.2))
+    found = fit(history(points, lambda lam: s.scored(s.choices(rows(lam), [0] * 40))))
+    other = fit(history(points, noisy))
+    assert other.doubt == pytest.approx(found.doubt)
+    np.testing.assert_allclose(other.predict(GRID), found.predict(GRID), atol=1e-7)
+    np.testing.assert_allclose(other.population(GRID), found.population(GRID), atol=1e-7)
 
 
 @pytest.mark.parametrize("known", [True, False])

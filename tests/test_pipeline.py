@@ -304,24 +304,11 @@ def test_a_soup_of_three_is_searched_registered_and_verified(client):
     assert run_soup(Spec(versions="v1,v2,v3", trials=7)).soup.version.number == 4
 
 
-def test_where_items_do_not_tell_the_report_says_why(client, outcome, tasks, tmp_path):
+def test_where_items_do_not_tell_the_report_says_why(client, outcome):
     assert "not reconstructed" not in outcome.summary
-    letters = yaml.safe_load((tasks / "letters.yaml").read_text())
-    exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-    spelling = letters | {
-        "task": "spelling",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}} ",
-        "doc_to_target": "{{choices[answer]}}",
-        "generation_kwargs": {"until": [" "], "do_sample": False, "max_gen_toks": 4},
-        "metric_list": [exact],
-    }
-    del spelling["doc_to_choice"]
-    (tmp_path / "spelling.yaml").write_text(yaml.safe_dump(spelling))
-    path = os.pathsep.join([str(tasks), str(tmp_path)])
-    request = {"tasks": "spelling", "ood_tasks": "toy_digits", "include_path": path, "limit": 20}
+    request = {"tasks": "toy_spelling", "ood_tasks": "toy_letters", "limit": 20}
     outcome = run_soup(Spec(pair="v1,v2", **request))
-    assert "the items of spelling come without log-likelihoods" in outcome.summary
+    assert "the items of toy_spelling come without log-likelihoods" in outcome.summary
 
 
 def test_an_evaluation_that_broke_off_is_repeated(client, monkeypatch):

@@ -135,18 +135,8 @@ def mixed(tasks, tmp_path_factory):
     (folder / "long.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     long = yaml.safe_load((tasks / "digits_bpb.yaml").read_text())
     long["dataset_kwargs"] = {"data_files": {"test": str(folder / "long.jsonl")}}
-    generate = {
-        "task": "generate",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tasks / "letters.jsonl")}},
-        "output_type": "generate_until",
-        "test_split": "test",
-        "num_fewshot": 0,
-        "doc_to_text": "{{question}} ",
-        "doc_to_target": "{{choices[answer]}}",
-        "generation_kwargs": {"until": [" "], "do_sample": False, "max_gen_toks": 4},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
+    generate = yaml.safe_load((tasks / "spelling.yaml").read_text()) | {"task": "generate"}
+    del generate["filter_list"]
     for config in (
         base | {"task": "several"},
         base | shots | {"task": "drawn"},

@@ -156,15 +156,33 @@ def interior(count, alpha=0.0):
 @pytest.mark.parametrize("count", [3, 4, 5])
 def test_inside_candidates_are_uniform_on_the_simplex(count, alpha):
     points = interior(count, alpha)
-    assert 0.4 * INSIDE < len(points) <= INSIDE
+    assert 0.95 * INSIDE < len(points) < 1.02 * INSIDE  # α's rounding moves some off the edge
     # Dirichlet(1, …, 1): means 1/n, variances (n−1)/(n²(n+1)), covariances −1/(n²(n+1))
     scale = 1.0 / (count**2 * (count + 1))
     expected = scale * (count * np.eye(count) - 1.0)
-    np.testing.assert_allclose(points.mean(axis=0), 1.0 / count, atol=0.012)
+    np.testing.assert_allclose(points.mean(axis=0), 1.0 / count, atol=0.005)
     np.testing.assert_allclose(np.cov(points.T), expected, atol=0.1 * scale * (count - 1))
     # each weight has the distribution of one that is Beta(1, n−1)
     for weight in points.T:
-        assert kstest(weight, "beta", (1, count - 1)).statistic < 0.06
+        assert kstest(weight, "beta", (1, count - 1)).statistic < 0.03
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_candidates_on_every_face_are_spread_evenly(count):
+    points = Space.simplex(count, 0.0).candidates()
+    for corners in range(2, count):
+        for face in itertools.combinations(range(count), corners):
+            off = np.delete(points, face, axis=1).sum(axis=1)
+            on = points[(off == 0.0) & (points[:, face] > 0.0).all(axis=1)][:, face]
+            assert len(on) > 40
+            np.testing.assert_allclose(on.mean(axis=0), 1.0 / corners, atol=0.04)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_no_candidate_is_there_twice(count, alpha):
+    points = Space.simplex(count, alpha).candidates()
+    assert len(np.unique(points, axis=0)) == len(points)
 
 
 @pytest.mark.parametrize("count", [3, 4, 5])

@@ -168,7 +168,10 @@ def _choice_items(alphabet: str, count: int, seed: int) -> list[dict[str, object
 
 
 def write_tasks(folder: Path, count: int = 120) -> Path:
-    """`toy_letters`, `toy_digits` (multiple choice), `toy_digits_bpb`, and group `toy_all`."""
+    """Tasks `toy_letters`, `toy_digits` (multiple choice), `toy_digits_bpb`, `toy_spelling`.
+
+    The last generates, with two filters; the first two are group `toy_all`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, alphabet, seed in (("letters", LETTERS, 1), ("digits", DIGITS, 2)):
         data = folder / f"{name}.jsonl"
@@ -214,6 +217,29 @@ def write_tasks(folder: Path, count: int = 120) -> Path:
         "metadata": {"version": 1.0},
     }
     (folder / "digits_bpb.yaml").write_text(yaml.safe_dump(task))
+    spelling = {
+        "task": "toy_spelling",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "digits.jsonl")}},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "{{question}} ",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": [" "], "do_sample": False, "max_gen_toks": 4},
+        "filter_list": [
+            {"name": "strict", "filter": [{"function": "take_first"}]},
+            {
+                "name": "digits",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([0-9]{3})"},
+                    {"function": "take_first"},
+                ],
+            },
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "spelling.yaml").write_text(yaml.safe_dump(spelling))
     group = {
         "group": "toy_all",
         "task": ["toy_letters", "toy_digits"],
