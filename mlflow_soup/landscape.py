@@ -325,11 +325,12 @@ class Landscape:
         return mean, self.doubt * np.sqrt(np.maximum(square, 1e-24))
 
     def population(self, points: Array) -> Array:
-        """The score on items like these rather than on just these, shape (m,).
+        """How the score goes on items like these rather than on just these, shape (m,).
 
         How many held-out items lie exactly between right and wrong is luck. Counting each by
         Φ(margin/h) instead of 0 or 1 lets those beside them vote as well (Azzalini 1981, Biometrika
-        68: the kernel estimate of a distribution function).
+        68: the kernel estimate of a distribution function). So much smoothing shifts the level; it
+        is for comparing points with each other.
         """
         mean: Array = self._add_up(self.model, *self.model.weights(points), soften=True)[0]
         return mean

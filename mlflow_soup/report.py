@@ -202,7 +202,7 @@ def landscape(story: Story) -> Figure:
         )
     names = ", ".join(dict.fromkeys(m.task for m in soup.held_out.metrics))
     axes.set_ylabel(f"held-out score: {names}")
-    axes.set_title(f"Soup of {' and '.join(str(p.version) for p in soup.parents)}")
+    axes.set_title(f"Soup of {' and '.join(str(p.version) for p in soup.parents)}", wrap=True)
     axes.legend(frameon=False)
     return figure
 
@@ -211,10 +211,15 @@ def _draw_curve(axes: Axes, story: Story) -> None:
     """The curve of a pair with its 95 % band, and where nothing was searched."""
     belief, alpha = search.believe(story.trials), story.space.alpha
     grid = np.linspace(0.0, 1.0, 401)
-    mean, std = belief.posterior.predict(np.column_stack([1.0 - grid, grid]))
+    points = np.column_stack([1.0 - grid, grid])
+    mean, std = belief.posterior.predict(points)
     axes.fill_between(grid, mean - 1.96 * std, mean + 1.96 * std, color=BLUE, alpha=0.15, lw=0)
     what = "from the items" if belief.landscape is not None else "Gaussian process"
     axes.plot(grid, mean, color=BLUE, label=f"{what}, 95 % band")
+    if belief.landscape is not None:
+        smooth = belief.landscape.population(points)
+        smooth += np.mean(mean - smooth)  # its shape is what counts
+        axes.plot(grid, smooth, "--", color=ORANGE, label="smoothed: what is chosen by")
     if alpha > 0:
         axes.axvspan(-0.02, alpha, color=GREY, alpha=0.08, lw=0)
         axes.annotate(

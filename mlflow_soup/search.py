@@ -26,6 +26,8 @@ Array = NDArray[np.float64]
 SPACING = 0.01
 # a landscape that was checked knows between which of them an item turns
 FINE = 0.002
+# how many of its own standard deviations a landscape may be off where it can be checked
+DOUBT = 3.0
 # how many candidates the costly utilities are computed at, twice
 LOOKS = 200
 LANDSCAPE, HEDGE = "landscape", "gp-hedge"
@@ -75,7 +77,8 @@ def fit(trials: Sequence[Trial]) -> Surrogate:
 def believe(trials: Sequence[Trial]) -> Belief:
     """The landscape if the items tell of it and it can be trusted, else the Gaussian process.
 
-    It is trusted as long as it predicts the scores that were left out at least as well.
+    It is not where scores that were left out lie far outside its own band and the process misses
+    them by less.
     """
     process = fit(trials)
     try:
@@ -84,7 +87,7 @@ def believe(trials: Sequence[Trial]) -> Belief:
         return Belief(process, None, str(reason))
     inside = scape.points.max(axis=1) < 1.0
     ours, theirs = np.array(scape.misses), process.misses[inside]
-    if scape.doubt > 3 and np.sqrt(np.mean(ours**2)) > np.sqrt(np.mean(theirs**2)):
+    if scape.doubt > DOUBT and np.sqrt(np.mean(ours**2)) > np.sqrt(np.mean(theirs**2)):
         why = (
             f"scores that were left out were missed by {np.sqrt(np.mean(ours**2)):.4f}, by the "
             f"Gaussian process by {np.sqrt(np.mean(theirs**2)):.4f}"
