@@ -137,7 +137,7 @@ def main() -> None:
 @_knobs("run")
 @click.pass_context
 def run(ctx: click.Context, /, **said: Any) -> None:
-    """Search λ for a pair, register the soup, check it out of domain, promote it.
+    """Search the merge weights λ, register the soup, check it out of domain, promote it.
 
     Exit codes: 0 done, 2 bad request, 3 refused by the gate, 4 parent missing or damaged,
     5 overtaken by another promotion, 6 store unreachable, 1 anything else.

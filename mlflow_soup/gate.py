@@ -78,8 +78,9 @@ def paired(ours: Score, theirs: Score) -> Difference:
 def optimism(scores: Sequence[Score], *, seed: int = 0, draws: int = 200) -> float:
     """By how much the best of several scores on the same items looks better than it is.
 
-    The bootstrap's estimate (Efron 1983, J. Am. Stat. Assoc. 78): what the winner of a resample
-    scores there, less what it scores on all items, on average. In score units, ≥ 0 but for chance.
+    The bootstrap's estimate (Efron 1983, J. Am. Stat. Assoc. 78): how much more the winner of a
+    resample scores there than on all items, compared with the model that wins on all items, whose
+    luck is none on average. In score units, ≥ 0.
 
     Args:
         scores: of the models chosen from, at least one, each with its items.
@@ -93,9 +94,9 @@ def optimism(scores: Sequence[Score], *, seed: int = 0, draws: int = 200) -> flo
         values = np.array([items.values for items in task]) * np.array(task[0].shares)
         drawn = random.multinomial(count, np.full(count, 1.0 / count), size=draws)
         resampled += task[0].weight * drawn @ values.T
+    luck = resampled - np.array([score.value for score in scores])
     winner = resampled.argmax(axis=1)
-    there = resampled[np.arange(draws), winner]
-    return float(np.mean(there - np.array([score.value for score in scores])[winner]))
+    return float(np.mean(luck[np.arange(draws), winner] - luck[:, better(scores)]))
 
 
 def interval(difference: Difference, confidence: float) -> tuple[float, float]:

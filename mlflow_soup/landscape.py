@@ -228,8 +228,8 @@ def _part(task: Sequence[Items]) -> _Part:
     same = all([len(row) for row in items.log_likelihoods] == counts for items in task)
     if not counts or not same or 0 in counts:
         raise NoLandscape(f"the items of {first.task} come without log-likelihoods")
-    flat = bool((values == values[0]).all())  # a single choice is always right
-    if not np.isin(values, (0.0, 1.0)).all() or (set(counts) == {1} and flat):
+    alone = set(counts) == {1} and set(first.gold) == {0}  # a single choice is always right
+    if not np.isin(values, (0.0, 1.0)).all() or (alone and values.all()):
         return _Sums(values * shares)
     if set(counts) == {1}:
         raise NoLandscape(f"{first.metric} of {first.task} compares no choices")

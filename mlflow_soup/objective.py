@@ -81,7 +81,7 @@ class Evaluator:
         limit: int | None = None,
     ) -> None:
         self._live, self._suite, self._limit = live, suite, limit
-        self._evaluator = evaluator
+        self._evaluator, self._batch_size = evaluator, batch_size
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         arguments = {
             "pretrained": live.model,
@@ -125,7 +125,9 @@ class Evaluator:
         }
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
+        # the batch size as it was asked for: what memory was free must not make it another search
+        settings = self.settings() | {"batch_size": self._batch_size}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for term in self._suite.terms:
             digest.update(str(term).encode())
         for name, task in sorted(self._suite.loaded["tasks"].items()):

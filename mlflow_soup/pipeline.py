@@ -67,12 +67,13 @@ class _Job:
 
     @property
     def space(self) -> Space:
-        return Space.simplex(len(self.opened), self.spec.alpha)
+        return Space.simplex(len(self.opened), self.spec.least)
 
 
 def _log_request(client: MlflowClient, run_id: str, job: _Job) -> None:
     """Params under `cfg.`: MLproject's own are logged by `mlflow run`, quoted and write-once."""
     said = {f"cfg.{f.name}": getattr(job.spec, f.name) for f in fields(job.spec)}
+    said |= {"cfg.alpha": job.space.alpha, "cfg.trials": job.spec.budget}
     params = {k: v for k, v in said.items() if v not in ("", None)}
     params |= {f"cfg.evaluator.{k}": v for k, v in job.bench.held_out.settings().items()}
     tracking.log(client, run_id, params=params)
@@ -88,13 +89,11 @@ def _search(job: _Job, run_id: str) -> list[Trial]:
     best, at = float("-inf"), ""
     with tqdm(total=spec.budget, desc="search", unit="λ", disable=None) as bar:
         while True:
-            if history:
-                trial = history.pop(0)
-            else:
-                recipe = _proceed(job, trials)
-                if recipe is None:
-                    break
-                trial = _try(job, run_id, len(trials), recipe, links)
+            recipe = _proceed(job, trials)
+            if recipe is None:
+                break
+            # what was evaluated stands; it ends here, however far another request went on
+            trial = history.pop(0) if history else _try(job, run_id, len(trials), recipe, links)
             trials.append(trial)
             bar.update()
             if trial.held_out is None:
@@ -298,7 +297,7 @@ def _judge(
 
 @tracking.asking("merge")
 def run(spec: Spec) -> Outcome:
-    """The main job: search λ for a pair, register the soup, examine, judge and promote it.
+    """The main job: search λ, register the soup, examine, judge and promote it.
 
     The same request continues where an earlier run of it stopped and never registers twice.
 
@@ -403,12 +402,12 @@ def _prepare(spec: Spec) -> _Job:
                 where="--versions" if spec.versions else "--pair",
                 fix="name different versions",
             )
-    space = Space.simplex(len(refs), spec.alpha)
+    space = Space.simplex(len(refs), spec.least)
     choice = {*(recipe.lam for recipe in space.start()), *map(tuple, space.candidates().tolist())}
     if len(choice) < spec.budget:
         raise SpecError(
             f"there are only {len(choice)} different λ for {spec.budget} trials",
-            where=f"--trials and --alpha: [{spec.alpha}, 1] in steps of 1e-4",
+            where=f"--trials and --alpha: [{space.alpha}, 1] in steps of 1e-4",
             fix="lower --trials or --alpha",
         )
     suites = load_suites(spec)
@@ -419,7 +418,9 @@ def _prepare(spec: Spec) -> _Job:
     searched = {
         "parents": [o.parent.digest for o in opened],
         "evaluator": bench.held_out.fingerprint,
-        **{k: getattr(spec, k) for k in ("alpha", "acquisition", "seed")},
+        "alpha": space.alpha,
+        "acquisition": spec.acquisition,
+        "seed": spec.seed,
     }
     key = lineage.key_of(searched)
     request = lineage.key_of({"key": key, "trials": spec.budget, "stop": spec.stop})
@@ -466,13 +467,23 @@ def _notes(job: _Job, trials: Sequence[Trial], soup: Soup) -> list[str]:
     belief = search.believe(trials)
     if spec.acquisition == search.LANDSCAPE and belief.landscape is None:
         notes.append(f"The curve was not reconstructed from the items: {belief.why}.")
+    better = [
+        f"λ = {t.recipe} scores {t.held_out.value:.4f}, and weighs the newest less than "
+        f"--alpha {job.space.alpha:g} allows."
+        for t in trials
+        if t.held_out is not None
+        and not job.space.feasible(t.recipe)
+        and t.held_out.value > soup.held_out.value
+    ]
+    notes += better
     feasible = [
         t.held_out for t in trials if t.held_out is not None and job.space.feasible(t.recipe)
     ]
-    notes.append(
-        f"The best of {len(feasible)} scores on the same items is expected to look "
-        f"{gates.optimism(feasible):.4f} better than it is."
-    )
+    if len(feasible) > 1:
+        notes.append(
+            f"The best of {len(feasible)} scores on the same items is expected to look "
+            f"{gates.optimism(feasible):.4f} better than it is."
+        )
     scored = next(t for t in trials if t.held_out is not None)
     if cut := int(client.get_run(scored.run_id).data.metrics[lineage.TRUNCATED]):
         notes.append(f"{cut} held-out requests were cut to the longest input.")

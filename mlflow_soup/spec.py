@@ -7,9 +7,9 @@ take their names from the fields below.
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from mlflow_soup.errors import SpecError
 
@@ -23,6 +23,7 @@ _PROMOTE = re.compile(
 STAGES = ("Staging", "Production")  # Archived is where the others go
 # in step with `search.CHOICES`, which a test compares; importing it here would cost a second
 ACQUISITIONS = ("landscape", "gp-hedge", "ei", "pi", "ucb")
+MOST = 8  # versions: the simplex has 2ⁿ faces
 PARENTS_IN = ("mmap", "memory")
 EVALUATORS = ("prepared", "lm-eval")
 
@@ -104,10 +105,10 @@ def parse_pair(text: str) -> tuple[VersionRef, ...]:
 
 
 def parse_versions(text: str) -> tuple[VersionRef, ...]:
-    """`v11,v12,v13`: two different versions or more, the newest last.
+    """`v11,v12,v13`: two to `MOST` different versions, the newest last.
 
     Raises:
-        SpecError: there are fewer, or one is named twice.
+        SpecError: there are fewer or more, or one is named twice.
     """
     refs = _parse_refs(text, "--versions")
     if len(refs) < 2:
@@ -115,6 +116,12 @@ def parse_versions(text: str) -> tuple[VersionRef, ...]:
             f"a soup needs two versions at least, and {text!r} names {len(refs)}",
             where="--versions",
             fix="name them by age, the newest last: --versions v11,v12,v13",
+        )
+    if len(refs) > MOST:
+        raise SpecError(
+            f"{len(refs)} versions are too many to be weighed against each other",
+            where="--versions",
+            fix=f"name at most {MOST}: checkpoints far apart do not merge well",
         )
     return refs
 
@@ -227,7 +234,12 @@ class Spec:
     include_path: str = knob(
         "", "Folder with lm-eval task YAMLs of your own.", "run evaluate", policy=True
     )
-    alpha: float = knob(0.5, "Smallest weight λ of the newest version.", "run", policy=True)
+    alpha: float | None = knob(
+        None,
+        "Smallest weight λ of the newest version; default: 0.5 for a pair, 1/n for n versions.",
+        "run",
+        policy=True,
+    )
     trials: int | None = knob(
         None,
         "Evaluations at most, parents and uniform soup included; default: 8 for a pair, 4 more for "
@@ -300,14 +312,16 @@ class Spec:
         return self
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "stop", "margin", "confidence"):  # 0 and 0.0 are one request
+        if self.alpha is not None:
+            object.__setattr__(self, "alpha", float(self.alpha))
+        for name in ("stop", "margin", "confidence"):  # 0 and 0.0 are one request
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.champion:
             _check_alias(self.champion, "--champion, or tag soup.champion of the model")
         if self.pair and self.versions:
             raise SpecError(
                 "a pair and several versions were named",
-                where="--pair and --versions",
+                where="--pair and --versions, here or in the file of --spec",
                 fix="drop one of them",
             )
         least = max(len(self.parents), 2) + 2
@@ -319,7 +333,7 @@ class Spec:
         if self.promote:
             parse_target(self.promote)
         check_name(self.model)
-        if not 0.0 <= self.alpha < 1.0:
+        if self.alpha is not None and not 0.0 <= self.alpha < 1.0:
             raise _refuse("alpha", self.alpha, "a number from 0 up to, not including, 1")
         if not 0.0 <= self.stop < float("inf"):
             raise _refuse("stop", self.stop, "a finite number from 0")
@@ -355,6 +369,11 @@ class Spec:
         return parse_pair(self.pair) if self.pair else ()
 
     @property
+    def least(self) -> float:
+        """How much the newest version weighs at least: α, or that of the uniform soup."""
+        return 1.0 / max(len(self.parents), 2) if self.alpha is None else self.alpha
+
+    @property
     def budget(self) -> int:
         """How many evaluations the search may take."""
         return 4 * len(self.parents) if self.trials is None else self.trials
@@ -379,10 +398,9 @@ class Spec:
 
 def kind(knob_: Field[Any]) -> type:
     """The type a knob's text is read as: str, int or float."""
-    if knob_.default is None:
-        return int
-    assert knob_.default is not MISSING
-    return type(knob_.default)
+    named = get_args(knob_.type) or (knob_.type,)  # `int | None` is read as an int
+    assert isinstance(named[0], type)
+    return named[0]
 
 
 def _read(knob_: Field[Any], text: str) -> Any:

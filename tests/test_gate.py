@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import strategies as s
 from mlflow_soup.errors import ObjectiveError
-from mlflow_soup.gate import Rules, better, interval, judge, paired
+from mlflow_soup.gate import Rules, better, interval, judge, optimism, paired
 from mlflow_soup.records import Difference, Evidence, Items, Score, Verdict, Version
 
 OLD, NEW, SOUP, SHIPPED = (Version("toy", number) for number in (1, 2, 3, 9))
@@ -291,3 +291,44 @@ def test_the_bound_holds_for_as_many_models_as_it_promises(count, won, lost):
     # three standard errors of a simulated 95 %, and a point for counts being whole numbers
     assert held / draws >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / draws) - 0.01
     assert held / draws <= 0.99  # nor is it so wide that nothing could pass
+
+
+def scores_of(*rows):
+    """Scores of models on the same items, right (1) or wrong (0)."""
+    count = len(rows[0])
+    ids, shares = tuple(map(str, range(count))), (1.0 / count,) * count
+    return [
+        Score(
+            float(np.mean(row)),
+            0.0,
+            (Items("t", "acc,none", 1.0, ids, tuple(map(float, row)), shares),),
+        )
+        for row in rows
+    ]
+
+
+def test_one_score_and_equal_ones_are_not_optimistic():
+    row = np.random.default_rng(0).integers(0, 2, 50)
+    assert optimism(scores_of(row)) == 0.0
+    assert optimism(scores_of(row, row, row)) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_the_better_of_two_equals_looks_better_by_what_chance_gives_it():
+    # E max(d, 0) = s / √(2π) for d ~ N(0, s²), s the paired standard error
+    random = np.random.default_rng(1)
+    one, other = np.repeat([1, 0], 200), random.permutation(np.repeat([1, 0], 200))
+    first, second = scores_of(one, other)
+    stderr = np.std(one - other) / 20
+    found = optimism([first, second], draws=4000)
+    assert found == pytest.approx(stderr / np.sqrt(2 * np.pi), rel=0.08)
+
+
+def test_a_winner_beyond_doubt_is_not_optimistic():
+    row = np.repeat([1, 0], 100)
+    assert optimism(scores_of(row, np.zeros(200), np.ones(200))) == 0.0
+
+
+@given(seed=st.integers(0, 999), models=st.integers(1, 6))
+def test_optimism_is_never_negative(seed, models):
+    rows = np.random.default_rng(seed).integers(0, 2, (models, 60))
+    assert optimism(scores_of(*rows)) >= 0.0

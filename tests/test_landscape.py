@@ -701,3 +701,12 @@ def test_the_unit_of_log_likelihoods_does_not_matter():
     found, other = fit(quiz.trials(points)), fit(history(points, scaled))
     np.testing.assert_allclose(other.predict(GRID), found.predict(GRID), atol=1e-7)
     np.testing.assert_allclose(other.population(GRID), found.population(GRID), atol=1e-7)
+
+
+def test_an_answer_that_happens_to_be_right_everywhere_is_no_single_choice():
+    # as `acc` of lambada: which answer is right is not known, and it may turn elsewhere
+    def score(lam):
+        items = s.choices([[-lam[1]]] * 4, [0] * 4)
+        return s.scored(replace(items, values=(0.0,) * 4, gold=()))
+
+    assert "compares no choices" in refused(history(five(2), score))

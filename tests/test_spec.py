@@ -191,10 +191,13 @@ def test_an_alias_that_mlflow_reserves_is_refused_at_once(text):
 RANGES = {
     "model": (["my-llm", "a", "My model 2.0"], ["/", "a/b", "-a", " a", "a:b", "x" * 129]),
     "pair": (["v1,v2", "@champion,3"], ["v1", "v1,v1", "x,y"]),
-    "versions": (["v1,v2", "v1,@champion,3"], ["v1", "v1,v2,v1", "x,y", ","]),
+    "versions": (
+        ["v1,v2", "v1,@champion,3"],
+        [",".join("123456789"), "v1", "v1,v2,v1", "x,y", ","],
+    ),
     "version": (["v14", "@a"], ["v0", "a"]),
     "promote": (["champion", "stage:Staging"], ["stage:x", "@champion"]),
-    "alpha": ([0.0, 0.5, 0.999], [-0.01, 1.0, 2.0, float("nan")]),
+    "alpha": ([None, 0.0, 0.5, 0.999], [-0.01, 1.0, 2.0, float("nan")]),
     "trials": ([None, 4, 10, 1000], [3, 0, -1]),
     "stop": ([0.0, 0.05, 3.0], [-0.01, float("inf"), float("nan")]),
     "parents_in": (["mmap", "memory"], ["disk", ""]),
@@ -245,6 +248,8 @@ def test_a_value_out_of_its_range_is_refused_by_its_option(name, value):
 )
 def test_more_parents_take_more_trials(named, budget, least):
     assert Spec(**named).budget == budget
+    assert Spec(**named).least == 1 / (least - 2)
+    assert Spec(**named, alpha=0.25).least == 0.25
     assert Spec(**named, trials=least).budget == least
     with pytest.raises(SpecError, match="out of range") as refusal:
         Spec(**named, trials=least - 1)
