@@ -69,6 +69,13 @@ def _solve(points: Array, basis: Array, length: Array, nugget: Array) -> _Soluti
     return _Solution(inverse, solved @ (basis.T @ inverse), solved, np.asarray(determinants))
 
 
+def _left_over(solution: _Solution, basis: Array, gram: Array) -> Array:
+    """What curves are besides their trend, tr(P·Y·Yᵀ/M) with P = V⁻¹ − V⁻¹H(HᵀV⁻¹H)⁻¹HᵀV⁻¹."""
+    residual = solution.inverse @ (gram - basis @ (solution.projection @ gram))
+    out: Array = np.trace(residual, axis1=-2, axis2=-1)
+    return out
+
+
 @dataclass(frozen=True)
 class Kriging:
     """Best linear unbiased prediction of any curve measured at some points."""
@@ -100,10 +107,7 @@ class Kriging:
         """
         if self.freedom == 0 and self.order > 0:
             return replace(self, order=self.order - 1).scale(gram)
-        residual = self._solution.inverse @ (
-            gram - self._basis @ (self._solution.projection @ gram)
-        )
-        return max(float(np.trace(residual)) / max(self.freedom, 1), 0.0)
+        return max(float(_left_over(self._solution, self._basis, gram)) / max(self.freedom, 1), 0.0)
 
     def weights(self, points: Array) -> tuple[Array, Array]:
         """W of the prediction W·y, shape (m, n), and the variance of h(λ)ᵀβ + σ·z(λ), shape (m,).
@@ -152,8 +156,7 @@ def estimate(points: Array, grams: Sequence[Array], counts: Sequence[int]) -> Kr
     solution = _solve(points, basis, length, nugget)
     likelihood = np.zeros(length.shape)
     for gram, count in zip(grams, counts, strict=True):
-        residual = solution.inverse @ (gram - basis @ (solution.projection @ gram))
-        scale = np.maximum(np.trace(residual, axis1=-2, axis2=-1) / default.freedom, 1e-300)
+        scale = np.maximum(_left_over(solution, basis, gram) / default.freedom, 1e-300)
         likelihood -= 0.5 * count * (solution.log_determinants + default.freedom * np.log(scale))
     best = np.unravel_index(np.argmax(likelihood), length.shape)
     return replace(default, length=float(length[best]), nugget=float(nugget[best]))

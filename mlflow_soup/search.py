@@ -51,13 +51,16 @@ class Belief:
 
     Attributes:
         posterior: of the held-out score.
-        landscape: the same where it was reconstructed from the items, else None.
-        why: why it was not, in words.
+        why: why it was not reconstructed from the items, in words.
     """
 
     posterior: Posterior
-    landscape: Landscape | None
     why: str = ""
+
+    @property
+    def landscape(self) -> Landscape | None:
+        """The posterior where it was reconstructed from the items."""
+        return self.posterior if isinstance(self.posterior, Landscape) else None
 
 
 def _scored(trials: Sequence[Trial]) -> list[tuple[Recipe, Score]]:
@@ -84,16 +87,20 @@ def believe(trials: Sequence[Trial]) -> Belief:
     try:
         scape = landscape.fit(trials)
     except NoLandscape as reason:
-        return Belief(process, None, str(reason))
+        return Belief(process, str(reason))
     inside = scape.points.max(axis=1) < 1.0
-    ours, theirs = np.array(scape.misses), process.misses[inside]
-    if scape.doubt > DOUBT and np.sqrt(np.mean(ours**2)) > np.sqrt(np.mean(theirs**2)):
-        why = (
-            f"scores that were left out were missed by {np.sqrt(np.mean(ours**2)):.4f}, by the "
-            f"Gaussian process by {np.sqrt(np.mean(theirs**2)):.4f}"
+    if scape.doubt > DOUBT:
+        ours, theirs = (
+            math.sqrt(np.mean(np.square(misses)))
+            for misses in (scape.misses, process.misses[inside])
         )
-        return Belief(process, None, why)
-    return Belief(scape, scape)
+        if ours > theirs:
+            why = (
+                f"scores that were left out were missed by {ours:.4f}, by the Gaussian process by "
+                f"{theirs:.4f}"
+            )
+            return Belief(process, why)
+    return Belief(scape)
 
 
 def _fresh(space: Space, taken: Sequence[Recipe], spacing: float = SPACING) -> Array:
@@ -272,7 +279,7 @@ def proceed(
     known = [trial.recipe for trial in trials]
     started = {*space.start()} <= {*known} and len(_scored(trials)) > landscape.LEAST
     if started and any(space.feasible(recipe) for recipe, _ in _scored(trials)):
-        enough = improvement(space, trials) < tolerance
+        enough = tolerance > 0 and improvement(space, trials) < tolerance
         if enough or left == 1:
             chosen = recommend(space, trials)
             if chosen not in known:

@@ -220,7 +220,7 @@ class Spec:
         "run evaluate gate promote",
     )
     pair: str = knob("", "Two versions, older first: v12,v13 or @champion,v13.", "run")
-    versions: str = knob("", "Two versions or more, the newest last: v11,v12,v13.", "run")
+    versions: str = knob("", "Two to eight versions, the newest last: v11,v12,v13.", "run")
     version: str = knob("", "The soup: v14 or @alias.", "evaluate gate promote")
     tasks: str = knob(
         "",
