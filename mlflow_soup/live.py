@@ -191,11 +191,18 @@ class LiveModel:
     Args:
         checkpoint: whose architecture and tokenizer it takes.
         device: `cpu`, `cuda`, …; `auto` takes a GPU if there is one.
+
+    Attributes:
+        model: as transformers has it.
+        tokenizer: the checkpoint's.
+        places: name on disk → the part of a parameter that this tensor becomes; none for buffers
+            of old checkpoints that transformers leaves alone.
+        tied: name on disk → the name of another tensor there that has the same place.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
         model = _load(checkpoint)
-        self._places, self._tied = _locate(model, checkpoint)
+        self.places, self.tied = _locate(model, checkpoint)
         self.model = model.to(_device(device)).eval()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(
@@ -220,7 +227,7 @@ class LiveModel:
         parameters = self.model.state_dict()
         weights = [dict(parent.read()) for parent in parents]
         for parent, own in zip(parents, weights, strict=True):
-            for name, other in self._tied.items():
+            for name, other in self.tied.items():
                 if not same_bytes(own[name], own[other]):
                     raise ParentError(
                         f"{name!r} and {other!r} of {parent.label} differ, and the model ties them",
@@ -228,7 +235,7 @@ class LiveModel:
                         fix="merge checkpoints that save one of them, or agree in both",
                     )
         links = []
-        for name, place in self._places.items():
+        for name, place in self.places.items():
             tensors = tuple(own[name].reshape(-1) for own in weights)
             same = all_same(tensors)
             if resident:
@@ -242,3 +249,30 @@ class LiveModel:
             parts = terms(link.parents, lam, same=link.same, name=link.name)
             add_up(parts, link.live, scratch=self._scratch)
         self.model.eval()
+
+    @contextlib.contextmanager
+    def holding(self, parent: Checkpoint) -> Iterator[None]:
+        """The model is `parent` in fp32 meanwhile, without gradients yet but ready to take them.
+
+        Afterwards it is what it was, bit for bit, and links hold: its parameters lend their names
+        to other memory, as much as the model takes in fp32.
+
+        Raises:
+            ParentError: the parent holds different tensors where the model has one.
+        """
+        every = (*self.model.parameters(), *self.model.buffers())
+        tensors = [tensor for tensor in every if tensor.is_floating_point()]
+        before = [(t, t.data, t.grad, t.requires_grad) for t in tensors]
+        try:
+            for tensor in tensors:
+                tensor.grad = None
+                tensor.data = tensor.data.to(torch.float32, copy=True)
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+            self.set_weights(self.link([parent]), (1.0,))
+            yield
+        finally:
+            for tensor, content, gradient, required in before:
+                tensor.grad = None  # of another dtype, it would not fit
+                tensor.data = content
+                tensor.requires_grad_(required).grad = gradient
