@@ -6,7 +6,7 @@ kernel gives, whatever the number of threads.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import groupby
@@ -21,7 +21,7 @@ from mlflow_soup.checkpoint import MAY_BE_INFINITE, Checkpoint, find, readable
 from mlflow_soup.digests import Digesting, canonical, check_may_be_infinite, threads
 from mlflow_soup.durable import BLOCK, FileWriter, Sink, check_space, on_disk
 from mlflow_soup.errors import ParentError
-from mlflow_soup.merge import Scratch, add_up, bits, is_finite, same_bytes, terms
+from mlflow_soup.merge import Scratch, Term, add_up, bits, is_finite, same_bytes, terms
 from mlflow_soup.records import Digests, Mismatch
 
 MANIFEST = "soup_manifest.json"
@@ -32,6 +32,8 @@ NOT_INHERITED = (
     *(MANIFEST, CARD, "registered_model_meta", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
     *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "optimizer*", "scheduler*", "trainer_state.json"),
 )
+# a tensor's name and the parents' tensors → the soup's; None where the weighted sum is wanted
+Blend = Callable[[str, Sequence[Tensor]], Tensor | None]
 _COMPARED = 1 << 22  # elements of the soup made at a time when it is only compared
 
 
@@ -50,6 +52,7 @@ def write(
     folder: Path,
     *,
     digests: bool = True,
+    blend: Blend | None = None,
 ) -> Written:
     """Write the soup Σ λ_i·Θ_i in its newest parent's layout: same files, names and dtypes.
 
@@ -60,6 +63,7 @@ def write(
         lam: merge weights λ, one per parent, summing to 1.
         folder: where the artifact tree goes; exists and is empty.
         digests: compute those of soup and parents on the way.
+        blend: makes some tensors otherwise, each of its parents' shape and dtype.
 
     Raises:
         ParentError: a parent holds a value that is not finite, integers that differ, or a link;
@@ -86,7 +90,8 @@ def write(
                     tensors = [own[name].reshape(-1) for own in weights]
                     hashing[name] = hashlib.sha256()
                     sink = hashing[name].update if digests else None
-                    if not _stream(name, tensors, lam, writer, sink, scratch):
+                    parts = _parts(name, [own[name] for own in weights], lam, blend)
+                    if not _stream(name, parts, writer, sink, scratch):
                         _refuse(parents, name, tensors, scratch)
                     bar.update(tensors[0].nbytes)
             contents |= {name: sha256.hexdigest() for name, sha256 in hashing.items()}
@@ -118,19 +123,28 @@ def _copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
     return weights
 
 
+def _parts(
+    name: str, tensors: Sequence[Tensor], lam: Sequence[float], blend: Blend | None
+) -> list[Term]:
+    """What has to be added up for one tensor, flat."""
+    blended = blend(name, tensors) if blend else None
+    if blended is not None:
+        return [(blended.reshape(-1), 1.0)]
+    return terms([tensor.reshape(-1) for tensor in tensors], lam, name=name)
+
+
 def _stream(
     name: str,
-    tensors: Sequence[Tensor],
-    lam: Sequence[float],
+    parts: Sequence[Term],
     writer: FileWriter,
     sink: Sink | None,
     scratch: Scratch,
 ) -> bool:
     """Mix one tensor into the writer's buffers, as there is room; False when it is not finite."""
-    parts, done = terms(tensors, lam, name=name), 0
+    first, done = parts[0][0], 0
     check = not name.endswith(MAY_BE_INFINITE)
-    while done < len(tensors[0]):
-        out = writer.room(tensors[0].dtype, len(tensors[0]) - done, sink)
+    while done < len(first):
+        out = writer.room(first.dtype, len(first) - done, sink)
         here = slice(done, done + len(out))
         if not add_up([(t[here], c) for t, c in parts], out, scratch=scratch, check=check):
             return False
@@ -179,7 +193,11 @@ def _refuse(
 
 
 def compare(
-    parents: Sequence[Checkpoint], lam: Sequence[float], soup: Checkpoint
+    parents: Sequence[Checkpoint],
+    lam: Sequence[float],
+    soup: Checkpoint,
+    *,
+    blend: Blend | None = None,
 ) -> Iterator[Mismatch]:
     """Mix the parents again and yield each tensor of the soup that comes out otherwise.
 
@@ -187,6 +205,7 @@ def compare(
         parents: the parents, oldest first, found compatible.
         lam: merge weights λ, one per parent.
         soup: what should be their soup.
+        blend: what `write` was given.
     """
     weights = [dict(parent.read()) for parent in parents]
     stored = dict(soup.read())
@@ -197,7 +216,7 @@ def compare(
         if str(ours) != str(theirs):  # dtype and shape; files may differ
             yield Mismatch(name, 0, (), str(ours or "absent"), str(theirs or "absent"))
             continue
-        parts = terms([own[name].reshape(-1) for own in weights], lam, name=name)
+        parts = _parts(name, [own[name] for own in weights], lam, blend)
         count, first = 0, None
         found = stored[name].reshape(-1)
         for start in range(0, len(found), _COMPARED):
