@@ -42,11 +42,15 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
     """A folder to write into that becomes `folder` when all is in it, and is dropped on an error.
 
     It lies beside `folder` under a hidden name. One that a killed process left there is removed
     by the next that writes to the same place.
+
+    Args:
+        folder: must not exist, or be empty.
+        where: how errors name it.
 
     Raises:
         SpecError: there is something at `folder`, or it cannot be written there.
@@ -54,7 +58,7 @@ def staged(folder: Path) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))
     taken = SpecError(
         f"{folder} is there already",
-        where="--out",
+        where=where,
         fix="name a folder that does not exist, or delete this one",
     )
     try:
@@ -68,7 +72,7 @@ def staged(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise SpecError(
             f"{folder} cannot be written: {error.strerror}",
-            where="--out",
+            where=where,
             fix="name a folder that you may write to",
         ) from error
     try:

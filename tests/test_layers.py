@@ -16,6 +16,7 @@ NOUNS = ("errors", "records")
 # each may import those to its left
 PURE = (
     "merge",
+    "averaging",
     "space",
     "kriging",
     "landscape",
@@ -37,6 +38,8 @@ EDGES = {
     "durable": set(),
     "soup": {"checkpoint", "digests", "durable"},
     "live": {"checkpoint"},
+    "calibration": {"live"},
+    "statistics": {"checkpoint", "durable", "live", "calibration"},
     "registry": {"tracking"},
     "tracking": set(),
     "suite": {"live"},
@@ -53,9 +56,12 @@ ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(RE
 HOMES = {
     "mlflow": {"registry", "tracking", "bench", "pipeline"},
     "lm_eval": {"suite", "prepared", "objective"},
-    "transformers": {"live"},
-    "safetensors": {"checkpoint"},
-    "torch": {"merge", "checkpoint", "digests", "durable", "soup", "live", "prepared", "objective"},
+    "transformers": {"live", "statistics"},
+    "safetensors": {"checkpoint", "statistics"},
+    "torch": {
+        *("merge", "averaging", "checkpoint", "digests", "durable", "soup", "live", "statistics"),
+        *("prepared", "objective"),
+    },
     "click": {"cli"},
 }
 
