@@ -4,6 +4,7 @@ Held-out and OOD scores live in different records (`Trial`, `Evidence`), so that
 out-of-domain number can reach the search.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,68 @@ class Mismatch:
     index: tuple[int, ...]
     expected: str
     found: str
+
+
+@dataclass(frozen=True)
+class LayerDistance:
+    """How parents lie to each other in one layer: all that distances and angles follow from.
+
+    Attributes:
+        name: `layer 7`, `embedding`, `head`, `other`; `whole` for all of them together.
+        norms: ‖Θ_i‖² of each parent, oldest first.
+        squares: ‖Θ_j − Θ_i‖², n × n, symmetric. Measured on the differences: from inner products
+            they could not be told where parents are close, as neighbours are.
+    """
+
+    name: str
+    norms: tuple[float, ...]
+    squares: tuple[tuple[float, ...], ...]
+
+    def relative(self, i: int, j: int) -> float:
+        """Relative L2 distance ‖Θ_j − Θ_i‖ / ‖Θ_i‖; infinite from a Θ_i of zeros."""
+        if not self.squares[i][j]:
+            return 0.0
+        return math.sqrt(self.squares[i][j] / self.norms[i]) if self.norms[i] else math.inf
+
+    def cosine(self, i: int, j: int) -> float:
+        """Cosine between Θ_i and Θ_j; 0 where only one of them is zeros."""
+        if not self.squares[i][j]:
+            return 1.0
+        return -_turn(self.norms[i], self.norms[j], self.squares[i][j])
+
+    def delta_cosine(self, i: int, j: int) -> float:
+        """Cosine between Θ_i and the delta Θ_j − Θ_i: below 0 where it shrinks the weights."""
+        return _turn(self.norms[i], self.squares[i][j], self.norms[j])
+
+    def turn(self, i: int, j: int, k: int) -> float:
+        """Cosine between the deltas Θ_j − Θ_i and Θ_k − Θ_j: 1 straight on, −1 straight back."""
+        return _turn(self.squares[i][j], self.squares[j][k], self.squares[i][k])
+
+
+def _turn(first: float, second: float, both: float) -> float:
+    """Cosine between two steps by the law of cosines, from squared lengths; 0 where one is none."""
+    if not first or not second:
+        return 0.0
+    cosine = (both - first - second) / (2.0 * math.sqrt(first) * math.sqrt(second))
+    return min(max(cosine, -1.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far apart parents are, layer by layer in the order of the network."""
+
+    layers: tuple[LayerDistance, ...]
+
+    @property
+    def whole(self) -> LayerDistance:
+        """All layers as one vector."""
+        norms = zip(*(layer.norms for layer in self.layers), strict=True)
+        rows = zip(*(layer.squares for layer in self.layers), strict=True)
+        return LayerDistance(
+            "whole",
+            tuple(map(math.fsum, norms)),
+            tuple(tuple(map(math.fsum, zip(*row, strict=True))) for row in rows),
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from hypothesis.extra import numpy as arrays
 
 from mlflow_soup.records import (
     Digests,
+    Distance,
     Items,
+    LayerDistance,
     Manifest,
     Recipe,
     Score,
@@ -187,6 +189,21 @@ def parents(draw, dtype: torch.dtype, *, count: int = 2) -> list[torch.Tensor]:
     signed = [torch.from_numpy(np.asarray(d).view(f"i{d.dtype.itemsize}")) for d in drawn]
     # NumPy's empty arrays have strides that torch's never have
     return [s.clone(memory_format=torch.contiguous_format).view(dtype) for s in signed]
+
+
+@st.composite
+def apart(draw, *, most: int = 4, least: int = 2) -> Distance:
+    """Parents of a few layers, each of a few numbers; zeros and equal parents among them."""
+    count = draw(st.integers(least, most))
+    layers = []
+    for number in range(draw(st.integers(1, 3))):
+        shape = (count, draw(st.integers(1, 3)))
+        points = draw(arrays.arrays(np.float64, shape, elements=st.integers(-9, 9)))
+        squares = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+        norms = (points**2).sum(axis=1)
+        rows = tuple(map(tuple, squares.tolist()))
+        layers.append(LayerDistance(f"layer {number}", tuple(norms.tolist()), rows))
+    return Distance(tuple(layers))
 
 
 @st.composite

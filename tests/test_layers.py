@@ -35,6 +35,7 @@ EDGES = {
     "checkpoint": set(),
     "digests": {"checkpoint"},
     "compatibility": {"checkpoint", "digests"},
+    "distance": {"checkpoint"},
     "durable": set(),
     "soup": {"checkpoint", "digests", "durable"},
     "live": {"checkpoint"},
@@ -59,7 +60,8 @@ HOMES = {
     "transformers": {"live", "statistics"},
     "safetensors": {"checkpoint", "statistics"},
     "torch": {
-        *("merge", "averaging", "checkpoint", "digests", "durable", "soup", "live", "statistics"),
+        *("merge", "averaging", "checkpoint", "digests", "distance", "durable", "soup", "live"),
+        "statistics",
         *("prepared", "objective"),
     },
     "click": {"cli"},
