@@ -28,6 +28,7 @@ PURE = (
     "spec",
     "family",
     "report",
+    "geometry",
     "batches",
 )
 # none may import another, but for these
