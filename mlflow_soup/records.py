@@ -6,7 +6,7 @@ out-of-domain number can reach the search.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +349,26 @@ class Verdict:
     def passed(self) -> bool:
         """True when every check passed, and there was at least one."""
         return bool(self.checks) and all(check.passed for check in self.checks)
+
+
+Cell = str | float | int | None  # None where there is no number, such as a failed evaluation
+
+
+@dataclass(frozen=True)
+class Table:
+    """What an experiment found.
+
+    Attributes:
+        columns: their names; differences are called `Δ…` or `gain…` and shown with their sign.
+        rows: each with one cell per column.
+        best: column → whether larger is better, for columns whose best numbers are to stand out.
+        group: column within whose equal cells the best is sought; empty for the whole table.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    best: Mapping[str, bool] = field(default_factory=dict)
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ PURE = (
     "family",
     "report",
     "geometry",
+    "tables",
     "batches",
 )
 # none may import another, but for these
