@@ -30,6 +30,7 @@ PURE = (
     "report",
     "geometry",
     "tables",
+    "charts",
     "batches",
 )
 # none may import another, but for these
