@@ -123,6 +123,18 @@ def test_a_checkpoint_is_no_distance_from_itself(tmp_path):
         assert layer.cosine(0, 1) == 1.0
 
 
+def test_parents_twice_as_large_are_as_far_apart(tmp_path):
+    parents = [normal(seed, torch.bfloat16) for seed in range(2)]
+    large = [{n: 2 * t if t.dtype == torch.bfloat16 else t for n, t in p.items()} for p in parents]
+    small, grown = (
+        measure(opened(tmp_path / folder, *own))
+        for folder, own in (("small", parents), ("grown", large))
+    )
+    for a, b in zip(small.layers, grown.layers, strict=True):
+        assert a.relative(0, 1) == b.relative(0, 1)
+        assert a.cosine(0, 1) == b.cosine(0, 1)
+
+
 @FEW
 @given(measured=apart(), scale=st.sampled_from([0.25, 3.0, 1e3]))
 def test_laws_of_distances(measured, scale):
