@@ -9,7 +9,7 @@ from pathlib import Path
 from mlflow_soup.errors import SpecError
 from mlflow_soup.live import LiveModel
 
-WINDOW = 512  # tokens that are read together: memory for activations grows with them
+WINDOW = 256  # tokens that are read together: memory for activations grows with them
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -44,6 +46,7 @@ EXPERTS = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
     "gpt_neox tied": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=25)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "qwen2 tied": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED, tie_word_embeddings=True)),
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
