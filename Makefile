@@ -10,7 +10,7 @@ slow:
 	pytest -m slow
 
 bench:
-	for script in merge evaluator search; do python benchmarks/$$script.py; done
+	for script in merge evaluator measure search; do python benchmarks/$$script.py; done
 
 fmt:
 	ruff check --fix .

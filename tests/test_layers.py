@@ -43,7 +43,9 @@ EDGES = {
     "soup": {"checkpoint", "digests", "durable"},
     "live": {"checkpoint"},
     "calibration": {"live"},
-    "statistics": {"checkpoint", "durable", "live", "calibration"},
+    "sums": {"durable"},
+    "passes": {"checkpoint", "live", "calibration", "sums"},
+    "statistics": {"checkpoint", "durable", "live", "calibration", "sums", "passes"},
     "registry": {"tracking"},
     "tracking": set(),
     "suite": {"live"},
@@ -60,12 +62,11 @@ ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(RE
 HOMES = {
     "mlflow": {"registry", "tracking", "bench", "pipeline"},
     "lm_eval": {"suite", "prepared", "objective"},
-    "transformers": {"live", "statistics"},
-    "safetensors": {"checkpoint", "statistics"},
+    "transformers": {"live", "passes"},
+    "safetensors": {"checkpoint", "sums", "statistics"},
     "torch": {
         *("merge", "averaging", "checkpoint", "digests", "distance", "durable", "soup", "live"),
-        "statistics",
-        *("prepared", "objective"),
+        *("sums", "passes", "statistics", "prepared", "objective"),
     },
     "click": {"cli"},
 }

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import toy
-from mlflow_soup import soup
+from mlflow_soup import passes, soup
 from mlflow_soup.calibration import Calibration
 from mlflow_soup.checkpoint import find
 from mlflow_soup.errors import NonFiniteError, ParentError, SpecError
@@ -227,6 +227,28 @@ def test_layers_with_one_input_share_its_gram_matrix(tmp_path):
             n for n in made.places if n.startswith(layer) and n.split(".")[-2] in sharing
         }
     assert len(made.tensors) == 4 * 2 + 1  # and the head's
+
+
+class Recurrent(torch.nn.Module):
+    """One layer that is called again with what another gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 4)
+        self.first, self.second, self.third, self.fourth = (torch.nn.Linear(4, 4) for _ in "1234")
+
+    def forward(self, input_ids, use_cache):
+        inputs = self.embedding(input_ids)
+        given = self.first(inputs) + self.second(inputs)
+        changed = self.third(given) + self.first(given)
+        given += changed  # no longer what the third was given
+        return self.fourth(given)
+
+
+def test_layers_share_nothing_where_inputs_change_or_layers_are_called_again():
+    model = Recurrent()
+    layers = {name: layer for name, layer in model.named_children() if name != "embedding"}
+    assert passes._owners(model, layers, (1, 2)) == {name: name for name in layers}
 
 
 def test_regmean_solves_the_normal_equations_of_both_parents(tmp_path):
