@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,8 @@ def main() -> None:
         rows = []
         for way in chosen.ways.split(";"):
             for tokens in map(int, chosen.tokens.split(",")):
-                with alone.Pool(1) as pool:
-                    rows.append(pool.apply(cost, (folder, way, tokens)))
+                with ProcessPoolExecutor(1, alone) as pool:
+                    rows.append(pool.submit(cost, folder, way, tokens).result())
     print(
         "| | tokens | CPU s | wall s | MB above the live model | of the fp32 model | MB in files |"
     )
