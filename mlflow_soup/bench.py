@@ -105,6 +105,18 @@ def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
     )
 
 
+def aim(bench: Bench, task: str) -> Bench:
+    """The same live model, scored on one task alone.
+
+    Args:
+        bench: whose model and settings it shares.
+        task: `task:metric`, as a term of a suite is written.
+    """
+    suite = load_suite(task, include_path=bench.spec.include_path)
+    held_out = _evaluator(bench.live, suite, bench.spec)
+    return replace(bench, suites=(suite, None), held_out=held_out, ood=None)
+
+
 def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
     return Evaluator(
         live,

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mlflow_soup import gate, report
-from mlflow_soup.records import Distance, LayerDistance, Recipe, Trial
+from mlflow_soup.records import Distance, LayerDistance, Recipe, Table, Trial
 from mlflow_soup.space import Space
 
 COLOURS = (report.BLUE, report.ORANGE, report.GREEN, report.GREY)
@@ -60,6 +60,27 @@ def kl_ratio(distance: LayerDistance, lam: Sequence[float]) -> float:
         for i, j in itertools.product(range(1, count), repeat=2)
     )
     return max(moved, 0.0) / squares[0][-1] if squares[0][-1] else float("nan")
+
+
+def table(distance: Distance, names: Sequence[str]) -> Table:
+    """Each layer's distances, from each parent to the next, and those of all layers together.
+
+    Args:
+        distance: of all parents.
+        names: theirs, oldest first.
+    """
+    rows = [
+        (
+            *(f"{names[i]} → {names[i + 1]}", layer.name, layer.relative(i, i + 1)),
+            *(layer.cosine(i, i + 1), layer.delta_cosine(i, i + 1)),
+        )
+        for i in range(len(names) - 1)
+        for layer in (*distance.layers, distance.whole)
+    ]
+    return Table(
+        ("parents", "layer", "relative L2", "cosine", "cosine of the delta with the older"),
+        tuple(rows),
+    )
 
 
 def _farthest(distance: LayerDistance) -> tuple[int, int]:

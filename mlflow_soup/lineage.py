@@ -15,6 +15,7 @@ from mlflow_soup.records import Digests, Manifest, Recipe, Source, Version
 PARENTS = "soup.parents"  # "12,13" (same model) or "a/12,b/3", oldest first
 LAMBDA = "soup.lambda"  # weight of the newest parent, as a decimal
 WEIGHTS = "soup.weights"  # "0.3,0.7": of every parent, oldest first
+METHOD = "soup.method"  # how the soup was found: bayesopt, greedy, …; also on search runs
 KEY = "soup.key"  # digest of what is searched and how; also on search and trial runs
 REQUEST = "soup.request"  # digest of that and of when it ends: one request, one version
 DIGEST = "soup.digest"  # canonical digest of the soup's tensors
@@ -25,9 +26,11 @@ PROMOTED_TO = "soup.promoted_to"  # "alias champion"
 PROMOTED_AT = "soup.promoted_at"  # UTC, ISO 8601
 PREVIOUS = "soup.previous"  # the version that was there before
 # tags of runs
-ROLE = "soup.role"  # search, trial or ood
+ROLE = "soup.role"  # search, trial, ood, study or look
 NUMBER = "soup.number"  # of the trial, from 0
 FAILED = "soup.failed"  # why a trial has no score
+MEASURED = "soup.measured"  # digest of what a trial scored, and how: the same is not scored twice
+ITEMS_RUN = "soup.items_run"  # the trial that was scored, where this one took its score over
 EVALUATOR = "soup.evaluator"  # fingerprint of requests and settings
 VERSION = "soup.version"  # "my-llm/14": the soup that a search made or an OOD run examined
 CONDITIONS = "soup.conditions"  # digest of what OOD evidence depends on besides the weights
@@ -38,9 +41,11 @@ ITEMS = "items.parquet"
 EVIDENCE = "evidence.json"
 REPORT = "report.md"
 LANDSCAPE = "landscape"  # .png and .svg
+DISTANCES = "distances.png"  # of the parents, by layer
 
 # the manifest
 SCHEMA = 1
+MIXINGS = ("linear", "fisher", "regmean")  # how weights enter: only the first can be made again
 KERNEL = "fp32 products and sums, separate, in parent order; one rounding, to nearest even"
 
 PASSED, REFUSED = "passed", "refused"
@@ -117,9 +122,9 @@ def parse_manifest(content: Any) -> Manifest:
         KeyError, TypeError, ValueError, AttributeError, OverflowError: it is none, or of another
             schema.
     """
-    for field, known in (("schema", SCHEMA), ("method", "linear"), ("kernel", KERNEL)):
-        if content[field] != known:
-            raise ValueError(f"{field} {content[field]!r}, and this version knows {known!r}")
+    for field, known in (("schema", (SCHEMA,)), ("method", MIXINGS), ("kernel", (KERNEL,))):
+        if content[field] not in known:
+            raise ValueError(f"{field} {content[field]!r}, and this version knows {known}")
     sources = tuple(
         Source(
             str(parent["uri"]),
@@ -187,6 +192,11 @@ def card(manifest: Manifest) -> str:
     base = "\n".join(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)
     weights = (source.lam for source in manifest.sources)
     shares = ", ".join(f"{lam:g} × `{name}`" for lam, name in zip(weights, names, strict=True))
+    how = (
+        "Weighted average of checkpoints"
+        if manifest.method == "linear"
+        else (f"Checkpoints merged by {manifest.method}, which refines equal weights by statistics")
+    )
     return f"""---
 library_name: transformers
 base_model:
@@ -199,7 +209,7 @@ tags:
 
 # {manifest.model or "Soup"}: {" and ".join(f"`{name}`" for name in names)}
 
-Weighted average of checkpoints: {shares}. Exact weights: `soup_manifest.json`.
+{how}: {shares}. Exact weights: `soup_manifest.json`.
 Method: Liu et al., "Checkpoint Merging via Bayesian Optimization in LLM Pretraining",
 arXiv:2403.19390.
 """

@@ -163,6 +163,29 @@ class Evaluator:
                 fix="lower --batch-size",
             ) from error
 
+    def texts(self) -> Iterator[str]:
+        """Every item with its right answer, as the model reads it; what has none is left out.
+
+        Of multiple choice the prompt with the right choice, of documents the document, of generated
+        answers the prompt with the reference.
+        """
+        for task in self._suite.loaded["tasks"].values():
+            metric = next(iter(task.aggregation()))
+            by_document: dict[int, list[Any]] = defaultdict(list)
+            for request in task.instances:
+                by_document[request.doc_id].append(request)
+            for requests in by_document.values():
+                right = requests[0]
+                if task.OUTPUT_TYPE == "multiple_choice":
+                    gold = right_choice(task, metric, right.doc, len(requests))
+                    if gold < 0:
+                        continue
+                    right = requests[gold]
+                parts = [part for part in right.args if isinstance(part, str)]
+                if task.OUTPUT_TYPE == "generate_until":
+                    parts.append(str(task.doc_to_target(right.doc)))
+                yield "".join(parts)
+
     def score(self) -> Score:
         """The mean over terms: the objective (Liu et al. 2024, eq. 3)."""
         return mean_score([score for _, score in self.evaluate()])

@@ -3,19 +3,27 @@
 pull → open → [ ask → mix → evaluate → tell ]×n → register → examine → judge → promote → report
 """
 
-import json
 import logging
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mlflow import MlflowClient
-from tqdm import tqdm
 
+from mlflow_soup import (
+    checkpoint,
+    distance,
+    geometry,
+    lineage,
+    provenance,
+    registry,
+    report,
+    search,
+    tables,
+    tracking,
+)
 from mlflow_soup import gate as gates
-from mlflow_soup import lineage, provenance, registry, report, search, tracking
 from mlflow_soup.bench import (
     Bench,
     Opened,
@@ -29,11 +37,11 @@ from mlflow_soup.bench import (
     rivals,
     set_up,
 )
-from mlflow_soup.checkpoint import find
 from mlflow_soup.compatibility import check_compatible
-from mlflow_soup.errors import GateError, NonFiniteError, ObjectiveError, ParentError, SpecError
-from mlflow_soup.live import Link
+from mlflow_soup.errors import GateError, ObjectiveError, ParentError, SpecError
+from mlflow_soup.job import Job, open_session, settle
 from mlflow_soup.records import (
+    Distance,
     Evidence,
     Manifest,
     Outcome,
@@ -46,159 +54,19 @@ from mlflow_soup.records import (
 )
 from mlflow_soup.space import Space
 from mlflow_soup.spec import Spec, Target, parse_target, parse_version
+from mlflow_soup.trials import find, scored, search_tags
 
 logger = logging.getLogger("mlflow_soup")
-# MLflow's, of a run tag and of a version's description on databases that enforce it
-TAG_LIMIT, DESCRIPTION_LIMIT = 8000, 5000
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A request that was found sound, with all that it needs at hand."""
-
-    client: MlflowClient
-    spec: Spec
-    name: str
-    opened: tuple[Opened, ...]  # the parents, oldest first
-    champions: tuple[Opened, ...]  # what stood in the soup's place when the job began
-    bench: Bench
-    key: str
-    request: str
-
-    @property
-    def space(self) -> Space:
-        return Space.simplex(len(self.opened), self.spec.least)
-
-
-def _log_request(client: MlflowClient, run_id: str, job: _Job) -> None:
-    """Params under `cfg.`: MLproject's own are logged by `mlflow run`, quoted and write-once."""
-    said = {f"cfg.{f.name}": getattr(job.spec, f.name) for f in fields(job.spec)}
-    said |= {"cfg.alpha": job.space.alpha, "cfg.trials": job.spec.budget}
-    params = {k: v for k, v in said.items() if v not in ("", None)}
-    params |= {f"cfg.evaluator.{k}": v for k, v in job.bench.held_out.settings().items()}
-    tracking.log(client, run_id, params=params)
-
-
-def _search(job: _Job, run_id: str) -> list[Trial]:
-    """Trials until the search ends; those of an earlier run with the same key count."""
-    spec, space = job.spec, job.space
-    parents = [o.checkpoint for o in job.opened]
-    links = job.bench.live.link(parents, resident=spec.parents_in == "memory")
-    trials: list[Trial] = []
-    history = tracking.read_trials(job.client, job.key)[: spec.budget]
-    best, at = float("-inf"), ""
-    with tqdm(total=spec.budget, desc="search", unit="λ", disable=None) as bar:
-        while True:
-            recipe = _proceed(job, trials)
-            if recipe is None:
-                break
-            # what was evaluated stands; it ends here, however far another request went on
-            trial = history.pop(0) if history else _try(job, run_id, len(trials), recipe, links)
-            trials.append(trial)
-            bar.update()
-            if trial.held_out is None:
-                if trial.recipe in space.parents():
-                    break  # nothing can be compared with it
-                continue
-            lam, value = trial.recipe.lam[-1], trial.held_out.value
-            if value > best:
-                best, at = value, f"best {value:.4f} at λ = {trial.recipe}"
-            bar.set_postfix_str(at)
-            numbers = {"search/objective": value, "search/lambda": lam, "search/best": best}
-            metrics = [tracking.metric(k, v, trial.number) for k, v in numbers.items()]
-            tracking.log(job.client, run_id, metrics=metrics)
-    return trials
-
-
-def _proceed(job: _Job, trials: Sequence[Trial]) -> Recipe | None:
-    """What is evaluated next; None when the search has ended."""
-    spec = job.spec
-    return search.proceed(
-        job.space,
-        trials,
-        acquisition=spec.acquisition,
-        seed=spec.seed,
-        budget=spec.budget,
-        tolerance=spec.stop * _resolution(job.space, trials),
-    )
-
-
-def _resolution(space: Space, trials: Sequence[Trial]) -> float:
-    """The paired standard error between the best merge so far and the better parent.
-
-    Much smaller gains cannot be told from none on these items.
-    """
-    scored = [t for t in trials if t.held_out is not None]
-    parents = [t for t in scored if t.recipe in space.parents()]
-    others = [t for t in scored if t not in parents]
-    if not parents or not others:
-        return 0.0
-    best, parent = (_best(group) for group in (others, parents))
-    return gates.paired(best, parent).stderr
-
-
-def _best(trials: Sequence[Trial]) -> Score:
-    scores = [t.held_out for t in trials if t.held_out is not None]
-    return scores[gates.better(scores)]
-
-
-def _try(job: _Job, run_id: str, number: int, recipe: Recipe, links: Sequence[Link]) -> Trial:
-    """One λ: a child run with its params, metrics, item rows and seconds."""
-    client, bench = job.client, job.bench
-    tags = {
-        lineage.KEY: job.key,
-        lineage.ROLE: "trial",
-        lineage.NUMBER: str(number),
-        lineage.EVALUATOR: bench.held_out.fingerprint,
-    }
-    child = ""
-    try:
-        with tracking.open_child(client, run_id, f"λ = {recipe}", tags) as child:
-            weights = json.dumps(recipe.lam)
-            params = {"lambda": str(recipe), "method": recipe.method, "weights": weights}
-            tracking.log(client, child, params=params)
-            begin = time.monotonic()
-            bench.live.set_weights(links, recipe.lam)
-            merged = time.monotonic()
-            score = bench.held_out.score()
-            numbers = {
-                "seconds/merge": merged - begin,
-                "seconds/evaluate": time.monotonic() - merged,
-                "dev/stderr": score.stderr,
-                lineage.TRUNCATED: bench.held_out.truncated,
-            }
-            tracking.log_score(client, child, score, lineage.ITEMS)
-            metrics = [tracking.metric(key, value) for key, value in numbers.items()]
-            tracking.log(client, child, metrics=metrics + tracking.score_metrics(score, "dev"))
-    except NonFiniteError as error:  # it would be so again; anything else ends the run
-        logger.warning("λ = %s failed: %s", recipe, error.what)
-        tracking.log(client, child, tags={lineage.FAILED: error.what[:5000]})
-        return Trial(number, recipe, None, child)
-    return Trial(number, recipe, score, child)
-
-
-def _scored(trials: Sequence[Trial], recipe: Recipe, what: str) -> Score:
-    """A recipe's held-out score.
-
-    Raises:
-        ObjectiveError: its evaluation failed.
-    """
-    for trial in trials:
-        if trial.recipe == recipe and trial.held_out is not None:
-            return trial.held_out
-    raise ObjectiveError(
-        f"{what} could not be scored",
-        where=f"λ = {recipe}, see tag {lineage.FAILED} of its run",
-        fix="a parent must have a finite score; choose other versions or tasks",
-    )
+# MLflow's, of a version's description on databases that enforce it
+DESCRIPTION_LIMIT = 5000
 
 
 def _write_and_register(
-    job: _Job, run_id: str, recipe: Recipe, trials: Sequence[Trial]
+    job: Job, run_id: str, recipe: Recipe, trials: Sequence[Trial]
 ) -> tuple[Version, str]:
     """The soup as a new version, read back from the store; and its digest."""
     client = job.client
-    versions = tuple(o.parent.version for o in job.opened)
+    versions = job.versions
     origins = [
         provenance.Origin(o.parent.folder, v.uri, *registry.origin(client, v))
         for o, v in zip(job.opened, versions, strict=True)
@@ -214,7 +82,7 @@ def _write_and_register(
         },
     }
     # hours have passed since they were opened
-    parents_now = [find(o.parent.folder, o.parent.version.uri) for o in job.opened]
+    parents_now = [checkpoint.find(o.parent.folder, o.parent.version.uri) for o in job.opened]
     check_compatible(parents_now)
     with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as temporary:
         folder = Path(temporary)
@@ -224,22 +92,28 @@ def _write_and_register(
             recipe.lam,
             folder,
             method=recipe.method,
-            model=job.name,
+            model=job.session.name,
             search=search,
+            blend=job.blend(recipe),
         )
         assert manifest.digests is not None
         _check_unchanged(job.opened, manifest)
         digest = manifest.digests.canonical
-        parents = lineage.format_parents(job.name, versions)
+        _check_scored(client, recipe, trials, digest)
+        parents = lineage.format_parents(job.session.name, versions)
         tags = lineage.version_tags(parents, recipe, job.key, job.request, run_id, digest)
+        tags |= {
+            lineage.METHOD: job.spec.method,
+            lineage.EVALUATOR: job.bench.held_out.fingerprint,
+        }
         version = registry.register(
             client,
             folder,
-            name=job.name,
+            name=job.session.name,
             run_id=run_id,
             parents=versions,
-            tags=tags | {lineage.EVALUATOR: job.bench.held_out.fingerprint},
-            description=f"Soup of {' and '.join(map(str, versions))}, λ = {recipe}.",
+            tags=tags,
+            description=f"Soup of {' and '.join(map(str, versions))}, {recipe.label}.",
         )
     check_stored(client, version, digest)
     return version, digest
@@ -260,6 +134,24 @@ def _check_unchanged(parents: Sequence[Opened], manifest: Manifest) -> None:
                 f"{opened.parent.digest} before",
                 fix="registered versions must not be written to; run the same command again",
             )
+
+
+def _check_scored(
+    client: MlflowClient, recipe: Recipe, trials: Sequence[Trial], digest: str
+) -> None:
+    """Refuse a soup that statistics have made otherwise than when it was scored.
+
+    Raises:
+        ObjectiveError: they were measured again, elsewhere perhaps, and came out otherwise.
+    """
+    run_id = next(trial.run_id for trial in trials if trial.recipe == recipe)
+    before = client.get_run(run_id).data.tags.get(lineage.DIGEST, digest)
+    if before != digest:
+        raise ObjectiveError(
+            "the statistics of the parents came out otherwise than when their soup was scored",
+            where=f"{digest}, and {before} in run {run_id}",
+            fix=f"delete run {run_id}, then run the same command again: it scores the soup anew",
+        )
 
 
 def _examine(
@@ -310,37 +202,30 @@ def run(spec: Spec) -> Outcome:
         ObjectiveError: a parent has no finite score, or a task's data cannot be loaded.
         RegistryError: MLflow refused or cannot be reached.
     """
-    job = _prepare(spec)
-    client, spec = job.client, job.spec
-    versions = [o.parent.version for o in job.opened]
-    tags = {
-        "mlflow.runName": f"soup of {' and '.join(map(str, versions))}",
-        lineage.ROLE: "search",
-        lineage.KEY: job.key,
-        lineage.REQUEST: job.request,
-    }
-    with tracking.open_run(spec.experiment, tags) as run_id:
-        _log_request(client, run_id, job)
-        trials = _search(job, run_id)
-        alone = [
-            _scored(trials, recipe, str(version))
-            for recipe, version in zip(job.space.parents(), versions, strict=True)
-        ]
+    job, champions = _prepare(spec)
+    client, spec, name, versions = job.client, job.spec, job.session.name, job.versions
+    title = f"soup of {' and '.join(map(str, versions))}"
+    apart = distance.measure([o.checkpoint for o in job.opened])
+    if warning := geometry.caution(apart, _names(versions)):
+        logger.warning(warning)
+    with tracking.open_run(spec.experiment, search_tags(job, title)) as run_id:
+        found = find(job, run_id)
+        trials, alone = found.trials, found.alone
         better = gates.better(alone)
         # what was registered, should another library version recommend another λ today
-        existing = registry.find_soup(client, job.name, {lineage.REQUEST: job.request})
+        existing = registry.find_soup(client, name, {lineage.REQUEST: job.request})
         if existing is None:
-            recipe = search.recommend(job.space, trials, measured=True)
-            weights = lineage.format_weights(recipe.lam)
+            weights = lineage.format_weights(found.recipe.lam)
             same = {lineage.KEY: job.key, lineage.WEIGHTS: weights}  # by another budget
-            existing = registry.find_soup(client, job.name, same)
+            existing = registry.find_soup(client, name, same)
         if existing is None:
+            recipe = found.recipe
             version, digest = _write_and_register(job, run_id, recipe, trials)
         else:
             its = registry.tags_of(client, existing)
-            recipe = job.space.recipe(lineage.parse_weights(its[lineage.WEIGHTS]))
+            recipe = job.recipe(lineage.parse_weights(its[lineage.WEIGHTS]))
             version, digest = existing, its[lineage.DIGEST]
-        held_out = _scored(trials, recipe, "the soup")
+        held_out = scored(trials, recipe, "the soup")
         soup = Soup(version, recipe, tuple(o.parent for o in job.opened), held_out, digest)
 
         roles: Mapping[str, Evidence] = {}
@@ -348,7 +233,8 @@ def run(spec: Spec) -> Outcome:
         if job.bench.ood is not None:
             known = {digest: held_out}
             known |= {o.parent.digest: s for o, s in zip(job.opened, alone, strict=True)}
-            ood_run, roles = _examine_once(job, run_id, soup, known)
+            at_hand = (*job.opened, *champions)
+            ood_run, roles = _examine_once(job, run_id, soup, known, at_hand)
             verdict = _judge(client, version, roles, spec, ood_run)
             if spec.promote and verdict.passed:
                 target = parse_target(spec.promote)
@@ -357,31 +243,30 @@ def run(spec: Spec) -> Outcome:
             space=job.space,
             soup=soup,
             existed=existing is not None,
-            trials=tuple(trials),
+            trials=trials,
             gain=gates.paired(held_out, alone[better]),
             better=versions[better],
             roles=roles,
             verdict=verdict,
             promoted=promoted,
-            notes=tuple(_notes(job, trials, soup)),
+            distance=apart,
+            notes=tuple(_notes(job, trials, soup, apart)),
         )
         return Outcome(
             soup, story.trials, story.gain, verdict, promoted, run_id, _tell(client, run_id, story)
         )
 
 
-def _prepare(spec: Spec) -> _Job:
-    """Check the whole request against the store, the tasks and the parents; nothing is touched."""
-    refs = spec.parents
-    if not refs:
+def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
+    """The job, and what stands in the soup's place; all is checked, nothing is touched."""
+    if not spec.parents and not spec.last:
         raise SpecError(
             "no pair was named",
             where="--pair",
-            fix="older, then newer: --pair v12,v13; more than two: --versions v11,v12,v13",
+            fix="older, then newer: --pair v12,v13; more than two: --versions v11,v12,v13 or "
+            "--last 3",
         )
-    client = tracking.connect()
-    name = registry.find_model(client, spec.model, refs)
-    spec = spec.settle(registry.policy(client, name))
+    client, name, spec = settle(spec, spec.parents)
     if spec.promote and not spec.ood_tasks:
         raise SpecError(
             "a promotion needs out-of-domain tasks for the gate",
@@ -394,46 +279,23 @@ def _prepare(spec: Spec) -> _Job:
             where="--limit with --promote",
             fix="drop one of them",
         )
-    versions = [registry.resolve(client, name, ref) for ref in refs]
-    for i, version in enumerate(versions):
-        if version in versions[:i]:
-            raise SpecError(
-                f"{refs[versions.index(version)]} and {refs[i]} are the same version, {version}",
-                where="--versions" if spec.versions else "--pair",
-                fix="name different versions",
-            )
-    space = Space.simplex(len(refs), spec.least)
-    choice = {*(recipe.lam for recipe in space.start()), *map(tuple, space.candidates().tolist())}
-    if len(choice) < spec.budget:
-        raise SpecError(
-            f"there are only {len(choice)} different λ for {spec.budget} trials",
-            where=f"--trials and --alpha: [{space.alpha}, 1] in steps of 1e-4",
-            fix="lower --trials or --alpha",
-        )
-    suites = load_suites(spec)
-    opened = [open_version(client, version) for version in versions]
-    check_compatible([o.checkpoint for o in opened])
-    champions = open_rivals(client, name, spec, opened)
-    bench = set_up(spec, opened[-1].checkpoint, suites)
-    searched = {
-        "parents": [o.parent.digest for o in opened],
-        "evaluator": bench.held_out.fingerprint,
-        "alpha": space.alpha,
-        "acquisition": spec.acquisition,
-        "seed": spec.seed,
-    }
-    key = lineage.key_of(searched)
-    request = lineage.key_of({"key": key, "trials": spec.budget, "stop": spec.stop})
-    return _Job(client, spec, name, tuple(opened), tuple(champions), bench, key, request)
+    where = "--pair" if spec.pair else "--versions"
+    session, versions = open_session(client, name, spec, spec.parents, where)
+    job = session.job(versions)
+    return job, open_rivals(client, name, spec, job.opened)
 
 
 def _examine_once(
-    job: _Job, run_id: str, soup: Soup, known: Mapping[str, Score]
+    job: Job,
+    run_id: str,
+    soup: Soup,
+    known: Mapping[str, Score],
+    at_hand: Sequence[Opened],
 ) -> tuple[str, Mapping[str, Evidence]]:
     """The OOD run and its evidence; what an earlier run measured is not measured again."""
     client, bench = job.client, job.bench
     stored = check_stored(client, soup.version, soup.digest)
-    champions = open_rivals(client, job.name, job.spec, (*job.opened, *job.champions))
+    champions = open_rivals(client, job.session.name, job.spec, at_hand)
     models = contenders(stored, job.opened, champions)
     needed = {opened.parent.digest for opened in models.values()}
     measured: dict[str, Evidence] = {}
@@ -451,41 +313,54 @@ def _examine_once(
         return ood_run, _examine(client, ood_run, bench, models, known, measured)
 
 
-def _notes(job: _Job, trials: Sequence[Trial], soup: Soup) -> list[str]:
+def _names(versions: Sequence[Version]) -> list[str]:
+    return [f"v{version.number}" for version in versions]
+
+
+def _notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> list[str]:
     """What a reader of the scores should know besides."""
     client, spec = job.client, job.spec
     notes = [
         f"No merge was found that is better than {parent.version}: the soup is a copy of it."
+        if job.method.merges
+        else f"Nothing was merged: the new version is a copy of {parent.version}."
         for parent in soup.parents
         if parent.digest == soup.digest
     ]
-    if len(trials) < spec.budget:
+    if spec.method == "bayesopt":
+        if len(trials) < spec.budget:
+            notes.append(
+                f"The search ended after {len(trials)} of {spec.budget} evaluations: one more was "
+                f"expected to gain less than {spec.stop:g} of the paired standard error."
+            )
+        belief = search.believe(trials)
+        if spec.acquisition == search.LANDSCAPE and belief.landscape is None:
+            notes.append(f"The curve was not reconstructed from the items: {belief.why}.")
+    measured = [(t.recipe, t.held_out) for t in trials if t.held_out is not None]
+    if job.method.searches:
+        notes += [
+            f"{recipe.label} scores {score.value:.4f}, and weighs the newest less than "
+            f"--alpha {job.space.alpha:g} allows."
+            for recipe, score in measured
+            if not job.space.feasible(recipe) and score.value > soup.held_out.value
+        ]
+        measured = [(recipe, score) for recipe, score in measured if job.space.feasible(recipe)]
+    if job.method.chooses and len(measured) > 1:
+        optimism = gates.optimism([score for _, score in measured])
         notes.append(
-            f"The search ended after {len(trials)} of {spec.budget} evaluations: one more was "
-            f"expected to gain less than {spec.stop:g} of the paired standard error."
+            f"The best of {len(measured)} scores on the same items is expected to look "
+            f"{optimism:.4f} better than it is."
         )
-    belief = search.believe(trials)
-    if spec.acquisition == search.LANDSCAPE and belief.landscape is None:
-        notes.append(f"The curve was not reconstructed from the items: {belief.why}.")
-    better = [
-        f"λ = {t.recipe} scores {t.held_out.value:.4f}, and weighs the newest less than "
-        f"--alpha {job.space.alpha:g} allows."
-        for t in trials
-        if t.held_out is not None
-        and not job.space.feasible(t.recipe)
-        and t.held_out.value > soup.held_out.value
-    ]
-    notes += better
-    feasible = [
-        t.held_out for t in trials if t.held_out is not None and job.space.feasible(t.recipe)
-    ]
-    if len(feasible) > 1:
-        notes.append(
-            f"The best of {len(feasible)} scores on the same items is expected to look "
-            f"{gates.optimism(feasible):.4f} better than it is."
-        )
-    scored = next(t for t in trials if t.held_out is not None)
-    if cut := int(client.get_run(scored.run_id).data.metrics[lineage.TRUNCATED]):
+    if job.method.needs:
+        notes += job.statistics_notes
+    names = _names(job.versions)
+    said = [geometry.words(apart, names), geometry.caution(apart, names)]
+    said += [geometry.barrier(job.space, trials)]
+    if soup.recipe.method == "linear":
+        said += [geometry.theory(apart, soup.recipe)]
+    notes += filter(None, said)
+    first = next(t for t in trials if t.held_out is not None)
+    if cut := int(client.get_run(first.run_id).data.metrics[lineage.TRUNCATED]):
         notes.append(f"{cut} held-out requests were cut to the longest input.")
     return notes
 
@@ -510,11 +385,16 @@ def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
         path = registry.version_path(parent.version)
         links[str(parent.version)] = f"#{path}"
     text = report.markdown(story, links)
-    whole = text + report.trials_table(story)
+    names = _names([parent.version for parent in soup.parents])
+    layers = tables.markdown(geometry.table(story.distance, names))
+    whole = f"{text}{report.trials_table(story)}\n## Distance of the parents\n\n{layers}\n"
     numbers = {
         "search/gain": story.gain.value,
         "search/gain_stderr": story.gain.stderr,
         "search/chosen_lambda": soup.recipe.lam[-1],
+        "search/kl_ratio": geometry.kl_ratio(story.distance.whole, soup.recipe.lam),
+        "distance/relative_l2": story.distance.whole.relative(0, -1),
+        "distance/cosine": story.distance.whole.cosine(0, -1),
     }
     metrics = tracking.score_metrics(soup.held_out, "dev")
     metrics += [tracking.metric(key, value) for key, value in numbers.items()]
@@ -525,7 +405,7 @@ def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
     ]
     for _, score in story.roles["soup"].ood if story.roles else ():
         metrics += [tracking.metric(f"ood/{m.key}", m.value) for m in score.metrics]
-    tags = {"mlflow.note.content": whole[:TAG_LIMIT], lineage.VERSION: version}
+    tags = {"mlflow.note.content": whole[: tracking.NOTE_LIMIT], lineage.VERSION: version}
     if story.verdict is not None:
         tags[lineage.GATE] = lineage.PASSED if story.verdict.passed else lineage.REFUSED
     tracking.log(client, run_id, metrics=metrics, tags=tags)
@@ -533,6 +413,7 @@ def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
     figure = report.landscape(story)
     for suffix in ("png", "svg"):
         client.log_figure(run_id, figure, f"{lineage.LANDSCAPE}.{suffix}")
+    client.log_figure(run_id, geometry.distances(story.distance, names), lineage.DISTANCES)
     registry.describe(client, soup.version, text[:DESCRIPTION_LIMIT])
     look = [
         f"version: {tracking.link(registry.version_path(soup.version))}",

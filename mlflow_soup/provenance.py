@@ -46,6 +46,7 @@ def make(
     model: str = "",
     search: Mapping[str, Any] | None = None,
     digests: bool = True,
+    blend: soup.Blend | None = None,
 ) -> Manifest:
     """Write a soup with its manifest and its model card.
 
@@ -58,11 +59,12 @@ def make(
         model: the registered model it is made for.
         search: what the manifest tells of the search that chose λ.
         digests: take those of soup and parents on the way.
+        blend: as of `soup.write`.
 
     Raises:
         ParentError, StoreError: as `soup.write`.
     """
-    written = soup.write(parents, lam, folder, digests=digests)
+    written = soup.write(parents, lam, folder, digests=digests, blend=blend)
     manifest = Manifest(
         model,
         method,

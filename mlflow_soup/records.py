@@ -48,13 +48,18 @@ class Parent:
 class Recipe:
     """A proposal. Trial = recipe + held-out score; Soup = recipe + checkpoint + lineage."""
 
-    method: str
+    method: str  # how tensors are mixed: linear, or by statistics that refine equal weights
     lam: tuple[float, ...]  # merge weights λ, one per parent, in parent order, oldest first; sum 1
 
     def __str__(self) -> str:
         """As people read it: λ of a pair, which the newer weighs; all weights of more parents."""
         shown = self.lam[-1:] if len(self.lam) == 2 else self.lam
         return ", ".join(f"{weight:g}" for weight in shown)
+
+    @property
+    def label(self) -> str:
+        """The recipe with its name, `λ = 0.7` or `fisher`."""
+        return f"λ = {self}" if self.method == "linear" else self.method
 
 
 @dataclass(frozen=True)
@@ -289,6 +294,27 @@ class Trial:
     recipe: Recipe
     held_out: Score | None
     run_id: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method makes of some parents: a soup that is not written yet.
+
+    Attributes:
+        method: its name.
+        versions: the parents, oldest first.
+        recipe: what it chose.
+        score: of that, held-out.
+        alone: of each parent.
+        trials: all that was evaluated, in order.
+    """
+
+    method: str
+    versions: tuple[Version, ...]
+    recipe: Recipe
+    score: Score
+    alone: tuple[Score, ...]
+    trials: tuple[Trial, ...]
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,24 @@ def resolve(client: MlflowClient, name: str, ref: VersionRef) -> Version:
     return Version(name, int(found.version))  # int on a database, str over HTTP
 
 
+def last(client: MlflowClient, name: str, count: int) -> list[Version]:
+    """The newest versions that are no soups, oldest first.
+
+    Raises:
+        SpecError: there are fewer.
+    """
+    with asking(f"list the versions of {name}"):
+        found = pages(client.search_model_versions, f"name='{name}'")
+    numbers = sorted(int(v.version) for v in found if lineage.DIGEST not in v.tags)
+    if len(numbers) < count:
+        raise SpecError(
+            f"{name} has only {len(numbers)} versions that are no soups",
+            where=f"--last {count}",
+            fix=f"at most --last {len(numbers)}" if len(numbers) > 1 else "register checkpoints",
+        )
+    return [Version(name, number) for number in numbers[-count:]]
+
+
 def holder(client: MlflowClient, name: str, alias: str) -> Version | None:
     """The version an alias points to, or None."""
     with asking(f"look up {name}@{alias}"):
@@ -191,7 +209,8 @@ def find_soup(client: MlflowClient, name: str, tags: Mapping[str, str]) -> Versi
     return Version(name, min(numbers)) if numbers else None
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where pulled versions and what was measured of them are kept on this machine."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlflow-soup"
     return Path(os.environ.get(CACHE_ENV, default))
 
@@ -248,7 +267,7 @@ def pull(client: MlflowClient, version: Version, *, fresh: bool = False) -> Path
 
 
 def _pull_remote(version: Version, source: str, fresh: bool) -> Path:
-    cache = _cache()
+    cache = cache_folder()
     entry = hashlib.sha256(json.dumps([source, _listing_of(version)]).encode()).hexdigest()
     pointer = cache / "source" / entry
     if pointer.is_file() and not fresh:

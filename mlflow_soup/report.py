@@ -12,7 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlflow_soup import gate, search
-from mlflow_soup.records import Check, Difference, Evidence, Recipe, Soup, Trial, Verdict, Version
+from mlflow_soup.records import (
+    Check,
+    Difference,
+    Distance,
+    Evidence,
+    Recipe,
+    Soup,
+    Trial,
+    Verdict,
+    Version,
+)
 from mlflow_soup.space import Space
 
 # colour-blind safe (Okabe & Ito 2008)
@@ -89,6 +99,7 @@ class Story:
         roles: evidence of the OOD stage; empty when there was none.
         verdict: the gate's, or None.
         promoted: where the soup was promoted to; empty when it was not.
+        distance: of the parents.
         notes: further sentences a reader should know.
     """
 
@@ -101,6 +112,7 @@ class Story:
     roles: Mapping[str, Evidence]
     verdict: Verdict | None
     promoted: str
+    distance: Distance
     notes: tuple[str, ...] = ()
 
 
@@ -108,10 +120,10 @@ def baselines(story: Story) -> list[tuple[str, Trial]]:
     """The soup's trial beside what it has to beat: parents and uniform soup."""
     space, soup, trials = story.space, story.soup, story.trials
     alone = zip(soup.parents, space.parents(), strict=True)
-    named = [(f"{p.version} alone (λ = {recipe})", recipe) for p, recipe in alone]
+    named = [(f"{p.version} alone ({recipe.label})", recipe) for p, recipe in alone]
     named += [
-        (f"uniform soup (λ = {space.uniform()})", space.uniform()),
-        (f"chosen soup (λ = {soup.recipe})", soup.recipe),
+        (f"uniform soup ({space.uniform().label})", space.uniform()),
+        (f"chosen soup ({soup.recipe.label})", soup.recipe),
     ]
     found = [(label, _trial_of(trials, recipe)) for label, recipe in named]
     return [(label, trial) for label, trial in found if trial is not None]
@@ -134,7 +146,7 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
     shares = zip(reversed(soup.recipe.lam), reversed(soup.parents), strict=True)
     mixture = " + ".join(f"{weight:g} × {parent.version}" for weight, parent in shares)
     parts = [
-        f"# Soup of {parents}, λ = {soup.recipe}",
+        f"# Soup of {parents}, {soup.recipe.label}",
         f"{mixture}, found in {len(trials)} evaluations "
         f"([run]({links['run']}), [all λ]({links['trials']})).",
         f"## Held-out: {metrics}",
@@ -209,7 +221,8 @@ def landscape(story: Story) -> Figure:
 
 def _draw_curve(axes: Axes, story: Story) -> None:
     """The curve of a pair with its 95 % band, and where nothing was searched."""
-    belief, alpha = search.believe(story.trials), story.space.alpha
+    alpha = story.space.alpha
+    belief = search.believe([t for t in story.trials if t.recipe.method == "linear"])
     grid = np.linspace(0.0, 1.0, 401)
     points = np.column_stack([1.0 - grid, grid])
     mean, std = belief.posterior.predict(points)
@@ -247,7 +260,8 @@ def summary(story: Story, look: Sequence[str]) -> str:
         lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
     lines.append(f"soup against its better parent, {story.better}: {format_difference(story.gain)}")
     done = "was registered before as" if story.existed else "registered as"
-    lines.append(f"{done} {soup.version.uri} (λ = {soup.recipe}, {len(story.trials)} evaluations)")
+    how = f"{soup.recipe.label}, {len(story.trials)} evaluations"
+    lines.append(f"{done} {soup.version.uri} ({how})")
     if story.verdict is not None:
         lines.append(f"gate {'passed' if story.verdict.passed else 'REFUSED'}")
         lines += [f"  {format_check(check)}" for check in story.verdict.checks]

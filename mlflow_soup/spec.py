@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -26,6 +27,21 @@ ACQUISITIONS = ("landscape", "gp-hedge", "ei", "pi", "ucb")
 MOST = 8  # versions: the simplex has 2ⁿ faces
 PARENTS_IN = ("mmap", "memory")
 EVALUATORS = ("prepared", "lm-eval")
+# in step with `methods.METHODS`, which a test compares
+METHODS = ("bayesopt", "uniform", "greedy", "fisher", "regmean", "grid", "random", "best")
+TIES = ("add", "drop")
+ESTIMATORS = ("empirical", "sampled")
+STUDIES = {
+    "pairs": "Which pairs gain? All pairs of the versions, as a heat map.",
+    "count": "How many parents? Soups of the last 2, 3, 4 … of the versions.",
+    "landscape": "Which λ? Equally spaced ones from 0 to 1, with a paired band.",
+    "heldout": "How many held-out items are enough? What shares of them would have chosen.",
+    "alpha": "Which space? Searches in [α, 1].",
+    "ood": "What does a soup lose on tasks it was not found on? By every method.",
+    "methods": "Which method? All of them on all tasks, with paired intervals.",
+}
+_ALL = " ".join(STUDIES)
+_SEARCHING = "run pairs count alpha ood methods"  # commands that search by some method
 
 
 def knob(
@@ -88,27 +104,27 @@ def parse_uri(text: str, where: str = "argument URI") -> tuple[str, VersionRef]:
     return match["name"], parse_version(match["version"], where)
 
 
-def parse_pair(text: str) -> tuple[VersionRef, ...]:
+def parse_pair(text: str, where: str = "--pair") -> tuple[VersionRef, ...]:
     """`older,newer`, two different versions.
 
     Raises:
         SpecError: there are not two, or they are the same.
     """
-    refs = _parse_refs(text, "--pair")
+    refs = _parse_refs(text, where)
     if len(refs) != 2:
         raise SpecError(
             f"a pair is two versions, and {text!r} names {len(refs)}",
-            where="--pair",
+            where=where,
             fix="name the older, then the newer: --pair v12,v13; more than two: --versions",
         )
     return refs
 
 
 def parse_versions(text: str) -> tuple[VersionRef, ...]:
-    """`v11,v12,v13`: two to `MOST` different versions, the newest last.
+    """`v11,v12,v13`: two or more different versions, the newest last.
 
     Raises:
-        SpecError: there are fewer or more, or one is named twice.
+        SpecError: there are fewer, or one is named twice.
     """
     refs = _parse_refs(text, "--versions")
     if len(refs) < 2:
@@ -117,13 +133,44 @@ def parse_versions(text: str) -> tuple[VersionRef, ...]:
             where="--versions",
             fix="name them by age, the newest last: --versions v11,v12,v13",
         )
-    if len(refs) > MOST:
-        raise SpecError(
-            f"{len(refs)} versions are too many to be weighed against each other",
-            where="--versions",
-            fix=f"name at most {MOST}: checkpoints far apart do not merge well",
-        )
     return refs
+
+
+def parse_pairs(text: str) -> tuple[tuple[VersionRef, ...], ...]:
+    """`v11,v12 v12,v13`: one pair or more, as `parse_pair` reads them.
+
+    Raises:
+        SpecError: one of them is no pair.
+    """
+    return tuple(parse_pair(part, "--pairs") for part in text.split())
+
+
+def parse_numbers(text: str, name: str, rule: str, least: float, most: float) -> tuple[float, ...]:
+    """`1/4,0.5,1`: different numbers from `least` to `most`, ascending; fractions are read too.
+
+    Raises:
+        SpecError: there is none, or one is out of range; `rule` says which are in it.
+    """
+    try:
+        numbers = sorted({float(Fraction(part.strip())) for part in text.split(",")})
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise _refuse(name, repr(text), rule) from error
+    if not all(least <= number <= most for number in numbers):
+        raise _refuse(name, text, rule)
+    return tuple(numbers)
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """`greedy,fisher`: rows of the table of methods, each once.
+
+    Raises:
+        SpecError: one is none, or is named twice.
+    """
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in METHODS or names.count(name) > 1:
+            raise _refuse("methods", text, f"different ones of {', '.join(METHODS)}")
+    return names
 
 
 def _parse_refs(text: str, where: str) -> tuple[VersionRef, ...]:
@@ -177,6 +224,20 @@ def parse_target(text: str) -> Target:
     return Target("alias", match["name"])
 
 
+# whole numbers
+_LEAST = {
+    "last": 2,
+    "trials": 4,  # two parents, uniform soup, one more
+    "seed": 0,
+    "batch_size": 1,
+    "limit": 1,
+    "max_length": 2,
+    "num_fewshot": 0,
+    "points": 4,
+    "calibration_tokens": 1,
+}
+
+
 def _check_alias(alias: str, where: str) -> None:
     """Refuse what MLflow does not take as an alias."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", alias) or re.fullmatch(r"(?i)latest|v\d+", alias):
@@ -217,47 +278,106 @@ class Spec:
     model: str = knob(
         "",
         "Registered model; default: MLFLOW_SOUP_MODEL, or the only model with these versions.",
-        "run evaluate gate promote",
+        f"run evaluate gate promote {_ALL}",
     )
-    pair: str = knob("", "Two versions, older first: v12,v13 or @champion,v13.", "run")
-    versions: str = knob("", "Two to eight versions, the newest last: v11,v12,v13.", "run")
+    pair: str = knob(
+        "", "Two versions, older first: v12,v13 or @champion,v13.", "run landscape heldout alpha"
+    )
+    versions: str = knob(
+        "",
+        "Two versions or more, the newest last: v11,v12,v13; a search takes eight at most.",
+        "run pairs count",
+    )
+    last: int | None = knob(
+        None, "Instead of naming them, the last k versions that are no soups.", "run pairs count"
+    )
+    pairs: str = knob("", "One pair or more: 'v11,v12 v12,v13'.", "ood methods")
+    method: str = knob(
+        "bayesopt",
+        "How one model is made of several.",
+        "run pairs count",
+        policy=True,
+        choices=METHODS,
+    )
+    methods: str = knob(
+        ",".join(METHODS[:-1]), "Methods to compare, comma-separated.", "ood methods"
+    )
     version: str = knob("", "The soup: v14 or @alias.", "evaluate gate promote")
     tasks: str = knob(
         "",
         "Held-out lm-eval tasks, comma-separated, each task[:metric[,filter]].",
-        "run evaluate",
+        f"run evaluate {_ALL}",
         policy=True,
     )
     ood_tasks: str = knob(
-        "", "Out-of-domain lm-eval tasks for the gate, as --tasks.", "run evaluate", policy=True
+        "",
+        "Out-of-domain lm-eval tasks for the gate, as --tasks.",
+        "run evaluate heldout ood methods",
+        policy=True,
     )
     include_path: str = knob(
-        "", "Folder with lm-eval task YAMLs of your own.", "run evaluate", policy=True
+        "", "Folder with lm-eval task YAMLs of your own.", f"run evaluate {_ALL}", policy=True
     )
     alpha: float | None = knob(
         None,
         "Smallest weight λ of the newest version; default: 0.5 for a pair, 1/n for n versions.",
-        "run",
+        "run pairs count ood methods",
         policy=True,
     )
     trials: int | None = knob(
         None,
         "Evaluations at most, parents and uniform soup included; default: 8 for a pair, 4 more for "
         "each further version.",
-        "run",
+        _SEARCHING,
         policy=True,
     )
     stop: float = knob(
         0.02,
         "End when one more evaluation is expected to gain less than this share of the paired "
         "standard error; 0: never early.",
-        "run",
+        _SEARCHING,
         policy=True,
     )
     acquisition: str = knob(
-        "landscape", "How the next λ is chosen.", "run", policy=True, choices=ACQUISITIONS
+        "landscape", "How the next λ is chosen.", _SEARCHING, policy=True, choices=ACQUISITIONS
     )
-    seed: int = knob(0, "Seed of the search.", "run")
+    seed: int = knob(0, "Seed of all that is drawn.", f"heldout {_SEARCHING}")
+    greedy_tie: str = knob(
+        "add",
+        "What the greedy soup does with a parent that makes it neither better nor worse.",
+        "run pairs count ood methods",
+        policy=True,
+        choices=TIES,
+    )
+    calibration: str = knob(
+        "",
+        "File of text for Fisher and RegMean, .jsonl with a field text or plain; default: the "
+        "held-out items.",
+        "run pairs count ood methods",
+        policy=True,
+    )
+    calibration_tokens: int = knob(
+        65536,
+        "How much of that text is read, at most.",
+        "run pairs count ood methods",
+        policy=True,
+    )
+    fisher_estimator: str = knob(
+        "empirical",
+        "Gradients of the text as it is, or of tokens that the parent itself draws.",
+        "run pairs count ood methods",
+        policy=True,
+        choices=ESTIMATORS,
+    )
+    regmean_scale: float = knob(
+        0.9,
+        "What RegMean multiplies the off-diagonal elements of Gram matrices by.",
+        "run pairs count ood methods",
+        policy=True,
+    )
+    points: int = knob(21, "How many λ from 0 to 1 are evaluated.", "landscape heldout")
+    alphas: str = knob("0,0.5,0.7,0.9", "Lower ends of the spaces to search.", "alpha")
+    fractions: str = knob("1/4,1/2,3/4,1", "Shares of the held-out items.", "heldout")
     margin: float = knob(
         0.01,
         "Loss allowed on each OOD task, in the metric's units (0.01 = one accuracy point).",
@@ -276,58 +396,73 @@ class Spec:
         "run evaluate gate promote",
     )
     num_fewshot: int | None = knob(
-        None, "Few-shot examples, where the task does not fix them.", "run evaluate", policy=True
+        None,
+        "Few-shot examples, where the task does not fix them.",
+        f"run evaluate {_ALL}",
+        policy=True,
     )
     evaluator: str = knob(
         "prepared",
         "How the model is asked: requests batched beforehand, or as the lm_eval command does it.",
-        "run evaluate",
+        f"run evaluate {_ALL}",
         policy=True,
         choices=EVALUATORS,
     )
-    batch_size: int = knob(32, "Evaluation batch size, at most.", "run evaluate", policy=True)
+    batch_size: int = knob(
+        32, "Evaluation batch size, at most.", f"run evaluate {_ALL}", policy=True
+    )
     max_length: int | None = knob(
-        None, "Longest input in tokens; default: the model's own.", "run evaluate", policy=True
+        None,
+        "Longest input in tokens; default: the model's own.",
+        f"run evaluate {_ALL}",
+        policy=True,
     )
     limit: int | None = knob(
-        None, "First items of each task only, for a quick try.", "run evaluate"
+        None, "First items of each task only, for a quick try.", f"run evaluate {_ALL}"
     )
     device: str = knob(
-        "auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", "run evaluate"
+        "auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", f"run evaluate {_ALL}"
     )
     parents_in: str = knob(
         "mmap",
         "Where parents stay during the search: mapped from their files, or read into memory.",
-        "run",
+        f"run {_ALL}",
         choices=PARENTS_IN,
     )
     experiment: str = knob(
-        "", "MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, or Default.", "run evaluate"
+        "",
+        "MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, or Default.",
+        f"run evaluate {_ALL}",
     )
+    out: str = knob("", "Folder for table and figure, besides MLflow.", _ALL)
 
     def __new__(cls, **named: Any) -> Self:
         """Note which knobs the caller named: the others are the policy's to set."""
         self = super().__new__(cls)
-        object.__setattr__(self, "named", frozenset(named))
+        object.__setattr__(self, "_named", frozenset(named))
         return self
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The knobs that the caller named."""
+        named: frozenset[str] = self._named  # type: ignore[attr-defined]
+        return named
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
             object.__setattr__(self, "alpha", float(self.alpha))
-        for name in ("stop", "margin", "confidence"):  # 0 and 0.0 are one request
+        for name in ("stop", "margin", "confidence", "regmean_scale"):  # 0 and 0.0: one request
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.champion:
             _check_alias(self.champion, "--champion, or tag soup.champion of the model")
-        if self.pair and self.versions:
+        named = [option for option in ("pair", "versions", "last") if getattr(self, option)]
+        if len(named) > 1:
             raise SpecError(
-                "a pair and several versions were named",
-                where="--pair and --versions, here or in the file of --spec",
-                fix="drop one of them",
+                "the versions were named twice",
+                where=" and ".join(f"--{o}" for o in named) + ", here or in the file of --spec",
+                fix="drop all but one of them",
             )
-        least = max(len(self.parents), 2) + 2
-        if self.trials is not None and self.trials < least:
-            rule = f"at least {least}: {least - 2} parents, uniform soup, one more"
-            raise _refuse("trials", self.trials, rule)
+        self.parents  # noqa: B018  # reads what was named
         if self.version:
             parse_version(self.version)
         if self.promote:
@@ -337,22 +472,30 @@ class Spec:
             raise _refuse("alpha", self.alpha, "a number from 0 up to, not including, 1")
         if not 0.0 <= self.stop < float("inf"):
             raise _refuse("stop", self.stop, "a finite number from 0")
-        if self.acquisition not in ACQUISITIONS:
-            raise _refuse("acquisition", self.acquisition, f"one of {', '.join(ACQUISITIONS)}")
-        if self.evaluator not in EVALUATORS:
-            raise _refuse("evaluator", self.evaluator, f"one of {', '.join(EVALUATORS)}")
-        if self.parents_in not in PARENTS_IN:
-            raise _refuse("parents_in", self.parents_in, f"one of {', '.join(PARENTS_IN)}")
+        for knob_ in fields(self):
+            choices, value = knob_.metadata["choices"], getattr(self, knob_.name)
+            if choices and value not in choices:
+                raise _refuse(knob_.name, value, f"one of {', '.join(choices)}")
         if not 0.0 <= self.margin < float("inf"):
             raise _refuse("margin", self.margin, "a finite number from 0")
         if not 0.5 < self.confidence < 1.0:
             raise _refuse("confidence", self.confidence, "a number between 0.5 and 1, say 0.95")
-        if self.seed < 0:
-            raise _refuse("seed", self.seed, "a whole number from 0")
-        for name, least in (("batch_size", 1), ("limit", 1), ("max_length", 2), ("num_fewshot", 0)):
+        if not 0.0 <= self.regmean_scale <= 1.0:
+            raise _refuse("regmean_scale", self.regmean_scale, "a number from 0 to 1")
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise _refuse(name, value, f"a whole number from {least}")
+        parse_pairs(self.pairs)
+        parse_methods(self.methods)
+        parse_numbers(self.fractions, "fractions", "numbers above 0 up to 1: 1/4,1/2,1", 1e-9, 1.0)
+        parse_numbers(self.alphas, "alphas", "numbers from 0 up to 0.999: 0,0.5,0.9", 0.0, 0.999)
+        if self.calibration and not Path(self.calibration).is_file():
+            raise SpecError(
+                f"there is no file {self.calibration}",
+                where="--calibration, or tag soup.calibration of the model",
+                fix="name a file of text; without it the held-out items are read",
+            )
         for folder in filter(None, self.include_path.split(os.pathsep)):
             if not Path(folder).is_dir():
                 raise SpecError(
@@ -375,7 +518,7 @@ class Spec:
 
     @property
     def budget(self) -> int:
-        """How many evaluations the search may take."""
+        """How many evaluations a search may take."""
         return 4 * len(self.parents) if self.trials is None else self.trials
 
     def settle(self, policy: Mapping[str, str]) -> "Spec":
@@ -387,11 +530,10 @@ class Spec:
         Raises:
             SpecError: a policy tag cannot be read.
         """
-        named: frozenset[str] = self.named  # type: ignore[attr-defined]
         taken = {}
         for knob_ in fields(self):
             text = policy.get(f"soup.{knob_.name}")
-            if text is not None and knob_.metadata["policy"] and knob_.name not in named:
+            if text is not None and knob_.metadata["policy"] and knob_.name not in self.named:
                 taken[knob_.name] = _read(knob_, text)
         return replace(self, **taken)
 

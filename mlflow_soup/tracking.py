@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ _PROBE = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+NOTE_LIMIT = 8000  # MLflow's, of a run tag, on databases that enforce it
 _COLUMNS = pa.schema(
     [
         ("term", pa.int32()),
@@ -251,6 +252,44 @@ def pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Known:
+    """A score that some trial measured.
+
+    Attributes:
+        run_id: the trial that measured it.
+        score: with its items.
+        truncated: requests that were cut to the longest input.
+    """
+
+    run_id: str
+    score: Score
+    truncated: int
+
+
+def find_score(client: MlflowClient, measured: str) -> Known | None:
+    """What any trial has measured of the same weights in the same way; None if there is none."""
+    for run in find_runs(client, {lineage.MEASURED: measured}):
+        if run.info.status == RunStatus.to_string(RunStatus.FINISHED):
+            score = _read_items(client, run)
+            if score is not None:
+                source = run.data.tags.get(lineage.ITEMS_RUN, run.info.run_id)
+                return Known(source, score, int(run.data.metrics[lineage.TRUNCATED]))
+    return None
+
+
+def _read_items(client: MlflowClient, run: Run) -> Score | None:
+    """A trial's score; None where the run that it was taken over from is gone with its items."""
+    source = run.data.tags.get(lineage.ITEMS_RUN)
+    with tempfile.TemporaryDirectory() as folder:
+        if source is None:
+            return read_score(fetch(client, run.info.run_id, lineage.ITEMS, Path(folder)))
+        try:
+            return read_score(fetch(client, source, lineage.ITEMS, Path(folder)))
+        except (MlflowException, OSError):
+            return None
+
+
 def read_trials(client: MlflowClient, key: str) -> list[Trial]:
     """The committed trials of a search, in order: those with a score and those that failed."""
     trials: dict[int, Trial] = {}
@@ -261,9 +300,9 @@ def read_trials(client: MlflowClient, key: str) -> list[Trial]:
             continue
         recipe = Recipe(run.data.params["method"], tuple(json.loads(weights)))
         if run.info.status == RunStatus.to_string(RunStatus.FINISHED):
-            with tempfile.TemporaryDirectory() as folder:
-                score = read_score(fetch(client, run.info.run_id, lineage.ITEMS, Path(folder)))
-            trials[number] = Trial(number, recipe, score, run.info.run_id)
+            score = _read_items(client, run)
+            if score is not None:
+                trials[number] = Trial(number, recipe, score, run.info.run_id)
         elif lineage.FAILED in tags:
             trials[number] = Trial(number, recipe, None, run.info.run_id)
     return [trials[number] for number in sorted(trials)]

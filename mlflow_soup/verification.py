@@ -62,9 +62,13 @@ def verify(text: str | os.PathLike[str]) -> Iterator[Finding]:
             parents.append(parent)
     if isinstance(stored, Finding) or len(parents) < len(manifest.sources):
         yield Finding("merged again", "skipped", ("a checkpoint is missing or damaged",))
-    else:
-        yield _check_flavors(stored, parents[-1])
+        return
+    yield _check_flavors(stored, parents[-1])
+    if manifest.method == "linear":
         yield _merge_again(parents, manifest, stored)
+    else:
+        why = f"{manifest.method} rests on statistics that are not kept with the soup"
+        yield Finding("merged again", "skipped", (why,))
 
 
 def _open(origin: Origin, name: str) -> Checkpoint | Finding:

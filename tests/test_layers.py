@@ -26,6 +26,7 @@ PURE = (
     "gate",
     "lineage",
     "spec",
+    "methods",
     "family",
     "report",
     "geometry",
@@ -52,7 +53,20 @@ EDGES = {
     "prepared": set(),
     "objective": {"live", "suite", "prepared"},
 }
-REST = ("provenance", "verification", "bench", "pipeline", "__init__", "cli", "__main__")
+REST = (
+    "provenance",
+    "verification",
+    "bench",
+    "job",
+    "trials",
+    "pipeline",
+    "pilots",
+    "comparison",
+    "study",
+    "__init__",
+    "cli",
+    "__main__",
+)
 
 ALLOWED = {"errors": set(), "records": set()}
 ALLOWED |= {name: {*NOUNS, *PURE[:i]} for i, name in enumerate(PURE)}
@@ -60,7 +74,7 @@ ALLOWED |= {name: {*NOUNS, *PURE, *siblings} for name, siblings in EDGES.items()
 ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(REST)}
 
 HOMES = {
-    "mlflow": {"registry", "tracking", "bench", "pipeline"},
+    "mlflow": {"registry", "tracking", "bench", "job", "pipeline", "study"},
     "lm_eval": {"suite", "prepared", "objective"},
     "transformers": {"live", "passes"},
     "safetensors": {"checkpoint", "sums", "statistics"},

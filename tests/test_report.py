@@ -6,7 +6,9 @@ from mlflow_soup import report
 from mlflow_soup.records import (
     Check,
     Difference,
+    Distance,
     Evidence,
+    LayerDistance,
     Metric,
     Parent,
     Recipe,
@@ -51,6 +53,7 @@ def story(tmp_path):
         roles=roles,
         verdict=Verdict((held_out, ood)),
         promoted="",
+        distance=Distance((LayerDistance("layer 0", (1.0, 1.0), ((0.0, 0.25), (0.25, 0.0))),)),
         notes=("A note.",),
     )
 

@@ -1,0 +1,256 @@
+"""A request found sound: versions opened, tasks frozen, and one key of all that decides on it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from mlflow_soup import lineage, registry, statistics, tracking
+from mlflow_soup.bench import Bench, Opened, aim, load_suites, open_version, set_up
+from mlflow_soup.calibration import Calibration, calibrate, read_texts
+from mlflow_soup.compatibility import check_compatible
+from mlflow_soup.errors import SpecError
+from mlflow_soup.methods import METHODS, Method
+from mlflow_soup.records import Recipe, Version
+from mlflow_soup.soup import Blend
+from mlflow_soup.space import Space
+from mlflow_soup.spec import MOST, Spec, VersionRef
+
+
+@dataclass(frozen=True)
+class Session:
+    """What requests about one registered model share: its versions at hand, and a bench.
+
+    `spec` is settled: what its caller left open came from the model's policy.
+    """
+
+    client: MlflowClient
+    spec: Spec
+    name: str
+    opened: Mapping[Version, Opened]
+    bench: Bench
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The text that statistics are taken from.
+
+        Raises:
+            SpecError: there is none, or it holds an out-of-domain item.
+        """
+        spec, bench = self.spec, self.bench
+        if not spec.calibration:
+            texts = list(bench.held_out.texts())
+        else:
+            texts = read_texts(Path(spec.calibration))
+            if bench.ood is not None and (seen := {*texts} & {*bench.ood.texts()}):
+                raise SpecError(
+                    f"{len(seen)} out-of-domain items are in the calibration text",
+                    where=f"--calibration {spec.calibration}",
+                    fix="the gate must judge on items that no method saw: drop them",
+                )
+        return calibrate(
+            texts, bench.live, tokens=spec.calibration_tokens, max_length=spec.max_length
+        )
+
+    def on(self, task: str) -> "Session":
+        """The same versions, scored on one task alone; the task is no longer out of domain."""
+        spec = replace(self.spec, tasks=task, ood_tasks="")
+        return replace(self, spec=spec, bench=aim(self.bench, task))
+
+    def job(self, versions: Sequence[Version], spec: Spec | None = None) -> "Job":
+        """One request about some of the versions.
+
+        Args:
+            versions: the parents, oldest first.
+            spec: the session's, with what this request has of its own.
+
+        Raises:
+            SpecError: the method cannot do what is asked.
+        """
+        numbers = ",".join(f"v{version.number}" for version in versions)
+        spec = replace(spec or self.spec, pair="", versions=numbers, last=None, pairs="")
+        job = Job(self, spec, tuple(self.opened[version] for version in versions))
+        job.check()
+        return job
+
+
+@dataclass(frozen=True)
+class Job:
+    """Parents, and a method to make one model of them.
+
+    Attributes:
+        session: where they were opened.
+        spec: the session's, with what this request has of its own.
+        opened: the parents, oldest first.
+    """
+
+    session: Session
+    spec: Spec
+    opened: tuple[Opened, ...]
+
+    @property
+    def client(self) -> MlflowClient:
+        """Of the store."""
+        return self.session.client
+
+    @property
+    def bench(self) -> Bench:
+        """The session's live model and evaluators."""
+        return self.session.bench
+
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """The parents, oldest first."""
+        return tuple(opened.parent.version for opened in self.opened)
+
+    @property
+    def method(self) -> Method:
+        """The row of the table of methods."""
+        return METHODS[self.spec.method]
+
+    @property
+    def space(self) -> Space:
+        """The merge weights that may be chosen."""
+        return Space.simplex(len(self.opened), self.spec.least)
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of all that decides what is evaluated, but for when it ends."""
+        spec, space = self.spec, self.space
+        own = {"alpha": space.alpha, "trials": spec.budget}
+        knobs = {name: own.get(name, getattr(spec, name)) for name in self.method.knobs}
+        if self.method.needs:
+            knobs["calibration"] = self.session.calibration.digest
+        searched = {
+            "parents": [o.parent.digest for o in self.opened],
+            "evaluator": self.bench.held_out.fingerprint,
+            "method": spec.method,
+        }
+        return lineage.key_of(searched | knobs)
+
+    @cached_property
+    def request(self) -> str:
+        """Digest of that and of when it ends: one request registers one version."""
+        return lineage.key_of({"key": self.key, "trials": self.spec.budget, "stop": self.spec.stop})
+
+    def recipe(self, lam: Sequence[float]) -> Recipe:
+        """The recipe that the method makes of chosen weights."""
+        return replace(self.space.recipe(lam), method=self.method.needs or "linear")
+
+    @cached_property
+    def statistics(self) -> tuple[statistics.Statistics, ...]:
+        """Of each parent, for the methods that need them; measured once and kept on disk."""
+        return tuple(
+            statistics.measure(
+                self.method.needs,
+                self.bench.live,
+                opened.checkpoint,
+                opened.parent.digest,
+                self.session.calibration,
+                registry.cache_folder() / "statistics",
+                estimator=self.spec.fisher_estimator,
+                seed=self.spec.seed,
+            )
+            for opened in self.opened
+        )
+
+    @property
+    def statistics_notes(self) -> list[str]:
+        """What a reader should know of the statistics, once for all parents."""
+        calibration = self.session.calibration
+        source = self.spec.calibration or "the held-out items"
+        notes = [note for own in self.statistics for note in own.notes]
+        return [
+            f"{self.method.needs} read {calibration.tokens} tokens of {source}"
+            f" in {len(calibration.documents)} documents.",
+            *dict.fromkeys(notes),
+        ]
+
+    def blend(self, recipe: Recipe) -> Blend | None:
+        """How tensors are mixed by statistics; None for the plain weighted sum."""
+        if recipe.method == "linear":
+            return None
+        return statistics.blend(self.statistics, scale=self.spec.regmean_scale)
+
+    def check(self) -> None:
+        """Refuse what the method cannot do, before anything is evaluated.
+
+        Raises:
+            SpecError: too many versions for a search, a wrong budget, no text to calibrate on.
+        """
+        spec, space, count = self.spec, self.space, len(self.opened)
+        if self.method.needs:
+            self.key  # noqa: B018  # reads the text
+        if not self.method.searches:
+            return
+        if count > MOST:
+            raise SpecError(
+                f"{count} versions are too many to be weighed against each other",
+                where=f"--versions, with --method {spec.method}",
+                fix=f"name at most {MOST}: checkpoints far apart do not merge well; or take "
+                "--method uniform or greedy",
+            )
+        if spec.budget < count + 2:
+            raise SpecError(
+                f"--trials {spec.budget} is out of range",
+                where="--trials, or tag soup.trials of the model",
+                fix=f"at least {count + 2}: {count} parents, uniform soup, one more",
+            )
+        known = (*space.start(), *space.ends())
+        choice = {*(recipe.lam for recipe in known), *map(tuple, space.candidates().tolist())}
+        if len(choice) < spec.budget:
+            raise SpecError(
+                f"there are only {len(choice)} different λ for {spec.budget} trials",
+                where=f"--trials and --alpha: [{space.alpha}, 1] in steps of 1e-4",
+                fix="lower --trials or --alpha",
+            )
+
+
+def settle(spec: Spec, refs: Sequence[VersionRef]) -> tuple[MlflowClient, str, Spec]:
+    """The store, the registered model that is meant, and the spec with its policy.
+
+    Raises:
+        SpecError: no model, or a policy tag that cannot be read.
+    """
+    client = tracking.connect()
+    name = registry.find_model(client, spec.model, refs)
+    return client, name, spec.settle(registry.policy(client, name))
+
+
+def open_session(
+    client: MlflowClient, name: str, spec: Spec, refs: Sequence[VersionRef], where: str
+) -> tuple[Session, list[Version]]:
+    """Check a request against the store, the tasks and the parents; nothing is touched.
+
+    Args:
+        client: of the store.
+        name: the registered model.
+        spec: settled.
+        refs: the versions it names, oldest first; with `spec.last` they are looked up.
+        where: the option that names them, for errors.
+
+    Returns:
+        The session, and the versions in the order they were named.
+
+    Raises:
+        SpecError: the request is wrong.
+        ParentError: a version is missing, damaged, or unlike another.
+    """
+    if spec.last:
+        versions = registry.last(client, name, spec.last)
+    else:
+        versions = [registry.resolve(client, name, ref) for ref in refs]
+    for i, version in enumerate(versions):
+        if version in versions[:i]:
+            raise SpecError(
+                f"{refs[versions.index(version)]} and {refs[i]} are the same version, {version}",
+                where=where,
+                fix="name different versions",
+            )
+    suites = load_suites(spec)
+    opened = {version: open_version(client, version) for version in versions}
+    check_compatible([o.checkpoint for o in opened.values()])
+    bench = set_up(spec, opened[versions[-1]].checkpoint, suites)
+    return Session(client, spec, name, opened, bench), versions
