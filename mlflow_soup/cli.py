@@ -17,7 +17,7 @@ import yaml
 
 from mlflow_soup.errors import SoupError, SpecError
 from mlflow_soup.family import FORMATS
-from mlflow_soup.spec import Spec, kind, parse_uri
+from mlflow_soup.spec import STUDIES, Spec, kind, parse_uri
 
 
 class SoupGroup(click.Group):
@@ -149,6 +149,30 @@ def run(ctx: click.Context, /, **said: Any) -> None:
     outcome = pipeline.run(spec)
     click.echo(outcome.summary)
     ctx.exit(outcome.exit_code)
+
+
+@main.group()
+def study() -> None:
+    """The paper's pilot experiments on one's own versions; nothing is registered.
+
+    Each leaves its runs, a table (CSV and Markdown) and a figure in MLflow. What has been evaluated
+    before is not evaluated again, so the same command goes on where it was cut short.
+    """
+
+
+def _add_study(name: str, words: str) -> None:
+    @study.command(name, help=words)
+    @_knobs(name)
+    def command(**said: Any) -> None:
+        spec = _spec(said)
+        with _heavy_imports():
+            from mlflow_soup.study import study as work
+
+        click.echo(work(name, spec).summary)
+
+
+for _name, _words in STUDIES.items():
+    _add_study(_name, _words)
 
 
 @main.command()

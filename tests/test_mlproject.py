@@ -1,3 +1,4 @@
+import itertools
 import os
 import shutil
 import subprocess
@@ -30,8 +31,12 @@ def test_every_parameter_is_an_option_and_is_passed_on():
         assert words[0] == "mlflow-soup"
         if name == "merge":  # two parents by name, where the command takes any number
             entry = {**entry, "parameters": {"weights", "out", "digests"}}
-        options = {option.name: option for option in main.commands[words[1]].params}
-        for parameter in entry["parameters"]:
+        commands = [main.commands[words[1]]]
+        if name == "study":  # which of them is a parameter
+            assert words[2] == "{study}"
+            commands = commands[0].commands.values()
+        for parameter, command in itertools.product({*entry["parameters"]} - {"study"}, commands):
+            options = {option.name: option for option in command.params}
             assert parameter in options
             # unquoted and with `=`: MLflow quotes the value, and it may begin with a dash
             named = isinstance(options[parameter], click.Option)

@@ -1,0 +1,137 @@
+"""One of the paper's experiments from request to report: a run, a table, a figure, and words.
+
+Nothing is registered. Every evaluation is a run, and none is made twice, so a study that was cut
+short goes on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from mlflow_soup import comparison, lineage, pilots, tables, tracking
+from mlflow_soup.durable import on_disk
+from mlflow_soup.errors import SpecError
+from mlflow_soup.job import Session, open_session, settle
+from mlflow_soup.pilots import Result
+from mlflow_soup.records import Version
+from mlflow_soup.spec import Spec, parse_pairs
+
+
+@dataclass(frozen=True)
+class Study:
+    """One experiment.
+
+    Attributes:
+        named_by: the option that names its versions.
+        work: session, versions as they were named, study run → result.
+    """
+
+    named_by: str
+    work: Callable[[Session, Sequence[Version], str], Result]
+
+
+STUDIES: Mapping[str, Study] = {
+    "pairs": Study("versions", pilots.pairs),
+    "count": Study("versions", pilots.count),
+    "landscape": Study("pair", pilots.landscape),
+    "heldout": Study("pair", pilots.heldout),
+    "alpha": Study("pair", pilots.alpha),
+    "ood": Study("pairs", comparison.ood),
+    "methods": Study("pairs", comparison.methods),
+}
+# what the paper pilots by
+PILOT = "greedy"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A study as it was told: the run that holds it, and the words for the terminal."""
+
+    result: Result
+    run_id: str
+    summary: str
+
+
+def _prepare(name: str, spec: Spec) -> tuple[Session, Sequence[Version]]:
+    option = STUDIES[name].named_by
+    if option == "pairs":
+        named = [ref for pair in parse_pairs(spec.pairs) for ref in pair]
+    else:
+        named = list(spec.parents)
+    if not named and not spec.last:
+        raise SpecError(
+            "no versions were named",
+            where=f"--{option}",
+            fix={
+                "pairs": "one pair or more: --pairs 'v11,v12 v12,v13'",
+                "pair": "older, then newer: --pair v12,v13",
+                "versions": "oldest first: --versions v10,v11,v12,v13, or --last 4",
+            }[option],
+        )
+    if name in ("pairs", "count") and "method" not in spec.named:
+        spec = Spec(**{knob: getattr(spec, knob) for knob in spec.named}, method=PILOT)
+    refs = list(dict.fromkeys(named))
+    client, model, spec = settle(spec, refs)
+    if name == "ood" and not spec.ood_tasks:
+        raise SpecError(
+            "there are no out-of-domain tasks to look at",
+            where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
+            fix="name tasks from another domain: --ood-tasks lambada_openai",
+        )
+    session, versions = open_session(client, model, spec, refs, f"--{option}")
+    if not named:
+        return session, versions
+    at = dict(zip(refs, versions, strict=True))
+    return session, [at[ref] for ref in named]
+
+
+@tracking.asking("study the versions")
+def study(name: str, spec: Spec) -> Report:
+    """One of the paper's pilot experiments on registered versions; nothing is registered.
+
+    Args:
+        name: of `STUDIES`.
+        spec: which versions, tasks and settings; what it leaves open comes from the model's policy.
+
+    Raises:
+        SpecError: the request is wrong; nothing was touched.
+        ParentError: a version is missing, damaged, or unlike another.
+        ObjectiveError: a version has no finite score.
+    """
+    session, versions = _prepare(name, spec)
+    tags = {
+        "mlflow.runName": f"study {name} of {session.name}",
+        lineage.ROLE: "study",
+        lineage.METHOD: name,
+    }
+    with tracking.open_run(session.spec.experiment, tags) as run_id:
+        said = {f"cfg.{f.name}": getattr(session.spec, f.name) for f in fields(session.spec)}
+        params = {k: v for k, v in said.items() if v not in ("", None)}
+        tracking.log(session.client, run_id, params=params)
+        result = STUDIES[name].work(session, versions, run_id)
+        return Report(result, run_id, _tell(session.client, run_id, name, result, session.spec))
+
+
+def _tell(client: MlflowClient, run_id: str, name: str, result: Result, spec: Spec) -> str:
+    """Table, figure and words: into the run, and into a folder if one was named."""
+    notes = "\n".join(f"- {note}" for note in result.notes)
+    text = f"# {result.title}\n\n{tables.markdown(result.table)}\n\n{notes}\n"
+    files = {f"{name}.csv": tables.csv(result.table), f"{name}.md": text}
+    for file, content in files.items():
+        client.log_text(run_id, content, file)
+    client.log_figure(run_id, result.figure, f"{name}.png")
+    tracking.log(client, run_id, tags={"mlflow.note.content": text[: tracking.NOTE_LIMIT]})
+    look = [f"run: {tracking.link(tracking.run_path(client, run_id))}"]
+    if command := tracking.how_to_look():
+        look.append(f"to open it, run: {command}")
+    if spec.out:
+        folder = Path(spec.out)
+        with on_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, content in files.items():
+                (folder / file).write_text(content, encoding="utf-8")
+            result.figure.savefig(folder / f"{name}.png", dpi=150)
+        look.append(f"files: {folder / name}.csv, .md and .png")
+    return "\n".join([result.title, tables.text(result.table), *result.notes, *look])
