@@ -27,7 +27,7 @@ class Method:
     Attributes:
         words: what it does, for people.
         proceed: what is evaluated next, or None at the end; first the parents.
-        choose: what is registered in the end; it has been evaluated.
+        choose: what is registered in the end; it has been evaluated, perhaps in vain.
         knobs: of the spec, those that decide what is evaluated, besides parents and tasks.
         searches: whether it looks around in the space of weights, at the price of `--trials`.
         chooses: whether it takes the best of several, whose score is somewhat luck.
@@ -100,13 +100,16 @@ def _recommend(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
 
 
 def _fixed(recipe: Callable[[Space], Recipe]) -> tuple[Proceed, Choose]:
-    """Evaluate the parents and one recipe, and choose that one, good or bad."""
+    """Evaluate the parents and one recipe, and choose that one, good or bad.
+
+    Even without a score: whoever relies on it then says that its evaluation failed.
+    """
 
     def proceed(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
         return _next((*space.parents(), recipe(space)), trials)
 
     def choose(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
-        return _highest(trials, lambda found: found == recipe(space))
+        return recipe(space)
 
     return proceed, choose
 
