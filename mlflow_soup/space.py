@@ -49,7 +49,8 @@ class Space:
     def recipe(self, weights: float | Sequence[float] | Array) -> Recipe:
         """The recipe of some weights, rounded to 1e-4: what a run shows is what was merged.
 
-        The largest takes what rounding leaves, so that they sum to 1 as well as decimals can.
+        The largest takes what rounding leaves, so that they sum to 1 as well as decimals can. What
+        rounding took too much is given back by an older one: the newest stays at α where it was.
 
         Args:
             weights: one per parent, oldest first; or λ of a pair.
@@ -57,8 +58,10 @@ class Space:
         if isinstance(weights, float | int):
             weights = (1.0 - weights, weights)
         steps = [round(1e4 * float(weight)) for weight in weights]
-        largest = max(range(len(steps)), key=lambda i: (steps[i], i))
-        steps[largest] += 10_000 - sum(steps)
+        left = 10_000 - sum(steps)
+        older = range(len(steps) - 1) if left < 0 and max(steps[:-1]) >= -left else ()
+        largest = max(older or range(len(steps)), key=lambda i: (steps[i], i))
+        steps[largest] += left
         return Recipe("linear", tuple(step / 1e4 for step in steps))
 
     def feasible(self, recipe: Recipe) -> bool:
