@@ -161,7 +161,7 @@ def study() -> None:
 
 
 def _add_study(name: str, words: str) -> None:
-    @study.command(name, help=words)
+    @study.command(name, help=words, short_help=words.partition("?")[0] + "?")
     @_knobs(name)
     def command(**said: Any) -> None:
         spec = _spec(said)

@@ -101,8 +101,9 @@ def methods(session: Session, versions: Sequence[Version], run_id: str) -> Resul
             larger |= {metric.key: metric.higher_is_better for metric in shown}
             spread = span(gain) if gain is not None else (None, None, None)
             values = (metric.value for metric in shown)
-            label = str(recipe) if recipe.method == "linear" else ""
-            rows.append((name_of_pair, name, label, score.value, *values, *spread, evaluations))
+            rows.append(
+                (name_of_pair, name, str(recipe), score.value, *values, *spread, evaluations)
+            )
         forest[name_of_pair] = {
             name: span(gain) for name, _, _, gain, _ in entries if gain is not None
         }
@@ -115,9 +116,10 @@ def methods(session: Session, versions: Sequence[Version], run_id: str) -> Resul
 
 def _standing(pair: str, scores: Sequence[tuple[str, Score]]) -> list[str]:
     """Who is ahead on a pair, and how far the searched soup is from it, paired."""
-    name, best = max(scores, key=lambda entry: entry[1].value)
-    lines = [f"{pair}: {name} scores highest, {best.value:.4f}."]
+    best = max((score for _, score in scores), key=lambda score: score.value)
+    first = [name for name, score in scores if score.value >= best.value - gate.ROUNDING]
+    lines = [f"{pair}: highest is {best.value:.4f}, by {', '.join(first)}."]
     own = dict(scores).get("bayesopt")
-    if own is not None and own.value < best.value - gate.ROUNDING:
-        lines.append(f"{pair}: bayesopt against it {says(gate.paired(own, best))}.")
+    if own is not None and "bayesopt" not in first:
+        lines.append(f"{pair}: bayesopt against {first[0]} {says(gate.paired(own, best))}.")
     return lines

@@ -11,7 +11,7 @@ from math import comb
 import numpy as np
 
 from mlflow_soup import gate, search
-from mlflow_soup.errors import SpecError
+from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Recipe, Score, Trial
 from mlflow_soup.space import Array, Space
 from mlflow_soup.spec import Spec
@@ -58,10 +58,10 @@ def _highest(trials: Sequence[Trial], among: Callable[[Recipe], bool]) -> Recipe
     """The recipe with the highest score; the one that weighs the newest most, among equals."""
     scores = {recipe: score.value for recipe, score in _scored(trials) if among(recipe)}
     if not scores:
-        raise SpecError(
+        raise ObjectiveError(
             "nothing that might be chosen has a score",
-            where=f"{len(trials)} trials",
-            fix="raise --trials, or choose other versions",
+            where=f"{len(trials)} trials; tag soup.failed of their runs says why",
+            fix="choose other versions, or raise --trials",
         )
     return max(scores, key=lambda recipe: (scores[recipe], recipe.lam[-1]))
 
@@ -234,7 +234,7 @@ METHODS = {
     "fisher": Method(
         "every parameter weighted by its diagonal Fisher information (Matena & Raffel 2022)",
         *_fixed(_alike("fisher")),
-        knobs=("fisher_estimator",),
+        knobs=("fisher_estimator", "seed"),
         chooses=False,
         needs="fisher",
     ),

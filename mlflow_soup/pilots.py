@@ -131,8 +131,10 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     scores = {(i, i): value for i, value in alone.items()}
     scores |= {place: one.score.value for place, one in found.items()}
     best = max(found, key=lambda place: (found[place].score.value, place[1]))
+    gains_any = gains[best].value > gate.ROUNDING
+    verdict = "Recommended" if gains_any else "The highest, which gains nothing"
     notes = [
-        f"Recommended: {names_of(found[best].versions)}, {found[best].score.value:.4f}; "
+        f"{verdict}: {names_of(found[best].versions)}, {found[best].score.value:.4f}; "
         f"{says(gains[best])} against the better parent.",
         luck([one.score for one in found.values()]),
     ]
@@ -217,13 +219,12 @@ def landscape(session: Session, versions: Sequence[Version], run_id: str) -> Res
     ]
     columns = ("λ", "score", "Δ better parent", "low", "high")
     table = Table(columns, tuple(rows), {"score": True})
-    inside = [d for weight, d in zip(lam, against, strict=True) if 0.0 < weight < 1.0]
-    won = sum(difference.value > gate.ROUNDING for difference in inside)
-    sure = sum(span(difference)[1] > 0 for difference in inside)
+    won = sum(difference.value > gate.ROUNDING for difference in against)
+    sure = sum(span(difference)[1] > 0 for difference in against)
     best = max(range(len(scores)), key=lambda i: scores[i].value)
     notes = [
-        f"{won / len(inside):.0%} of λ between the parents ({won} of {len(inside)}) beat the "
-        f"better one, v{versions[better].number}; {sure} of them with 95 % confidence each.",
+        f"{100 * won / len(lam):.0f} % of λ from 0 to 1 ({won} of {len(lam)}) beat the better "
+        f"parent, v{versions[better].number}; {sure} of them with 95 % confidence each.",
         f"The highest is λ = {lam[best]:g}: {says(against[best])} against it.",
         luck(scores),
     ]

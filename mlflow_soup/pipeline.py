@@ -240,6 +240,7 @@ def run(spec: Spec) -> Outcome:
                 target = parse_target(spec.promote)
                 promoted = f"{target} → {_promote(client, version, target)}"
         story = report.Story(
+            method=spec.method,
             space=job.space,
             soup=soup,
             existed=existing is not None,

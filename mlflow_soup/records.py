@@ -52,14 +52,19 @@ class Recipe:
     lam: tuple[float, ...]  # merge weights λ, one per parent, in parent order, oldest first; sum 1
 
     def __str__(self) -> str:
-        """As people read it: λ of a pair, which the newer weighs; all weights of more parents."""
+        """As people read it: λ of a pair, which the newer weighs; all weights of more parents.
+
+        Where statistics decide the weights, what statistics.
+        """
+        if self.method != "linear":
+            return self.method
         shown = self.lam[-1:] if len(self.lam) == 2 else self.lam
         return ", ".join(f"{weight:g}" for weight in shown)
 
     @property
     def label(self) -> str:
         """The recipe with its name, `λ = 0.7` or `fisher`."""
-        return f"λ = {self}" if self.method == "linear" else self.method
+        return f"λ = {self}" if self.method == "linear" else str(self)
 
 
 @dataclass(frozen=True)

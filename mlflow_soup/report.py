@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlflow_soup import gate, search
+from mlflow_soup.methods import METHODS
 from mlflow_soup.records import (
     Check,
     Difference,
@@ -90,6 +91,7 @@ class Story:
     """All that a run has to tell.
 
     Attributes:
+        method: how the soup was found.
         space: what was searched.
         soup: what was registered.
         existed: whether an earlier run of the same request had registered it.
@@ -103,6 +105,7 @@ class Story:
         notes: further sentences a reader should know.
     """
 
+    method: str
     space: Space
     soup: Soup
     existed: bool
@@ -145,15 +148,21 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
     metrics = ", ".join(f"{m.task} {m.metric.removesuffix(',none')}" for m in soup.held_out.metrics)
     shares = zip(reversed(soup.recipe.lam), reversed(soup.parents), strict=True)
     mixture = " + ".join(f"{weight:g} × {parent.version}" for weight, parent in shares)
+    if soup.recipe.method != "linear":
+        mixture = " and ".join(str(parent.version) for parent in soup.parents)
     parts = [
         f"# Soup of {parents}, {soup.recipe.label}",
-        f"{mixture}, found in {len(trials)} evaluations "
+        f"{mixture}, {story.method}: {METHODS[story.method].words}; {len(trials)} evaluations "
         f"([run]({links['run']}), [all λ]({links['trials']})).",
         f"## Held-out: {metrics}",
         _table(["model", "score", "s.e."], rows),
         f"Against the better parent, {story.better}: **{format_difference(story.gain)}**. "
-        "The soup was chosen on these items, so the gain is somewhat optimistic; the OOD items "
-        "took no part in the choice.",
+        + (
+            "The soup was chosen on these items, so the gain is somewhat optimistic; the OOD items "
+            "took no part in the choice."
+            if METHODS[story.method].chooses
+            else "Nothing was chosen by these scores."
+        ),
     ]
     if story.verdict is not None:
         word = "passed" if story.verdict.passed else "refused"
@@ -187,29 +196,33 @@ def landscape(story: Story) -> Figure:
     space, soup = story.space, story.soup
     if space.count == 2:
         places = {t.number: t.recipe.lam[-1] for t in story.trials}
-        _draw_curve(axes, story)
+        if METHODS[story.method].searches:
+            _draw_curve(axes, story)
         newer, older = soup.parents[-1].version, soup.parents[0].version
         axes.set_xlabel(f"λ, weight of {newer} (rest: {older})")
     else:
         places = {t.number: float(t.number) for t in story.trials}
         axes.set_xlabel("trial")
+    chosen = "chosen λ" if soup.recipe.method == "linear" else f"chosen: {soup.recipe}"
     marks = (
         ("trial", "o", GREY, [t.recipe for t in story.trials]),
         ("parents", "s", GREEN, list(space.parents())),
         ("uniform soup", "D", GREEN, [space.uniform()]),
-        ("chosen λ", "o", ORANGE, [soup.recipe]),
+        (chosen, "o", ORANGE, [soup.recipe]),
     )
     for label, marker, colour, recipes in marks:
         found = [t for t in (_trial_of(story.trials, r) for r in recipes) if t is not None]
-        chosen = label == "chosen λ"
+        if not found:
+            continue
+        ring = label == chosen
         axes.plot(
             [places[t.number] for t in found],
             [t.held_out.value for t in found if t.held_out],
             marker,
             color=colour,
-            markersize=16 if chosen else 6 if label == "trial" else 8,
-            markeredgewidth=2.5 if chosen else 1.0,
-            fillstyle="none" if chosen else "full",
+            markersize=16 if ring else 6 if label == "trial" else 8,
+            markeredgewidth=2.5 if ring else 1.0,
+            fillstyle="none" if ring else "full",
             label=label,
         )
     names = ", ".join(dict.fromkeys(m.task for m in soup.held_out.metrics))
@@ -222,7 +235,7 @@ def landscape(story: Story) -> Figure:
 def _draw_curve(axes: Axes, story: Story) -> None:
     """The curve of a pair with its 95 % band, and where nothing was searched."""
     alpha = story.space.alpha
-    belief = search.believe([t for t in story.trials if t.recipe.method == "linear"])
+    belief = search.believe(story.trials)
     grid = np.linspace(0.0, 1.0, 401)
     points = np.column_stack([1.0 - grid, grid])
     mean, std = belief.posterior.predict(points)

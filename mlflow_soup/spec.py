@@ -260,9 +260,10 @@ def check_name(model: str, where: str = "--model, or MLFLOW_SOUP_MODEL") -> None
 
 def _refuse(name: str, value: object, rule: str) -> SpecError:
     option = "--" + name.replace("_", "-")
+    policy = next(knob_.metadata["policy"] for knob_ in fields(Spec) if knob_.name == name)
     return SpecError(
         f"{option} {value} is out of range",
-        where=f"{option}, or tag soup.{name} of the model",
+        where=f"{option}, or tag soup.{name} of the model" if policy else option,
         fix=rule,
     )
 
@@ -294,7 +295,7 @@ class Spec:
     pairs: str = knob("", "One pair or more: 'v11,v12 v12,v13'.", "ood methods")
     method: str = knob(
         "bayesopt",
-        "How one model is made of several.",
+        "How one model is made of several; in studies of pairs and count: uniform, unless named.",
         "run pairs count",
         policy=True,
         choices=METHODS,

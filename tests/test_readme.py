@@ -8,11 +8,13 @@ from click.testing import CliRunner
 
 from mlflow_soup import errors, lineage, search
 from mlflow_soup.cli import main
-from mlflow_soup.spec import Spec
+from mlflow_soup.spec import METHODS, Spec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-OPTIONS = {option for c in main.commands.values() for p in c.params for option in p.opts}
+STUDIES = main.commands["study"].commands
+COMMANDS = [*main.commands.values(), *STUDIES.values()]
+OPTIONS = {option for c in COMMANDS for p in c.params for option in p.opts}
 
 
 def test_every_command_is_documented_and_has_help():
@@ -29,6 +31,18 @@ def test_every_option_it_names_exists():
     named |= set(re.findall(r"`(--[a-z][a-z-]+)", README))
     assert len(named) > 8
     assert named <= OPTIONS
+
+
+def test_every_study_is_documented_with_options_that_it_has():
+    for name, command in STUDIES.items():
+        (line,) = re.findall(rf"mlflow-soup study {name}( [^`]*)`", README)
+        options = {option for p in command.params for option in p.opts}
+        assert set(re.findall(r"--[a-z-]+", line)) <= options
+
+
+def test_every_method_is_in_its_table():
+    for name in METHODS:
+        assert f"| `{name}` |" in README
 
 
 def test_every_acquisition_is_in_its_table():

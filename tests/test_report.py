@@ -44,6 +44,7 @@ def story(tmp_path):
         "parent 1": Evidence(NEW, "sha256:2", score(0.52), (("code:acc", score(0.32)),)),
     }
     return report.Story(
+        method="bayesopt",
         space=SPACE,
         soup=soup,
         existed=False,
@@ -63,7 +64,7 @@ def test_the_report_has_every_number_a_reader_needs(story):
     text = report.markdown(story, links) + report.trials_table(story)
     for words in (
         "# Soup of [llm v12](#/old) and [llm v13](#/new), λ = 0.8",
-        "0.8 × llm v13 + 0.2 × llm v12, found in 5 evaluations",
+        "0.8 × llm v13 + 0.2 × llm v12, bayesopt: weights searched by Bayesian optimisation",
         "| chosen soup (λ = 0.8) | 0.5600 | 0.0100 |",
         "Against the better parent, llm v13: **+0.0400",
         "## Out of domain: refused",
@@ -121,7 +122,7 @@ def test_a_soup_of_three_is_told_with_all_its_weights(story, tmp_path):
     names = [f"llm v{number}" for number in (11, 12, 13)]
     links = {"run": "#/run", "trials": "#/trials", **dict.fromkeys(names, "#/x")}
     text = report.markdown(three(story, tmp_path), links)
-    assert "0.7 × llm v13 + 0.2 × llm v12 + 0.1 × llm v11, found in 5 evaluations" in text
+    assert "0.7 × llm v13 + 0.2 × llm v12 + 0.1 × llm v11, bayesopt: " in text
     assert "| uniform soup (λ = 0.3333, 0.3333, 0.3334) | 0.5300 | 0.0100 |" in text
 
 
