@@ -12,9 +12,10 @@ from mlflow_soup.compatibility import differences
 from mlflow_soup.digests import digest
 from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.live import LiveModel
+from mlflow_soup.naming import parse_target
 from mlflow_soup.objective import Evaluator
 from mlflow_soup.records import Evidence, Parent, Score, Version
-from mlflow_soup.spec import Spec, parse_target
+from mlflow_soup.spec import Spec
 from mlflow_soup.suite import Suite, load_suite
 
 Suites = tuple[Suite, Suite | None]  # held-out, OOD

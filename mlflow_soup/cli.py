@@ -17,7 +17,8 @@ import yaml
 
 from mlflow_soup.errors import SoupError, SpecError
 from mlflow_soup.family import FORMATS
-from mlflow_soup.spec import STUDIES, Spec, kind, parse_uri
+from mlflow_soup.naming import parse_uri
+from mlflow_soup.spec import STUDIES, Spec, kind
 
 
 class SoupGroup(click.Group):
@@ -181,9 +182,9 @@ def evaluate(**said: Any) -> None:
     """Score a registered soup, its parents and the champion out of domain."""
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup import pipeline, report
+        from mlflow_soup import release, report
 
-    click.echo(report.ood_table(pipeline.evaluate(spec)))
+    click.echo(report.ood_table(release.evaluate(spec)))
 
 
 @main.command()
@@ -193,9 +194,9 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
     """Judge a soup by its newest evaluation. Exit code 0 when it passes, 3 when it is refused."""
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup import pipeline, report
+        from mlflow_soup import release, report
 
-    version, verdict = pipeline.gate(spec)
+    version, verdict = release.gate(spec)
     click.echo(f"{version}: gate {'passed' if verdict.passed else 'REFUSED'}")
     for check in verdict.checks:
         click.echo(f"  {report.format_check(check)}")
@@ -208,9 +209,9 @@ def promote(**said: Any) -> None:
     """Point an alias, a stage or another model's alias at a soup that passed the gate."""
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup import pipeline
+        from mlflow_soup import release
 
-    version, target = pipeline.promote(spec)
+    version, target = release.promote(spec)
     click.echo(f"{target} → {version}")
 
 

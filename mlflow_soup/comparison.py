@@ -21,7 +21,6 @@ from mlflow_soup.pilots import (
     span,
 )
 from mlflow_soup.records import Cell, Difference, Found, Recipe, Score, Table, Version
-from mlflow_soup.spec import parse_methods
 from mlflow_soup.trials import look
 
 
@@ -33,7 +32,7 @@ def _compare(
     session: Session, pair: Sequence[Version], run_id: str
 ) -> dict[str, tuple[Job, Found]]:
     """What every method makes of a pair."""
-    names = parse_methods(session.spec.methods)
+    names = session.spec.compared
     jobs = {name: session.job(pair, replace(session.spec, method=name)) for name in names}
     bar = tqdm(jobs.items(), desc=f"methods on {names_of(pair)}", unit="method", disable=None)
     return {name: (job, run_search(session, job, run_id)) for name, job in bar}

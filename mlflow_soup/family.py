@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from mlflow_soup import lineage
+from mlflow_soup.naming import check_name
 from mlflow_soup.records import Version
-from mlflow_soup.spec import check_name
 
 SOUP, CHECKPOINT, MISSING = "soup", "checkpoint", "missing"
 

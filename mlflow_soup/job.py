@@ -13,10 +13,11 @@ from mlflow_soup.calibration import Calibration, calibrate, read_texts
 from mlflow_soup.compatibility import check_compatible
 from mlflow_soup.errors import SpecError
 from mlflow_soup.methods import METHODS, Method
+from mlflow_soup.naming import VersionRef
 from mlflow_soup.records import Recipe, Version
 from mlflow_soup.soup import Blend
 from mlflow_soup.space import Space
-from mlflow_soup.spec import MOST, Spec, VersionRef
+from mlflow_soup.spec import MOST, Spec
 
 
 @dataclass(frozen=True)

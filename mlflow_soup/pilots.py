@@ -18,7 +18,6 @@ from mlflow_soup import charts, distance, gate, search, tracking
 from mlflow_soup.job import Job, Session
 from mlflow_soup.records import Cell, Difference, Found, Items, Recipe, Score, Table, Trial, Version
 from mlflow_soup.space import Space
-from mlflow_soup.spec import parse_numbers
 from mlflow_soup.trials import explore, find, look, search_tags
 
 DRAWS = 10  # of each share of the held-out items
@@ -264,7 +263,7 @@ def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Resul
     """Which λ shares of the held-out items would have chosen, and what it is worth (Table 4)."""
     spec, space = session.spec, Space.pair(0.0)
     trials = _measure(session, versions, run_id)
-    shares = parse_numbers(spec.fractions, "fractions", "", 0.0, 1.0)
+    shares = spec.shares
     whole = {trial.recipe: score for trial, score in zip(trials, _scores(trials), strict=True)}
     chosen: list[list[Recipe]] = []
     draws = [(share, seed) for share in shares for seed in range(DRAWS)]
@@ -318,7 +317,7 @@ def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Resul
 def alpha(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     """The search in spaces [α, 1] (Fig. 5)."""
     spec = session.spec
-    ends = parse_numbers(spec.alphas, "alphas", "", 0.0, 1.0)
+    ends = spec.ends
     jobs = [session.job(versions, replace(spec, method="bayesopt", alpha=end)) for end in ends]
     bar = tqdm(jobs, desc="alpha", unit="space", disable=None)
     found = [run_search(session, job, run_id, f"[{job.space.alpha:g}, 1]") for job in bar]

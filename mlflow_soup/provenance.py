@@ -16,8 +16,8 @@ from mlflow_soup.compatibility import check_compatible
 from mlflow_soup.digests import of_file
 from mlflow_soup.durable import on_disk, staged
 from mlflow_soup.errors import ParentError, SpecError
+from mlflow_soup.naming import parse_uri
 from mlflow_soup.records import Manifest, Source
-from mlflow_soup.spec import parse_uri
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LIBRARIES = ("mlflow-soup", "mlflow", "torch", "transformers", "safetensors", "lm-eval")

@@ -30,8 +30,8 @@ from mlflow_soup.errors import (
     StoreError,
     redact,
 )
+from mlflow_soup.naming import Target, VersionRef, check_name
 from mlflow_soup.records import Version
-from mlflow_soup.spec import Target, VersionRef, check_name
 from mlflow_soup.tracking import asking, pages, where
 
 MODEL_ENV = "MLFLOW_SOUP_MODEL"

@@ -5,7 +5,6 @@ take their names from the fields below.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
@@ -13,15 +12,17 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from mlflow_soup.errors import SpecError
-
-_VERSION = re.compile(r"v?(?P<number>[1-9][0-9]*)|@(?P<alias>[A-Za-z0-9_-]{1,255})")
-_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?=v?[0-9])|(?=@))(?P<version>[^/]+)")
-_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
-_PROMOTE = re.compile(
-    r"(?:(?P<kind>alias|stage):)?(?P<name>[A-Za-z0-9_-]+)"
-    r"|model:(?P<model>[A-Za-z0-9][A-Za-z0-9_. -]{0,127})@(?P<alias>[A-Za-z0-9_-]+)"
+from mlflow_soup.naming import (
+    VersionRef,
+    check_alias,
+    check_name,
+    parse_pair,
+    parse_pairs,
+    parse_target,
+    parse_version,
+    parse_versions,
 )
-STAGES = ("Staging", "Production")  # Archived is where the others go
+
 # in step with `search.CHOICES`, which a test compares; importing it here would cost a second
 ACQUISITIONS = ("landscape", "gp-hedge", "ei", "pi", "ucb")
 MOST = 8  # versions: the simplex has 2ⁿ faces
@@ -57,173 +58,6 @@ def knob(
     return field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
-class VersionRef:
-    """A version as the user names it: a number or an alias."""
-
-    number: int | None
-    alias: str | None
-
-    def __str__(self) -> str:
-        return f"@{self.alias}" if self.alias else f"v{self.number}"
-
-
-def parse_version(text: str, where: str = "--version") -> VersionRef:
-    """`v12`, `12` or `@champion`; `where` says for errors which option it came from.
-
-    Raises:
-        SpecError: it is none of them.
-    """
-    match = _VERSION.fullmatch(text.strip())
-    if match is None:
-        raise SpecError(
-            f"{text.strip()!r} names no version",
-            where=where,
-            fix="write a version as v12, 12 or @alias",
-        )
-    number = match["number"]
-    return VersionRef(int(number) if number else None, match["alias"])
-
-
-def parse_uri(text: str, where: str = "argument URI") -> tuple[str, VersionRef]:
-    """Model and version of `models:/my-llm/14`, `models:/my-llm/v14` or `models:/my-llm@champion`.
-
-    Raises:
-        SpecError: it is none of them; a logged model and a stage are not.
-    """
-    text = text.strip()
-    match = _URI.fullmatch(text)
-    if match is None:
-        fix = "write models:/my-llm/14 or models:/my-llm@champion"
-        if re.fullmatch(r"models:/m-[0-9a-f]+", text):
-            fix = f"it is a logged model: register it, then {fix}"
-        elif re.fullmatch(r"(?i)models:/[^/]+/(none|staging|production|archived|latest)", text):
-            fix = f"stages and latest move from version to version: {fix}"
-        raise SpecError(f"{text!r} names no registered version", where=where, fix=fix)
-    check_name(match["name"], where)
-    return match["name"], parse_version(match["version"], where)
-
-
-def parse_pair(text: str, where: str = "--pair") -> tuple[VersionRef, ...]:
-    """`older,newer`, two different versions.
-
-    Raises:
-        SpecError: there are not two, or they are the same.
-    """
-    refs = _parse_refs(text, where)
-    if len(refs) != 2:
-        raise SpecError(
-            f"a pair is two versions, and {text!r} names {len(refs)}",
-            where=where,
-            fix="name the older, then the newer: --pair v12,v13; more than two: --versions",
-        )
-    return refs
-
-
-def parse_versions(text: str) -> tuple[VersionRef, ...]:
-    """`v11,v12,v13`: two or more different versions, the newest last.
-
-    Raises:
-        SpecError: there are fewer, or one is named twice.
-    """
-    refs = _parse_refs(text, "--versions")
-    if len(refs) < 2:
-        raise SpecError(
-            f"a soup needs two versions at least, and {text!r} names {len(refs)}",
-            where="--versions",
-            fix="name them by age, the newest last: --versions v11,v12,v13",
-        )
-    return refs
-
-
-def parse_pairs(text: str) -> tuple[tuple[VersionRef, ...], ...]:
-    """`v11,v12 v12,v13`: one pair or more, as `parse_pair` reads them.
-
-    Raises:
-        SpecError: one of them is no pair.
-    """
-    return tuple(parse_pair(part, "--pairs") for part in text.split())
-
-
-def parse_numbers(text: str, name: str, rule: str, least: float, most: float) -> tuple[float, ...]:
-    """`1/4,0.5,1`: different numbers from `least` to `most`, ascending; fractions are read too.
-
-    Raises:
-        SpecError: there is none, or one is out of range; `rule` says which are in it.
-    """
-    try:
-        numbers = sorted({float(Fraction(part.strip())) for part in text.split(",")})
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise _refuse(name, repr(text), rule) from error
-    if not all(least <= number <= most for number in numbers):
-        raise _refuse(name, text, rule)
-    return tuple(numbers)
-
-
-def parse_methods(text: str) -> tuple[str, ...]:
-    """`greedy,fisher`: rows of the table of methods, each once.
-
-    Raises:
-        SpecError: one is none, or is named twice.
-    """
-    names = tuple(part.strip() for part in text.split(","))
-    for name in names:
-        if name not in METHODS or names.count(name) > 1:
-            raise _refuse("methods", text, f"different ones of {', '.join(METHODS)}")
-    return names
-
-
-def _parse_refs(text: str, where: str) -> tuple[VersionRef, ...]:
-    refs = tuple(parse_version(part, where) for part in text.split(",") if part.strip())
-    twice = next((ref for ref in refs if refs.count(ref) > 1), None)
-    if twice is not None:
-        raise SpecError(
-            f"{twice} is named twice", where=where, fix="name each version once: v12,v13"
-        )
-    return refs
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a promotion points: an alias, a stage, or an alias of another registered model."""
-
-    kind: str  # alias, stage or model
-    name: str  # of the alias or stage
-    model: str = ""  # kind `model` only
-
-    def __str__(self) -> str:
-        return f"{self.model}@{self.name}" if self.model else f"{self.kind} {self.name}"
-
-
-def parse_target(text: str) -> Target:
-    """`alias:champion` (or just `champion`), `stage:Production`, `model:prod-llm@champion`.
-
-    Raises:
-        SpecError: it is none of them, the stage is not one of MLflow's, or the alias is reserved.
-    """
-    match = _PROMOTE.fullmatch(text.strip())
-    if match is None:
-        raise SpecError(
-            f"{text!r} is nowhere a version can be promoted to",
-            where="--promote",
-            fix="write alias:champion, stage:Production or model:prod-llm@champion",
-        )
-    if match["kind"] != "stage":
-        _check_alias(match["alias"] or match["name"], "--promote")
-    if match["model"]:
-        return Target("model", match["alias"], match["model"])
-    if match["kind"] == "stage":
-        stage = match["name"].capitalize()
-        if stage not in STAGES:
-            raise SpecError(
-                f"{match['name']!r} is no stage to promote to",
-                where="--promote",
-                fix=f"one of {', '.join(STAGES)}; or an alias: alias:champion",
-            )
-        return Target("stage", stage)
-    return Target("alias", match["name"])
-
-
 # whole numbers
 _LEAST = {
     "last": 2,
@@ -238,26 +72,6 @@ _LEAST = {
 }
 
 
-def _check_alias(alias: str, where: str) -> None:
-    """Refuse what MLflow does not take as an alias."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", alias) or re.fullmatch(r"(?i)latest|v\d+", alias):
-        raise SpecError(
-            f"{alias!r} cannot be an alias",
-            where=where,
-            fix="letters, digits, _ and -, up to 255; MLflow reserves latest and v1, v2, …",
-        )
-
-
-def check_name(model: str, where: str = "--model, or MLFLOW_SOUP_MODEL") -> None:
-    """Refuse names of registered models that cannot be put into MLflow's search filters."""
-    if model and not _MODEL.fullmatch(model):
-        raise SpecError(
-            f"{model!r} is not taken as the name of a registered model",
-            where=where,
-            fix="letters, digits, spaces and _.- only, a letter or digit first",
-        )
-
-
 def _refuse(name: str, value: object, rule: str) -> SpecError:
     option = "--" + name.replace("_", "-")
     policy = next(knob_.metadata["policy"] for knob_ in fields(Spec) if knob_.name == name)
@@ -266,6 +80,18 @@ def _refuse(name: str, value: object, rule: str) -> SpecError:
         where=f"{option}, or tag soup.{name} of the model" if policy else option,
         fix=rule,
     )
+
+
+def _numbers(name: str, text: str, least: float, most: float) -> tuple[float, ...]:
+    """`1/4,0.5,1`: different numbers from `least` to `most`, ascending; fractions are read too."""
+    rule = f"numbers from {least:g} to {most:g}, comma-separated: 1/2,0.9"
+    try:
+        numbers = sorted({float(Fraction(part.strip())) for part in text.split(",")})
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise _refuse(name, repr(text), rule) from error
+    if not all(least <= number <= most for number in numbers):
+        raise _refuse(name, text, rule)
+    return tuple(numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -455,7 +281,7 @@ class Spec:
         for name in ("stop", "margin", "confidence", "regmean_scale"):  # 0 and 0.0: one request
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.champion:
-            _check_alias(self.champion, "--champion, or tag soup.champion of the model")
+            check_alias(self.champion, "--champion, or tag soup.champion of the model")
         named = [option for option in ("pair", "versions", "last") if getattr(self, option)]
         if len(named) > 1:
             raise SpecError(
@@ -463,7 +289,7 @@ class Spec:
                 where=" and ".join(f"--{o}" for o in named) + ", here or in the file of --spec",
                 fix="drop all but one of them",
             )
-        self.parents  # noqa: B018  # reads what was named
+        self.parents, self.couples, self.shares, self.ends  # noqa: B018  # are they readable?
         if self.version:
             parse_version(self.version)
         if self.promote:
@@ -487,10 +313,10 @@ class Spec:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise _refuse(name, value, f"a whole number from {least}")
-        parse_pairs(self.pairs)
-        parse_methods(self.methods)
-        parse_numbers(self.fractions, "fractions", "numbers above 0 up to 1: 1/4,1/2,1", 1e-9, 1.0)
-        parse_numbers(self.alphas, "alphas", "numbers from 0 up to 0.999: 0,0.5,0.9", 0.0, 0.999)
+        for name in self.compared:
+            if name not in METHODS or self.compared.count(name) > 1:
+                rule = f"different ones of {', '.join(METHODS)}"
+                raise _refuse("methods", self.methods, rule)
         if self.calibration and not Path(self.calibration).is_file():
             raise SpecError(
                 f"there is no file {self.calibration}",
@@ -511,6 +337,26 @@ class Spec:
         if self.versions:
             return parse_versions(self.versions)
         return parse_pair(self.pair) if self.pair else ()
+
+    @property
+    def couples(self) -> tuple[tuple[VersionRef, ...], ...]:
+        """The pairs to study."""
+        return parse_pairs(self.pairs)
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The methods to study."""
+        return tuple(part.strip() for part in self.methods.split(","))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The shares of the held-out items to study, ascending."""
+        return _numbers("fractions", self.fractions, 0.001, 1.0)
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The lower ends α of the search spaces to study, ascending."""
+        return _numbers("alphas", self.alphas, 0.0, 0.999)
 
     @property
     def least(self) -> float:

@@ -16,7 +16,7 @@ from mlflow_soup.errors import SpecError
 from mlflow_soup.job import Session, open_session, settle
 from mlflow_soup.pilots import Result
 from mlflow_soup.records import Version
-from mlflow_soup.spec import Spec, parse_pairs
+from mlflow_soup.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Report:
 def _prepare(name: str, spec: Spec) -> tuple[Session, Sequence[Version]]:
     option = STUDIES[name].named_by
     if option == "pairs":
-        named = [ref for pair in parse_pairs(spec.pairs) for ref in pair]
+        named = [ref for pair in spec.couples for ref in pair]
     else:
         named = list(spec.parents)
     if not named and not spec.last:

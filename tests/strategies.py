@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from mlflow_soup.naming import Target, VersionRef
 from mlflow_soup.records import (
     Digests,
     Distance,
@@ -22,7 +23,6 @@ from mlflow_soup.records import (
     Version,
 )
 from mlflow_soup.space import Space
-from mlflow_soup.spec import Target, VersionRef
 
 # for laws whose every example fits Gaussian processes: few, and the same in every run
 FEW = settings(max_examples=25, deadline=None, derandomize=True)

@@ -25,6 +25,7 @@ PURE = (
     "search",
     "gate",
     "lineage",
+    "naming",
     "spec",
     "methods",
     "family",
@@ -59,6 +60,7 @@ REST = (
     "bench",
     "job",
     "trials",
+    "release",
     "pipeline",
     "pilots",
     "comparison",
@@ -74,7 +76,7 @@ ALLOWED |= {name: {*NOUNS, *PURE, *siblings} for name, siblings in EDGES.items()
 ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(REST)}
 
 HOMES = {
-    "mlflow": {"registry", "tracking", "bench", "job", "pipeline", "study"},
+    "mlflow": {"registry", "tracking", "bench", "job", "release", "pipeline", "study"},
     "lm_eval": {"suite", "prepared", "objective"},
     "transformers": {"live", "passes"},
     "safetensors": {"checkpoint", "sums", "statistics"},

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 
 import toy
 from conftest import MODEL, fill, register
-from mlflow_soup import Spec, errors, lineage, objective, pipeline, soup, tracking, verify
+from mlflow_soup import Spec, errors, lineage, objective, release, search, soup, tracking, verify
 from mlflow_soup import run as run_soup
 
 
@@ -146,14 +146,14 @@ def test_a_parent_that_changes_during_the_search_makes_no_soup(client, tmp_path,
         register(client, folder)  # v4, v5
     uri = client.get_model_version_download_uri(MODEL, "4")
     location = Path(local_file_uri_to_path(uri)) / "model.safetensors"
-    recommend = pipeline.search.recommend
+    recommend = search.recommend
 
     def train_on(*args, **options):
         if options:  # the last time
             shutil.copy(tmp_path / "v2" / "model.safetensors", location)
         return recommend(*args, **options)
 
-    monkeypatch.setattr(pipeline.search, "recommend", train_on)
+    monkeypatch.setattr(search, "recommend", train_on)
     with pytest.raises(errors.ParentError, match="toy-llm v4 were changed during the search"):
         run_soup(Spec(pair="v4,v5"))
     assert len(client.search_model_versions(f"name='{MODEL}'")) == 5
@@ -178,31 +178,31 @@ def test_the_stages_can_be_run_one_by_one(client):
     first = run_soup(Spec(pair="v1,v2"))
     client.delete_model_version_tag(MODEL, "4", "soup.gate")
     with pytest.raises(errors.GateError, match="has not passed the gate"):
-        pipeline.promote(Spec(version="v4", promote="champion"))
-    roles = pipeline.evaluate(Spec(version="v4"))
+        release.promote(Spec(version="v4", promote="champion"))
+    roles = release.evaluate(Spec(version="v4"))
     assert set(roles) == {"soup", "parent 0", "parent 1"}
     assert roles["soup"].held_out == first.soup.held_out
-    _, verdict = pipeline.gate(Spec(version="v4"))
+    _, verdict = release.gate(Spec(version="v4"))
     assert verdict == first.verdict
-    _, strict = pipeline.gate(Spec(version="v4", margin=0.0, confidence=0.999999))
+    _, strict = release.gate(Spec(version="v4", margin=0.0, confidence=0.999999))
     assert not strict.passed
     with pytest.raises(errors.GateError):
-        pipeline.promote(Spec(version="v4", promote="champion"))
-    pipeline.gate(Spec(version="v4"))
-    version, _ = pipeline.promote(Spec(version="v4", promote="champion"))
+        release.promote(Spec(version="v4", promote="champion"))
+    release.gate(Spec(version="v4"))
+    version, _ = release.promote(Spec(version="v4", promote="champion"))
     assert version.number == 4
 
 
 def test_a_verdict_is_void_once_the_champion_has_moved(client):
     run_soup(Spec(pair="v1,v2"))
     client.set_registered_model_alias(MODEL, "champion", "3")
-    for step in (pipeline.gate, pipeline.promote):
+    for step in (release.gate, release.promote):
         with pytest.raises(errors.GateError, match="was not examined"):
             step(Spec(version="v4", promote="champion"))
     assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 3
-    assert "champion 0" in pipeline.evaluate(Spec(version="v4"))
-    pipeline.gate(Spec(version="v4"))
-    pipeline.promote(Spec(version="v4", promote="champion"))
+    assert "champion 0" in release.evaluate(Spec(version="v4"))
+    release.gate(Spec(version="v4"))
+    release.promote(Spec(version="v4", promote="champion"))
     assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 4
 
 
@@ -227,7 +227,7 @@ def test_a_soup_that_was_deleted_is_registered_and_examined_under_its_new_number
     again = run_soup(Spec(pair="v1,v2"))
     assert again.soup.version.number == 5
     assert "| soup (toy-llm v5) |" in client.get_model_version(MODEL, "5").description
-    assert pipeline.gate(Spec(version="v5"))[1].passed
+    assert release.gate(Spec(version="v5"))[1].passed
 
 
 def test_the_ood_run_shows_the_soups_numbers(client, outcome):
@@ -299,7 +299,7 @@ def test_a_soup_of_three_is_searched_registered_and_verified(client):
     assert lineage.parse_weights(version.tags["soup.weights"]) == lam
     assert [p.version.number for p in outcome.soup.parents] == [1, 2, 3]
     assert all(finding.holds for finding in verify("models:/toy-llm/4"))
-    known = pipeline.evaluate(Spec(version="v4"))
+    known = release.evaluate(Spec(version="v4"))
     assert known["soup"].held_out == outcome.soup.held_out
     assert run_soup(Spec(versions="v1,v2,v3", trials=7)).soup.version.number == 4
 
@@ -354,12 +354,12 @@ def test_a_copy_of_a_parent_is_called_one(client, checkpoints):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_promotion_to_a_stage_and_to_another_model(client, outcome):
-    pipeline.promote(Spec(version="v4", promote="stage:staging"))
+    release.promote(Spec(version="v4", promote="stage:staging"))
     assert client.get_model_version(MODEL, "4").current_stage == "Staging"
-    version, _ = pipeline.promote(Spec(version="@champion", promote="model:prod-llm@live"))
+    version, _ = release.promote(Spec(version="@champion", promote="model:prod-llm@live"))
     assert str(version) == "prod-llm v1"
     assert client.get_model_version_by_alias("prod-llm", "live").source == "models:/toy-llm/4"
-    again, _ = pipeline.promote(Spec(model=MODEL, version="v4", promote="model:prod-llm@live"))
+    again, _ = release.promote(Spec(model=MODEL, version="v4", promote="model:prod-llm@live"))
     assert again == version
 
 
@@ -380,7 +380,7 @@ def test_what_was_changed_in_a_remote_store_is_seen_past_the_cache(
     file.write_bytes(content)
     server_client.log_model_artifacts(source, folder)
     with pytest.raises(errors.StoreError, match="other weights"):
-        pipeline.promote(Spec(model="remote", version="v3", promote="champion"))
+        release.promote(Spec(model="remote", version="v3", promote="champion"))
 
 
 def test_what_was_changed_after_the_gate_is_not_promoted(client):
@@ -392,7 +392,7 @@ def test_what_was_changed_after_the_gate_is_not_promoted(client):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(errors.StoreError, match="other weights"):
-        pipeline.promote(Spec(version="v4", promote="champion"))
+        release.promote(Spec(version="v4", promote="champion"))
     assert not client.get_registered_model(MODEL).aliases
 
 

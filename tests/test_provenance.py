@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import mlflow_soup
 import toy
 from conftest import MODEL, register
-from mlflow_soup import errors, lineage, pipeline, provenance, soup
+from mlflow_soup import errors, lineage, provenance, release, soup
 from mlflow_soup.checkpoint import find
 from mlflow_soup.digests import digest_all
 
@@ -359,7 +359,7 @@ def test_a_registered_soup_verifies(client, outcome):
 
 
 def test_its_copy_in_another_model_verifies(client, outcome):
-    pipeline.promote(mlflow_soup.Spec(version="v4", promote="model:prod@live"))
+    release.promote(mlflow_soup.Spec(version="v4", promote="model:prod@live"))
     assert not failures(mlflow_soup.verify("models:/prod@live"))
 
 

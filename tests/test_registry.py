@@ -11,8 +11,8 @@ from conftest import MODEL, register
 from mlflow_soup import Spec, errors, family, registry
 from mlflow_soup.checkpoint import find
 from mlflow_soup.digests import digest
+from mlflow_soup.naming import Target, VersionRef
 from mlflow_soup.records import Version
-from mlflow_soup.spec import Target, VersionRef
 
 
 def test_a_local_store_is_read_where_it_lies(client):

@@ -13,9 +13,7 @@ import strategies as s
 from mlflow_soup import search, spec
 from mlflow_soup.errors import SpecError
 from mlflow_soup.lineage import key_of
-from mlflow_soup.spec import (
-    STUDIES,
-    Spec,
+from mlflow_soup.naming import (
     Target,
     VersionRef,
     parse_pair,
@@ -23,6 +21,7 @@ from mlflow_soup.spec import (
     parse_uri,
     parse_version,
 )
+from mlflow_soup.spec import STUDIES, Spec
 
 KNOBS = {knob.name: knob for knob in fields(Spec)}
 POLICY = sorted(name for name, knob in KNOBS.items() if knob.metadata["policy"])

@@ -1,0 +1,265 @@
+"""What happens to a registered soup: examined out of domain, judged, promoted.
+
+The main job does all of it in one go; a pipeline whose steps are apart calls one after the other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from mlflow import MlflowClient
+
+from mlflow_soup import gate as gates
+from mlflow_soup import lineage, registry, report, tracking
+from mlflow_soup.bench import (
+    Bench,
+    Opened,
+    check_stored,
+    conditions,
+    contenders,
+    examine,
+    load_suites,
+    open_rivals,
+    open_version,
+    rivals,
+    set_up,
+)
+from mlflow_soup.errors import GateError, SpecError
+from mlflow_soup.job import Job
+from mlflow_soup.naming import Target, parse_target, parse_version
+from mlflow_soup.records import Evidence, Score, Soup, Verdict, Version
+from mlflow_soup.space import Space
+from mlflow_soup.spec import Spec
+
+
+def examine_once(
+    job: Job,
+    run_id: str,
+    soup: Soup,
+    known: Mapping[str, Score],
+    at_hand: Sequence[Opened],
+) -> tuple[str, Mapping[str, Evidence]]:
+    """The OOD run and its evidence; what an earlier run measured is not measured again."""
+    client, bench = job.client, job.bench
+    stored = check_stored(client, soup.version, soup.digest)
+    champions = open_rivals(client, job.session.name, job.spec, at_hand)
+    models = contenders(stored, job.opened, champions)
+    needed = {opened.parent.digest for opened in models.values()}
+    measured: dict[str, Evidence] = {}
+    tags = _tags(soup.version, soup.digest, conditions(bench))
+    earlier = tracking.find_runs(client, {lineage.CONDITIONS: tags[lineage.CONDITIONS]})
+    for found in reversed(earlier):
+        if found.info.status != "FINISHED" or needed <= set(measured):
+            continue
+        roles = tracking.read_evidence(client, found.info.run_id)
+        digests = {evidence.digest for evidence in roles.values()}
+        if found.data.tags[lineage.VERSION] == tags[lineage.VERSION] and needed <= digests:
+            return found.info.run_id, roles
+        measured |= {evidence.digest: evidence for evidence in roles.values()}
+    with tracking.open_child(client, run_id, f"OOD {soup.version}", tags) as ood_run:
+        return ood_run, _examine(client, ood_run, bench, models, known, measured)
+
+
+def _examine(
+    client: MlflowClient,
+    run_id: str,
+    bench: Bench,
+    models: Mapping[str, Opened],
+    known: Mapping[str, Score],
+    measured: Mapping[str, Evidence],
+) -> dict[str, Evidence]:
+    """Score everyone out of domain, and keep the evidence in a run."""
+    roles = examine(bench, models, known, measured)
+    assert bench.ood is not None
+    model_ids = {role: opened.parent.model_id for role, opened in models.items()}
+    datasets = {"dev": bench.held_out.fingerprint, "ood": bench.ood.fingerprint}
+    tracking.log_evidence(client, run_id, roles, model_ids, datasets)
+    return roles
+
+
+def judge(
+    client: MlflowClient, version: Version, roles: Mapping[str, Evidence], spec: Spec, ood_run: str
+) -> Verdict:
+    """The gate's verdict, written to the version and the OOD run before anyone reads it here."""
+    parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
+    rules = gates.Rules(spec.margin, spec.confidence)
+    champions = [evidence for role, evidence in roles.items() if role.startswith("champion")]
+    verdict = gates.judge(roles["soup"], parents, champions, rules)
+    word = lineage.PASSED if verdict.passed else lineage.REFUSED
+    for run_id in (ood_run, registry.tags_of(client, version)[lineage.RUN_ID]):
+        tracking.log(client, run_id, tags={lineage.GATE: word})
+    client.log_text(ood_run, report.checks_table(verdict) + "\n", "gate.md")
+    registry.set_tags(client, version, {lineage.GATE_RUN: ood_run, lineage.GATE: word})
+    return verdict
+
+
+def _tags(version: Version, digest: str, key: str) -> dict[str, str]:
+    return {
+        "mlflow.runName": f"OOD {version}",
+        lineage.ROLE: "ood",
+        lineage.VERSION: f"{version.name}/{version.number}",
+        lineage.DIGEST: digest,
+        lineage.CONDITIONS: key,
+    }
+
+
+def _soup_version(client: MlflowClient, spec: Spec) -> tuple[Version, dict[str, str]]:
+    """The registered soup that a later stage is about, with its tags.
+
+    Raises:
+        SpecError: no version was named, or it is no soup.
+    """
+    if not spec.version:
+        raise SpecError(
+            "no version was named", where="--version", fix="name the soup: --version v14"
+        )
+    ref = parse_version(spec.version)
+    name = registry.find_model(client, spec.model, [ref])
+    version = registry.resolve(client, name, ref)
+    tags = registry.tags_of(client, version)
+    if lineage.DIGEST not in tags:
+        raise SpecError(
+            f"{version} is no soup: it has no tag {lineage.DIGEST}",
+            where=version.uri,
+            fix="name a version that mlflow-soup run registered",
+        )
+    return version, tags
+
+
+@tracking.asking("evaluate the soup")
+def evaluate(spec: Spec) -> dict[str, Evidence]:
+    """Examine a registered soup, its parents and the champion out of domain, in a run of its own.
+
+    Args:
+        spec: `version` names the soup.
+
+    Returns:
+        `soup`, `parent 0`, `parent 1` …, `champion` → its evidence, which `gate` reads from MLflow.
+
+    Raises:
+        SpecError: the version is no soup, or no tasks are known.
+        ParentError: the soup, a parent or the champion is missing or damaged.
+    """
+    client = tracking.connect()
+    version, tags = _soup_version(client, spec)
+    spec = spec.settle(registry.policy(client, version.name))
+    suites = load_suites(spec)
+    if suites[1] is None:
+        raise SpecError(
+            "there are no out-of-domain tasks",
+            where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
+            fix="name tasks from another domain: --ood-tasks lambada_openai",
+        )
+    soup = check_stored(client, version, tags[lineage.DIGEST])
+    parents = [
+        open_version(client, v) for v in lineage.parse_parents(version.name, tags[lineage.PARENTS])
+    ]
+    champions = open_rivals(client, version.name, spec, parents)
+    models = contenders(soup, parents, champions)
+    bench = set_up(spec, soup.checkpoint, suites)
+    known: dict[str, Score] = {}
+    if tags.get(lineage.EVALUATOR) == bench.held_out.fingerprint:  # the search measured the same
+        scores = {
+            t.recipe.lam: t.held_out
+            for t in tracking.read_trials(client, tags[lineage.KEY])
+            if t.held_out is not None
+        }
+        alone = Space.simplex(len(parents), 0.0).parents()
+        digests = {r.lam: p.parent.digest for r, p in zip(alone, parents, strict=True)}
+        digests[lineage.parse_weights(tags[lineage.WEIGHTS])] = tags[lineage.DIGEST]
+        known = {digests[lam]: score for lam, score in scores.items() if lam in digests}
+    ood_tags = _tags(version, tags[lineage.DIGEST], conditions(bench))
+    with tracking.open_run(spec.experiment, ood_tags) as run_id:
+        roles = _examine(client, run_id, bench, models, known, {})
+        tracking.log(client, run_id, tags={"mlflow.note.content": report.ood_table(roles)})
+    return roles
+
+
+@tracking.asking("judge the soup")
+def gate(spec: Spec) -> tuple[Version, Verdict]:
+    """Judge a soup by its newest examination and write the verdict to its tags.
+
+    Args:
+        spec: `version` names the soup; `margin` and `confidence` are the rules.
+
+    Raises:
+        GateError: it was never examined, or not with what stands in its place by now.
+    """
+    client = tracking.connect()
+    version, tags = _soup_version(client, spec)
+    spec = spec.settle(registry.policy(client, version.name))
+    about = {lineage.ROLE: "ood", lineage.DIGEST: tags[lineage.DIGEST]}
+    runs = [r for r in tracking.find_runs(client, about) if r.info.status == "FINISHED"]
+    if not runs:
+        raise GateError(
+            f"{version} was never examined out of domain",
+            where=version.uri,
+            fix=_how_to_evaluate(version),
+        )
+    roles = tracking.read_evidence(client, runs[-1].info.run_id)
+    roles["soup"] = replace(roles["soup"], version=version)
+    for rival in rivals(client, version.name, spec):
+        _check_examined(client, version, rival, roles)
+    return version, judge(client, version, roles, spec, runs[-1].info.run_id)
+
+
+def _how_to_evaluate(version: Version) -> str:
+    return (
+        f"mlflow-soup evaluate --model {version.name} --version v{version.number}, then gate; "
+        "with --promote, what stands at that target is examined too"
+    )
+
+
+def _check_examined(
+    client: MlflowClient, version: Version, rival: Version, roles: Mapping[str, Evidence]
+) -> None:
+    """Refuse a verdict that says nothing of what stands in the soup's place now.
+
+    Raises:
+        GateError: the rival's weights were not examined together with the soup.
+    """
+    if rival in {evidence.version for evidence in roles.values()}:
+        return
+    digest = open_version(client, rival).parent.digest
+    if digest not in {evidence.digest for evidence in roles.values()}:
+        raise GateError(
+            f"{rival} stands there by now, which was not examined with {version}",
+            where=rival.uri,
+            fix=_how_to_evaluate(version),
+        )
+
+
+def point(client: MlflowClient, version: Version, target: Target) -> Version:
+    """Promote on the strength of a verdict that still applies."""
+    tags = registry.tags_of(client, version)
+    standing = registry.standing(client, target.model or version.name, target)
+    if tags.get(lineage.GATE) == lineage.PASSED and standing is not None:
+        roles = tracking.read_evidence(client, tags[lineage.GATE_RUN])
+        roles["soup"] = replace(roles["soup"], version=version)
+        _check_examined(client, version, standing, roles)
+    return registry.promote(client, version, target)
+
+
+@tracking.asking("promote the soup")
+def promote(spec: Spec) -> tuple[Version, str]:
+    """Point an alias, a stage or another model's alias at a soup that its gate passed.
+
+    Args:
+        spec: `version` names the soup, `promote` the target.
+
+    Returns:
+        What the target points to now, and the target in words.
+
+    Raises:
+        GateError: the gate has not passed it, or not against what stands there now.
+        StoreError: the store holds other bytes than were judged.
+        OvertakenError: another promotion came between.
+    """
+    if not spec.promote:
+        raise SpecError(
+            "no target was named", where="--promote", fix="name one: --promote alias:champion"
+        )
+    client = tracking.connect()
+    version, tags = _soup_version(client, spec)
+    target = parse_target(spec.promote)
+    check_stored(client, version, tags[lineage.DIGEST])
+    return point(client, version, target), str(target)
