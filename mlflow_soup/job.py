@@ -126,6 +126,8 @@ class Job:
         knobs = {name: own.get(name, getattr(spec, name)) for name in self.method.knobs}
         if self.method.needs:
             knobs["calibration"] = self.session.calibration.digest
+        if knobs.get("fisher_estimator") == "sampled":
+            knobs["seed"] = spec.seed
         searched = {
             "parents": [o.parent.digest for o in self.opened],
             "evaluator": self.bench.held_out.fingerprint,
