@@ -75,7 +75,7 @@ def find_model(client: MlflowClient, named: str, refs: Sequence[VersionRef]) -> 
         return models[0]
     having = [m for m in models if all(_version(client, m, ref) is not None for ref in refs)]
     if len(having) != 1:
-        wanted = " and ".join(map(str, refs))
+        wanted = " and ".join(map(str, refs)) or "versions"  # with --last, none is named
         found = f"{', '.join(sorted(having))} have" if having else "no registered model has"
         raise SpecError(
             f"no model was named, and {found} {wanted}",
