@@ -13,6 +13,7 @@ import mmap
 import os
 import secrets
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,6 +139,28 @@ def on_disk(path: Path) -> Iterator[None]:
             f"{path.name} cannot be written: {error.strerror}",
             where=str(path),
             fix="free some space or mend the disk, then run the same command again",
+        ) from error
+
+
+def check_writable(folder: Path, where: str = "--out") -> None:
+    """Refuse a folder that could not be made and written to, and leave nothing there.
+
+    Args:
+        folder: may be there already.
+        where: how errors name it.
+
+    Raises:
+        SpecError: it is a file, below one, or no place to write.
+    """
+    folder = Path(os.path.abspath(folder))
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise SpecError(
+            f"{folder} cannot be written: {error.strerror}",
+            where=where,
+            fix="name a folder that you may write to",
         ) from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from mlflow_soup import comparison, lineage, pilots, tables, tracking
-from mlflow_soup.durable import on_disk
+from mlflow_soup.durable import check_writable, on_disk
 from mlflow_soup.errors import SpecError
 from mlflow_soup.job import Session, open_session, settle
 from mlflow_soup.pilots import Result
@@ -71,6 +71,8 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Sequence[Version]]:
                 "versions": "oldest first: --versions v10,v11,v12,v13, or --last 4",
             }[option],
         )
+    if spec.out:
+        check_writable(Path(spec.out))
     if name in ("pairs", "count") and "method" not in spec.named:
         spec = Spec(**{knob: getattr(spec, knob) for knob in spec.named}, method=PILOT)
     refs = list(dict.fromkeys(named))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import strategies as s
 from mlflow_soup import durable
-from mlflow_soup.durable import BLOCK, FileWriter, check_space, staged
+from mlflow_soup.durable import BLOCK, FileWriter, check_space, check_writable, staged
 from mlflow_soup.errors import SpecError, StoreError
 
 SMALL = 2 * BLOCK  # a buffer that tests fill often
@@ -361,3 +361,21 @@ def test_what_cannot_be_swept_does_not_matter(tmp_path):
     with staged(tmp_path / "soup") as folder:
         (folder / "file").touch()
     assert (tmp_path / "soup" / "file").exists()
+
+
+def test_a_folder_that_may_be_written_to_is_left_as_it_is(tmp_path):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "deep" / "down")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to("gone")
+    for name in ("file", "file/below", "nowhere", "/proc/folder"):
+        with pytest.raises(SpecError, match="cannot be written: ") as refused:
+            check_writable(Path(name), "--there")
+        assert refused.value.where == "--there"
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
