@@ -18,7 +18,7 @@ from mlflow_soup import charts, distance, gate, search, tracking
 from mlflow_soup.job import Job, Session
 from mlflow_soup.records import Cell, Difference, Found, Items, Recipe, Score, Table, Trial, Version
 from mlflow_soup.space import Space
-from mlflow_soup.trials import explore, find, look, search_tags
+from mlflow_soup.trials import explore, find, look, scored, search_tags
 
 DRAWS = 10  # of each share of the held-out items
 
@@ -189,12 +189,18 @@ def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
 
 
 def _measure(session: Session, versions: Sequence[Version], run_id: str) -> list[Trial]:
-    """Equally spaced λ from 0 to 1, in the order of λ; those that failed are left out."""
+    """Equally spaced λ from 0 to 1, in the order of λ; those that failed are left out.
+
+    Raises:
+        ObjectiveError: a parent has no finite score.
+    """
     spec = session.spec
     job = session.job(versions, replace(spec, method="grid", alpha=0.0, trials=spec.points))
     title = f"{spec.points} λ of {names_of(versions)}"
     with tracking.open_child(job.client, run_id, title, search_tags(job, title)) as child:
         trials = explore(job, child)
+        for recipe, version in zip(job.space.parents(), versions, strict=True):
+            scored(trials, recipe, str(version))
     return sorted(
         (trial for trial in trials if trial.held_out is not None),
         key=lambda trial: trial.recipe.lam[-1],
