@@ -81,7 +81,7 @@ def span(difference: Difference) -> tuple[float, float, float]:
 def says(difference: Difference) -> str:
     """A difference with its 95 % interval, in words."""
     value, low, high = span(difference)
-    return f"{value:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
+    return f"{value:+z.4f} (95 % interval {low:+z.4f} to {high:+z.4f})"
 
 
 def outside_of(session: Session) -> dict[str, Session]:
@@ -100,7 +100,7 @@ def luck(scores: Sequence[Score]) -> str:
     """What to think of the best of several scores, in words."""
     return (
         f"The best of {len(scores)} scores on the same items is expected to look "
-        f"{gate.optimism(scores):.4f} better than it is."
+        f"{gate.optimism(scores):z.4f} better than it is."
     )
 
 
@@ -140,7 +140,7 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     for apart in range(1, len(versions)):
         those = [gain.value for (i, j), gain in gains.items() if j - i == apart]
         notes.append(
-            f"{apart} apart: gain {fsum(those) / len(those):+.4f} on average, "
+            f"{apart} apart: gain {fsum(those) / len(those):+z.4f} on average, "
             f"{sum(value > gate.ROUNDING for value in those)} of {len(those)} pairs gain."
         )
     label = label_of(found[best].score)
@@ -310,7 +310,7 @@ def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Resul
     lams = [[recipe.lam[-1] for recipe in row] for row in chosen]
     fulls = [[whole[recipe].value for recipe in row] for row in chosen]
     notes = [
-        f"{share:g} of the items: what they choose scores {best - float(np.mean(full)):.4f} below "
+        f"{share:g} of the items: what they choose scores {best - float(np.mean(full)):z.4f} below "
         f"the best of {len(whole)} λ on all items, on average over {DRAWS} draws."
         for share, full in zip(shares, fulls, strict=True)
     ]
