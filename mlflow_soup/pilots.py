@@ -116,20 +116,23 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     for place, job in tqdm(jobs.items(), desc="pairs", unit="pair", disable=None):
         found[place] = run_search(session, job, run_id)
     gains = {place: gain_of(one) for place, one in found.items()}
+    best, *_ = order = sorted(  # the newest first among equals
+        found, key=lambda place: (found[place].score.value, place[1]), reverse=True
+    )
     rows: list[tuple[Cell, ...]] = [
         (
-            *(f"v{v.number}" for v in one.versions),
-            *(str(one.recipe), one.score.value, one.alone[0].value, one.alone[1].value),
+            *(f"v{v.number}" for v in found[place].versions),
+            *(str(found[place].recipe), found[place].score.value),
+            *(score.value for score in found[place].alone),
             *(*span(gains[place]), place[1] - place[0], near.relative(*place)),
         )
-        for place, one in sorted(found.items(), key=lambda item: -item[1].score.value)
+        for place in order
     ]
     columns = ("older", "newer", "λ", "soup", "older alone", "newer alone", "Δ better parent")
     table = Table((*columns, "low", "high", "apart", "relative L2"), tuple(rows), {"soup": True})
     alone = {place[i]: one.alone[i].value for place, one in found.items() for i in (0, 1)}
     scores = {(i, i): value for i, value in alone.items()}
     scores |= {place: one.score.value for place, one in found.items()}
-    best = max(found, key=lambda place: (found[place].score.value, place[1]))
     gains_any = gains[best].value > gate.ROUNDING
     verdict = "Recommended" if gains_any else "The highest, which gains nothing"
     notes = [
