@@ -121,8 +121,6 @@ class Job:
         """Digest of all that decides what is evaluated, but for when it ends."""
         spec, space = self.spec, self.space
         own = {"alpha": space.alpha, "trials": spec.budget}
-        if self.method.needs and spec.fisher_estimator == "empirical":
-            own["seed"] = 0  # nothing is drawn
         knobs = {name: own.get(name, getattr(spec, name)) for name in self.method.knobs}
         if self.method.needs:
             knobs["calibration"] = self.session.calibration.digest

@@ -234,7 +234,7 @@ METHODS = {
     "fisher": Method(
         "every parameter weighted by its diagonal Fisher information (Matena & Raffel 2022)",
         *_fixed(_alike("fisher")),
-        knobs=("fisher_estimator", "seed"),
+        knobs=("fisher_estimator",),
         chooses=False,
         needs="fisher",
     ),
