@@ -28,12 +28,22 @@ def _by_twos(versions: Sequence[Version]) -> list[Sequence[Version]]:
     return [versions[i : i + 2] for i in range(0, len(versions), 2)]
 
 
+def _jobs(session: Session, pair: Sequence[Version]) -> dict[str, Job]:
+    """Name of a method → what it is to do with a pair."""
+    names = session.spec.compared
+    return {name: session.job(pair, replace(session.spec, method=name)) for name in names}
+
+
+def method_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
+    """One of each pair by each method."""
+    return [job for pair in _by_twos(versions) for job in _jobs(session, pair).values()]
+
+
 def _compare(
     session: Session, pair: Sequence[Version], run_id: str
 ) -> dict[str, tuple[Job, Found]]:
     """What every method makes of a pair."""
-    names = session.spec.compared
-    jobs = {name: session.job(pair, replace(session.spec, method=name)) for name in names}
+    jobs = _jobs(session, pair)
     bar = tqdm(jobs.items(), desc=f"methods on {names_of(pair)}", unit="method", disable=None)
     return {name: (job, run_search(session, job, run_id)) for name, job in bar}
 

@@ -107,10 +107,15 @@ def luck(scores: Sequence[Score]) -> str:
 # -- which pairs, how many -------------------------------------------------------------------------
 
 
+def pair_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
+    """One of each pair, by age."""
+    return [session.job(pair) for pair in combinations(versions, 2)]
+
+
 def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     """All pairs, by one method (Fig. 1 and 6)."""
-    places = list(combinations(range(len(versions)), 2))
-    jobs = {place: session.job([versions[i] for i in place]) for place in places}
+    places = combinations(range(len(versions)), 2)
+    jobs = dict(zip(places, pair_jobs(session, versions), strict=True))
     near = distance.measure([session.opened[version].checkpoint for version in versions]).whole
     found: dict[tuple[int, int], Found] = {}
     for place, job in tqdm(jobs.items(), desc="pairs", unit="pair", disable=None):
@@ -151,10 +156,14 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     return Result(f"Pairs by {session.spec.method}", table, figure, notes)
 
 
+def count_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
+    """One of the last 2, 3, 4 … versions each."""
+    return [session.job(versions[-count:]) for count in range(2, len(versions) + 1)]
+
+
 def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     """The last 2, 3, 4 … versions, by one method (Fig. 3)."""
-    jobs = [session.job(versions[-count:]) for count in range(2, len(versions) + 1)]
-    bar = tqdm(jobs, desc="count", unit="soup", disable=None)
+    bar = tqdm(count_jobs(session, versions), desc="count", unit="soup", disable=None)
     found = [run_search(session, job, run_id) for job in bar]
     rows: list[tuple[Cell, ...]] = []
     spans = []
@@ -191,15 +200,20 @@ def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
 # -- which λ ---------------------------------------------------------------------------------------
 
 
+def grid_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
+    """The one of equally spaced λ from 0 to 1."""
+    spec = session.spec
+    return [session.job(versions, replace(spec, method="grid", alpha=0.0, trials=spec.points))]
+
+
 def _measure(session: Session, versions: Sequence[Version], run_id: str) -> list[Trial]:
-    """Equally spaced λ from 0 to 1, in the order of λ; those that failed are left out.
+    """Their trials in the order of λ; those that failed are left out.
 
     Raises:
         ObjectiveError: a parent has no finite score.
     """
-    spec = session.spec
-    job = session.job(versions, replace(spec, method="grid", alpha=0.0, trials=spec.points))
-    title = f"{spec.points} λ of {names_of(versions)}"
+    (job,) = grid_jobs(session, versions)
+    title = f"{session.spec.points} λ of {names_of(versions)}"
     with tracking.open_child(job.client, run_id, title, search_tags(job, title)) as child:
         trials = explore(job, child)
         for recipe, version in zip(job.space.parents(), versions, strict=True):
@@ -323,11 +337,17 @@ def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Resul
     return Result(f"Held-out shares, {names_of(versions)}", table, figure, notes)
 
 
+def alpha_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
+    """A search in each space."""
+    spec = session.spec
+    specs = [replace(spec, method="bayesopt", alpha=end) for end in spec.ends]
+    return [session.job(versions, spec) for spec in specs]
+
+
 def alpha(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     """The search in spaces [α, 1] (Fig. 5)."""
-    spec = session.spec
-    ends = spec.ends
-    jobs = [session.job(versions, replace(spec, method="bayesopt", alpha=end)) for end in ends]
+    jobs = alpha_jobs(session, versions)
+    ends = [job.space.alpha for job in jobs]
     bar = tqdm(jobs, desc="alpha", unit="space", disable=None)
     found = [run_search(session, job, run_id, f"[{job.space.alpha:g}, 1]") for job in bar]
     rows = [

@@ -58,6 +58,7 @@ def knob(
     return field(default=default, metadata=metadata)
 
 
+_STEPS = 10_000  # of λ from 0 to 1
 # whole numbers
 _LEAST = {
     "last": 2,
@@ -313,6 +314,8 @@ class Spec:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise _refuse(name, value, f"a whole number from {least}")
+        if self.points > _STEPS + 1:
+            raise _refuse("points", self.points, f"a whole number up to {_STEPS + 1}: lower it")
         for name in self.compared:
             if name not in METHODS or self.compared.count(name) > 1:
                 rule = f"different ones of {', '.join(METHODS)}"

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow_soup import comparison, lineage, pilots, tables, tracking
 from mlflow_soup.durable import check_writable, on_disk
 from mlflow_soup.errors import SpecError
-from mlflow_soup.job import Session, open_session, settle
+from mlflow_soup.job import Job, Session, open_session, settle
 from mlflow_soup.pilots import Result
 from mlflow_soup.records import Version
 from mlflow_soup.spec import Spec
@@ -25,21 +25,23 @@ class Study:
 
     Attributes:
         named_by: the option that names its versions.
+        jobs: session, versions as they were named → what it will ask for; refuses what cannot be.
         work: session, versions as they were named, study run → result.
     """
 
     named_by: str
+    jobs: Callable[[Session, Sequence[Version]], Sequence[Job]]
     work: Callable[[Session, Sequence[Version], str], Result]
 
 
 STUDIES: Mapping[str, Study] = {
-    "pairs": Study("versions", pilots.pairs),
-    "count": Study("versions", pilots.count),
-    "landscape": Study("pair", pilots.landscape),
-    "heldout": Study("pair", pilots.heldout),
-    "alpha": Study("pair", pilots.alpha),
-    "ood": Study("pairs", comparison.ood),
-    "methods": Study("pairs", comparison.methods),
+    "pairs": Study("versions", pilots.pair_jobs, pilots.pairs),
+    "count": Study("versions", pilots.count_jobs, pilots.count),
+    "landscape": Study("pair", pilots.grid_jobs, pilots.landscape),
+    "heldout": Study("pair", pilots.grid_jobs, pilots.heldout),
+    "alpha": Study("pair", pilots.alpha_jobs, pilots.alpha),
+    "ood": Study("pairs", comparison.method_jobs, comparison.ood),
+    "methods": Study("pairs", comparison.method_jobs, comparison.methods),
 }
 # Which pairs and how many: the paper says greedy, but shows soups below their parents (Fig. 1),
 # which only plain averages can be; and those tell which checkpoints lie near each other.
@@ -84,10 +86,11 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Sequence[Version]]:
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
     session, versions = open_session(client, model, spec, refs, f"--{option}")
-    if not named:
-        return session, versions
-    at = dict(zip(refs, versions, strict=True))
-    return session, [at[ref] for ref in named]
+    if named:
+        at = dict(zip(refs, versions, strict=True))
+        versions = [at[ref] for ref in named]
+    STUDIES[name].jobs(session, versions)
+    return session, versions
 
 
 @tracking.asking("study the versions")
