@@ -43,6 +43,12 @@ STUDIES: Mapping[str, Study] = {
     "ood": Study("pairs", comparison.method_jobs, comparison.ood),
     "methods": Study("pairs", comparison.method_jobs, comparison.methods),
 }
+# option → how to name versions by it
+_NAMING = {
+    "pairs": "one pair or more: --pairs 'v11,v12 v12,v13'",
+    "pair": "older, then newer: --pair v12,v13",
+    "versions": "oldest first: --versions v10,v11,v12,v13, or --last 4",
+}
 # Which pairs and how many: the paper says greedy, but shows soups below their parents (Fig. 1),
 # which only plain averages can be; and those tell which checkpoints lie near each other.
 PILOT = "uniform"
@@ -58,21 +64,22 @@ class Report:
 
 
 def _prepare(name: str, spec: Spec) -> tuple[Session, Sequence[Version]]:
+    if name not in STUDIES:
+        raise SpecError(
+            f"there is no study {name!r}", where="its name", fix=f"one of {', '.join(STUDIES)}"
+        )
     option = STUDIES[name].named_by
+    for other in ("pair", "versions", "last", "pairs"):  # a Spec may hold what no command takes
+        if getattr(spec, other) and other != option and (option, other) != ("versions", "last"):
+            raise SpecError(
+                f"the study {name} takes no --{other}", where=f"--{option}", fix=_NAMING[option]
+            )
     if option == "pairs":
         named = [ref for pair in spec.couples for ref in pair]
     else:
         named = list(spec.parents)
     if not named and not spec.last:
-        raise SpecError(
-            "no versions were named",
-            where=f"--{option}",
-            fix={
-                "pairs": "one pair or more: --pairs 'v11,v12 v12,v13'",
-                "pair": "older, then newer: --pair v12,v13",
-                "versions": "oldest first: --versions v10,v11,v12,v13, or --last 4",
-            }[option],
-        )
+        raise SpecError("no versions were named", where=f"--{option}", fix=_NAMING[option])
     if spec.out:
         check_writable(Path(spec.out))
     if name in ("pairs", "count") and "method" not in spec.named:
