@@ -13,7 +13,7 @@ from mlflow_soup.spec import Spec
 if TYPE_CHECKING:
     from mlflow_soup.pipeline import run
     from mlflow_soup.provenance import merge_checkpoints
-    from mlflow_soup.study import study as run_study
+    from mlflow_soup.study import run_study
     from mlflow_soup.verification import verify
 
 __all__ = ["Outcome", "SoupError", "Spec", "merge_checkpoints", "run", "run_study", "verify"]
@@ -25,10 +25,10 @@ def __getattr__(name: str) -> Any:
         from mlflow_soup import pipeline
 
         return pipeline.run
-    if name == "run_study":  # `study` is the module
+    if name == "run_study":
         from mlflow_soup import study
 
-        return study.study
+        return study.run_study
     if name == "merge_checkpoints":
         from mlflow_soup import provenance
 

@@ -167,9 +167,9 @@ def _add_study(name: str, words: str) -> None:
     def command(**said: Any) -> None:
         spec = _spec(said)
         with _heavy_imports():
-            from mlflow_soup.study import study as work
+            from mlflow_soup.study import run_study
 
-        click.echo(work(name, spec).summary)
+        click.echo(run_study(name, spec).summary)
 
 
 for _name, _words in STUDIES.items():

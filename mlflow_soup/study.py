@@ -101,7 +101,7 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Sequence[Version]]:
 
 
 @tracking.asking("study the versions")
-def study(name: str, spec: Spec) -> Report:
+def run_study(name: str, spec: Spec) -> Report:
     """One of the paper's pilot experiments on registered versions; nothing is registered.
 
     Args:

@@ -22,7 +22,7 @@ from mlflow_soup import Spec, errors, gate, job, objective, pilots, search, tabl
 from mlflow_soup.records import Recipe, Trial
 from mlflow_soup.space import Space
 from mlflow_soup.spec import STUDIES
-from mlflow_soup.study import study
+from mlflow_soup.study import run_study as study
 from test_cli import command
 
 REQUESTS = {
@@ -551,7 +551,7 @@ def test_a_study_that_is_terminated_goes_on_when_it_is_called_again(client, told
     assert len(both) == len({*both.values()}) == 41
     (run,) = all_runs(client, "tags.`soup.role` = 'study' and attributes.status = 'FINISHED'")
     ours = client.download_artifacts(run.info.run_id, "landscape.csv")
-    score = {row["λ"]: row["score"] for row in csv.DictReader(Path(ours).open())}
+    score = {row["λ"]: row["score"] for row in csv.DictReader(Path(ours).read_text().splitlines())}
     for row in read(told[1]["landscape"]):
         assert score[row["λ"]] == row["score"]  # eighths are fortieths, five by five
 

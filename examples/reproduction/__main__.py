@@ -47,7 +47,7 @@ def main(model: str, out: Path, only: tuple[str, ...], limit: int | None) -> Non
         study, asked = EXPERIMENTS[name]
         spec = mlflow_soup.Spec(model=model, limit=limit, out=str(out / name), **asked)
         try:
-            click.echo(mlflow_soup.study(study, spec).summary + "\n")
+            click.echo(mlflow_soup.run_study(study, spec).summary + "\n")
         except mlflow_soup.SoupError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
