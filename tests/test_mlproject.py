@@ -98,6 +98,19 @@ def test_a_refusal_fails_the_project_and_says_so_on_the_run(client):
     assert run.data.tags["soup.gate"] == "refused"
 
 
+def test_a_study_as_a_project_logs_to_the_run_mlflow_made(client):
+    words = ("-e", "study", "-P", "study=landscape", "-P", "pair=v1,v2", "-P", "points=4")
+    done = mlflow_run("local", *words)
+    assert done.returncode == 0, done.stderr
+    assert "Landscape of v1,v2" in done.stdout
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`soup.role` = 'study'")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.project.entryPoint"] == "study"
+    assert run.data.params["cfg.points"] == "4"
+    assert "landscape.csv" in {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("manager", "tool"), [("virtualenv", "pyenv"), ("uv", "uv")])
 def test_the_project_makes_its_own_environment(client, tmp_path, monkeypatch, manager, tool):
