@@ -279,14 +279,12 @@ def find_score(client: MlflowClient, measured: str) -> Known | None:
 
 
 def _read_items(client: MlflowClient, run: Run) -> Score | None:
-    """A trial's score; None where the run that it was taken over from is gone with its items."""
-    source = run.data.tags.get(lineage.ITEMS_RUN)
+    """A trial's score; None where its items are gone, or the run that it took them over from."""
+    source = run.data.tags.get(lineage.ITEMS_RUN, run.info.run_id)
     with tempfile.TemporaryDirectory() as folder:
-        if source is None:
-            return read_score(fetch(client, run.info.run_id, lineage.ITEMS, Path(folder)))
         try:
             return read_score(fetch(client, source, lineage.ITEMS, Path(folder)))
-        except (MlflowException, OSError):
+        except (MlflowException, OSError, ValueError, KeyError, TypeError):  # lost, or damaged
             return None
 
 
