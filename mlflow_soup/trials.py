@@ -57,14 +57,15 @@ def explore(job: Job, run_id: str, *, alone: bool = True) -> list[Trial]:
     parents = [o.checkpoint for o in job.opened]
     links = job.bench.live.link(parents, resident=spec.parents_in == "memory")
     trials: list[Trial] = []
-    history = tracking.read_trials(job.client, job.key)
+    history = {trial.number: trial for trial in tracking.read_trials(job.client, job.key)}
     best, at = float("-inf"), ""
     total = spec.budget if job.method.searches else None
     with tqdm(total=total, desc="search", unit="λ", disable=None, leave=alone) as bar:
         while (recipe := job.method.proceed(space, trials, spec)) is not None:
             # what was evaluated stands; it ends here, however far another request went on
-            trial = history.pop(0) if history else _try(job, run_id, len(trials), recipe, links)
-            trials.append(trial)
+            number = len(trials)
+            trials.append(history.get(number) or _try(job, run_id, number, recipe, links))
+            trial = trials[-1]
             bar.update()
             if trial.held_out is None:
                 if trial.recipe in space.parents():
