@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.api.utils import maybe_delimit
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import env
 
@@ -167,7 +168,7 @@ class Evaluator:
         """Every item with its right answer, as the model reads it; what has none is left out.
 
         Of multiple choice the prompt with the right choice, of documents the document, of generated
-        answers the prompt with the reference.
+        answers the prompt with the reference, the first of several.
         """
         for task in self._suite.loaded["tasks"].values():
             metric = next(iter(task.aggregation()))
@@ -181,10 +182,13 @@ class Evaluator:
                     if gold < 0:
                         continue
                     right = requests[gold]
-                parts = [part for part in right.args if isinstance(part, str)]
+                text = "".join(part for part in right.args if isinstance(part, str))
                 if task.OUTPUT_TYPE == "generate_until":
-                    parts.append(str(task.doc_to_target(right.doc)))
-                yield "".join(parts)
+                    reference = _reference(task, right.doc)
+                    if not reference:
+                        continue
+                    text = maybe_delimit(text, reference, task.config.target_delimiter)
+                yield text
 
     def score(self) -> Score:
         """The mean over terms: the objective (Liu et al. 2024, eq. 3)."""
@@ -242,6 +246,16 @@ class Evaluator:
         )
         total = sum(sizes.values())
         return {name: n / total if by_size else 1.0 / len(sizes) for name, n in sizes.items()}
+
+
+def _reference(task: Any, doc: Any) -> str:
+    """What should be generated, as lm-eval writes it into few-shot examples; empty for nothing."""
+    target = task.doc_to_target(doc)
+    if isinstance(target, list):  # any of them is right
+        target = target[0] if target else ""
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(doc)[target]
+    return str(target)
 
 
 def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:

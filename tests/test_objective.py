@@ -226,3 +226,74 @@ def test_few_shot_prompts_are_those_of_the_lm_eval_command(live, tasks, tmp_path
     )
     prompts = [row["prompt_hash"][:16] for row in theirs["samples"]["shots"]]
     assert [item.split(":")[1] for item in ours.items[0].ids] == prompts
+
+
+# --- texts
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def texts(live, tasks):
+    """What the texts of a suite are."""
+
+    def read(names, **options):
+        suite = load_suite(names, include_path=str(options.pop("folder", tasks)))
+        return list(Evaluator(live, suite, **options).texts())
+
+    return read
+
+
+def test_the_text_of_an_item_is_its_question_with_the_right_choice(texts, tasks):
+    expected = [
+        f"{row['question']} {row['choices'][row['answer']]}"
+        for row in rows_of(tasks / "letters.jsonl")
+    ]
+    assert texts("toy_letters") == texts("toy_letters:acc_norm") == expected
+    assert texts("toy_letters", limit=7) == expected[:7]
+
+
+def test_the_text_of_a_document_is_the_document(texts, tasks):
+    expected = [row["text"] for row in rows_of(tasks / "text.jsonl")]
+    assert texts("toy_digits_bpb:bits_per_byte") == expected
+
+
+def test_the_text_of_a_generated_answer_is_the_prompt_with_the_reference(texts, tasks):
+    found = texts("toy_spelling", limit=5)
+    for text, row in zip(found, rows_of(tasks / "digits.jsonl"), strict=False):
+        assert text == f"{row['question']} {row['choices'][row['answer']]}"
+    assert len(found) == 5
+
+
+def test_a_reference_follows_its_prompt_as_in_few_shot_examples(texts, tasks, tmp_path):
+    config = yaml.safe_load((tasks / "spelling.yaml").read_text())
+    targets = {"plain": "{{choices[answer]}}", "several": "{{[choices[answer], 'other']}}"}
+    targets["none"] = "{{[]}}"
+    for name, target in targets.items():
+        own = config | {"task": name, "doc_to_text": "{{question}}", "doc_to_target": target}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(own))
+    row = rows_of(tasks / "digits.jsonl")[0]
+    expected = f"{row['question']} {row['choices'][row['answer']]}"
+    assert texts("plain", folder=tmp_path, limit=1) == [expected]
+    assert texts("several", folder=tmp_path, limit=1) == [expected]
+    assert texts("none", folder=tmp_path, limit=1) == []
+
+
+def test_an_item_without_one_right_answer_has_no_text(texts, tasks, tmp_path):
+    rows = rows_of(tasks / "letters.jsonl")[:3]
+    rows[1]["answer"] = -100  # as some data sets mark what nobody labelled
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "some"}
+    config["dataset_kwargs"]["data_files"]["validation"] = str(tmp_path / "some.jsonl")
+    (tmp_path / "some.yaml").write_text(yaml.safe_dump(config))
+    expected = [f"{row['question']} {row['choices'][row['answer']]}" for row in rows[::2]]
+    assert texts("some", folder=tmp_path) == expected
+
+
+def test_texts_are_those_of_the_asked_tasks_alone(texts):
+    assert len(texts("toy_all")) == 400
+    held_out, ood = ({*texts(names)} for names in ("toy_letters", "toy_digits,toy_digits_bpb"))
+    assert not held_out & ood
+    assert not set("".join(held_out)) & set(toy.DIGITS)
