@@ -48,6 +48,14 @@ SCHEMA = 1
 MIXINGS = ("linear", "fisher", "regmean")  # how weights enter: only the first can be made again
 KERNEL = "fp32 products and sums, separate, in parent order; one rounding, to nearest even"
 
+_PAPERS = {  # by mixing
+    "linear": 'Liu et al., "Checkpoint Merging via Bayesian Optimization in LLM Pretraining",\n'
+    "arXiv:2403.19390",
+    "fisher": 'Matena & Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv:2111.09832',
+    "regmean": 'Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models",\n'
+    "arXiv:2212.09849",
+}
+
 PASSED, REFUSED = "passed", "refused"
 
 
@@ -210,6 +218,5 @@ tags:
 # {manifest.model or "Soup"}: {" and ".join(f"`{name}`" for name in names)}
 
 {how}: {shares}. Exact weights: `soup_manifest.json`.
-Method: Liu et al., "Checkpoint Merging via Bayesian Optimization in LLM Pretraining",
-arXiv:2403.19390.
+Method: {_PAPERS[manifest.method]}.
 """

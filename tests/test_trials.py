@@ -307,6 +307,9 @@ def test_a_soup_by_statistics_says_so_and_is_verified_but_for_its_making(client,
     assert f"merged by {name}" in card
     assert "0.5 × `models:/toy-llm/1`" in card
     assert "Weighted average" not in card
+    paper = {"fisher": "2111.09832", "regmean": "2212.09849"}[name]
+    assert f"arXiv:{paper}" in card
+    assert "2403.19390" not in card
     findings = {finding.what: finding for finding in verify(version.uri)}
     skipped = [what for what, finding in findings.items() if finding.verdict != "ok"]
     assert skipped == ["merged again"]
