@@ -12,7 +12,7 @@ from mlflow_soup.bench import Bench, Opened, aim, load_suites, open_version, set
 from mlflow_soup.calibration import Calibration, calibrate, read_texts
 from mlflow_soup.compatibility import check_compatible
 from mlflow_soup.errors import SpecError
-from mlflow_soup.methods import METHODS, Method
+from mlflow_soup.methods import METHODS, Method, lattice
 from mlflow_soup.naming import VersionRef
 from mlflow_soup.records import Recipe, Version
 from mlflow_soup.soup import Blend
@@ -200,6 +200,12 @@ class Job:
                 f"--trials {spec.budget} is out of range",
                 where="--trials, or tag soup.trials of the model",
                 fix=f"at least {count + 2}: {count} parents, uniform soup, one more",
+            )
+        if spec.method == "grid" and len(lattice(space, spec.budget)) == count:
+            raise SpecError(
+                f"--trials {spec.budget} leave nothing for a grid but its {count} parents",
+                where="--trials, or tag soup.trials of the model",
+                fix=f"at least {2 * count - 1}",
             )
         known = (*space.start(), *space.ends())
         choice = {*(recipe.lam for recipe in known), *map(tuple, space.candidates().tolist())}
