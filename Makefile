@@ -4,7 +4,7 @@ check:
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest
+	pytest -n auto --dist loadfile
 
 slow:
 	pytest -m slow
