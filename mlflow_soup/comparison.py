@@ -24,19 +24,15 @@ from mlflow_soup.records import Cell, Difference, Found, Recipe, Score, Table, V
 from mlflow_soup.trials import look
 
 
-def _by_twos(versions: Sequence[Version]) -> list[Sequence[Version]]:
-    return [versions[i : i + 2] for i in range(0, len(versions), 2)]
-
-
 def _jobs(session: Session, pair: Sequence[Version]) -> dict[str, Job]:
     """Name of a method → what it is to do with a pair."""
     names = session.spec.compared
     return {name: session.job(pair, replace(session.spec, method=name)) for name in names}
 
 
-def method_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
+def method_jobs(session: Session, pairs: Sequence[Sequence[Version]]) -> list[Job]:
     """One of each pair by each method."""
-    return [job for pair in _by_twos(versions) for job in _jobs(session, pair).values()]
+    return [job for pair in pairs for job in _jobs(session, pair).values()]
 
 
 def _compare(
@@ -48,12 +44,12 @@ def _compare(
     return {name: (job, run_search(session, job, run_id)) for name, job in bar}
 
 
-def ood(session: Session, versions: Sequence[Version], run_id: str) -> Result:
+def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Result:
     """Found on the task itself, or on the held-out tasks: IND and OOD of every method (Table 3)."""
     outside = outside_of(session)
     rows: list[tuple[Any, ...]] = []
     ind, beside = [], []
-    for pair in _by_twos(versions):
+    for pair in pairs:
         for name, (job, found) in _compare(session, pair, run_id).items():
             here, there = [], []
             for task, on in outside.items():
@@ -78,19 +74,19 @@ def ood(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     notes.append(
         "IND soups were found on the out-of-domain items themselves: no evidence for a gate."
     )
-    labels = [f"{row[1]} {row[0]}" if len(versions) > 2 else row[1] for row in rows]
+    labels = [f"{row[1]} {row[0]}" if len(pairs) > 1 else row[1] for row in rows]
     figure = charts.ood(labels, list(outside), ind=ind, ood=beside, label="score")
     return Result("In domain and out of domain", table, figure, notes)
 
 
-def methods(session: Session, versions: Sequence[Version], run_id: str) -> Result:
+def methods(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Result:
     """All methods on all tasks (Tables 1, 2 and 5)."""
     outside = outside_of(session)
     rows: list[tuple[Cell, ...]] = []
     forest: dict[str, dict[str, tuple[float, float, float]]] = {}
     notes = []
     larger: dict[str, bool] = {"held-out": True}
-    for pair in _by_twos(versions):
+    for pair in pairs:
         name_of_pair = names_of(pair)
         compared = _compare(session, pair, run_id)
         job, first = next(iter(compared.values()))

@@ -229,28 +229,46 @@ def settle(spec: Spec, refs: Sequence[VersionRef]) -> tuple[MlflowClient, str, S
 
 
 def open_session(
-    client: MlflowClient, name: str, spec: Spec, refs: Sequence[VersionRef], where: str
-) -> tuple[Session, list[Version]]:
+    client: MlflowClient,
+    name: str,
+    spec: Spec,
+    groups: Sequence[Sequence[VersionRef]],
+    where: str,
+) -> tuple[Session, list[list[Version]]]:
     """Check a request against the store, the tasks and the parents; nothing is touched.
 
     Args:
         client: of the store.
         name: the registered model.
         spec: settled.
-        refs: the versions it names, oldest first; with `spec.last` they are looked up.
+        groups: the versions it names, oldest first, those that are merged together in one group;
+            with `spec.last` they are looked up.
         where: the option that names them, for errors.
 
     Returns:
-        The session, and the versions in the order they were named.
+        The session, and the groups resolved.
 
     Raises:
         SpecError: the request is wrong.
         ParentError: a version is missing, damaged, or unlike another.
     """
     if spec.last:
-        versions = registry.last(client, name, spec.last)
+        resolved = [registry.last(client, name, spec.last)]
     else:
-        versions = [registry.resolve(client, name, ref) for ref in refs]
+        at = {ref: registry.resolve(client, name, ref) for group in groups for ref in group}
+        resolved = [[at[ref] for ref in group] for group in groups]
+        for group, versions in zip(groups, resolved, strict=True):
+            _check_distinct(group, versions, where)
+    suites = load_suites(spec)
+    distinct = dict.fromkeys(version for versions in resolved for version in versions)
+    opened = {version: open_version(client, version) for version in distinct}
+    check_compatible([o.checkpoint for o in opened.values()])
+    bench = set_up(spec, opened[resolved[-1][-1]].checkpoint, suites)
+    return Session(client, spec, name, opened, bench), resolved
+
+
+def _check_distinct(refs: Sequence[VersionRef], versions: Sequence[Version], where: str) -> None:
+    """Refuse a version that was named twice, once by an alias perhaps."""
     for i, version in enumerate(versions):
         if version in versions[:i]:
             raise SpecError(
@@ -258,8 +276,3 @@ def open_session(
                 where=where,
                 fix="name different versions",
             )
-    suites = load_suites(spec)
-    opened = {version: open_version(client, version) for version in versions}
-    check_compatible([o.checkpoint for o in opened.values()])
-    bench = set_up(spec, opened[versions[-1]].checkpoint, suites)
-    return Session(client, spec, name, opened, bench), versions

@@ -98,9 +98,14 @@ def parse_pairs(text: str) -> tuple[tuple[VersionRef, ...], ...]:
     """`v11,v12 v12,v13`: one pair or more, as `parse_pair` reads them.
 
     Raises:
-        SpecError: one of them is no pair.
+        SpecError: one of them is no pair, or is named twice.
     """
-    return tuple(parse_pair(part, "--pairs") for part in text.split())
+    pairs = tuple(parse_pair(part, "--pairs") for part in text.split())
+    if len(set(pairs)) < len(pairs):
+        raise SpecError(
+            f"{text!r} names a pair twice", where="--pairs", fix="name each once: 'v11,v12 v12,v13'"
+        )
+    return pairs
 
 
 def _parse_refs(text: str, where: str) -> tuple[VersionRef, ...]:

@@ -238,7 +238,7 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
             fix="drop one of them",
         )
     where = "--pair" if spec.pair else "--versions"
-    session, versions = open_session(client, name, spec, spec.parents, where)
+    session, (versions,) = open_session(client, name, spec, [spec.parents], where)
     job = session.job(versions)
     return job, open_rivals(client, name, spec, job.opened)
 

@@ -7,6 +7,7 @@ short goes on.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 
@@ -15,7 +16,6 @@ from mlflow_soup.durable import check_writable, on_disk
 from mlflow_soup.errors import SpecError
 from mlflow_soup.job import Job, Session, open_session, settle
 from mlflow_soup.pilots import Result
-from mlflow_soup.records import Version
 from mlflow_soup.spec import Spec
 
 
@@ -25,13 +25,13 @@ class Study:
 
     Attributes:
         named_by: the option that names its versions.
-        jobs: session, versions as they were named → what it will ask for; refuses what cannot be.
-        work: session, versions as they were named, study run → result.
+        jobs: session, versions or pairs → what it will ask for; refuses what cannot be.
+        work: session, versions or pairs, study run → result.
     """
 
     named_by: str
-    jobs: Callable[[Session, Sequence[Version]], Sequence[Job]]
-    work: Callable[[Session, Sequence[Version], str], Result]
+    jobs: Callable[[Session, Any], Sequence[Job]]
+    work: Callable[[Session, Any, str], Result]
 
 
 STUDIES: Mapping[str, Study] = {
@@ -63,7 +63,7 @@ class Report:
     summary: str
 
 
-def _prepare(name: str, spec: Spec) -> tuple[Session, Sequence[Version]]:
+def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
     if name not in STUDIES:
         raise SpecError(
             f"there is no study {name!r}", where="its name", fix=f"one of {', '.join(STUDIES)}"
@@ -74,30 +74,24 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Sequence[Version]]:
             raise SpecError(
                 f"the study {name} takes no --{other}", where=f"--{option}", fix=_NAMING[option]
             )
-    if option == "pairs":
-        named = [ref for pair in spec.couples for ref in pair]
-    else:
-        named = list(spec.parents)
-    if not named and not spec.last:
+    groups = spec.couples if option == "pairs" else (spec.parents,)
+    if not any(groups) and not spec.last:
         raise SpecError("no versions were named", where=f"--{option}", fix=_NAMING[option])
     if spec.out:
         check_writable(Path(spec.out))
     if name in ("pairs", "count") and "method" not in spec.named:
         spec = Spec(**{knob: getattr(spec, knob) for knob in spec.named}, method=PILOT)
-    refs = list(dict.fromkeys(named))
-    client, model, spec = settle(spec, refs)
+    client, model, spec = settle(spec, [ref for group in groups for ref in group])
     if name == "ood" and not spec.ood_tasks:
         raise SpecError(
             "there are no out-of-domain tasks to look at",
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
-    session, versions = open_session(client, model, spec, refs, f"--{option}")
-    if named:
-        at = dict(zip(refs, versions, strict=True))
-        versions = [at[ref] for ref in named]
-    STUDIES[name].jobs(session, versions)
-    return session, versions
+    session, resolved = open_session(client, model, spec, groups, f"--{option}")
+    subject = resolved if option == "pairs" else resolved[0]
+    STUDIES[name].jobs(session, subject)
+    return session, subject
 
 
 @tracking.asking("study the versions")
@@ -113,7 +107,7 @@ def run_study(name: str, spec: Spec) -> Report:
         ParentError: a version is missing, damaged, or unlike another.
         ObjectiveError: a version has no finite score.
     """
-    session, versions = _prepare(name, spec)
+    session, subject = _prepare(name, spec)
     tags = {
         "mlflow.runName": f"study {name} of {session.name}",
         lineage.ROLE: "study",
@@ -123,7 +117,7 @@ def run_study(name: str, spec: Spec) -> Report:
         said = {f"cfg.{f.name}": getattr(session.spec, f.name) for f in fields(session.spec)}
         params = {k: v for k, v in said.items() if v not in ("", None)}
         tracking.log(session.client, run_id, params=params)
-        result = STUDIES[name].work(session, versions, run_id)
+        result = STUDIES[name].work(session, subject, run_id)
         return Report(result, run_id, _tell(session.client, run_id, name, result, session.spec))
 
 

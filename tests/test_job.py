@@ -19,7 +19,7 @@ def prepare(**said):
     """The job of a request, as the main job makes it; on few items."""
     spec = Spec(**{"limit": 20, **said})
     client, name, settled = settle(spec, spec.parents)
-    session, versions = open_session(client, name, settled, spec.parents, "--versions")
+    session, (versions,) = open_session(client, name, settled, [spec.parents], "--versions")
     return session.job(versions)
 
 
@@ -186,6 +186,15 @@ def test_one_version_under_two_names_is_none_to_merge(client):
     what, where, fix = refused(client, "--versions", "@live,v2", "--method", "uniform")
     assert what == "@live and v2 are the same version, toy-llm v2"
     assert (where, fix) == ("--versions", "name different versions")
+
+
+def test_pairs_may_share_a_version_under_any_name(client):
+    client.set_registered_model_alias(MODEL, "live", "2")
+    spec = Spec(pairs="v1,v2 @live,v3", limit=20)
+    refs = [ref for pair in spec.couples for ref in pair]
+    session, pairs = open_session(*settle(spec, refs), spec.couples, "--pairs")
+    assert [[version.number for version in pair] for pair in pairs] == [[1, 2], [2, 3]]
+    assert [version.number for version in session.opened] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["fisher", "regmean"])

@@ -202,7 +202,10 @@ RANGES = {
     "stop": ([0.0, 0.05, 3.0], [-0.01, float("inf"), float("nan")]),
     "parents_in": (["mmap", "memory"], ["disk", ""]),
     "last": ([None, 2, 20], [1, 0, -3]),
-    "pairs": (["", "v1,v2", "v1,v2  @champion,3"], ["v1", "v1,v2 v3", "v1,v1"]),
+    "pairs": (
+        ["", "v1,v2", "v1,v2  @champion,3"],
+        ["v1", "v1,v2 v3", "v1,v1", "v1,v2 1,2"],
+    ),
     "method": (["bayesopt", "greedy", "fisher", "best"], ["", "slerp", "Greedy"]),
     "methods": (["greedy", "best,fisher"], ["", "greedy,greedy", "slerp", "greedy,"]),
     "greedy_tie": (["add", "drop"], ["", "keep"]),

@@ -152,7 +152,7 @@ def measure(told):
         mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
         spec = Spec(model=MODEL, versions="v1,v2,v3")
         client, model, spec = job.settle(spec, spec.parents)
-        session, versions = job.open_session(client, model, spec, spec.parents, "")
+        session, (versions,) = job.open_session(client, model, spec, [spec.parents], "")
 
     def measure(weights):
         parents = [session.opened[versions[int(v[1:]) - 1]].checkpoint for v in weights]

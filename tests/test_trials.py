@@ -84,7 +84,7 @@ def session(every):
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
         mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
         spec = Spec(versions="v1,v2", **GOOD)
-        return open_session(*settle(spec, spec.parents), spec.parents, "--versions")[0]
+        return open_session(*settle(spec, spec.parents), [spec.parents], "--versions")[0]
 
 
 def rescored(client, session, version):
