@@ -40,7 +40,8 @@ def read_texts(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+            texts = [row["text"] for row in rows]
         else:
             texts = content.split("\n\n")
     except OSError as error:
@@ -48,7 +49,8 @@ def read_texts(path: Path) -> list[str]:
         raise SpecError(f"{path} cannot be read: {error.strerror}", where=where, fix=fix) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecError(
-            f"{path} is not calibration text: {type(error).__name__}: {error}",
+            f"{path} is not calibration text: "
+            + ("a row has no field text" if isinstance(error, KeyError) else str(error)),
             where=where,
             fix='write rows {"text": "…"} into a .jsonl file, or UTF-8 text into any other',
         ) from error

@@ -300,17 +300,21 @@ def verify(ctx: click.Context, soup: str) -> None:
     with _heavy_imports():
         from mlflow_soup import verification
 
-    verdicts = set()
+    verdicts, again = set(), False
     for finding in verification.verify(soup):
         first, *others = finding.details
         click.echo(_printable(f"{finding.verdict:<8}  {finding.what}: {first}"))
         for line in others:
             click.echo(_printable(f"{'':<10}{line}"))
         verdicts.add(finding.verdict)
+        again = (finding.what, finding.verdict) == ("merged again", "ok")  # what comes last
     if "MISMATCH" in verdicts:
         click.echo(f"{soup}: NOT what its manifest says")
         ctx.exit(3)
     if "missing" in verdicts:
         click.echo(f"{soup}: not verified, a parent is missing")
         ctx.exit(4)
-    click.echo(f"{soup}: verified")
+    if not again:
+        click.echo(f"{soup}: files, tags and parents are as recorded; it was not mixed again")
+    else:
+        click.echo(f"{soup}: verified")

@@ -14,6 +14,7 @@ from mlflow_soup.pilots import (
     Result,
     gain_of,
     label_of,
+    luck,
     names_of,
     outside_of,
     run_search,
@@ -71,6 +72,7 @@ def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Re
     for row in rows:
         totals.setdefault(row[1], []).append(row[-1])
     notes = [f"{name}: total |IND − OOD| {np.mean(gaps):.4f}." for name, gaps in totals.items()]
+    notes.append("Methods that read no items, as uniform, cannot differ; |Δ| has its task's units.")
     notes.append(
         "IND soups were found on the out-of-domain items themselves: no evidence for a gate."
     )
@@ -112,7 +114,9 @@ def methods(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -
         forest[name_of_pair] = {
             name: span(gain) for name, _, _, gain, _ in entries if gain is not None
         }
-        notes += _standing(name_of_pair, [(name, f.score) for name, (_, f) in compared.items()])
+        searches = [search for _, search in compared.values()]
+        notes += _standing(name_of_pair, [(f.method, f.score) for f in searches])
+        notes.append(f"{name_of_pair}: {luck(searches)}")
     columns = ("pair", "model", "λ", *larger, "Δ better parent", "low", "high", "evaluations")
     figure = charts.methods(forest, label_of(first.score))
     table = Table(columns, tuple(rows), larger, group="pair")

@@ -29,6 +29,11 @@ TOKENIZER_FILES = (
 _ABSENT = "absent"
 
 
+def function_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of config.json decides what the model computes."""
+    return {key: value for key, value in config.items() if key not in CONFIG_MAY_DIFFER}
+
+
 def _digest_of(path: Path) -> str:
     return f"sha256 {of_file(path)[:12]}" if path.is_file() else _ABSENT
 

@@ -38,7 +38,9 @@ def _paired_task(ours: Items, theirs: Items) -> Difference:
     shares = np.array(ours.shares)
     count = len(difference)
     value = math.fsum(shares * difference)
-    if {*ours.values, *theirs.values} <= {0.0, 1.0}:
+    if any(ours.log_likelihoods) and ours.log_likelihoods == theirs.log_likelihoods:
+        variance = 0.0  # one model in all it says
+    elif {*ours.values, *theirs.values} <= {0.0, 1.0}:
         # right or wrong: one item more won and one more lost, so that few items without a
         # discordant pair do not look like certainty (Bonett & Price 2012, J. Educ. Behav. Stat. 37)
         won, lost = (difference > 0).sum() + 1.0, (difference < 0).sum() + 1.0

@@ -1,5 +1,6 @@
 """A request found sound: versions opened, tasks frozen, and one key of all that decides on it."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from mlflow_soup import lineage, registry, statistics, tracking
 from mlflow_soup.bench import Bench, Opened, aim, load_suites, open_version, set_up
 from mlflow_soup.calibration import Calibration, calibrate, read_texts
 from mlflow_soup.compatibility import check_compatible
+from mlflow_soup.durable import check_writable
 from mlflow_soup.errors import SpecError
 from mlflow_soup.methods import METHODS, Method, lattice
 from mlflow_soup.naming import VersionRef
@@ -18,6 +20,13 @@ from mlflow_soup.records import Recipe, Version
 from mlflow_soup.soup import Blend
 from mlflow_soup.space import Space
 from mlflow_soup.spec import MOST, Spec
+
+logger = logging.getLogger("mlflow_soup")
+
+
+def _plain(text: str) -> str:
+    """A text whatever its white space."""
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,11 @@ class Session:
             texts = list(bench.held_out.texts())
         else:
             texts = read_texts(Path(spec.calibration))
-            if bench.ood is not None and (seen := {*texts} & {*bench.ood.texts()}):
+            read = _plain("\n".join(texts))
+            seen = bench.ood is not None and sum(_plain(t) in read for t in bench.ood.texts())
+            if seen:
                 raise SpecError(
-                    f"{len(seen)} out-of-domain items are in the calibration text",
+                    f"{seen} out-of-domain items are in the calibration text",
                     where=f"--calibration {spec.calibration}",
                     fix="the gate must judge on items that no method saw: drop them",
                 )
@@ -186,6 +197,7 @@ class Job:
         spec, space, count = self.spec, self.space, len(self.opened)
         if self.method.needs:
             self.key  # noqa: B018  # reads the text
+            check_writable(registry.cache_folder() / "statistics", registry.CACHE_ENV)
         if not self.method.searches:
             return
         if count > MOST:
@@ -259,6 +271,7 @@ def open_session(
         resolved = [[at[ref] for ref in group] for group in groups]
         for group, versions in zip(groups, resolved, strict=True):
             _check_distinct(group, versions, where)
+            _check_order(client, versions, where)
     suites = load_suites(spec)
     distinct = dict.fromkeys(version for versions in resolved for version in versions)
     opened = {version: open_version(client, version) for version in distinct}
@@ -276,3 +289,17 @@ def _check_distinct(refs: Sequence[VersionRef], versions: Sequence[Version], whe
                 where=where,
                 fix="name different versions",
             )
+
+
+def _check_order(client: MlflowClient, versions: Sequence[Version], where: str) -> None:
+    """Say aloud that checkpoints were not named by age; of soups, numbers say nothing."""
+    by_age = sorted(versions, key=lambda version: version.number)
+    if list(versions) == by_age or any(
+        lineage.DIGEST in registry.tags_of(client, version) for version in versions
+    ):
+        return
+    said, meant = (",".join(f"v{v.number}" for v in group) for group in (versions, by_age))
+    logger.warning(
+        "%s %s is not by age: λ weighs the last one, v%d. Did you mean %s %s?",
+        *(where, said, versions[-1].number, where, meant),
+    )

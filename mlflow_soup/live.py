@@ -203,6 +203,7 @@ class LiveModel:
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
         model = _load(checkpoint)
         self.places, self.tied = _locate(model, checkpoint)
+        self.config = checkpoint.config
         self.model = model.to(_device(device)).eval()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(

@@ -6,6 +6,7 @@ the trials, so whatever was cut short goes on from what MLflow remembers of it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import comb
 
 import numpy as np
@@ -16,6 +17,7 @@ from mlflow_soup.records import Recipe, Score, Trial
 from mlflow_soup.space import Array, Space
 from mlflow_soup.spec import Spec
 
+DRAWS = 1000  # until one is new
 Proceed = Callable[[Space, Sequence[Trial], Spec], Recipe | None]
 Choose = Callable[[Space, Sequence[Trial], Spec], Recipe]
 
@@ -163,7 +165,8 @@ def _stirred(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
     return _stir(space, trials, spec.greedy_tie)[0]
 
 
-def lattice(space: Space, most: int) -> list[Recipe]:
+@lru_cache(maxsize=32)
+def lattice(space: Space, most: int) -> tuple[Recipe, ...]:
     """The parents and the finest regular grid over the feasible weights, `most` recipes in all.
 
     For a pair equal steps of λ from α to 1, for n parents the lattice of weights k/m, Σ k = m, on
@@ -172,7 +175,8 @@ def lattice(space: Space, most: int) -> list[Recipe]:
     parents, count = list(space.parents()), space.count
     found = parents
     # that it fits can be told before it is made: at most all corners are parents
-    for steps in range(1, most + 1):
+    first = max(most - 2, 1) if count == 2 else 1  # of a pair, two counts can be the finest
+    for steps in range(first, most + 1):
         if comb(steps + count - 1, count - 1) > most:
             break
         corner = np.eye(count)[-1]
@@ -184,7 +188,7 @@ def lattice(space: Space, most: int) -> list[Recipe]:
         if len(together) > most:
             break
         found = together
-    return found
+    return tuple(found)
 
 
 def _compositions(total: int, parts: int) -> list[tuple[int, ...]]:
@@ -205,11 +209,12 @@ def _draw(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
     known = [trial.recipe for trial in trials]
     random = np.random.default_rng([spec.seed, len(trials)])
     corner: Array = np.eye(space.count)[-1]
-    while True:
+    for _ in range(DRAWS):
         share = random.dirichlet(np.ones(space.count))
         recipe = space.recipe(space.alpha * corner + (1.0 - space.alpha) * share)
         if recipe not in known and space.feasible(recipe):
             return recipe
+    return None  # hardly anything is left
 
 
 METHODS = {

@@ -100,6 +100,13 @@ def parse_pairs(text: str) -> tuple[tuple[VersionRef, ...], ...]:
     Raises:
         SpecError: one of them is no pair, or is named twice.
     """
+    for part in text.split():
+        if len([ref for ref in part.split(",") if ref.strip()]) != 2:
+            raise SpecError(
+                f"{part!r} is no pair",
+                where="--pairs",
+                fix="two versions by a comma, pairs by spaces, in quotes: 'v11,v12 v12,v13'",
+            )
     pairs = tuple(parse_pair(part, "--pairs") for part in text.split())
     if len(set(pairs)) < len(pairs):
         raise SpecError(

@@ -24,6 +24,7 @@ from lm_eval.api.utils import maybe_delimit
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import env
 
+from mlflow_soup.compatibility import function_of
 from mlflow_soup.errors import NonFiniteError, ObjectiveError
 from mlflow_soup.live import LiveModel, quiet
 from mlflow_soup.prepared import FrozenLM, PreparedLM
@@ -128,6 +129,9 @@ class Evaluator:
     def _fingerprint(self) -> str:
         # the batch size as it was asked for: what memory was free must not make it another search
         settings = self.settings() | {"batch_size": self._batch_size}
+        # equal tensors are another model under another config, and equal text other tokens
+        settings["model"] = function_of(self._live.config)
+        settings["tokenizer"] = sorted(self._live.tokenizer.get_vocab().items())
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for term in self._suite.terms:
             digest.update(str(term).encode())

@@ -4,7 +4,7 @@ Which pairs, how many parents, which λ, on how many items, in which space. What
 scored before is not scored again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from math import fsum
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from mlflow_soup import charts, distance, gate, search, tracking
+from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.job import Job, Session
 from mlflow_soup.records import Cell, Difference, Found, Items, Recipe, Score, Table, Trial, Version
 from mlflow_soup.space import Space
@@ -96,11 +97,17 @@ def label_of(score: Score) -> str:
     return "held-out score: " + ", ".join(dict.fromkeys(m.task for m in score.metrics))
 
 
-def luck(scores: Sequence[Score]) -> str:
-    """What to think of the best of several scores, in words."""
+def luck(found: Iterable[Found]) -> str:
+    """What to think of the best of all that some searches have scored, in words."""
+    scores = [t.held_out for one in found for t in one.trials if t.held_out is not None]
+    # parents, and what several have scored, count once
+    return _luck(list({(s.value, *(i.values for i in s.items)): s for s in scores}.values()))
+
+
+def _luck(scores: Sequence[Score]) -> str:
     return (
         f"The best of {len(scores)} scores on the same items is expected to look "
-        f"{gate.optimism(scores):z.4f} better than it is."
+        f"{gate.optimism(scores):.4f} better than it is; the intervals do not allow for that."
     )
 
 
@@ -118,8 +125,14 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     jobs = dict(zip(places, pair_jobs(session, versions), strict=True))
     near = distance.measure([session.opened[version].checkpoint for version in versions]).whole
     found: dict[tuple[int, int], Found] = {}
+    failed: list[ObjectiveError] = []
     for place, job in tqdm(jobs.items(), desc="pairs", unit="pair", disable=None):
-        found[place] = run_search(session, job, run_id)
+        try:
+            found[place] = run_search(session, job, run_id)
+        except ObjectiveError as error:  # of one version; the other pairs are as good as before
+            failed.append(error)
+    if not found:
+        raise failed[0]
     gains = {place: gain_of(one) for place, one in found.items()}
     best, *_ = order = sorted(  # the newest first among equals
         found, key=lambda place: (found[place].score.value, place[1]), reverse=True
@@ -138,15 +151,20 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     alone = {place[i]: one.alone[i].value for place, one in found.items() for i in (0, 1)}
     scores = {(i, i): value for i, value in alone.items()}
     scores |= {place: one.score.value for place, one in found.items()}
-    gains_any = gains[best].value > gate.ROUNDING
-    verdict = "Recommended" if gains_any else "The highest, which gains nothing"
+    singles = [score for one in found.values() for score in one.alone]
+    single = singles[gate.better(singles)]
+    ahead = gate.paired(found[best].score, single)
+    verdict = "Recommended" if ahead.value > gate.ROUNDING else "Highest, but no version is beaten"
     notes = [
         f"{verdict}: {names_of(found[best].versions)}, {found[best].score.value:.4f}; "
-        f"{says(gains[best])} against the better parent.",
-        luck([one.score for one in found.values()]),
+        f"{says(gains[best])} against its better parent, {says(ahead)} against the best version.",
+        luck(found.values()),
+        *dict.fromkeys(f"Left out: {error.what}, {error.where}." for error in failed),
     ]
     for apart in range(1, len(versions)):
         those = [gain.value for (i, j), gain in gains.items() if j - i == apart]
+        if not those:
+            continue
         notes.append(
             f"{apart} apart: gain {fsum(those) / len(those):+z.4f} on average, "
             f"{sum(value > gate.ROUNDING for value in those)} of {len(those)} pairs gain."
@@ -193,7 +211,7 @@ def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
         f"{says(gate.paired(one.score, found[0].score))}."
         for one in found[1:]
     ]
-    notes.append(luck([one.score for one in found]))
+    notes.append(luck(found))
     return Result(f"How many parents, by {session.spec.method}", table, figure, notes)
 
 
@@ -248,7 +266,7 @@ def landscape(session: Session, versions: Sequence[Version], run_id: str) -> Res
         f"{100 * won / len(lam):.0f} % of λ from 0 to 1 ({won} of {len(lam)}) beat the better "
         f"parent, v{versions[better].number}; {sure} of them with 95 % confidence each.",
         f"The highest is λ = {lam[best]:g}: {says(against[best])} against it.",
-        luck(scores),
+        _luck(scores),
     ]
     figure = charts.landscape(
         _both(versions),
@@ -363,6 +381,7 @@ def alpha(session: Session, versions: Sequence[Version], run_id: str) -> Result:
         for i in range(len(ends))
         if i != best
     ]
+    notes.append(luck(found))
     figure = charts.alpha(
         _both(versions),
         sorted(points),

@@ -318,8 +318,11 @@ class Spec:
             raise _refuse("points", self.points, f"a whole number up to {_STEPS + 1}: lower it")
         for name in self.compared:
             if name not in METHODS or self.compared.count(name) > 1:
-                rule = f"different ones of {', '.join(METHODS)}"
-                raise _refuse("methods", self.methods, rule)
+                raise SpecError(
+                    f"{name!r} is named twice" if name in METHODS else f"{name!r} is no method",
+                    where="--methods",
+                    fix=f"different ones, comma-separated: {','.join(METHODS)}",
+                )
         if self.calibration and not Path(self.calibration).is_file():
             raise SpecError(
                 f"there is no file {self.calibration}",

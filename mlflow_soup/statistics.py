@@ -21,6 +21,8 @@ from torch import Tensor
 from mlflow_soup import averaging
 from mlflow_soup.calibration import Calibration
 from mlflow_soup.checkpoint import Checkpoint
+from mlflow_soup.compatibility import function_of
+from mlflow_soup.digests import of_file
 from mlflow_soup.durable import on_disk, staged
 from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.live import LiveModel
@@ -101,7 +103,8 @@ def measure(
     recipe = {"estimator": estimator, "seed": seed * (estimator == "sampled")}
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     asked = [_FORMAT, digest, calibration.digest, recipe if kind == "fisher" else {}, versions]
-    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    asked.append(function_of(parent.config))
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     place = Path(folder, f"{kind}-{key[:32]}")
     known = _open(place)
     if known is not None:
@@ -116,7 +119,7 @@ def measure(
             about = KINDS[kind](live, parent, calibration, partial / _TENSORS, recipe)
             with on_disk(partial / _ABOUT):
                 content = {"kind": kind, "tokens": calibration.tokens, "turned": [], "mean": 0.0}
-                content |= about
+                content |= about | {"sha256": of_file(partial / _TENSORS)}
                 (partial / _ABOUT).write_text(json.dumps(content), encoding="utf-8")
     except SpecError:  # another was quicker, or it cannot be written there
         if _open(place) is None:
@@ -130,6 +133,8 @@ def _open(place: Path) -> Statistics | None:
     """What lies in the cache; None if nothing does, or it is damaged."""
     try:
         about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
+        if of_file(place / _TENSORS) != about["sha256"]:
+            return None
         tensors = mapped(place / _TENSORS)
         if not tensors.keys() >= {*about["places"].values()}:
             return None

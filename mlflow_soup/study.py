@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-
 from mlflow_soup import comparison, lineage, pilots, tables, tracking
 from mlflow_soup.durable import check_writable, on_disk
 from mlflow_soup.errors import SpecError
@@ -118,13 +116,26 @@ def run_study(name: str, spec: Spec) -> Report:
         params = {k: v for k, v in said.items() if v not in ("", None)}
         tracking.log(session.client, run_id, params=params)
         result = STUDIES[name].work(session, subject, run_id)
-        return Report(result, run_id, _tell(session.client, run_id, name, result, session.spec))
+        return Report(result, run_id, _tell(session, run_id, name, result))
 
 
-def _tell(client: MlflowClient, run_id: str, name: str, result: Result, spec: Spec) -> str:
+def _about(session: Session) -> str:
+    """What the numbers of a study are of, in a sentence."""
+    spec, suite = session.spec, session.bench.suites[0]
+    items = f", the first {spec.limit} items of each task" if spec.limit else ""
+    tasks = ", ".join(map(str, suite.terms))
+    return (
+        f"Model {session.name}; held-out: {tasks}{items}. Best in bold (here *); low and high: "
+        "95 % paired interval of Δ."
+    )
+
+
+def _tell(session: Session, run_id: str, name: str, result: Result) -> str:
     """Table, figure and words: into the run, and into a folder if one was named."""
+    client, spec = session.client, session.spec
+    about = _about(session)
     notes = "\n".join(f"- {note}" for note in result.notes)
-    text = f"# {result.title}\n\n{tables.markdown(result.table)}\n\n{notes}\n"
+    text = f"# {result.title}\n\n{about}\n\n{tables.markdown(result.table)}\n\n{notes}\n"
     files = {f"{name}.csv": tables.csv(result.table), f"{name}.md": text}
     for file, content in files.items():
         client.log_text(run_id, content, file)
@@ -141,4 +152,4 @@ def _tell(client: MlflowClient, run_id: str, name: str, result: Result, spec: Sp
                 (folder / file).write_text(content, encoding="utf-8")
             result.figure.savefig(folder / f"{name}.png", dpi=150)
         look.append(f"files: {folder / name}.csv, .md and .png")
-    return "\n".join([result.title, tables.text(result.table), *result.notes, *look])
+    return "\n".join([result.title, about, tables.text(result.table), *result.notes, *look])

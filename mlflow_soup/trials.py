@@ -120,6 +120,8 @@ def _try(job: Job, run_id: str, number: int, recipe: Recipe, links: Sequence[Lin
         with tracking.open_child(client, run_id, recipe.label, tags) as child:
             score = _score(job, child, recipe, links, bench.held_out)
     except NonFiniteError as error:  # it would be so again; anything else ends the run
+        if recipe.method != "linear":
+            raise  # with other statistics it might not
         logger.warning("%s failed: %s", recipe.label, error.what)
         tracking.log(client, child, tags={lineage.FAILED: error.what[:5000]})
         return Trial(number, recipe, None, child)

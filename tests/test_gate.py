@@ -98,6 +98,14 @@ def test_answers_that_all_agree_leave_a_doubt_of_root_two_in_n_plus_two():
         assert difference.stderr == pytest.approx(math.sqrt(2) / (count + 2))
 
 
+def test_what_says_the_same_of_every_choice_is_one_model_without_a_doubt():
+    said = tuple((-1.0 - i, -2.0) for i in range(4))
+    ours = replace(task([1, 0, 1, 1]), log_likelihoods=said)
+    assert paired(score(ours), score(ours)) == Difference(0.0, 0.0, 4)
+    other = replace(ours, log_likelihoods=(*said[:3], (-9.0, -2.0)))
+    assert paired(score(ours), score(other)).stderr > 0.1
+
+
 def test_one_item_of_another_kind_says_nothing():
     assert paired(score(task([0.3])), score(task([0.1]))).stderr == math.inf
 

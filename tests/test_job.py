@@ -215,6 +215,23 @@ def test_one_item_out_of_domain_is_enough(client, tmp_path):
     assert what == "1 out-of-domain items are in the calibration text"
 
 
+def test_white_space_hides_no_item_out_of_domain(client, tmp_path):
+    items = toy._choice_items(toy.DIGITS, 3, 2)
+    lines = [f"{i['question']}   {i['choices'][i['answer']]}" for i in items]
+    path = tmp_path / "text.txt"
+    path.write_text("\r\n".join(["kam kam", *lines]) + "\n")
+    what, *_ = refused(client, "--pair", "v1,v2", "--method", "fisher", "--calibration", str(path))
+    assert what.startswith("3 out-of-domain items")
+
+
+def test_checkpoints_that_are_not_named_by_age_are_told_aloud(client, caplog):
+    prepare(pair="v2,v1", method="uniform")
+    assert "v2,v1 is not by age: λ weighs the last one, v1. Did you mean" in caplog.text
+    caplog.clear()
+    prepare(pair="v1,v2", method="uniform")
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "words"), [("\n\n\n", "holds no text"), ("k", "no calibration text to speak of")]
 )

@@ -47,12 +47,15 @@ EDGES = {
     "calibration": {"live"},
     "sums": {"durable"},
     "passes": {"checkpoint", "live", "calibration", "sums"},
-    "statistics": {"checkpoint", "durable", "live", "calibration", "sums", "passes"},
+    "statistics": {
+        *("checkpoint", "compatibility", "digests", "durable"),
+        *("live", "calibration", "sums", "passes"),
+    },
     "registry": {"tracking"},
     "tracking": set(),
     "suite": {"live"},
     "prepared": set(),
-    "objective": {"live", "suite", "prepared"},
+    "objective": {"compatibility", "live", "suite", "prepared"},
 }
 REST = (
     "provenance",

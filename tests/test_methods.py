@@ -239,7 +239,7 @@ def test_greedy_is_the_recipe_of_the_paper(drawn, count, tie):
 @given(alpha=st.integers(1, 9_900).map(lambda n: n / 1e4), most=st.integers(4, 40))
 @example(alpha=0.5, most=6)
 def test_a_pairs_grid_is_equally_spaced_from_alpha_to_1(alpha, most):
-    found = lattice(Space.pair(alpha), most)
+    found = list(lattice(Space.pair(alpha), most))
     assert found[:2] == list(Space.pair(alpha).parents())
     assert len(found) == most
     lams = sorted(recipe.lam[-1] for recipe in found[1:])
@@ -253,7 +253,7 @@ def test_a_pairs_grid_from_0_on_has_both_parents_as_its_ends(most):
 
 
 def test_a_pairs_grid_by_hand():
-    found = lattice(Space.pair(0.5), 6)
+    found = list(lattice(Space.pair(0.5), 6))
     assert {recipe.lam[-1] for recipe in found} == {0.0, 0.5, 0.625, 0.75, 0.875, 1.0}
     assert len(found) == 6
 
@@ -263,7 +263,7 @@ def test_a_pairs_grid_by_hand():
 @settings(deadline=None)
 def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
     space = Space.simplex(count, alpha)
-    found = lattice(space, most)
+    found = list(lattice(space, most))
     assert found[:count] == list(space.parents())
     assert len(found) == len({*found}) <= max(most, count)
     # with α = 0 all corners are parents, else only the newest's
@@ -293,7 +293,7 @@ def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
 @settings(deadline=None)
 def test_the_grid_wastes_no_evaluation_on_what_may_not_be_chosen(alpha, count, most):
     space = Space.simplex(count, alpha)
-    found = lattice(space, most)
+    found = list(lattice(space, most))
     assert found[:count] == list(space.parents())
     assert len(found) <= max(most, count)
     assert all(space.feasible(recipe) for recipe in found[count:])
@@ -307,7 +307,7 @@ def test_a_grid_of_three_by_hand():
 
 def test_the_grid_walks_its_lattice():
     space, trials = drive("grid", request(2, trials=7), by_chance(0))
-    assert recipes(trials) == lattice(space, 7)
+    assert recipes(trials) == list(lattice(space, 7))
 
 
 # --- random
@@ -409,3 +409,16 @@ def test_there_is_no_resolution_without_a_merge():
     assert resolution(space, trials) == 0.0
     assert resolution(space, []) == 0.0
     assert resolution(space, [*trials, Trial(2, space.uniform(), None)]) == 0.0
+
+
+def test_random_ends_where_hardly_anything_is_left_to_draw():
+    space, spec = Space.pair(0.9995), Spec(pair="v1,v2", method="random", trials=60)
+    trials = []
+    while (recipe := METHODS["random"].proceed(space, trials, spec)) is not None:
+        trials.append(Trial(len(trials), recipe, Score(0.5, 0.1)))
+    assert 6 < len(trials) <= 8  # two parents and at most six steps of 1e-4
+
+
+def test_a_fine_grid_of_a_pair_is_made_at_once():
+    assert len(lattice(Space.pair(0.0), 10_001)) == 10_001
+    assert len(lattice(Space.pair(0.5), 4_000)) == 4_000

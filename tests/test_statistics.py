@@ -474,12 +474,18 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def flip(path):
+    """The last byte of the data; of JSON, a brace."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def spoil(path):
     path.write_bytes(b"{}" + path.read_bytes()[2:])
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "statistics.json"])
-@pytest.mark.parametrize("damage", [cut, spoil, lambda path: path.unlink()])
+@pytest.mark.parametrize("damage", [cut, spoil, flip, lambda path: path.unlink()])
 def test_what_is_damaged_is_measured_anew(tmp_path, parent, file, damage):
     first = measured("regmean", parent, tmp_path / "cache")
     wanted = {name: tensor.clone() for name, tensor in first.tensors.items()}

@@ -638,8 +638,8 @@ NO_VERSIONS = [
 ]
 WRONG = [
     *NO_VERSIONS,
-    (["methods", "--pairs", "v1"], 2, "--pairs", "name the older, then the newer"),
-    (["ood", "--pairs", "v1,v2 v3"], 2, "--pairs", "name the older, then the newer"),
+    (["methods", "--pairs", "v1"], 2, "--pairs", "pairs by spaces, in quotes"),
+    (["ood", "--pairs", "v1,v2 v3"], 2, "--pairs", "pairs by spaces, in quotes"),
     (["landscape", "--pair", "v1,v2,v3"], 2, "--pair", "name the older, then the newer"),
     (["count", "--versions", "v1"], 2, "--versions", "name them by age"),
     (["pairs", "--last", "1"], 2, "--last", "a whole number from 2"),
@@ -736,7 +736,10 @@ def test_the_command_prints_the_table_and_writes_three_files(store, reports, tmp
         done = command("study", "landscape", *words)
         assert done.returncode == 0, done.stderr
     report = reports["landscape"]
-    assert done.stdout.startswith(f"Landscape of v1,v2\n{tables.text(report.result.table)}\n")
+    title, about, table = done.stdout.split("\n", 2)
+    assert title == "Landscape of v1,v2"
+    assert about.startswith("Model toy-llm; held-out: toy_letters:acc. ")
+    assert table.startswith(f"{tables.text(report.result.table)}\n")
     for note in report.result.notes:
         assert note in done.stdout
     assert "run: http" in done.stdout

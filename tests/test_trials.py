@@ -164,6 +164,22 @@ def test_of_a_parent_and_itself_every_method_makes_that_parent(client, checkpoin
         assert len({*values(outcome).values()}) == 1, name
 
 
+def test_equal_tensors_under_another_config_are_another_model(client, checkpoints, tmp_path):
+    for number, folder in enumerate(checkpoints[:2]):
+        copy = shutil.copytree(folder, tmp_path / f"copy{number}")
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"use_parallel_residual": False}))
+        register(client, copy)
+    for name in ("uniform", "fisher"):
+        first, second = run(name, "v1,v2", limit=20), run(name, "v4,v5", limit=20)
+        labels = [trial.recipe.label for trial in second.trials]
+        # by then the parents are known
+        assert evaluated(client, second) == (labels if name == "uniform" else labels[-1:])
+        assert second.soup.version != first.soup.version
+    places = [path.name for path in (tmp_path / "cache" / "statistics").iterdir()]
+    assert len({*places}) == 4
+
+
 # --- what is taken over
 
 
@@ -317,7 +333,9 @@ def test_a_soup_by_statistics_says_so_and_is_verified_but_for_its_making(client,
     assert f"{name} rests on statistics" in findings["merged again"].details[0]
     done = CliRunner().invoke(main, ["verify", version.uri])
     assert done.exit_code == 0
-    assert done.output.endswith(f"{version.uri}: verified\n")
+    assert done.output.endswith(
+        f"{version.uri}: files, tags and parents are as recorded; it was not mixed again\n"
+    )
 
 
 @pytest.mark.parametrize("name", STATISTICS)
