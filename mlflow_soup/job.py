@@ -55,8 +55,8 @@ class Session:
         else:
             texts = read_texts(Path(spec.calibration))
             read = _plain("\n".join(texts))
-            seen = bench.ood is not None and sum(_plain(t) in read for t in bench.ood.texts())
-            if seen:
+            items = map(_plain, bench.ood.texts()) if bench.ood is not None else ()
+            if seen := sum(item in read for item in items if item):
                 raise SpecError(
                     f"{seen} out-of-domain items are in the calibration text",
                     where=f"--calibration {spec.calibration}",

@@ -144,7 +144,6 @@ def _score(
         with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as folder:
             parents = [o.checkpoint for o in job.opened]
             blend = job.blend(recipe)
-            links = bench.live.link(parents)
             made = soup.write(parents, recipe.lam, Path(folder), digests=False, blend=blend)
             parts = [(digest(made.checkpoint), (1.0).hex())]
             bench.live.set_weights(bench.live.link([made.checkpoint]), [1.0])
