@@ -38,7 +38,8 @@ def _paired_task(ours: Items, theirs: Items) -> Difference:
     shares = np.array(ours.shares)
     count = len(difference)
     value = math.fsum(shares * difference)
-    if any(ours.log_likelihoods) and ours.log_likelihoods == theirs.log_likelihoods:
+    said = [(items.values, items.log_likelihoods) for items in (ours, theirs)]
+    if any(ours.log_likelihoods) and said[0] == said[1]:
         variance = 0.0  # one model in all it says
     elif {*ours.values, *theirs.values} <= {0.0, 1.0}:
         # right or wrong: one item more won and one more lost, so that few items without a
