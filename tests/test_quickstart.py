@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "26", "--items", "60", "--trials", "4"]
 
 
-def quickstart(tmp_path, *words):
+def quickstart(tmp_path, *words, example="quickstart"):
     """`python examples/quickstart` on a store of its own; nothing of it depends on this process."""
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     env.pop("MLFLOW_EXPERIMENT_ID", None)  # where another test's set_experiment left it
-    command = [sys.executable, str(ROOT / "examples" / "quickstart"), *words]
+    command = [sys.executable, str(ROOT / "examples" / example), *words]
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
@@ -47,6 +47,13 @@ def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice
     assert "has its 13 versions already" in again.stdout
     assert "was registered before as models:/quickstart-llm/14" in again.stdout
     assert len(client.search_model_versions("name='quickstart-llm'")) == 14
+
+    words = ("--only", "landscape-early", "--limit", "8")
+    studied = quickstart(tmp_path, *words, example="reproduction")
+    assert studied.returncode == 0, studied.stderr
+    assert "Landscape of v3,v4" in studied.stdout
+    results = tmp_path / "reproduction" / "landscape-early"
+    assert {file.suffix for file in results.iterdir()} == {".csv", ".md", ".png"}
 
     other = quickstart(tmp_path, *QUICK, "--seed", "1")
     assert other.returncode == 1
