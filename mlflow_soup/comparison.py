@@ -42,7 +42,7 @@ def _compare(
     """What every method makes of a pair."""
     jobs = _jobs(session, pair)
     bar = tqdm(jobs.items(), desc=f"methods on {names_of(pair)}", unit="method", disable=None)
-    return {name: (job, run_search(session, job, run_id)) for name, job in bar}
+    return {name: (job, run_search(job, run_id)) for name, job in bar}
 
 
 def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Result:
@@ -56,7 +56,7 @@ def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Re
             for task, on in outside.items():
                 own = on.job(pair, replace(on.spec, method=name))
                 title = f"{name} of {names_of(pair)} on {task}"
-                here.append(run_search(on, own, run_id, title).score.metrics[0].value)
+                here.append(run_search(own, run_id, title).score.metrics[0].value)
                 score = look(job, run_id, found.recipe, on.bench.held_out)
                 there.append(score.metrics[0].value)
             gaps = [abs(a - b) for a, b in zip(here, there, strict=True)]

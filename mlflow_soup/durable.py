@@ -71,11 +71,7 @@ def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
     except NotADirectoryError as error:
         raise taken from error
     except OSError as error:
-        raise SpecError(
-            f"{folder} cannot be written: {error.strerror}",
-            where=where,
-            fix="name a folder that you may write to",
-        ) from error
+        raise _unwritable(folder, where, error) from error
     try:
         yield partial
         for path in (*partial.rglob("*"), partial):
@@ -142,6 +138,14 @@ def on_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _unwritable(folder: Path, where: str, error: OSError) -> SpecError:
+    return SpecError(
+        f"{folder} cannot be written: {error.strerror}",
+        where=where,
+        fix="name a folder that you may write to",
+    )
+
+
 def check_writable(folder: Path, where: str = "--out") -> None:
     """Refuse a folder that could not be made and written to, and leave nothing there.
 
@@ -157,11 +161,7 @@ def check_writable(folder: Path, where: str = "--out") -> None:
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise SpecError(
-            f"{folder} cannot be written: {error.strerror}",
-            where=where,
-            fix="name a folder that you may write to",
-        ) from error
+        raise _unwritable(folder, where, error) from error
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlflow_soup import gate, search
 from mlflow_soup.errors import ObjectiveError
-from mlflow_soup.records import Recipe, Score, Trial
+from mlflow_soup.records import Recipe, Trial
 from mlflow_soup.space import Array, Space
 from mlflow_soup.spec import Spec
 
@@ -47,10 +47,6 @@ class Method:
     needs: str = ""
 
 
-def _scored(trials: Sequence[Trial]) -> list[tuple[Recipe, Score]]:
-    return [(trial.recipe, trial.held_out) for trial in trials if trial.held_out is not None]
-
-
 def _next(recipes: Sequence[Recipe], trials: Sequence[Trial]) -> Recipe | None:
     known = [trial.recipe for trial in trials]
     return next((recipe for recipe in recipes if recipe not in known), None)
@@ -58,7 +54,7 @@ def _next(recipes: Sequence[Recipe], trials: Sequence[Trial]) -> Recipe | None:
 
 def _highest(trials: Sequence[Trial], among: Callable[[Recipe], bool]) -> Recipe:
     """The recipe with the highest score; the one that weighs the newest most, among equals."""
-    scores = {recipe: score.value for recipe, score in _scored(trials) if among(recipe)}
+    scores = {recipe: score.value for recipe, score in search.scored(trials) if among(recipe)}
     if not scores:
         raise ObjectiveError(
             "nothing that might be chosen has a score",
@@ -77,7 +73,7 @@ def resolution(space: Space, trials: Sequence[Trial]) -> float:
 
     Much smaller gains cannot be told from none on these items. 0 before there are both.
     """
-    scored = _scored(trials)
+    scored = search.scored(trials)
     parents = [score for recipe, score in scored if recipe in space.parents()]
     merges = [score for recipe, score in scored if recipe not in space.parents()]
     if not parents or not merges:
@@ -127,7 +123,9 @@ def _parents(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None
 
 def _best(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
     """The parent one would ship without a soup; the newest among equals, as the gate has it."""
-    scored = [(r, score) for r in space.parents() for found, score in _scored(trials) if found == r]
+    scored = [
+        (r, score) for r in space.parents() for found, score in search.scored(trials) if found == r
+    ]
     return scored[gate.better([score for _, score in scored])][0]
 
 
@@ -140,7 +138,7 @@ def _stir(space: Space, trials: Sequence[Trial], tie: str) -> tuple[Recipe, Reci
     Returns:
         The soup so far; and what has to be evaluated to go on, None at the end.
     """
-    scores = {recipe: score.value for recipe, score in _scored(trials)}
+    scores = {recipe: score.value for recipe, score in search.scored(trials)}
     failed = {trial.recipe for trial in trials} - set(scores)
     alone = space.parents()
     order = sorted(range(space.count), key=lambda i: (scores[alone[i]], i), reverse=True)

@@ -41,7 +41,7 @@ class Result:
     notes: Sequence[str]
 
 
-def run_search(session: Session, job: Job, run_id: str, name: str = "") -> Found:
+def run_search(job: Job, run_id: str, name: str = "") -> Found:
     """A method's search as a child of the study, with its result."""
     title = name or f"{job.spec.method} of {names_of(job.versions)}"
     with tracking.open_child(job.client, run_id, title, search_tags(job, title)) as child:
@@ -128,7 +128,7 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     failed: list[ObjectiveError] = []
     for place, job in tqdm(jobs.items(), desc="pairs", unit="pair", disable=None):
         try:
-            found[place] = run_search(session, job, run_id)
+            found[place] = run_search(job, run_id)
         except ObjectiveError as error:  # of one version; the other pairs are as good as before
             failed.append(error)
     if not found:
@@ -182,7 +182,7 @@ def count_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
 def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     """The last 2, 3, 4 … versions, by one method (Fig. 3)."""
     bar = tqdm(count_jobs(session, versions), desc="count", unit="soup", disable=None)
-    found = [run_search(session, job, run_id) for job in bar]
+    found = [run_search(job, run_id) for job in bar]
     rows: list[tuple[Cell, ...]] = []
     spans = []
     for one in found:
@@ -367,7 +367,7 @@ def alpha(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     jobs = alpha_jobs(session, versions)
     ends = [job.space.alpha for job in jobs]
     bar = tqdm(jobs, desc="alpha", unit="space", disable=None)
-    found = [run_search(session, job, run_id, f"[{job.space.alpha:g}, 1]") for job in bar]
+    found = [run_search(job, run_id, f"[{job.space.alpha:g}, 1]") for job in bar]
     rows = [
         (f"{end:g}", one.recipe.lam[-1], one.score.value, *span(gain_of(one)), len(one.trials))
         for end, one in zip(ends, found, strict=True)

@@ -63,7 +63,8 @@ class Belief:
         return self.posterior if isinstance(self.posterior, Landscape) else None
 
 
-def _scored(trials: Sequence[Trial]) -> list[tuple[Recipe, Score]]:
+def scored(trials: Sequence[Trial]) -> list[tuple[Recipe, Score]]:
+    """The trials whose evaluation gave a score, in order."""
     return [(trial.recipe, trial.held_out) for trial in trials if trial.held_out is not None]
 
 
@@ -73,7 +74,7 @@ def _points(recipes: Sequence[Recipe]) -> Array:
 
 def fit(trials: Sequence[Trial]) -> Surrogate:
     """The Gaussian process of the trials that have a score, at least one."""
-    recipes, scores = zip(*_scored(trials), strict=True)
+    recipes, scores = zip(*scored(trials), strict=True)
     return surrogate.fit(_points(recipes), np.array([score.value for score in scores]))
 
 
@@ -115,7 +116,7 @@ def _nominate(trials: Sequence[Trial], candidates: Array) -> dict[str, Array]:
     """Each base acquisition's favourite candidate."""
     posterior = fit(trials)
     mean, std = posterior.predict(candidates)
-    best = posterior.predict(_points([recipe for recipe, _ in _scored(trials)]))[0].max()
+    best = posterior.predict(_points([recipe for recipe, _ in scored(trials)]))[0].max()
     return {
         name: candidates[np.argmax(utility(mean, std, best, posterior.scale))]
         for name, utility in ACQUISITIONS.items()
@@ -131,7 +132,7 @@ def _gains(space: Space, trials: Sequence[Trial], begin: int) -> dict[str, float
     gains = dict.fromkeys(ACQUISITIONS, 0.0)
     for step in range(begin, len(trials)):
         past = trials[:step]
-        if not _scored(past):
+        if not scored(past):
             continue  # the step was a random one: nobody nominated
         nominees = _nominate(past, _fresh(space, [trial.recipe for trial in past]))
         posterior = fit(trials[: step + 1])
@@ -204,10 +205,10 @@ def ask(
             fix="lower --trials or --alpha",
         )
     if acquisition == LANDSCAPE:
-        belief = believe(trials) if _scored(trials) else None
+        belief = believe(trials) if scored(trials) else None
         if belief is not None and belief.landscape is not None:
             believed = replace(belief.landscape, pending=tuple(r.lam for r in pending))
-            done = [*(recipe for recipe, _ in _scored(trials)), *pending]
+            done = [*(recipe for recipe, _ in scored(trials)), *pending]
             if len(believed.misses) > 1 and not pending:
                 fresh = _fresh(space, known, FINE)
             return space.recipe(_most_improving(space, done, believed, fresh)[0])
@@ -216,7 +217,7 @@ def ask(
         if recipe not in known:
             return recipe
     draw = np.random.default_rng([seed, len(known)])
-    if not _scored(trials):
+    if not scored(trials):
         return space.recipe(draw.choice(fresh))
     nominees = _nominate(_imagine(trials, pending), fresh)
     if acquisition == HEDGE:
@@ -246,7 +247,7 @@ def improvement(space: Space, trials: Sequence[Trial]) -> float:
     fresh = _fresh(space, [trial.recipe for trial in trials])
     if not fresh.size:
         return 0.0
-    done = [recipe for recipe, _ in _scored(trials)]
+    done = [recipe for recipe, _ in scored(trials)]
     return math.exp(_most_improving(space, done, believe(trials).posterior, fresh)[1])
 
 
@@ -277,8 +278,8 @@ def proceed(
     if left <= 0:
         return None
     known = [trial.recipe for trial in trials]
-    started = {*space.start()} <= {*known} and len(_scored(trials)) > landscape.LEAST
-    if started and any(space.feasible(recipe) for recipe, _ in _scored(trials)):
+    started = {*space.start()} <= {*known} and len(scored(trials)) > landscape.LEAST
+    if started and any(space.feasible(recipe) for recipe, _ in scored(trials)):
         enough = tolerance > 0 and improvement(space, trials) < tolerance
         if enough or left == 1:
             chosen = recommend(space, trials)
@@ -306,9 +307,7 @@ def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) 
     Raises:
         SpecError: no feasible trial has a score.
     """
-    feasible = [
-        (recipe, score.value) for recipe, score in _scored(trials) if space.feasible(recipe)
-    ]
+    feasible = [(recipe, score.value) for recipe, score in scored(trials) if space.feasible(recipe)]
     if not feasible:
         raise SpecError(
             "no feasible trial has a score",

@@ -28,10 +28,10 @@ from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.live import LiveModel
 from mlflow_soup.merge import Scratch
 from mlflow_soup.passes import KINDS
+from mlflow_soup.spec import ESTIMATORS
 from mlflow_soup.sums import mapped
 
 FLOOR = 1e-6  # of the mean Fisher information, so that what no parent uses is averaged
-ESTIMATORS = ("empirical", "sampled")
 _FORMAT = 1  # of the files; part of their name
 _TENSORS, _ABOUT = "tensors.safetensors", "statistics.json"
 
