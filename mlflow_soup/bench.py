@@ -2,20 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
-from mlflow import MlflowClient
 from tqdm import tqdm
 
 from mlflow_soup import lineage, registry
 from mlflow_soup.checkpoint import Checkpoint, find
 from mlflow_soup.compatibility import differences
 from mlflow_soup.digests import digest
-from mlflow_soup.errors import SpecError, StoreError
+from mlflow_soup.errors import ParentError, SpecError, StoreError
+from mlflow_soup.journal import Journal
 from mlflow_soup.live import LiveModel
 from mlflow_soup.naming import parse_target
 from mlflow_soup.objective import Evaluator
 from mlflow_soup.records import Evidence, Parent, Score, Version
+from mlflow_soup.scores import Scores
 from mlflow_soup.spec import Spec
+from mlflow_soup.store import Store
 from mlflow_soup.suite import Suite, load_suite
 
 Suites = tuple[Suite, Suite | None]  # held-out, OOD
@@ -44,7 +48,7 @@ class Bench:
     ood: Evaluator | None
 
 
-def open_version(client: MlflowClient, version: Version, *, fresh: bool = False) -> Opened:
+def open_version(client: Store, version: Version, *, fresh: bool = False) -> Opened:
     """Pull a version, and read it once: every value is finite, and its digest is known.
 
     Raises:
@@ -130,23 +134,41 @@ def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
     )
 
 
-def check_stored(client: MlflowClient, version: Version, expected: str) -> Opened:
+def check_stored(client: Store, version: Version, expected: str) -> Opened:
     """Read a version back from the store, not from a cache, and compare it with what it should be.
 
     Raises:
         StoreError: the store holds other bytes.
     """
     opened = open_version(client, version, fresh=True)
-    if opened.parent.digest != expected:
-        raise StoreError(
-            f"{version} holds other weights than were registered",
-            where=f"{opened.parent.folder}: {opened.parent.digest}, expected {expected}",
-            fix="do not use this version; delete it and run the same command again",
-        )
+    _compare(opened.parent.digest, expected, str(version), opened.parent.folder)
     return opened
 
 
-def rivals(client: MlflowClient, name: str, spec: Spec) -> list[Version]:
+def check_digest(folder: Path, what: str, expected: str) -> None:
+    """Refuse an artifact tree that does not hold the tensors it should.
+
+    Raises:
+        StoreError: it holds other bytes.
+    """
+    try:
+        found = digest(find(folder, what))
+    except ParentError as error:
+        found = error.what
+    _compare(found, expected, what, folder)
+
+
+def _compare(found: str, expected: str, what: str, folder: Path) -> None:
+    if found != expected:
+        raise StoreError(
+            f"{what} holds other weights than it should",
+            where=f"{folder}: {found}, expected {expected}",
+            fix="do not use it: something writes into the artifact store, or it fails; delete the "
+            "version if there is one, and run the same command again",
+        )
+
+
+def rivals(client: Store, name: str, spec: Spec) -> list[Version]:
     """What stands where the soup would stand: the champion, and what `promote` points to."""
     found = [registry.holder(client, name, spec.champion)]
     if spec.promote:
@@ -155,9 +177,7 @@ def rivals(client: MlflowClient, name: str, spec: Spec) -> list[Version]:
     return list(dict.fromkeys(version for version in found if version is not None))
 
 
-def open_rivals(
-    client: MlflowClient, name: str, spec: Spec, at_hand: Sequence[Opened]
-) -> list[Opened]:
+def open_rivals(client: Store, name: str, spec: Spec, at_hand: Sequence[Opened]) -> list[Opened]:
     """The rivals as they stand now, opened; those at hand are not pulled again."""
     opened = {o.parent.version: o for o in at_hand}
     return [opened.get(v) or open_version(client, v) for v in rivals(client, name, spec)]
@@ -190,6 +210,7 @@ def examine(
     models: Mapping[str, Opened],
     known: Mapping[str, Score],
     measured: Mapping[str, Evidence],
+    journal: Journal,
 ) -> dict[str, Evidence]:
     """Score soup, parents and champion, held-out where it is not known yet and out of domain.
 
@@ -198,6 +219,7 @@ def examine(
         models: role → opened version, as of `contenders`.
         known: tensor digest → held-out score that the search measured already.
         measured: tensor digest → evidence of an earlier examination under the same conditions.
+        journal: keeps what was scored until `forget` is told that MLflow has it.
     """
     roles: dict[str, Evidence] = {}
     soup = models["soup"].checkpoint
@@ -213,6 +235,48 @@ def examine(
             at = set_up(bench.spec, opened.checkpoint, bench.suites)
         assert at.ood is not None
         at.live.set_weights(at.live.link([opened.checkpoint]), [1.0])
-        held_out = known.get(its) or at.held_out.score()
-        roles[role] = Evidence(opened.parent.version, its, held_out, at.ood.evaluate())
+        entries = _entries(at, its)
+        held_out = known.get(its) or journal.recall(entries[0], partial(_score, at.held_out)).mean
+        ood = journal.recall(entries[1], partial(_examine, at.ood))
+        roles[role] = Evidence(opened.parent.version, its, held_out, tuple(ood.of.items()))
     return roles
+
+
+def _score(evaluator: Evaluator) -> Scores:
+    return Scores({"": evaluator.score()})
+
+
+def _examine(evaluator: Evaluator) -> Scores:
+    return Scores(dict(evaluator.evaluate()))
+
+
+def _entries(bench: Bench, its: str) -> tuple[str, str]:
+    """The journal's names for the held-out and the OOD scores of a model."""
+    assert bench.ood is not None
+    held_out, ood = (measured_key(e, [(its, 1.0)]) for e in (bench.held_out, bench.ood))
+    return held_out, ood
+
+
+def measured_key(evaluator: Evaluator, parts: Sequence[tuple[str, float]]) -> str:
+    """Digest of weights and of how they are scored: the same is not scored twice.
+
+    Args:
+        evaluator: what scores them.
+        parts: digest and weight λ of each checkpoint that they are mixed of.
+    """
+    weights = [(digest, weight.hex()) for digest, weight in parts if weight]
+    return lineage.key_of({"evaluator": evaluator.fingerprint, "weights": weights})
+
+
+def forget(bench: Bench, roles: Mapping[str, Evidence], journal: Journal) -> None:
+    """Drop from the journal what MLflow was told of an examination."""
+    for evidence in roles.values():
+        for entry in _entries(bench, evidence.digest):
+            journal.drop(entry)
+
+
+def open_journal() -> Journal:
+    """Of what the store was not told yet; each store has its own."""
+    journal = Journal(registry.cache_folder() / "journal" / registry.store_id())
+    journal.open()
+    return journal

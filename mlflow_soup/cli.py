@@ -232,9 +232,9 @@ def lineage(uri: str, form: str) -> None:
     """
     name, ref = parse_uri(uri)
     with _heavy_imports():
-        from mlflow_soup import registry, tracking
+        from mlflow_soup import registry, store
 
-    client = tracking.connect()
+    client = store.connect()
     version = registry.resolve(client, registry.find_model(client, name, [ref]), ref)
     click.echo(FORMATS[form](registry.trace(client, version)))
 

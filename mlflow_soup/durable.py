@@ -138,6 +138,27 @@ def on_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is complete or not there, and survives a power cut once it is.
+
+    Args:
+        path: the file; what was there before is replaced.
+        write: writes all of it to another path, beside it.
+
+    Raises:
+        StoreError: the disk is full or fails.
+    """
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    with on_disk(path):
+        try:
+            write(partial)
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def _unwritable(folder: Path, where: str, error: OSError) -> SpecError:
     return SpecError(
         f"{folder} cannot be written: {error.strerror}",

@@ -4,22 +4,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version as version_of
 from pathlib import Path
 
-from mlflow import MlflowClient
-
-from mlflow_soup import lineage, registry, statistics, tracking
-from mlflow_soup.bench import Bench, Opened, aim, load_suites, open_version, set_up
+from mlflow_soup import lineage, registry, statistics
+from mlflow_soup.bench import Bench, Opened, aim, load_suites, open_journal, open_version, set_up
 from mlflow_soup.calibration import Calibration, calibrate, read_texts
 from mlflow_soup.compatibility import check_compatible
 from mlflow_soup.durable import check_writable
 from mlflow_soup.errors import SpecError
+from mlflow_soup.journal import Journal
 from mlflow_soup.methods import METHODS, Method, lattice
 from mlflow_soup.naming import VersionRef
 from mlflow_soup.records import Recipe, Version
 from mlflow_soup.soup import Blend
 from mlflow_soup.space import Space
 from mlflow_soup.spec import MOST, Spec
+from mlflow_soup.store import Store, connect
 
 logger = logging.getLogger("mlflow_soup")
 
@@ -36,11 +37,16 @@ class Session:
     `spec` is settled: what its caller left open came from the model's policy.
     """
 
-    client: MlflowClient
+    client: Store
     spec: Spec
     name: str
     opened: Mapping[Version, Opened]
     bench: Bench
+
+    @cached_property
+    def journal(self) -> Journal:
+        """Of what the store was not told yet."""
+        return open_journal()
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -103,7 +109,7 @@ class Job:
     opened: tuple[Opened, ...]
 
     @property
-    def client(self) -> MlflowClient:
+    def client(self) -> Store:
         """Of the store."""
         return self.session.client
 
@@ -111,6 +117,11 @@ class Job:
     def bench(self) -> Bench:
         """The session's live model and evaluators."""
         return self.session.bench
+
+    @property
+    def journal(self) -> Journal:
+        """The session's."""
+        return self.session.journal
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -141,6 +152,7 @@ class Job:
             "parents": [o.parent.digest for o in self.opened],
             "evaluator": self.bench.held_out.fingerprint,
             "method": spec.method,
+            "code": version_of("mlflow-soup"),
         }
         return lineage.key_of(searched | knobs)
 
@@ -229,19 +241,19 @@ class Job:
             )
 
 
-def settle(spec: Spec, refs: Sequence[VersionRef]) -> tuple[MlflowClient, str, Spec]:
+def settle(spec: Spec, refs: Sequence[VersionRef]) -> tuple[Store, str, Spec]:
     """The store, the registered model that is meant, and the spec with its policy.
 
     Raises:
         SpecError: no model, or a policy tag that cannot be read.
     """
-    client = tracking.connect()
+    client = connect(60.0 * spec.store_patience)
     name = registry.find_model(client, spec.model, refs)
     return client, name, spec.settle(registry.policy(client, name))
 
 
 def open_session(
-    client: MlflowClient,
+    client: Store,
     name: str,
     spec: Spec,
     groups: Sequence[Sequence[VersionRef]],
@@ -291,7 +303,7 @@ def _check_distinct(refs: Sequence[VersionRef], versions: Sequence[Version], whe
             )
 
 
-def _check_order(client: MlflowClient, versions: Sequence[Version], where: str) -> None:
+def _check_order(client: Store, versions: Sequence[Version], where: str) -> None:
     """Say aloud that checkpoints were not named by age; of soups, numbers say nothing."""
     by_age = sorted(versions, key=lambda version: version.number)
     if list(versions) == by_age or any(

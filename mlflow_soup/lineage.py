@@ -26,7 +26,7 @@ PROMOTED_TO = "soup.promoted_to"  # "alias champion"
 PROMOTED_AT = "soup.promoted_at"  # UTC, ISO 8601
 PREVIOUS = "soup.previous"  # the version that was there before
 # tags of runs
-ROLE = "soup.role"  # search, trial, ood, study or look
+ROLE = "soup.role"  # search, trial, ood, study, look or ledger
 NUMBER = "soup.number"  # of the trial, from 0
 FAILED = "soup.failed"  # why a trial has no score
 MEASURED = "soup.measured"  # digest of what a trial scored, and how: the same is not scored twice
@@ -34,6 +34,10 @@ ITEMS_RUN = "soup.items_run"  # the trial that was scored, where this one took i
 EVALUATOR = "soup.evaluator"  # fingerprint of requests and settings
 VERSION = "soup.version"  # "my-llm/14": the soup that a search made or an OOD run examined
 CONDITIONS = "soup.conditions"  # digest of what OOD evidence depends on besides the weights
+ATTEMPT = "soup.attempt"  # names one try to create something, to find it where the answer was lost
+ORPHANED_BY = "soup.orphaned_by"  # the run that went on where this one was cut short
+# tag of the experiment that holds a registered model's ledger: its run
+LEDGER = "soup.ledger"
 # metrics and artifacts
 OBJECTIVE = "dev/objective"
 TRUNCATED = "dev/truncated"  # requests that were cut to the longest input
@@ -88,6 +92,11 @@ def parse_weights(text: str) -> tuple[float, ...]:
     if not all(0.0 <= weight <= 1.0 for weight in weights):  # nan is not
         raise ValueError(f"{text!r} are no merge weights")
     return weights
+
+
+def ledger_name(name: str) -> str:
+    """The experiment that holds the ledger of a registered model."""
+    return f"soup-ledger/{name}"
 
 
 def key_of(request: Mapping[str, Any]) -> str:

@@ -3,17 +3,17 @@
 pull → open → [ ask → mix → evaluate → tell ]×n → register → examine → judge → promote → report
 """
 
+import contextlib
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-from mlflow import MlflowClient
 
 from mlflow_soup import (
     checkpoint,
     distance,
     geometry,
+    lease,
     lineage,
     provenance,
     registry,
@@ -23,14 +23,11 @@ from mlflow_soup import (
     tracking,
 )
 from mlflow_soup import gate as gates
-from mlflow_soup.bench import (
-    Opened,
-    check_stored,
-    open_rivals,
-)
+from mlflow_soup.bench import Opened, check_digest, open_rivals
 from mlflow_soup.compatibility import check_compatible
 from mlflow_soup.errors import ObjectiveError, ParentError, SpecError
 from mlflow_soup.job import Job, open_session, settle
+from mlflow_soup.ledger import open_ledger
 from mlflow_soup.naming import parse_target
 from mlflow_soup.records import (
     Distance,
@@ -44,17 +41,16 @@ from mlflow_soup.records import (
 )
 from mlflow_soup.release import examine_once, judge, point
 from mlflow_soup.spec import Spec
-from mlflow_soup.trials import find, scored, search_tags
+from mlflow_soup.store import Store, asking
+from mlflow_soup.trials import find, request_params, scored, search_tags
 
 logger = logging.getLogger("mlflow_soup")
 # MLflow's, of a version's description on databases that enforce it
 DESCRIPTION_LIMIT = 5000
 
 
-def _write_and_register(
-    job: Job, run_id: str, recipe: Recipe, trials: Sequence[Trial]
-) -> tuple[Version, str]:
-    """The soup as a new version, read back from the store; and its digest."""
+def _write_and_register(job: Job, run_id: str, recipe: Recipe, trials: Sequence[Trial]) -> Version:
+    """The soup as a new version, after it was read back from the store."""
     client = job.client
     versions = job.versions
     origins = [
@@ -96,7 +92,7 @@ def _write_and_register(
             lineage.METHOD: job.spec.method,
             lineage.EVALUATOR: job.bench.held_out.fingerprint,
         }
-        version = registry.register(
+        return registry.register(
             client,
             folder,
             name=job.session.name,
@@ -104,9 +100,8 @@ def _write_and_register(
             parents=versions,
             tags=tags,
             description=f"Soup of {' and '.join(map(str, versions))}, {recipe.label}.",
+            check=lambda tree: check_digest(tree, "the uploaded soup", digest),
         )
-    check_stored(client, version, digest)
-    return version, digest
 
 
 def _check_unchanged(parents: Sequence[Opened], manifest: Manifest) -> None:
@@ -126,9 +121,7 @@ def _check_unchanged(parents: Sequence[Opened], manifest: Manifest) -> None:
             )
 
 
-def _check_scored(
-    client: MlflowClient, recipe: Recipe, trials: Sequence[Trial], digest: str
-) -> None:
+def _check_scored(client: Store, recipe: Recipe, trials: Sequence[Trial], digest: str) -> None:
     """Refuse a soup that statistics have made otherwise than when it was scored.
 
     Raises:
@@ -144,7 +137,7 @@ def _check_scored(
         )
 
 
-@tracking.asking("merge")
+@asking("merge")
 def run(spec: Spec) -> Outcome:
     """The main job: search λ, register the soup, examine, judge and promote it.
 
@@ -165,8 +158,11 @@ def run(spec: Spec) -> Outcome:
     apart = distance.measure([o.checkpoint for o in job.opened])
     if warning := geometry.caution(apart, _names(versions)):
         logger.warning(warning)
-    with tracking.open_run(spec.experiment, search_tags(job, title)) as run_id:
-        found = find(job, run_id)
+    with (
+        lease.hold(open_ledger(client, name), job.key, registry.cache_folder() / "lease") as held,
+        _open_search(job, title) as run_id,
+    ):
+        found = find(job, run_id, check=held.check)
         trials, alone = found.trials, found.alone
         better = gates.better(alone)
         # what was registered, should another library version recommend another λ today
@@ -175,13 +171,10 @@ def run(spec: Spec) -> Outcome:
             weights = lineage.format_weights(found.recipe.lam)
             same = {lineage.KEY: job.key, lineage.WEIGHTS: weights}  # by another budget
             existing = registry.find_soup(client, name, same)
-        if existing is None:
-            recipe = found.recipe
-            version, digest = _write_and_register(job, run_id, recipe, trials)
-        else:
-            its = registry.tags_of(client, existing)
-            recipe = job.recipe(lineage.parse_weights(its[lineage.WEIGHTS]))
-            version, digest = existing, its[lineage.DIGEST]
+        version = existing or _write_and_register(job, run_id, found.recipe, trials)
+        its = registry.tags_of(client, version)
+        recipe = job.recipe(lineage.parse_weights(its[lineage.WEIGHTS]))
+        digest = its[lineage.DIGEST]
         held_out = scored(trials, recipe, "the soup")
         soup = Soup(version, recipe, tuple(o.parent for o in job.opened), held_out, digest)
 
@@ -213,6 +206,23 @@ def run(spec: Spec) -> Outcome:
         return Outcome(
             soup, story.trials, story.gain, verdict, promoted, run_id, _tell(client, run_id, story)
         )
+
+
+@contextlib.contextmanager
+def _open_search(job: Job, title: str) -> Iterator[str]:
+    """The search run: that of an earlier run of the same request, if it was cut short."""
+    client, spec, params = job.client, job.spec, request_params(job)
+    cut_short = tracking.unfinished(client, job.key)
+    resumable = [
+        run
+        for run in cut_short
+        if run.data.tags.get(lineage.REQUEST) == job.request
+        and all(params.get(k) == v for k, v in run.data.params.items() if k.startswith("cfg."))
+    ]
+    tags = search_tags(job, title)
+    with tracking.open_run(client, spec.experiment, tags, resumable=resumable) as run_id:
+        tracking.orphan(client, cut_short, run_id)
+        yield run_id
 
 
 def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
@@ -295,7 +305,7 @@ def _notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> li
     return notes
 
 
-def _tell(client: MlflowClient, run_id: str, story: report.Story) -> str:
+def _tell(client: Store, run_id: str, story: report.Story) -> str:
     """Report in MLflow: metrics, note, figure, prepared view, version page. Returns the summary."""
     soup, space = story.soup, story.space
     version = f"{soup.version.name}/{soup.version.number}"

@@ -112,9 +112,9 @@ def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
     if text.startswith("models:"):
         name, ref = parse_uri(text, where)
         # mlflow takes longer to import than folders of a gigabyte to merge
-        from mlflow_soup import registry, tracking
+        from mlflow_soup import registry, store
 
-        client = tracking.connect()
+        client = store.connect()
         version = registry.resolve(client, registry.find_model(client, name, [ref]), ref)
         folder = registry.pull(client, version, fresh=fresh)
         run_id, location = registry.origin(client, version)

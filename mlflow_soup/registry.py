@@ -7,14 +7,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
-from mlflow.entities import LoggedModelInput, LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
@@ -32,7 +33,7 @@ from mlflow_soup.errors import (
 )
 from mlflow_soup.naming import Target, VersionRef, check_name
 from mlflow_soup.records import Version
-from mlflow_soup.tracking import asking, pages, where
+from mlflow_soup.store import Store, asking, pages, where
 
 MODEL_ENV = "MLFLOW_SOUP_MODEL"
 CACHE_ENV = "MLFLOW_SOUP_CACHE"
@@ -40,7 +41,7 @@ _MODEL_ID = re.compile(r"models:/(m-[0-9a-f]+)")
 _NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 
 
-def find_model(client: MlflowClient, named: str, refs: Sequence[VersionRef]) -> str:
+def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
     """The registered model that a request means.
 
     Args:
@@ -86,7 +87,7 @@ def find_model(client: MlflowClient, named: str, refs: Sequence[VersionRef]) -> 
     return having[0]
 
 
-def _version(client: MlflowClient, name: str, ref: VersionRef) -> ModelVersion | None:
+def _version(client: Store, name: str, ref: VersionRef) -> ModelVersion | None:
     """MLflow's record of a version, or None when there is none."""
     try:
         number = ref.number
@@ -99,7 +100,7 @@ def _version(client: MlflowClient, name: str, ref: VersionRef) -> ModelVersion |
         raise
 
 
-def resolve(client: MlflowClient, name: str, ref: VersionRef) -> Version:
+def resolve(client: Store, name: str, ref: VersionRef) -> Version:
     """The version a reference means; an alias is resolved now and never again.
 
     Raises:
@@ -119,7 +120,7 @@ def resolve(client: MlflowClient, name: str, ref: VersionRef) -> Version:
     return Version(name, int(found.version))  # int on a database, str over HTTP
 
 
-def last(client: MlflowClient, name: str, count: int) -> list[Version]:
+def last(client: Store, name: str, count: int) -> list[Version]:
     """The newest versions that are no soups, oldest first.
 
     Raises:
@@ -137,26 +138,26 @@ def last(client: MlflowClient, name: str, count: int) -> list[Version]:
     return [Version(name, number) for number in numbers[-count:]]
 
 
-def holder(client: MlflowClient, name: str, alias: str) -> Version | None:
+def holder(client: Store, name: str, alias: str) -> Version | None:
     """The version an alias points to, or None."""
     with asking(f"look up {name}@{alias}"):
         found = _version(client, name, VersionRef(None, alias)) if alias else None
     return Version(name, int(found.version)) if found is not None else None
 
 
-def policy(client: MlflowClient, name: str) -> dict[str, str]:
+def policy(client: Store, name: str) -> dict[str, str]:
     """The registered model's tags."""
     with asking(f"read the tags of {name}"):
         return dict(client.get_registered_model(name).tags)
 
 
-def tags_of(client: MlflowClient, version: Version) -> dict[str, str]:
+def tags_of(client: Store, version: Version) -> dict[str, str]:
     """A version's tags."""
     with asking(f"read the tags of {version}"):
         return dict(client.get_model_version(version.name, str(version.number)).tags)
 
 
-def trace(client: MlflowClient, version: Version) -> family.Family:
+def trace(client: Store, version: Version) -> family.Family:
     """A version and all that it is made of, generation by generation; each is looked up once.
 
     Deleted parents are members of kind `missing`.
@@ -177,14 +178,14 @@ def trace(client: MlflowClient, version: Version) -> family.Family:
     return family.gather(version, members)
 
 
-def set_tags(client: MlflowClient, version: Version, tags: Mapping[str, str]) -> None:
+def set_tags(client: Store, version: Version, tags: Mapping[str, str]) -> None:
     """Write a version's tags, one by one: MLflow has no other way."""
     with asking(f"tag {version}"):
         for key, value in tags.items():
             client.set_model_version_tag(version.name, str(version.number), key, value)
 
 
-def model_id(client: MlflowClient, version: Version) -> str | None:
+def model_id(client: Store, version: Version) -> str | None:
     """The logged model behind a version; MLflow tells it in the version's source only."""
     with asking(f"look up {version}"):
         source = client.get_model_version(version.name, str(version.number)).source
@@ -192,7 +193,7 @@ def model_id(client: MlflowClient, version: Version) -> str | None:
     return str(match[1]) if match else None
 
 
-def origin(client: MlflowClient, version: Version) -> tuple[str, str]:
+def origin(client: Store, version: Version) -> tuple[str, str]:
     """The run that logged a version, and where its files are."""
     with asking(f"look up {version}"):
         run_id = client.get_model_version(version.name, str(version.number)).run_id
@@ -200,19 +201,32 @@ def origin(client: MlflowClient, version: Version) -> tuple[str, str]:
     return run_id or "", redact(location)
 
 
-def find_soup(client: MlflowClient, name: str, tags: Mapping[str, str]) -> Version | None:
-    """The version that was registered with these tags; the lowest, should there be several."""
+def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Version]:
+    """The versions that were registered with these tags, by number."""
     query = "".join(f" and tags.`{key}`='{value}'" for key, value in tags.items())
     with asking(f"search the versions of {name}"):
-        found = client.search_model_versions(f"name='{name}'{query}")
-    numbers = [int(v.version) for v in found if v.name == name and tags.items() <= v.tags.items()]
-    return Version(name, min(numbers)) if numbers else None
+        found = pages(client.search_model_versions, f"name='{name}'{query}")
+    return sorted(
+        Version(name, int(v.version))
+        for v in found
+        if v.name == name and tags.items() <= v.tags.items()
+    )
+
+
+def find_soup(client: Store, name: str, tags: Mapping[str, str]) -> Version | None:
+    """The version that was registered with these tags; the lowest, should there be several."""
+    return next(iter(find_soups(client, name, tags)), None)
 
 
 def cache_folder() -> Path:
     """Where pulled versions and what was measured of them are kept on this machine."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlflow-soup"
     return Path(os.environ.get(CACHE_ENV, default))
+
+
+def store_id() -> str:
+    """A name for the tracking store, for folders that belong to it."""
+    return hashlib.sha256(where().encode()).hexdigest()[:16]
 
 
 def _tree_digest(folder: Path) -> str:
@@ -225,7 +239,7 @@ def _tree_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def pull(client: MlflowClient, version: Version, *, fresh: bool = False) -> Path:
+def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
     """A version's artifact tree on this machine; never to be written into.
 
     In a local store it is the tree itself, without a copy. From elsewhere it is downloaded once
@@ -257,7 +271,7 @@ def pull(client: MlflowClient, version: Version, *, fresh: bool = False) -> Path
                     f"the files of {version} are gone", where=str(folder), fix="register it again"
                 )
             return folder
-        return _pull_remote(version, source, fresh)
+        return _pull_remote(client, version, source, fresh)
     except (MlflowException, OSError) as error:
         raise StoreError(
             f"{version} could not be fetched: {error}",
@@ -266,9 +280,21 @@ def pull(client: MlflowClient, version: Version, *, fresh: bool = False) -> Path
         ) from error
 
 
-def _pull_remote(version: Version, source: str, fresh: bool) -> Path:
+def download_tree(client: Store, uri: str, folder: Path) -> Path:
+    """All artifacts below a `models:/` URI, into an empty folder, which is returned."""
+
+    def download() -> str:
+        return str(download_artifacts(uri, dst_path=str(folder)))
+
+    client.download(download, lambda: bool(_listing_of(client, uri)), f"fetch {uri}")
+    (folder / "registered_model_meta").unlink(missing_ok=True)  # written by MLflow as it serves
+    return folder
+
+
+def _pull_remote(client: Store, version: Version, source: str, fresh: bool) -> Path:
     cache = cache_folder()
-    entry = hashlib.sha256(json.dumps([source, _listing_of(version)]).encode()).hexdigest()
+    listing = _listing_of(client, version.uri)
+    entry = hashlib.sha256(json.dumps([source, listing]).encode()).hexdigest()
     pointer = cache / "source" / entry
     if pointer.is_file() and not fresh:
         folder = cache / "content" / pointer.read_text()
@@ -280,8 +306,7 @@ def _pull_remote(version: Version, source: str, fresh: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=cache / "temporary") as temporary:
         fetched = Path(temporary) / "tree"
         fetched.mkdir()
-        download_artifacts(version.uri, dst_path=str(fetched))
-        (fetched / "registered_model_meta").unlink(missing_ok=True)
+        download_tree(client, version.uri, fetched)
         folder = cache / "content" / _tree_digest(fetched)
         with contextlib.suppress(FileExistsError):
             if not folder.exists():
@@ -291,21 +316,23 @@ def _pull_remote(version: Version, source: str, fresh: bool) -> Path:
     return folder
 
 
-def _listing_of(version: Version) -> list[tuple[str, int]]:
-    """Name and size of every remote file of a version."""
+def _listing_of(client: Store, uri: str) -> list[tuple[str, int]]:
+    """Name and size of every file below a `models:/` URI."""
     files: list[tuple[str, int]] = []
-    pending = [version.uri]
+    pending = [uri]
     while pending:
-        for info in list_artifacts(artifact_uri=pending.pop()) or []:
+        place = pending.pop()
+        what = f"list the files of {uri}"
+        for info in client.persist(partial(list_artifacts, artifact_uri=place), what) or []:
             if info.is_dir:
-                pending.append(f"{version.uri}/{info.path}")
+                pending.append(f"{uri}/{info.path}")
             else:
                 files.append((info.path, info.file_size or 0))
     return sorted(files)
 
 
 def register(
-    client: MlflowClient,
+    client: Store,
     folder: Path,
     *,
     name: str,
@@ -313,8 +340,12 @@ def register(
     parents: Sequence[Version],
     tags: Mapping[str, str],
     description: str,
+    check: Callable[[Path], None],
 ) -> Version:
     """Upload a soup and register it as a new version with native lineage to its parents.
+
+    One request has one version, however many ask for it at once: MLflow numbers versions in the
+    order in which they are created, and the lowest stays.
 
     Args:
         client: of the store.
@@ -322,38 +353,102 @@ def register(
         name: the registered model.
         run_id: the search run; parents become its input models, the soup its output model.
         parents: the versions it was made of.
-        tags: created together with the version, in one transaction.
+        tags: created together with the version, in one transaction; with the request.
         description: Markdown for the version's page.
+        check: refuses a tree, read back from the store, that does not hold what was uploaded.
+
+    Returns:
+        The version of the request: ours, or that of a quicker one.
     """
     with asking(f"register a soup of {name}"):
         experiment = client.get_run(run_id).info.experiment_id
+        for left in _uploads(client, experiment, {lineage.REQUEST: tags[lineage.REQUEST]}):
+            if left.status == LoggedModelStatus.PENDING:  # cut short; nobody else is at it
+                client.finalize_logged_model(left.model_id, LoggedModelStatus.FAILED)
         shown = {k: v for k, v in tags.items() if k in (lineage.PARENTS, lineage.LAMBDA)}
         params = {k.removeprefix("soup."): v for k, v in shown.items()}
-        logged = client.create_logged_model(
-            experiment, "soup", run_id, dict(tags), params, "causal-lm"
+        attempt = {lineage.ATTEMPT: uuid.uuid4().hex}
+        logged = client.once(
+            lambda: next(iter(_uploads(client, experiment, attempt)), None),
+            lambda: client.create_logged_model(
+                experiment, "soup", run_id, {**tags, **attempt}, params, "causal-lm"
+            ),
+            "create a logged model",
         )
         if (folder / "MLmodel").is_file():
             _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, params)
         client.log_model_artifacts(logged.model_id, str(folder))
+        with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as temporary:
+            check(_read_back(client, logged, Path(temporary)))
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
         client.log_inputs(run_id, models=inputs)
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+        version = _register_once(client, name, logged.model_id, run_id, tags, description)
+        # a server writes this link itself, a database does not
+        if (
+            model_id(client, version) == logged.model_id
+            and "mlflow.modelVersions" not in client.get_logged_model(logged.model_id).tags
+        ):
+            shown_at = json.dumps([{"name": name, "version": version.number}])
+            client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": shown_at})
+    return version
+
+
+def _uploads(client: Store, experiment: str, tags: Mapping[str, str]) -> list[LoggedModel]:
+    """The logged models of an experiment with these tags."""
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    return pages(client.search_logged_models, [experiment], query)
+
+
+def _read_back(client: Store, logged: LoggedModel, temporary: Path) -> Path:
+    """What the store holds of a logged model by now."""
+    if is_local_uri(logged.artifact_location):
+        return Path(local_file_uri_to_path(logged.artifact_location))
+    uri = f"models:/{logged.model_id}"
+    return download_tree(client, uri, temporary)
+
+
+def _register_once(
+    client: Store,
+    name: str,
+    logged_id: str,
+    run_id: str,
+    tags: Mapping[str, str],
+    description: str,
+) -> Version:
+    """The one version of a request; what we have made in vain is taken back."""
+    request = {lineage.REQUEST: tags[lineage.REQUEST]}
+
+    def create() -> Version:
         created = client.create_model_version(
             name,
-            source=f"models:/{logged.model_id}",
+            source=f"models:/{logged_id}",
             run_id=run_id,
             tags=dict(tags),
             description=description,
             await_creation_for=0,
-            model_id=logged.model_id,
+            model_id=logged_id,
         )
-        version = Version(name, int(created.version))
-        # a server writes this link itself, a database does not
-        if "mlflow.modelVersions" not in client.get_logged_model(logged.model_id).tags:
-            shown_at = json.dumps([{"name": name, "version": version.number}])
-            client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": shown_at})
-    return version
+        return Version(name, int(created.version))
+
+    client.once(lambda: find_soup(client, name, request), create, "register a version")
+    first, *others = find_soups(client, name, request)
+    for version in others:
+        if model_id(client, version) == logged_id:
+            _unregister(client, version)
+    if model_id(client, first) != logged_id:
+        client.delete_logged_model(logged_id)
+    return first
+
+
+def _unregister(client: Store, version: Version) -> None:
+    """Delete a version; gone is gone, where the answer was lost."""
+    try:
+        client.delete_model_version(version.name, str(version.number))
+    except MlflowException as error:
+        if error.error_code != _NOT_FOUND:
+            raise
 
 
 def _rewrite_mlmodel(
@@ -372,13 +467,13 @@ def version_path(version: Version) -> str:
     return f"/models/{version.name}/versions/{version.number}"
 
 
-def describe(client: MlflowClient, version: Version, description: str) -> None:
+def describe(client: Store, version: Version, description: str) -> None:
     """Replace a version's description."""
     with asking(f"describe {version}"):
         client.update_model_version(version.name, str(version.number), description)
 
 
-def promote(client: MlflowClient, version: Version, target: Target) -> Version:
+def promote(client: Store, version: Version, target: Target) -> Version:
     """Point the target at a version whose gate passed; tags first, the pointer last, then look.
 
     Args:
@@ -432,7 +527,7 @@ def promote(client: MlflowClient, version: Version, target: Target) -> Version:
     return version
 
 
-def standing(client: MlflowClient, name: str, target: Target) -> Version | None:
+def standing(client: Store, name: str, target: Target) -> Version | None:
     """What a target points to now."""
     if target.kind != "stage":
         return holder(client, name, target.name)
@@ -441,7 +536,7 @@ def standing(client: MlflowClient, name: str, target: Target) -> Version | None:
     return Version(name, max(numbers)) if numbers else None
 
 
-def _copy(client: MlflowClient, version: Version, model: str) -> Version:
+def _copy(client: Store, version: Version, model: str) -> Version:
     """The version's copy in another registered model, made when it is not there yet."""
     tags = tags_of(client, version)
     copy = _find_copy(client, version, model, tags[lineage.DIGEST])
@@ -454,7 +549,7 @@ def _copy(client: MlflowClient, version: Version, model: str) -> Version:
     return copy
 
 
-def _find_copy(client: MlflowClient, version: Version, model: str, digest: str) -> Version | None:
+def _find_copy(client: Store, version: Version, model: str, digest: str) -> Version | None:
     with contextlib.suppress(MlflowException):
         for found in client.search_model_versions(f"name='{model}'"):
             if found.tags.get(lineage.DIGEST) == digest and found.source == version.uri:

@@ -6,8 +6,6 @@ The main job does all of it in one go; a pipeline whose steps are apart calls on
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mlflow import MlflowClient
-
 from mlflow_soup import gate as gates
 from mlflow_soup import lineage, registry, report, tracking
 from mlflow_soup.bench import (
@@ -17,7 +15,9 @@ from mlflow_soup.bench import (
     conditions,
     contenders,
     examine,
+    forget,
     load_suites,
+    open_journal,
     open_rivals,
     open_version,
     rivals,
@@ -25,10 +25,12 @@ from mlflow_soup.bench import (
 )
 from mlflow_soup.errors import GateError, SpecError
 from mlflow_soup.job import Job
+from mlflow_soup.journal import Journal
 from mlflow_soup.naming import Target, parse_target, parse_version
 from mlflow_soup.records import Evidence, Score, Soup, Verdict, Version
 from mlflow_soup.space import Space
 from mlflow_soup.spec import Spec
+from mlflow_soup.store import Store, asking, connect
 
 
 def examine_once(
@@ -56,19 +58,22 @@ def examine_once(
             return found.info.run_id, roles
         measured |= {evidence.digest: evidence for evidence in roles.values()}
     with tracking.open_child(client, run_id, f"OOD {soup.version}", tags) as ood_run:
-        return ood_run, _examine(client, ood_run, bench, models, known, measured)
+        roles = _examine(client, ood_run, bench, models, known, measured, job.journal)
+    forget(bench, roles, job.journal)
+    return ood_run, roles
 
 
 def _examine(
-    client: MlflowClient,
+    client: Store,
     run_id: str,
     bench: Bench,
     models: Mapping[str, Opened],
     known: Mapping[str, Score],
     measured: Mapping[str, Evidence],
+    journal: Journal,
 ) -> dict[str, Evidence]:
     """Score everyone out of domain, and keep the evidence in a run."""
-    roles = examine(bench, models, known, measured)
+    roles = examine(bench, models, known, measured, journal)
     assert bench.ood is not None
     model_ids = {role: opened.parent.model_id for role, opened in models.items()}
     datasets = {"dev": bench.held_out.fingerprint, "ood": bench.ood.fingerprint}
@@ -77,7 +82,7 @@ def _examine(
 
 
 def judge(
-    client: MlflowClient, version: Version, roles: Mapping[str, Evidence], spec: Spec, ood_run: str
+    client: Store, version: Version, roles: Mapping[str, Evidence], spec: Spec, ood_run: str
 ) -> Verdict:
     """The gate's verdict, written to the version and the OOD run before anyone reads it here."""
     parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
@@ -102,7 +107,7 @@ def _tags(version: Version, digest: str, key: str) -> dict[str, str]:
     }
 
 
-def _soup_version(client: MlflowClient, spec: Spec) -> tuple[Version, dict[str, str]]:
+def _soup_version(client: Store, spec: Spec) -> tuple[Version, dict[str, str]]:
     """The registered soup that a later stage is about, with its tags.
 
     Raises:
@@ -125,7 +130,7 @@ def _soup_version(client: MlflowClient, spec: Spec) -> tuple[Version, dict[str, 
     return version, tags
 
 
-@tracking.asking("evaluate the soup")
+@asking("evaluate the soup")
 def evaluate(spec: Spec) -> dict[str, Evidence]:
     """Examine a registered soup, its parents and the champion out of domain, in a run of its own.
 
@@ -139,7 +144,7 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
         SpecError: the version is no soup, or no tasks are known.
         ParentError: the soup, a parent or the champion is missing or damaged.
     """
-    client = tracking.connect()
+    client = connect(60.0 * spec.store_patience)
     version, tags = _soup_version(client, spec)
     spec = spec.settle(registry.policy(client, version.name))
     suites = load_suites(spec)
@@ -167,14 +172,16 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
         digests = {r.lam: p.parent.digest for r, p in zip(alone, parents, strict=True)}
         digests[lineage.parse_weights(tags[lineage.WEIGHTS])] = tags[lineage.DIGEST]
         known = {digests[lam]: score for lam, score in scores.items() if lam in digests}
+    journal = open_journal()
     ood_tags = _tags(version, tags[lineage.DIGEST], conditions(bench))
-    with tracking.open_run(spec.experiment, ood_tags) as run_id:
-        roles = _examine(client, run_id, bench, models, known, {})
+    with tracking.open_run(client, spec.experiment, ood_tags) as run_id:
+        roles = _examine(client, run_id, bench, models, known, {}, journal)
         tracking.log(client, run_id, tags={"mlflow.note.content": report.ood_table(roles)})
+    forget(bench, roles, journal)
     return roles
 
 
-@tracking.asking("judge the soup")
+@asking("judge the soup")
 def gate(spec: Spec) -> tuple[Version, Verdict]:
     """Judge a soup by its newest examination and write the verdict to its tags.
 
@@ -184,7 +191,7 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
     Raises:
         GateError: it was never examined, or not with what stands in its place by now.
     """
-    client = tracking.connect()
+    client = connect(60.0 * spec.store_patience)
     version, tags = _soup_version(client, spec)
     spec = spec.settle(registry.policy(client, version.name))
     about = {lineage.ROLE: "ood", lineage.DIGEST: tags[lineage.DIGEST]}
@@ -210,7 +217,7 @@ def _how_to_evaluate(version: Version) -> str:
 
 
 def _check_examined(
-    client: MlflowClient, version: Version, rival: Version, roles: Mapping[str, Evidence]
+    client: Store, version: Version, rival: Version, roles: Mapping[str, Evidence]
 ) -> None:
     """Refuse a verdict that says nothing of what stands in the soup's place now.
 
@@ -228,7 +235,7 @@ def _check_examined(
         )
 
 
-def point(client: MlflowClient, version: Version, target: Target) -> Version:
+def point(client: Store, version: Version, target: Target) -> Version:
     """Promote on the strength of a verdict that still applies."""
     tags = registry.tags_of(client, version)
     standing = registry.standing(client, target.model or version.name, target)
@@ -239,7 +246,7 @@ def point(client: MlflowClient, version: Version, target: Target) -> Version:
     return registry.promote(client, version, target)
 
 
-@tracking.asking("promote the soup")
+@asking("promote the soup")
 def promote(spec: Spec) -> tuple[Version, str]:
     """Point an alias, a stage or another model's alias at a soup that its gate passed.
 
@@ -258,7 +265,7 @@ def promote(spec: Spec) -> tuple[Version, str]:
         raise SpecError(
             "no target was named", where="--promote", fix="name one: --promote alias:champion"
         )
-    client = tracking.connect()
+    client = connect(60.0 * spec.store_patience)
     version, tags = _soup_version(client, spec)
     target = parse_target(spec.promote)
     check_stored(client, version, tags[lineage.DIGEST])

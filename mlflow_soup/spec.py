@@ -262,6 +262,11 @@ class Spec:
         "MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, or Default.",
         f"run evaluate {_ALL}",
     )
+    store_patience: float = knob(
+        30.0,
+        "Minutes that MLflow's store may be away before the run gives up; it continues later.",
+        f"run evaluate gate promote {_ALL}",
+    )
     out: str = knob("", "Folder for table and figure, besides MLflow.", _ALL)
 
     def __new__(cls, **named: Any) -> Self:
@@ -279,7 +284,8 @@ class Spec:
     def __post_init__(self) -> None:
         if self.alpha is not None:
             object.__setattr__(self, "alpha", float(self.alpha))
-        for name in ("stop", "margin", "confidence", "regmean_scale"):  # 0 and 0.0: one request
+        # 0 and 0.0 are one request
+        for name in ("stop", "margin", "confidence", "regmean_scale", "store_patience"):
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.champion:
             check_alias(self.champion, "--champion, or tag soup.champion of the model")
@@ -304,6 +310,8 @@ class Spec:
             choices, value = knob_.metadata["choices"], getattr(self, knob_.name)
             if choices and value not in choices:
                 raise _refuse(knob_.name, value, f"one of {', '.join(choices)}")
+        if not 0.0 <= self.store_patience < float("inf"):
+            raise _refuse("store_patience", self.store_patience, "minutes, a finite number from 0")
         if not 0.0 <= self.margin < float("inf"):
             raise _refuse("margin", self.margin, "a finite number from 0")
         if not 0.5 < self.confidence < 1.0:

@@ -15,6 +15,7 @@ from mlflow_soup.errors import SpecError
 from mlflow_soup.job import Job, Session, open_session, settle
 from mlflow_soup.pilots import Result
 from mlflow_soup.spec import Spec
+from mlflow_soup.store import asking
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
     return session, subject
 
 
-@tracking.asking("study the versions")
+@asking("study the versions")
 def run_study(name: str, spec: Spec) -> Report:
     """One of the paper's pilot experiments on registered versions; nothing is registered.
 
@@ -111,7 +112,7 @@ def run_study(name: str, spec: Spec) -> Report:
         lineage.ROLE: "study",
         lineage.METHOD: name,
     }
-    with tracking.open_run(session.spec.experiment, tags) as run_id:
+    with tracking.open_run(session.client, session.spec.experiment, tags) as run_id:
         said = {f"cfg.{f.name}": getattr(session.spec, f.name) for f in fields(session.spec)}
         params = {k: v for k, v in said.items() if v not in ("", None)}
         tracking.log(session.client, run_id, params=params)

@@ -5,160 +5,147 @@ else about it can be lost.
 """
 
 import contextlib
-import errno
 import json
-import logging
+import math
 import os
-import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow
-import pyarrow as pa
-import pyarrow.parquet as pq
 from mlflow import MlflowClient
 from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
-from requests import RequestException
+from mlflow.tracking.fluent import _get_experiment_id
 
-from mlflow_soup import lineage
-from mlflow_soup.errors import RegistryError, StoreError, redact
-from mlflow_soup.records import Evidence, Items, Metric, Recipe, Score, Trial, Version
+from mlflow_soup import lineage, scores
+from mlflow_soup.errors import SoupError
+from mlflow_soup.records import Evidence, Recipe, Score, Trial, Version
+from mlflow_soup.scores import Scores
+from mlflow_soup.store import Store, pages, where
 
-_PROBE = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
 NOTE_LIMIT = 8000  # MLflow's, of a run tag, on databases that enforce it
-_COLUMNS = pa.schema(
-    [
-        ("term", pa.int32()),
-        ("task", pa.string()),
-        ("metric", pa.string()),
-        ("weight", pa.float64()),
-        ("id", pa.string()),
-        ("value", pa.float64()),
-        ("share", pa.float64()),
-        ("log_likelihoods", pa.list_(pa.float64())),
-        ("gold", pa.int32()),  # null where nothing is known
-        ("sizes", pa.list_(pa.float64())),  # null for 1
-    ]
-)
-
-
-def where() -> str:
-    """The tracking store, for errors."""
-    return redact(str(mlflow.get_tracking_uri()))
+_RUN_ENV = "MLFLOW_RUN_ID"
+_HELD_OUT = "held-out"
 
 
 @contextlib.contextmanager
-def asking(what: str) -> Iterator[None]:
-    """Turn what MLflow raises into our errors, with what was being done; also a decorator.
+def open_run(
+    client: Store, experiment: str, tags: Mapping[str, str], *, resumable: Sequence[Run] = ()
+) -> Iterator[str]:
+    """The run the work is logged to; FINISHED when the block ends well, else FAILED or KILLED.
 
-    Raises:
-        StoreError: the store went away, or the disk is full.
-        RegistryError: MLflow refused.
+    It is the one that `mlflow run` made; or the newest of those that may be resumed; or a new one,
+    below the active run if there is one. Yields its id.
+
+    Args:
+        client: of the store.
+        experiment: by name; empty for MLflow's choice.
+        tags: set on the run.
+        resumable: runs of the same request that were cut short; those elsewhere do not count.
     """
+    run_id = os.environ.pop(_RUN_ENV, "")
+    if not run_id:
+        if experiment:
+            client.persist(lambda: mlflow.set_experiment(experiment), "choose the experiment")
+        if mlflow.active_run() is None:
+            here = client.persist(_get_experiment_id, "choose the experiment")
+            cut_short = [r.info.run_id for r in resumable if r.info.experiment_id == here]
+            run_id = "".join(cut_short[-1:])
+    attempt = {lineage.ATTEMPT: uuid.uuid4().hex}
+
+    def look() -> Any:
+        found = run_id or "".join(run.info.run_id for run in find_runs(client, attempt))
+        return mlflow.start_run(run_id=found, tags=dict(tags)) if found else None
+
+    def create() -> Any:
+        nested = mlflow.active_run() is not None
+        return mlflow.start_run(tags={**tags, **attempt}, nested=nested)
+
+    run_id = str(client.once(look, create, "create a run").info.run_id)
+    with _ending(client, run_id, mlflow.end_run):
+        yield run_id
+
+
+def unfinished(client: Store, key: str) -> list[Run]:
+    """The search runs of a key that were cut short, oldest first; not those within studies."""
+    found = find_runs(client, {lineage.KEY: key, lineage.ROLE: "search"})
+    return [
+        run
+        for run in found
+        if run.info.status != RunStatus.to_string(RunStatus.FINISHED)
+        and not {"mlflow.parentRunId", lineage.ORPHANED_BY} & run.data.tags.keys()
+    ]
+
+
+@contextlib.contextmanager
+def open_child(client: Store, parent: str, name: str, tags: Mapping[str, str]) -> Iterator[str]:
+    """A run below another one; FINISHED when the block ends well, else FAILED or KILLED."""
+    run_id = begin_child(client, parent, name, tags)
+    with _ending(client, run_id):
+        yield run_id
+
+
+def begin_child(
+    client: Store, parent: str, name: str, tags: Mapping[str, str], start_time: int | None = None
+) -> str:
+    """A new run below another one; its id."""
+    experiment = client.get_run(parent).info.experiment_id
+    return client.begin_run(experiment, name, {"mlflow.parentRunId": parent, **tags}, start_time)
+
+
+@contextlib.contextmanager
+def _ending(
+    client: Store, run_id: str, forget: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
+    """End a run as the block ends; `forget` is told how, and may do it again."""
+    status = "FINISHED"
     try:
         yield
-    except MlflowException as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, RequestException) or error.error_code == "TEMPORARILY_UNAVAILABLE":
-            raise StoreError(
-                f"the MLflow store did not answer while trying to {what}",
-                where=where(),
-                fix="once it is back, run the same command again: it continues",
-            ) from error
-        raise RegistryError(
-            f"MLflow refused to {what}: {error.message}",
-            where=where(),
-            fix="check the store and your permissions there, then run the same command again",
-        ) from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise StoreError(
-            f"no space left while trying to {what}",
-            where=str(error.filename or "the disk"),
-            fix="make room, then run the same command again: it continues",
-        ) from error
-
-
-def connect() -> MlflowClient:
-    """A client of the tracking store, which is asked once and quickly whether it is there.
-
-    Raises:
-        StoreError: it is not. (MLflow's own retries would take four minutes to say so.)
-    """
-    # no link to the run in MLflow's own words: they print a password the URI may hold
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    bars = "true" if sys.stderr.isatty() else "false"
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", bars)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    added = {name: value for name, value in _PROBE.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        client = MlflowClient()
-        client.search_experiments(max_results=1)
-    except (MlflowException, ImportError) as error:  # a database without its driver
-        reason = str(error).splitlines()[0][:300]
-        raise StoreError(
-            f"the MLflow tracking store does not answer: {reason}",
-            where=where(),
-            fix="start it, or point MLFLOW_TRACKING_URI to the one you mean",
-        ) from error
-    finally:
-        for name in added:
-            del os.environ[name]
-    return client
-
-
-@contextlib.contextmanager
-def open_run(experiment: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """The run the work is logged to: the one `mlflow run` made, or a new one. Yields its id."""
-    if "MLFLOW_RUN_ID" not in os.environ and experiment:
-        mlflow.set_experiment(experiment)
-    with mlflow.start_run(tags=dict(tags), nested=mlflow.active_run() is not None) as run:
-        yield run.info.run_id
-
-
-@contextlib.contextmanager
-def open_child(
-    client: MlflowClient, parent: str, name: str, tags: Mapping[str, str]
-) -> Iterator[str]:
-    """A run below another one; FINISHED when the block ends well, else FAILED or KILLED."""
-    experiment = client.get_run(parent).info.experiment_id
-    all_tags = {"mlflow.parentRunId": parent, **tags}
-    run_id = client.create_run(experiment, tags=all_tags, run_name=name).info.run_id
-    status = "KILLED"
-    try:
-        yield run_id
-        status = "FINISHED"
-    except Exception:
-        status = "FAILED"
+        client.set_terminated(run_id, status)
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        with contextlib.suppress(MlflowException, SoupError):  # what happened is said first
+            client.hasty.set_terminated(run_id, status)
         raise
     finally:
-        client.set_terminated(run_id, status)
+        with contextlib.suppress(MlflowException):
+            forget(status)
+
+
+def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:
+    """End runs that nobody works on any more, and what is running below them.
+
+    Args:
+        client: of the store.
+        runs: were cut short.
+        heir: the run that goes on; it is left alone.
+    """
+    for run in runs:
+        if run.info.run_id != heir:
+            log(client, run.info.run_id, tags={lineage.ORPHANED_BY: heir})
+        for left in (run, *find_runs(client, {"mlflow.parentRunId": run.info.run_id})):
+            if left.info.run_id != heir and left.info.status == "RUNNING":
+                client.set_terminated(left.info.run_id, "KILLED")
 
 
 def log(
-    client: MlflowClient,
+    client: Store,
     run_id: str,
     *,
     params: Mapping[str, object] | None = None,
     metrics: Sequence[MlflowMetric] = (),
     tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Log everything at once: one round trip."""
+    """Log everything at once: one round trip. Numbers that are not finite stay out of MLflow."""
     client.log_batch(
         run_id,
-        metrics=list(metrics),
+        metrics=[m for m in metrics if math.isfinite(m.value)],
         params=[Param(key, str(value)) for key, value in (params or {}).items()],
         tags=[RunTag(key, value) for key, value in (tags or {}).items()],
     )
@@ -176,65 +163,35 @@ def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]
     return [metric(key, value, **about) for key, value in numbers.items()]
 
 
-def write_score(score: Score, path: Path) -> None:
-    """A score with its item rows as one Parquet file; `read_score` is its inverse."""
-    rows = [
-        (position, i.task, i.metric, i.weight, *row)
-        for position, i in enumerate(score.items)
-        for row in zip(
-            i.ids,
-            i.values,
-            i.shares,
-            i.log_likelihoods,
-            i.gold or [None] * len(i.ids),
-            i.sizes or [None] * len(i.ids),
-            strict=True,
-        )
-    ]
-    columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
-    head = {
-        "value": score.value,
-        "stderr": score.stderr,
-        "metrics": [asdict(m) for m in score.metrics],
-    }
-    schema = _COLUMNS.with_metadata({"soup": json.dumps(head)})
-    pq.write_table(pa.table([list(c) for c in columns], schema=schema), path)
-
-
-def read_score(path: Path) -> Score:
-    """A score as `write_score` wrote it."""
-    table = pq.read_table(path)
-    head = json.loads(table.schema.metadata[b"soup"])
-    groups: dict[tuple[int, str, str, float], list[Any]] = {}
-    for term, task, its_metric, weight, *row in zip(*table.to_pydict().values(), strict=True):
-        groups.setdefault((term, task, its_metric, weight), []).append(row)
-    items = []
-    for group, rows in groups.items():
-        ids, values, shares, likelihoods, gold, sizes = zip(*rows, strict=True)
-        known = () if gold[0] is None else gold
-        divisors = () if sizes[0] is None else tuple(map(tuple, sizes))
-        likelihoods = tuple(map(tuple, likelihoods))
-        items.append(Items(*group[1:], ids, values, shares, likelihoods, known, divisors))
-    metrics = tuple(Metric(**m) for m in head["metrics"])
-    return Score(head["value"], head["stderr"], tuple(items), metrics)
-
-
-def log_score(client: MlflowClient, run_id: str, score: Score, file: str) -> None:
-    """Keep a score's item rows as an artifact."""
+def log_scores(client: Store, run_id: str, measured: Scores, file: str) -> None:
+    """Keep scores with their item rows as an artifact."""
     with tempfile.TemporaryDirectory() as folder:
-        write_score(score, Path(folder) / Path(file).name)
-        parent = str(Path(file).parent)
-        client.log_artifact(
-            run_id, str(Path(folder) / Path(file).name), None if parent == "." else parent
-        )
+        path = Path(folder, PurePosixPath(file).name)
+        scores.write(measured, path)
+        parent = str(PurePosixPath(file).parent)
+        client.log_artifact(run_id, str(path), None if parent == "." else parent)
 
 
-def fetch(client: MlflowClient, run_id: str, file: str, folder: Path) -> Path:
-    """One artifact of a run, on this machine."""
-    return Path(client.download_artifacts(run_id, file, str(folder)))
+def fetch(client: Store, run_id: str, file: str, folder: Path) -> Path:
+    """One artifact of a run, on this machine.
+
+    Raises:
+        MlflowException, OSError: it is not there.
+        StoreError: the store is away.
+    """
+    parent = str(PurePosixPath(file).parent)
+
+    def there() -> bool:
+        listed = client.list_artifacts(run_id, None if parent == "." else parent)
+        return file in {info.path for info in listed}
+
+    def download() -> Path:
+        return Path(MlflowClient.download_artifacts(client, run_id, file, str(folder)))
+
+    return client.download(download, there, f"fetch {file} of run {run_id}")
 
 
-def find_runs(client: MlflowClient, tags: Mapping[str, str]) -> list[Run]:
+def find_runs(client: Store, tags: Mapping[str, str]) -> list[Run]:
     """All runs with these tags, in any experiment, oldest first."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     experiments = [e.experiment_id for e in pages(client.search_experiments)]
@@ -242,53 +199,37 @@ def find_runs(client: MlflowClient, tags: Mapping[str, str]) -> list[Run]:
     return pages(client.search_runs, experiments, query, order_by=order)
 
 
-def pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """Everything that one of MLflow's paged searches finds."""
-    page = search(*args, **kwargs)
-    found = list(page)
-    while page.token:
-        page = search(*args, page_token=page.token, **kwargs)
-        found += page
-    return found
-
-
 @dataclass(frozen=True)
 class Known:
-    """A score that some trial measured.
-
-    Attributes:
-        run_id: the trial that measured it.
-        score: with its items.
-        truncated: requests that were cut to the longest input.
-    """
+    """A score that some trial measured, and the run of that trial."""
 
     run_id: str
-    score: Score
-    truncated: int
+    scores: Scores
 
 
-def find_score(client: MlflowClient, measured: str) -> Known | None:
+def find_score(client: Store, measured: str) -> Known | None:
     """What any trial has measured of the same weights in the same way; None if there is none."""
     for run in find_runs(client, {lineage.MEASURED: measured}):
         if run.info.status == RunStatus.to_string(RunStatus.FINISHED):
             score = _read_items(client, run)
             if score is not None:
                 source = run.data.tags.get(lineage.ITEMS_RUN, run.info.run_id)
-                return Known(source, score, int(run.data.metrics[lineage.TRUNCATED]))
+                truncated = run.data.metrics.get(lineage.TRUNCATED, 0.0)
+                return Known(source, Scores({"": score}, {lineage.TRUNCATED: truncated}))
     return None
 
 
-def _read_items(client: MlflowClient, run: Run) -> Score | None:
+def _read_items(client: Store, run: Run) -> Score | None:
     """A trial's score; None where its items are gone, or the run that it took them over from."""
     source = run.data.tags.get(lineage.ITEMS_RUN, run.info.run_id)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return read_score(fetch(client, source, lineage.ITEMS, Path(folder)))
+            return scores.read(fetch(client, source, lineage.ITEMS, Path(folder))).mean
         except (MlflowException, OSError, ValueError, KeyError, TypeError):  # lost, or damaged
             return None
 
 
-def read_trials(client: MlflowClient, key: str) -> list[Trial]:
+def read_trials(client: Store, key: str) -> list[Trial]:
     """The committed trials of a search, in order: those with a score and those that failed."""
     trials: dict[int, Trial] = {}
     for run in find_runs(client, {lineage.KEY: key, lineage.ROLE: "trial"}):
@@ -307,7 +248,7 @@ def read_trials(client: MlflowClient, key: str) -> list[Trial]:
 
 
 def log_evidence(
-    client: MlflowClient,
+    client: Store,
     run_id: str,
     roles: Mapping[str, Evidence],
     model_ids: Mapping[str, str | None],
@@ -315,7 +256,7 @@ def log_evidence(
 ) -> None:
     """Keep what the gate will read, and show it on MLflow's Models page.
 
-    One Parquet file per model and score, and metrics that name their logged model and dataset.
+    One Parquet file per model, and metrics that name their logged model and dataset.
 
     Args:
         client: of the store.
@@ -328,10 +269,10 @@ def log_evidence(
     index: dict[str, Any] = {}
     metrics: list[MlflowMetric] = []
     for role, evidence in roles.items():
-        folder = role.replace(" ", "-")
-        scores = [("held-out", evidence.held_out), *evidence.ood]
-        for position, (_, score) in enumerate(scores):
-            log_score(client, run_id, score, f"{folder}/{position}.parquet")
+        file = f"{role.replace(' ', '-')}.parquet"
+        of = {_HELD_OUT: evidence.held_out, **dict(evidence.ood)}
+        log_scores(client, run_id, Scores(of), file)
+        for position, score in enumerate(of.values()):
             prefix = "ood" if position else "dev"
             if model_ids[role] is not None or role == "soup":
                 metrics += [
@@ -349,29 +290,23 @@ def log_evidence(
             "model": evidence.version.name,
             "version": evidence.version.number,
             "digest": evidence.digest,
-            "scores": {name: f"{folder}/{i}.parquet" for i, (name, _) in enumerate(scores)},
+            "scores": file,
         }
     log(client, run_id, metrics=metrics)
     client.log_text(run_id, json.dumps(index, indent=2), lineage.EVIDENCE)
 
 
-def read_evidence(client: MlflowClient, run_id: str) -> dict[str, Evidence]:
+def read_evidence(client: Store, run_id: str) -> dict[str, Evidence]:
     """What `log_evidence` kept, by role."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         index = json.loads(fetch(client, run_id, lineage.EVIDENCE, folder).read_text())
         roles = {}
         for role, entry in index.items():
-            scores = {
-                name: read_score(fetch(client, run_id, file, folder))
-                for name, file in entry["scores"].items()
-            }
-            roles[role] = Evidence(
-                Version(entry["model"], entry["version"]),
-                entry["digest"],
-                scores.pop("held-out"),
-                tuple(scores.items()),
-            )
+            of = dict(scores.read(fetch(client, run_id, entry["scores"], folder)).of)
+            held_out = of.pop(_HELD_OUT)
+            version = Version(entry["model"], entry["version"])
+            roles[role] = Evidence(version, entry["digest"], held_out, tuple(of.items()))
     return roles
 
 
@@ -390,13 +325,13 @@ def _on_server() -> bool:
     return str(mlflow.get_tracking_uri()).startswith(("http://", "https://"))
 
 
-def run_path(client: MlflowClient, run_id: str) -> str:
+def run_path(client: Store, run_id: str) -> str:
     """The UI's path of a run, in the mode that shows models and metrics."""
     experiment = client.get_run(run_id).info.experiment_id
     return f"/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
 
 
-def share_view(client: MlflowClient, run_id: str) -> str:
+def share_view(client: Store, run_id: str) -> str:
     """Prepare the UI's comparison of a search's trials; its path.
 
     A table of λ and scores, a scatter of score over λ and parallel coordinates. How MLflow stores a

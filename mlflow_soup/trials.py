@@ -1,28 +1,64 @@
 """One recipe, one child run; and a method's recipes one after the other until it ends.
 
 What any request has scored already is not scored again: the trial is written down as usual, and
-says whose score it took over.
+says whose score it took over. What is scored goes into the journal first and to MLflow then; while
+that is away, the search goes on.
 """
 
+import contextlib
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import fields
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from mlflow.entities import Metric
 from tqdm import tqdm
 
 from mlflow_soup import geometry, lineage, soup, tracking
+from mlflow_soup.bench import measured_key
 from mlflow_soup.digests import digest
-from mlflow_soup.errors import NonFiniteError, ObjectiveError
+from mlflow_soup.errors import NonFiniteError, ObjectiveError, SpecError, StoreError
 from mlflow_soup.job import Job
 from mlflow_soup.live import Link
 from mlflow_soup.objective import Evaluator
 from mlflow_soup.records import Found, Recipe, Score, Trial
+from mlflow_soup.scores import Scores
+from mlflow_soup.store import Store
 
 logger = logging.getLogger("mlflow_soup")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A recipe that was scored, and all that its run says of it.
+
+    Attributes:
+        recipe: what was scored.
+        measured: digest of its weights and how they were scored.
+        scores: None when they were not finite.
+        source: the run that measured it, where its score was taken over; else empty.
+        tags: of its run.
+        began, ended: in milliseconds since 1970.
+        attempt: names its run, so that it is found where the answer to its creation was lost.
+    """
+
+    recipe: Recipe
+    measured: str
+    scores: Scores | None
+    source: str
+    tags: Mapping[str, str]
+    began: int
+    ended: int
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def score(self) -> Score | None:
+        """The mean over tasks."""
+        return self.scores.mean if self.scores is not None else None
 
 
 def search_tags(job: Job, name: str) -> dict[str, str]:
@@ -36,67 +72,132 @@ def search_tags(job: Job, name: str) -> dict[str, str]:
     }
 
 
-def _log_request(job: Job, run_id: str) -> None:
+def request_params(job: Job) -> dict[str, str]:
     """Params under `cfg.`: MLproject's own are logged by `mlflow run`, quoted and write-once."""
     said = {f"cfg.{f.name}": getattr(job.spec, f.name) for f in fields(job.spec)}
     said |= {"cfg.alpha": job.space.alpha, "cfg.trials": job.spec.budget}
-    params = {k: v for k, v in said.items() if v not in ("", None)}
-    params |= {f"cfg.evaluator.{k}": v for k, v in job.bench.held_out.settings().items()}
+    del said["cfg.store_patience"]  # whoever tries again may be more patient
+    params = {k: str(v) for k, v in said.items() if v not in ("", None)}
+    settings = job.bench.held_out.settings()
+    return params | {f"cfg.evaluator.{k}": str(v) for k, v in settings.items()}
+
+
+def _log_request(job: Job, run_id: str) -> None:
+    params = request_params(job)
+    before = job.client.get_run(run_id).data.params
+    if other := [f"{k} {before[k]}, now {v}" for k, v in params.items() if before.get(k, v) != v]:
+        raise SpecError(
+            f"run {run_id} was begun with another request: {'; '.join(other)}",
+            where="the run that `mlflow run` was given or made",
+            fix="ask for the same again, or leave out --run-id",
+        )
     tracking.log(job.client, run_id, params=params)
 
 
-def explore(job: Job, run_id: str, *, alone: bool = True) -> list[Trial]:
+@dataclass
+class _Outbox:
+    """What MLflow is still to be told of a search. What it is told, the journal may forget."""
+
+    job: Job
+    run_id: str
+    waiting: list[tuple[int, Evaluation]] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
+    runs: dict[int, str] = field(default_factory=dict)  # number of a trial → its run
+
+    def flush(self, *, patiently: bool) -> None:
+        """Send all of it; else as much as goes at once.
+
+        Raises:
+            StoreError: the store is away; what was not sent waits on.
+        """
+        client = self.job.client if patiently else self.job.client.hasty
+        while self.waiting:
+            number, evaluation = self.waiting[0]
+            tags = {
+                lineage.KEY: self.job.key,
+                lineage.ROLE: "trial",
+                lineage.NUMBER: str(number),
+                lineage.EVALUATOR: self.job.bench.held_out.fingerprint,
+            }
+            label = evaluation.recipe.label
+            self.runs[number] = _publish(self.job, client, self.run_id, label, tags, evaluation)
+            self.waiting.pop(0)
+        if self.metrics:
+            tracking.log(client, self.run_id, metrics=self.metrics)
+            self.metrics.clear()
+
+
+def explore(
+    job: Job, run_id: str, *, alone: bool = True, check: Callable[[], None] = lambda: None
+) -> list[Trial]:
     """Trials until the method ends; those of an earlier run with the same key count.
 
     Args:
         job: the request.
         run_id: the search run; trials are its children.
         alone: it is all that the user waits for: say on the way what is amiss with the parents.
+        check: is called before each evaluation, and raises where there is to be none.
+
+    Raises:
+        StoreError: the store was away for longer than patience lasts; the journal has what it
+            was not told.
     """
     spec, space = job.spec, job.space
     parents = [o.checkpoint for o in job.opened]
     links = job.bench.live.link(parents, resident=spec.parents_in == "memory")
     trials: list[Trial] = []
     history = {trial.number: trial for trial in tracking.read_trials(job.client, job.key)}
+    outbox = _Outbox(job, run_id)
     best, at = float("-inf"), ""
     total = spec.budget if job.method.searches else None
     with tqdm(total=total, desc="search", unit="λ", disable=None, leave=alone) as bar:
         while (recipe := job.method.proceed(space, trials, spec)) is not None:
             # what was evaluated stands; it ends here, however far another request went on
             number = len(trials)
-            trials.append(history.get(number) or _try(job, run_id, number, recipe, links))
+            if number in history:
+                trials.append(history[number])
+            else:
+                check()
+                evaluation = _evaluate(job, recipe, links, job.bench.held_out)
+                outbox.waiting.append((number, evaluation))
+                trials.append(Trial(number, recipe, evaluation.score))
             trial = trials[-1]
             bar.update()
-            if trial.held_out is None:
-                if trial.recipe in space.parents():
-                    break  # nothing can be compared with it
-                continue
-            started = {*space.start()} == {t.recipe for t in trials}
-            if alone and started and (warning := geometry.barrier(space, trials)):
-                logger.warning(warning)
-            lam, value = trial.recipe.lam[-1], trial.held_out.value
-            if value > best:
-                best, at = value, f"best {value:.4f} at {trial.recipe.label}"
-            bar.set_postfix_str(at)
-            numbers = {"search/objective": value, "search/lambda": lam, "search/best": best}
-            metrics = [tracking.metric(k, v, trial.number) for k, v in numbers.items()]
-            tracking.log(job.client, run_id, metrics=metrics)
-    return trials
+            if trial.held_out is None and trial.recipe in space.parents():
+                break  # nothing can be compared with it
+            if trial.held_out is not None:
+                started = {*space.start()} == {t.recipe for t in trials}
+                if alone and started and (warning := geometry.barrier(space, trials)):
+                    logger.warning(warning)
+                lam, value = trial.recipe.lam[-1], trial.held_out.value
+                if value > best:
+                    best, at = value, f"best {value:.4f} at {trial.recipe.label}"
+                bar.set_postfix_str(at)
+                numbers = {"search/objective": value, "search/lambda": lam, "search/best": best}
+                outbox.metrics += [tracking.metric(k, v, number) for k, v in numbers.items()]
+            with contextlib.suppress(StoreError):  # evaluations go on while the store is away
+                outbox.flush(patiently=False)
+    outbox.flush(patiently=True)
+    return [replace(t, run_id=outbox.runs.get(t.number, t.run_id)) for t in trials]
 
 
-def find(job: Job, run_id: str, *, alone: bool = True) -> Found:
+def find(
+    job: Job, run_id: str, *, alone: bool = True, check: Callable[[], None] = lambda: None
+) -> Found:
     """What the method of a job makes of its parents, all of it in a search run.
 
     Args:
         job: the request.
         run_id: the search run.
         alone: as of `explore`.
+        check: as of `explore`.
 
     Raises:
         ObjectiveError: a parent, or what was chosen, has no finite score.
+        StoreError: as of `explore`.
     """
     _log_request(job, run_id)
-    trials = explore(job, run_id, alone=alone)
+    trials = explore(job, run_id, alone=alone, check=check)
     parents = tuple(
         scored(trials, recipe, str(version))
         for recipe, version in zip(job.space.parents(), job.versions, strict=True)
@@ -106,80 +207,102 @@ def find(job: Job, run_id: str, *, alone: bool = True) -> Found:
     return Found(job.spec.method, job.versions, recipe, score, parents, tuple(trials))
 
 
-def _try(job: Job, run_id: str, number: int, recipe: Recipe, links: Sequence[Link]) -> Trial:
-    """One recipe: a child run with its params, metrics, item rows and seconds."""
-    client, bench = job.client, job.bench
-    tags = {
-        lineage.KEY: job.key,
-        lineage.ROLE: "trial",
-        lineage.NUMBER: str(number),
-        lineage.EVALUATOR: bench.held_out.fingerprint,
-    }
-    child = ""
-    try:
-        with tracking.open_child(client, run_id, recipe.label, tags) as child:
-            score = _score(job, child, recipe, links, bench.held_out)
-    except NonFiniteError as error:  # it would be so again; anything else ends the run
-        if recipe.method != "linear":
-            raise  # with other statistics it might not
-        logger.warning("%s failed: %s", recipe.label, error.what)
-        tracking.log(client, child, tags={lineage.FAILED: error.what[:5000]})
-        return Trial(number, recipe, None, child)
-    return Trial(number, recipe, score, child)
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
-def _score(
-    job: Job, child: str, recipe: Recipe, links: Sequence[Link], evaluator: Evaluator
-) -> Score:
-    """A recipe's score, logged to its run; taken over where it is known already."""
-    client, bench = job.client, job.bench
-    weights = json.dumps(recipe.lam)
-    params = {"lambda": str(recipe), "method": recipe.method, "weights": weights}
-    tracking.log(client, child, params=params)
-    begin = time.monotonic()
+def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evaluator) -> Evaluation:
+    """A recipe's score; taken over where it is known already."""
+    client, bench, began = job.client, job.bench, _now()
+    tags: dict[str, str] = {}
     if recipe.method == "linear":
-        parts = [(o.parent.digest, w.hex()) for o, w in zip(job.opened, recipe.lam, strict=True)]
-        parts = [part for part in parts if part[1] != (0.0).hex()]
+        parts = [(o.parent.digest, w) for o, w in zip(job.opened, recipe.lam, strict=True)]
     else:
         with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as folder:
             parents = [o.checkpoint for o in job.opened]
             blend = job.blend(recipe)
             made = soup.write(parents, recipe.lam, Path(folder), digests=False, blend=blend)
-            parts = [(digest(made.checkpoint), (1.0).hex())]
+            parts = [(digest(made.checkpoint), 1.0)]
             bench.live.set_weights(bench.live.link([made.checkpoint]), [1.0])
-        tracking.log(client, child, tags={lineage.DIGEST: parts[0][0]})
-    measured = lineage.key_of({"evaluator": evaluator.fingerprint, "weights": parts})
-    known = tracking.find_score(client, measured)
-    if known is not None:
-        metrics = [tracking.metric(lineage.TRUNCATED, known.truncated)]
-        tags = {lineage.MEASURED: measured, lineage.ITEMS_RUN: known.run_id}
-        score = known.score
-    else:
+        tags = {lineage.DIGEST: parts[0][0]}
+    measured = measured_key(evaluator, parts)
+    scores, source = job.journal.read(measured), ""
+    if scores is None:
+        with contextlib.suppress(StoreError):  # away: what it knows is measured once more
+            known = tracking.find_score(client.hasty, measured)
+            if known is not None:
+                scores, source = known.scores, known.run_id
+
+    def evaluate() -> Scores:
+        begin = time.monotonic()
         if recipe.method == "linear":
             bench.live.set_weights(links, recipe.lam)
         merged = time.monotonic()
         score = evaluator.score()
-        numbers = {
+        about = {
             "seconds/merge": merged - begin,
             "seconds/evaluate": time.monotonic() - merged,
             lineage.TRUNCATED: evaluator.truncated,
         }
+        return Scores({"": score}, about)
+
+    try:
+        scores = scores or job.journal.recall(measured, evaluate)
+    except NonFiniteError as error:  # it would be so again; anything else ends the run
+        if recipe.method != "linear":
+            raise  # with other statistics it might not
+        logger.warning("%s failed: %s", recipe.label, error.what)
+        tags[lineage.FAILED] = error.what[:5000]
+    return Evaluation(recipe, measured, scores, source, tags, began, _now())
+
+
+def _publish(
+    job: Job,
+    client: Store,
+    parent: str,
+    name: str,
+    tags: Mapping[str, str],
+    evaluation: Evaluation,
+) -> str:
+    """An evaluation as a run of its own, FINISHED once all of it is there; its id."""
+    recipe, scores = evaluation.recipe, evaluation.scores
+    known = {**tags, lineage.ATTEMPT: evaluation.attempt}
+    child = tracking.begin_child(client, parent, name, known, evaluation.began)
+    weights = json.dumps(recipe.lam)
+    params = {"lambda": str(recipe), "method": recipe.method, "weights": weights}
+    metrics, more = [], dict(evaluation.tags)
+    if scores is not None:
+        if evaluation.source:
+            more[lineage.ITEMS_RUN] = evaluation.source
+        else:
+            tracking.log_scores(client, child, scores, lineage.ITEMS)
+        more[lineage.MEASURED] = evaluation.measured
+        numbers = {**scores.about, "dev/stderr": scores.mean.stderr}
         metrics = [tracking.metric(key, value) for key, value in numbers.items()]
-        tags = {lineage.MEASURED: measured}
-        tracking.log_score(client, child, score, lineage.ITEMS)
-    metrics += [tracking.metric("dev/stderr", score.stderr)]
-    metrics += tracking.score_metrics(score, "dev")
-    tracking.log(client, child, metrics=metrics, tags=tags)
-    return score
+        metrics += tracking.score_metrics(scores.mean, "dev")
+    tracking.log(client, child, params=params, metrics=metrics, tags=more)
+    status = "FAILED" if scores is None else "FINISHED"
+    client.set_terminated(child, status, evaluation.ended)
+    job.journal.drop(evaluation.measured)
+    return child
 
 
 def look(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Score:
-    """A recipe's score by another evaluator than the job's, in a run that no search reads."""
+    """A recipe's score by another evaluator than the job's, in a run that no search reads.
+
+    Raises:
+        NonFiniteError: it is not finite.
+    """
     links = job.bench.live.link([o.checkpoint for o in job.opened])
+    evaluation = _evaluate(job, recipe, links, evaluator)
     about = f"{recipe.label} of {' and '.join(map(str, job.versions))}"
     tags = {lineage.ROLE: "look", lineage.EVALUATOR: evaluator.fingerprint}
-    with tracking.open_child(job.client, run_id, about, tags) as child:
-        return _score(job, child, recipe, links, evaluator)
+    _publish(job, job.client, run_id, about, tags, evaluation)
+    if evaluation.scores is None:
+        raise NonFiniteError(
+            evaluation.tags[lineage.FAILED], where=recipe.label, fix="leave this one out"
+        )
+    return evaluation.scores.mean
 
 
 def scored(trials: Sequence[Trial], recipe: Recipe, what: str) -> Score:

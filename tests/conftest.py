@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 import mlflow_soup
 import toy
 from mlflow_soup import Outcome, Spec
+from mlflow_soup.store import Store
 
 torch.set_num_threads(1)
 
@@ -150,7 +151,7 @@ def use(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlfl
     monkeypatch.setenv("MLFLOW_SOUP_CACHE", str(tmp_path / "cache"))
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment("soups")
-    return MlflowClient()
+    return Store()
 
 
 @pytest.fixture(scope="session")
@@ -191,4 +192,4 @@ def server_client(server, tmp_path, monkeypatch) -> MlflowClient:
     monkeypatch.setenv("MLFLOW_SOUP_CACHE", str(tmp_path / "cache"))
     mlflow.set_tracking_uri(server)
     mlflow.set_experiment("soups")
-    return MlflowClient()
+    return Store()

@@ -51,8 +51,13 @@ EDGES = {
         *("checkpoint", "compatibility", "digests", "durable"),
         *("live", "calibration", "sums", "passes"),
     },
-    "registry": {"tracking"},
-    "tracking": set(),
+    "scores": set(),
+    "journal": {"durable", "scores"},
+    "store": set(),
+    "tracking": {"scores", "store"},
+    "ledger": {"store"},
+    "lease": {"durable", "ledger", "store"},
+    "registry": {"ledger", "store"},
     "suite": {"live"},
     "prepared": set(),
     "objective": {"compatibility", "live", "suite", "prepared"},
@@ -79,7 +84,7 @@ ALLOWED |= {name: {*NOUNS, *PURE, *siblings} for name, siblings in EDGES.items()
 ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(REST)}
 
 HOMES = {
-    "mlflow": {"registry", "tracking", "bench", "job", "release", "pipeline", "study"},
+    "mlflow": {"store", "tracking", "ledger", "registry", "trials"},
     "lm_eval": {"suite", "prepared", "objective"},
     "transformers": {"live", "passes"},
     "safetensors": {"checkpoint", "sums", "statistics"},

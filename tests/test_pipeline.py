@@ -18,7 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 
 import toy
 from conftest import MODEL, fill, register
-from mlflow_soup import Spec, errors, lineage, objective, release, search, soup, tracking, verify
+from mlflow_soup import (
+    Spec,
+    errors,
+    lineage,
+    objective,
+    release,
+    scores,
+    search,
+    soup,
+    tracking,
+    verify,
+)
 from mlflow_soup import run as run_soup
 
 
@@ -59,9 +70,8 @@ def test_each_lambda_is_a_child_run_with_metrics_and_item_rows(client, outcome, 
         assert 0.0 <= float(run.data.params["lambda"]) <= 1.0
         assert run.data.metrics["dev/objective"] == run.data.metrics["dev/toy_letters/acc"]
         assert run.data.metrics["seconds/evaluate"] > 0
-        score = tracking.read_score(
-            tracking.fetch(client, run.info.run_id, lineage.ITEMS, tmp_path)
-        )
+        file = tracking.fetch(client, run.info.run_id, lineage.ITEMS, tmp_path)
+        score = scores.read(file).mean
         assert score.value == run.data.metrics["dev/objective"]
         assert np.mean(score.items[0].values) == pytest.approx(score.value)
         assert len(score.items[0].log_likelihoods[0]) == 4

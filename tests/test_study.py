@@ -13,15 +13,26 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 import mlflow_soup
 from conftest import MODEL, use
-from mlflow_soup import Spec, errors, gate, job, objective, pilots, search, tables, tracking
+from mlflow_soup import (
+    Spec,
+    errors,
+    gate,
+    job,
+    objective,
+    pilots,
+    scores,
+    search,
+    tables,
+    tracking,
+)
 from mlflow_soup.records import Recipe, Trial
 from mlflow_soup.space import Space
 from mlflow_soup.spec import STUDIES
+from mlflow_soup.store import Store
 from mlflow_soup.study import run_study as study
 from test_cli import command
 
@@ -74,7 +85,7 @@ def trials(client, key, folder):
     found = {}
     for run in all_runs(client, f"tags.`soup.key` = '{key}' and tags.`soup.role` = 'trial'"):
         items = run.data.tags.get("soup.items_run", run.info.run_id)
-        score = tracking.read_score(tracking.fetch(client, items, "items.parquet", folder))
+        score = scores.read(tracking.fetch(client, items, "items.parquet", folder)).mean
         assert score.value == run.data.metrics["dev/objective"]
         weights = tuple(json.loads(run.data.params["weights"]))
         found[int(run.data.tags["soup.number"])] = weights, score
@@ -139,8 +150,8 @@ def reports(told, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def store(reports) -> MlflowClient:
-    return MlflowClient()
+def store(reports) -> Store:
+    return Store()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from mlflow_soup import errors, tracking
+from mlflow_soup import errors, scores, store, tracking
 from mlflow_soup.records import Items, Metric, Score
 
 
@@ -17,8 +17,9 @@ def test_a_score_survives_its_file(tmp_path):
     )
     metrics = (Metric("a", "acc,none", 0.5, 0.25, higher_is_better=True),)
     score = Score(1 / 7, 0.1, items, metrics)
-    tracking.write_score(score, tmp_path / "s.parquet")
-    assert tracking.read_score(tmp_path / "s.parquet") == score
+    both = scores.Scores({"": score, "acc:letters": Score(0.25, 0.5, items[:2])}, {"seconds": 0.1})
+    scores.write(both, tmp_path / "s.parquet")
+    assert scores.read(tmp_path / "s.parquet") == both
 
 
 @pytest.mark.parametrize(
@@ -61,14 +62,14 @@ def test_a_run_that_mlflow_run_made_is_used(client, monkeypatch):
     experiment = client.get_experiment_by_name("soups").experiment_id
     made = client.create_run(experiment).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", made)
-    with tracking.open_run("ignored", {"soup.role": "search"}) as run_id:
+    with tracking.open_run(client, "ignored", {"soup.role": "search"}) as run_id:
         assert run_id == made
     assert client.get_run(made).data.tags["soup.role"] == "search"
     assert client.get_experiment_by_name("ignored") is None
 
 
 def test_an_experiment_can_be_named(client):
-    with tracking.open_run("elsewhere", {}) as run_id:
+    with tracking.open_run(client, "elsewhere", {}) as run_id:
         pass
     experiment = client.get_run(run_id).info.experiment_id
     assert client.get_experiment(experiment).name == "elsewhere"
@@ -77,7 +78,7 @@ def test_an_experiment_can_be_named(client):
 def test_mlflows_refusal_is_ours_with_its_reason():
     with (
         pytest.raises(errors.RegistryError, match="refused to do this: because") as caught,
-        tracking.asking("do this"),
+        store.asking("do this"),
     ):
         raise MlflowException("because")
     assert isinstance(caught.value.__cause__, MlflowException)
@@ -106,10 +107,10 @@ class MlflowClientWithSmallPages:
 def test_a_store_that_goes_away_is_told_apart_from_one_that_refuses(client, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     gone = MlflowClient("http://user:hunter2@127.0.0.1:9")
-    with pytest.raises(errors.StoreError) as caught, tracking.asking("look"):
+    with pytest.raises(errors.StoreError) as caught, store.asking("look"):
         gone.search_experiments()
     assert caught.value.exit_code == 6
-    with pytest.raises(errors.RegistryError) as refused, tracking.asking("look"):
+    with pytest.raises(errors.RegistryError) as refused, store.asking("look"):
         client.get_run("no such run")
     assert not isinstance(refused.value, errors.StoreError)
     assert refused.value.exit_code == 1
@@ -118,7 +119,7 @@ def test_a_store_that_goes_away_is_told_apart_from_one_that_refuses(client, monk
 def test_a_full_disk_is_said_with_its_name():
     with (
         pytest.raises(errors.StoreError, match="no space left") as caught,
-        tracking.asking("log"),
+        store.asking("log"),
         open("/dev/full", "w") as full,
     ):
         full.write("x" * 100_000)

@@ -1,0 +1,164 @@
+"""One process at a time works on a request; whoever asks for the same waits, or takes over.
+
+A lease spares work and guards nothing: two that hold it at once, because one was taken for dead,
+still register one version (`registry.register`) and promote once (`ledger`).
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlflow_soup.durable import on_disk, replace
+from mlflow_soup.errors import OvertakenError, SoupError
+from mlflow_soup.ledger import Entry, Ledger
+from mlflow_soup.store import Store
+
+logger = logging.getLogger("mlflow_soup")
+BEAT_S = 15.0
+GRACE_S = 90.0  # without a beat before a holder on another machine counts as dead
+LOOK_S = 2.0  # between two looks of one who waits
+_ENDED = "ended"
+
+
+class Lease:
+    """A lease that is held."""
+
+    def __init__(self, ledger: Ledger, series: str, number: int) -> None:
+        self._ledger, self._series, self._number = ledger, series, number
+        self._stopped, self._lost = threading.Event(), ""
+
+    def check(self) -> None:
+        """Stop when another took over meanwhile: it found no sign of life for too long.
+
+        Raises:
+            OvertakenError: another works on the same request now.
+        """
+        if self._lost:
+            raise OvertakenError(
+                "another process took over, since this one gave no sign of life",
+                where=self._lost,
+                fix="wait for it; the same command then finds its result",
+            )
+
+    def _beat(self) -> None:
+        """A sign of life every few seconds, in a thread of its own."""
+        hasty = Ledger(Store(), self._ledger.name, self._ledger.run_id)
+        beats = 0
+        while not self._stopped.wait(BEAT_S):
+            beats += 1
+            with contextlib.suppress(SoupError):  # a store that is away is away for all
+                hasty.mark(self._series, self._number, f"beat {beats}")
+                last = hasty.read(self._series)[-1]
+                if last.number != self._number:
+                    self._lost = str(last.told.get("host", "unknown"))
+                    return
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator["Lease"]:
+        thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._stopped.set()
+            thread.join(BEAT_S)
+            with contextlib.suppress(SoupError):  # who waits will see that the beats have ended
+                Ledger(Store(), self._ledger.name, self._ledger.run_id).mark(
+                    self._series, self._number, _ENDED
+                )
+
+
+@contextlib.contextmanager
+def hold(ledger: Ledger, key: str, folder: Path) -> Iterator[Lease]:
+    """Work on a request alone, after whoever does it now.
+
+    Args:
+        ledger: of the registered model.
+        key: of the request.
+        folder: on this machine, where processes see each other at once; made if not there.
+    """
+    series = f"lease/{key[:32]}"
+    with _alone_here(folder, key), _claim(ledger, series, folder)._kept() as lease:
+        yield lease
+
+
+@contextlib.contextmanager
+def _alone_here(folder: Path, key: str) -> Iterator[None]:
+    """A lock that goes with the process, however it ends."""
+    path = folder / f"{key[:32]}.lock"
+    with on_disk(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        said = False
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not said:
+                    logger.warning(
+                        "another process on this machine works on the same request: waiting for it"
+                    )
+                said = True
+                time.sleep(LOOK_S)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _claim(ledger: Ledger, series: str, folder: Path) -> Lease:
+    """The next lease of a series, once the last one has ended or its holder is dead."""
+    here = _identity(folder)
+    while True:
+        entries = ledger.read(series)
+        if entries:
+            _outwait(ledger, series, entries[-1], here)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "cache": here}
+        owner |= {"at": int(time.time()), "nonce": secrets.token_hex(8)}
+        number = entries[-1].number + 1 if entries else 1
+        if ledger.append(series, number, owner):
+            return Lease(ledger, series, number)
+
+
+def _outwait(ledger: Ledger, series: str, last: Entry, here: str) -> None:
+    """Wait until a lease has ended, was followed by another, or shows no sign of life.
+
+    Clocks of other machines are not trusted: what counts is how long we see no beat.
+    """
+    if last.told.get("cache") == here:
+        return  # its holder would have the lock that we have
+    seen, since, said = last.mark, time.monotonic(), False
+    while seen != _ENDED:
+        if not said:
+            logger.warning(
+                "%s works on the same request: waiting for it, or until it gives no sign of life "
+                "for %.0f s",
+                *(last.told.get("host", "another machine"), GRACE_S),
+            )
+            said = True
+        time.sleep(LOOK_S)
+        newest = ledger.read(series)[-1]
+        if newest.number != last.number:
+            return
+        if newest.mark != seen:
+            seen, since = newest.mark, time.monotonic()
+        elif time.monotonic() - since > GRACE_S:
+            logger.warning("no sign of life from %s: taking over", last.told.get("host", "it"))
+            return
+
+
+def _identity(folder: Path) -> str:
+    """A name for this folder, that processes which share it have in common."""
+    path = folder / "identity"
+    if not path.is_file():
+        replace(path, lambda partial: partial.write_text(secrets.token_hex(16)))
+    with on_disk(path):
+        return path.read_text()

@@ -1,0 +1,112 @@
+"""Scores with their item rows ↔ one Parquet file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlflow_soup.records import Items, Metric, Score
+
+_COLUMNS = pa.schema(
+    [
+        ("term", pa.int32()),
+        ("task", pa.string()),
+        ("metric", pa.string()),
+        ("weight", pa.float64()),
+        ("id", pa.string()),
+        ("value", pa.float64()),
+        ("share", pa.float64()),
+        ("log_likelihoods", pa.list_(pa.float64())),
+        ("gold", pa.int32()),  # null where nothing is known
+        ("sizes", pa.list_(pa.float64())),  # null for 1
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one evaluation gave.
+
+    Attributes:
+        of: name → score; a mean over tasks alone has the empty name.
+        about: numbers that go with them, such as seconds.
+    """
+
+    of: Mapping[str, Score]
+    about: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Score:
+        """The score without a name."""
+        return self.of[""]
+
+
+def write(scores: Scores, path: Path) -> None:
+    """Scores with their item rows as one Parquet file, with checksums; `read` is its inverse."""
+    items = [i for score in scores.of.values() for i in score.items]
+    rows = [
+        (position, i.task, i.metric, i.weight, *row)
+        for position, i in enumerate(items)
+        for row in zip(
+            i.ids,
+            i.values,
+            i.shares,
+            i.log_likelihoods,
+            i.gold or [None] * len(i.ids),
+            i.sizes or [None] * len(i.ids),
+            strict=True,
+        )
+    ]
+    columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+    head = [
+        {
+            "name": name,
+            "value": score.value,
+            "stderr": score.stderr,
+            "metrics": [asdict(m) for m in score.metrics],
+            "terms": len(score.items),
+        }
+        for name, score in scores.of.items()
+    ]
+    about = {"scores": head, "about": dict(scores.about)}
+    schema = _COLUMNS.with_metadata({"soup": json.dumps(about)})
+    table = pa.table([list(c) for c in columns], schema=schema)
+    pq.write_table(table, path, write_page_checksum=True)
+
+
+def read(path: Path) -> Scores:
+    """Scores as `write` wrote them.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is no such file, or damaged.
+    """
+    table = pq.read_table(path, page_checksum_verification=True)
+    head = json.loads(table.schema.metadata[b"soup"])
+    groups: dict[tuple[int, str, str, float], list[Any]] = {}
+    for term, task, its_metric, weight, *row in zip(*table.to_pydict().values(), strict=True):
+        groups.setdefault((term, task, its_metric, weight), []).append(row)
+    items = []
+    for group, rows in groups.items():
+        ids, values, shares, likelihoods, gold, sizes = zip(*rows, strict=True)
+        known = () if gold[0] is None else gold
+        divisors = () if sizes[0] is None else tuple(map(tuple, sizes))
+        likelihoods = tuple(map(tuple, likelihoods))
+        items.append(Items(*group[1:], ids, values, shares, likelihoods, known, divisors))
+    left = iter(items)
+    return Scores(
+        {
+            one["name"]: Score(
+                one["value"],
+                one["stderr"],
+                tuple(islice(left, one["terms"])),
+                tuple(Metric(**m) for m in one["metrics"]),
+            )
+            for one in head["scores"]
+        },
+        head["about"],
+    )

@@ -1,0 +1,317 @@
+"""MLflow's client, for stores that are away, answer with errors or lose their answers.
+
+MLflow repeats a request whose answer was lost, and so makes two runs or versions of one: its own
+retries are off here. What may be repeated is repeated, with jitter, as long as patience lasts; what
+creates goes through `Store.once`, which looks before every attempt.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import random
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, wraps
+from typing import Any, TypeVar
+
+import mlflow
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from requests import ConnectionError as ConnectionFailed
+from requests import HTTPError, RequestException
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
+
+from mlflow_soup import lineage
+from mlflow_soup.errors import RegistryError, StoreError, redact
+
+logger = logging.getLogger("mlflow_soup")
+T = TypeVar("T")
+
+# how long is waited at first and at most between two attempts, in seconds, before jitter
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
+_PROBE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_OUR_OWN_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+_BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
+# of SQLite and PostgreSQL, MySQL
+_FULL = ("disk is full", "No space left", "could not extend file", "The table is full")
+
+
+def where() -> str:
+    """The tracking store, for errors."""
+    return redact(str(mlflow.get_tracking_uri()))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it came from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk has no space left, ours or the database's."""
+    return any(
+        (isinstance(e, OSError) and e.errno == errno.ENOSPC)
+        or (isinstance(e, MlflowException) and any(word in str(e.message) for word in _FULL))
+        for e in _chain(error)
+    )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may work later: the store is away, overloaded, or broke down in it."""
+    if is_full(error):
+        return False
+    for cause in _chain(error):
+        if isinstance(cause, HTTPError) and cause.response is not None:
+            return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
+        if isinstance(cause, InvalidURL | InvalidSchema | MissingSchema):
+            return False
+        if isinstance(cause, RequestException | ConnectionError | HTTPClientError):
+            return True
+        if isinstance(cause, ClientError):
+            status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            return status == 429 or status >= 500
+        if isinstance(cause, MlflowException) and (
+            cause.error_code in _BUSY or "QueuePool limit" in str(cause.message)
+        ):
+            return True  # a server whose connections are all in use says BAD_REQUEST
+    return False
+
+
+@contextlib.contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Turn what MLflow raises into our errors, with what was being done; also a decorator.
+
+    Raises:
+        StoreError: the store went away, or a disk is full.
+        RegistryError: MLflow refused.
+    """
+    try:
+        yield
+    except (MlflowException, OSError, BotoCoreError, ClientError) as error:
+        if is_full(error):
+            place = next(filter(None, (getattr(e, "filename", "") for e in _chain(error))), "")
+            raise StoreError(
+                f"no space left while trying to {what}",
+                where=str(place or where()),
+                fix="make room, then run the same command again: it continues",
+            ) from error
+        if is_transient(error):
+            raise _away(what) from error
+        if isinstance(error, BotoCoreError | ClientError):
+            raise StoreError(
+                f"the artifact store refused to {what}: {error}",
+                where=where(),
+                fix="check its credentials, then run the same command again: it continues",
+            ) from error
+        if not isinstance(error, MlflowException):
+            raise
+        raise RegistryError(
+            f"MLflow refused to {what}: {error.message}",
+            where=where(),
+            fix="check the store and your permissions there, then run the same command again",
+        ) from error
+
+
+def _away(what: str) -> StoreError:
+    return StoreError(
+        f"the MLflow store did not answer while trying to {what}",
+        where=where(),
+        fix="once it is back, run the same command again: it continues",
+    )
+
+
+class _Environment:
+    """Environment variables that are set while any thread is inside; the user's come back after."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables, self._before = variables, dict[str, str | None]()
+        self._inside, self._lock = 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = {name: os.environ.get(name) for name in self._variables}
+                os.environ.update(self._variables)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for name, value in self._before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
+
+
+_ALONE = _Environment(_OUR_OWN_RETRIES)
+
+
+class Store(MlflowClient):
+    """MLflow's client; every call but those that create is repeated as long as patience lasts.
+
+    Args:
+        patience_s: how long a store may be away, in seconds; 0 for one attempt.
+
+    All calls raise:
+        StoreError: the store was away for longer.
+    """
+
+    def __init__(self, patience_s: float = 0.0) -> None:
+        super().__init__()
+        self.patience_s = patience_s
+
+    @cached_property
+    def hasty(self) -> "Store":
+        """The same store, asked once: for what can be done later."""
+        return Store()
+
+    def persist(self, call: Callable[[], T], what: str) -> T:
+        """The result of a call that may be repeated.
+
+        Raises:
+            StoreError: the store was away for longer than patience lasts.
+        """
+        deadline = time.monotonic() + self.patience_s
+        wait = _FIRST_WAIT_S
+        while True:
+            try:
+                with _ALONE:
+                    return call()
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise _away(what) from error
+                if wait >= 1.0:  # a hiccup is nobody's concern
+                    logger.warning(
+                        "%s does not answer while trying to %s; trying on for %.0f min",
+                        *(where(), what, left / 60.0),
+                    )
+            time.sleep(min(left, wait * random.uniform(0.5, 1.5)))
+            wait = min(2.0 * wait, _LONGEST_WAIT_S)
+
+    def once(self, look: Callable[[], T | None], create: Callable[[], T], what: str) -> T:
+        """What `look` finds, or else what `create` makes; `create` is never repeated blindly.
+
+        Args:
+            look: finds what an attempt has made, by what it was created with.
+            create: one attempt; it carries what `look` looks for, in the same transaction.
+            what: is done, for errors.
+
+        Raises:
+            StoreError: the store was away for longer than patience lasts.
+        """
+
+        def attempt() -> T:
+            found = look()
+            return create() if found is None else found
+
+        return self.persist(attempt, what)
+
+    def download(self, call: Callable[[], T], there: Callable[[], bool], what: str) -> T:
+        """What a download gives; MLflow tells in words only why one failed.
+
+        Args:
+            call: downloads.
+            there: whether the store lists what was asked for.
+            what: is done, for errors.
+
+        Raises:
+            MlflowException, OSError: it is not there.
+            StoreError: it is there, and the store was away for longer than patience lasts.
+        """
+
+        def attempt() -> T:
+            try:
+                return call()
+            except MlflowException as error:
+                if is_transient(error) or not there():
+                    raise
+                raise ConnectionFailed(str(error.message)) from error
+
+        return self.persist(attempt, what)
+
+    def begin_run(
+        self, experiment_id: str, name: str, tags: Mapping[str, str], start_time: int | None = None
+    ) -> str:
+        """A new run, exactly one even where the answer was lost; its id.
+
+        Who may have to begin it again later names the attempt in its tags.
+        """
+        all_tags = {lineage.ATTEMPT: uuid.uuid4().hex, **tags}
+        query = f"tags.`{lineage.ATTEMPT}` = '{all_tags[lineage.ATTEMPT]}'"
+
+        def look() -> Run | None:
+            return next(iter(self.search_runs([experiment_id], query)), None)
+
+        def create() -> Run:
+            return self.create_run(experiment_id, start_time, all_tags, name)
+
+        return str(self.once(look, create, "create a run").info.run_id)
+
+
+def _patient(name: str) -> Any:
+    method = getattr(MlflowClient, name)
+
+    @wraps(method)
+    def call(self: Store, *args: Any, **kwargs: Any) -> Any:
+        return self.persist(lambda: method(self, *args, **kwargs), name.replace("_", " "))
+
+    return call
+
+
+for _name in dir(MlflowClient):
+    # what creates is not to be repeated; it is called through `once`
+    if not _name.startswith(("_", "create_", "copy_")) and callable(getattr(MlflowClient, _name)):
+        setattr(Store, _name, _patient(_name))
+
+
+def connect(patience_s: float = 0.0) -> Store:
+    """A client of the tracking store, which is asked once and quickly whether it is there.
+
+    Args:
+        patience_s: how long it may be away later on, in seconds.
+
+    Raises:
+        StoreError: it is not. (MLflow's own retries would take four minutes to say so.)
+    """
+    # no link to the run in MLflow's own words: they print a password the URI may hold
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    bars = "true" if sys.stderr.isatty() else "false"
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", bars)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # it prints a traceback of what we handle
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    try:
+        client = Store(patience_s)
+        with _Environment({k: v for k, v in _PROBE.items() if k not in os.environ}):
+            client.hasty.search_experiments(max_results=1)
+    except (MlflowException, ImportError, StoreError) as error:  # a database without its driver
+        reason = str(error.__cause__ if isinstance(error, StoreError) else error)
+        raise StoreError(
+            f"the MLflow tracking store does not answer: {reason.splitlines()[0][:300]}",
+            where=where(),
+            fix="start it, or point MLFLOW_TRACKING_URI to the one you mean",
+        ) from error
+    return client
+
+
+def pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """Everything that one of MLflow's paged searches finds."""
+    page = search(*args, **kwargs)
+    found = list(page)
+    while page.token:
+        page = search(*args, page_token=page.token, **kwargs)
+        found += page
+    return found
