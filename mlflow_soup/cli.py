@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
 from fractions import Fraction
@@ -31,11 +30,22 @@ class SoupGroup(click.Group):
         except SoupError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, Terminated) as stop:
+            signum = stop.signum if isinstance(stop, Terminated) else signal.SIGINT
+            click.echo("interrupted; the same command continues where it stopped", err=True)
+            ctx.exit(128 + signum)
 
 
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """`mlflow run` passes a SIGTERM on to nobody: raise, so that runs are ended properly."""
-    sys.exit(128 + signum)
+class Terminated(SystemExit):
+    """A signal that ends the process: runs are to be ended properly on the way out."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated(signum)
 
 
 def _use_one_thread() -> None:
@@ -131,7 +141,9 @@ def _spec(said: dict[str, Any]) -> Spec:
 @click.version_option(package_name="mlflow-soup")
 def main() -> None:
     """Merge registered checkpoints into a better version; promote it only if it holds."""
-    signal.signal(signal.SIGTERM, _terminated)
+    # `mlflow run` passes a SIGTERM on to nobody, and a closed terminal says SIGHUP
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _terminate)
 
 
 @main.command()
@@ -285,6 +297,47 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
 def _printable(line: str) -> str:
     """One line for the terminal: what others named cannot pretend to be more lines, or colours."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+@main.command()
+@click.option("--model", default="", help="Registered model; default: as of run.")
+@click.option(
+    "--fix",
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    metavar="[YES|NO]",
+    help="Repair what can be repaired without a decision.  [default: no]",
+)
+@click.option(
+    "--digests",
+    type=bool,
+    default=True,
+    metavar="YES|NO",
+    help="Read the bytes of all soups, too.  [default: yes]",
+)
+@click.pass_context
+def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
+    """Compare ledger, aliases, versions, runs and bytes of a model; explain what disagrees.
+
+    Exit codes: 0 nothing disagrees (any more), 3 something does, 4 there is no such model.
+    """
+    with _heavy_imports():
+        from mlflow_soup import doctor as doctors
+
+    name, complaints = doctors.examine(model, digests=digests)
+    left = 0
+    for complaint in complaints:
+        click.echo(_printable(complaint.what))
+        click.echo(_printable(f"    why: {complaint.why}"))
+        if fix and doctors.mend(complaint):
+            click.echo("    repaired")
+        else:
+            click.echo(_printable(f"    fix: {complaint.remedy}"))
+            left += 1
+    click.echo(f"{name}: {left or 'no'} complaint{'' if left == 1 else 's'}")
+    ctx.exit(3 if left else 0)
 
 
 @main.command()

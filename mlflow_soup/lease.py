@@ -84,75 +84,90 @@ def hold(ledger: Ledger, key: str, folder: Path) -> Iterator[Lease]:
         key: of the request.
         folder: on this machine, where processes see each other at once; made if not there.
     """
-    series = f"lease/{key[:32]}"
-    with _alone_here(folder, key), _claim(ledger, series, folder)._kept() as lease:
-        yield lease
+    said = False
+    while True:
+        with _locked(folder, key) as ours:
+            if ours:
+                with _claim(ledger, key, folder)._kept() as lease:
+                    yield lease
+                return
+        if not said:
+            logger.warning(
+                "another process on this machine works on the same request: waiting for it"
+            )
+        said = True
+        time.sleep(LOOK_S)
+
+
+def is_held(ledger: Ledger, key: str, folder: Path) -> bool:
+    """Whether anybody works on a request now; listens for a sign of life from other machines."""
+    entries = ledger.read(_series(key))
+    if not entries or entries[-1].mark == _ENDED:
+        return False
+    with _locked(folder, key) as ours:
+        last = entries[-1]
+        return not ours or not _is_dead(ledger, key, last, _identity(folder))
+
+
+def _series(key: str) -> str:
+    return f"lease/{key[:32]}"
 
 
 @contextlib.contextmanager
-def _alone_here(folder: Path, key: str) -> Iterator[None]:
-    """A lock that goes with the process, however it ends."""
+def _locked(folder: Path, key: str) -> Iterator[bool]:
+    """Whether we have a lock that goes with the process, however it ends."""
     path = folder / f"{key[:32]}.lock"
     with on_disk(path):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        said = False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not said:
-                    logger.warning(
-                        "another process on this machine works on the same request: waiting for it"
-                    )
-                said = True
-                time.sleep(LOOK_S)
-        yield
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except BlockingIOError:
+            ours = False
+        yield ours
     finally:
         os.close(descriptor)
 
 
-def _claim(ledger: Ledger, series: str, folder: Path) -> Lease:
-    """The next lease of a series, once the last one has ended or its holder is dead."""
-    here = _identity(folder)
+def _claim(ledger: Ledger, key: str, folder: Path) -> Lease:
+    """The next lease of a request, once the last one has ended or its holder is dead."""
+    series, here, said = _series(key), _identity(folder), False
     while True:
-        entries = ledger.read(series)
-        if entries:
-            _outwait(ledger, series, entries[-1], here)
+        last = next(iter(ledger.read(series)[::-1]), None)
+        if last is not None and last.mark != _ENDED:
+            if not said and last.told.get("cache") != here:
+                logger.warning(
+                    "%s works on the same request: waiting for it, or until it gives no sign of "
+                    "life for %.0f s",
+                    *(last.told.get("host", "another machine"), GRACE_S),
+                )
+                said = True
+            if not _is_dead(ledger, key, last, here):
+                continue
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "cache": here}
         owner |= {"at": int(time.time()), "nonce": secrets.token_hex(8)}
-        number = entries[-1].number + 1 if entries else 1
+        number = last.number + 1 if last else 1
         if ledger.append(series, number, owner):
             return Lease(ledger, series, number)
 
 
-def _outwait(ledger: Ledger, series: str, last: Entry, here: str) -> None:
-    """Wait until a lease has ended, was followed by another, or shows no sign of life.
+def _is_dead(ledger: Ledger, key: str, last: Entry, here: str) -> bool:
+    """Whether the holder of a lease gives no sign of life; False as soon as anything happens.
 
     Clocks of other machines are not trusted: what counts is how long we see no beat.
     """
     if last.told.get("cache") == here:
-        return  # its holder would have the lock that we have
-    seen, since, said = last.mark, time.monotonic(), False
-    while seen != _ENDED:
-        if not said:
-            logger.warning(
-                "%s works on the same request: waiting for it, or until it gives no sign of life "
-                "for %.0f s",
-                *(last.told.get("host", "another machine"), GRACE_S),
-            )
-            said = True
+        return True  # else it would have the lock that we have
+    since = time.monotonic()
+    while time.monotonic() - since <= GRACE_S:
         time.sleep(LOOK_S)
-        newest = ledger.read(series)[-1]
-        if newest.number != last.number:
-            return
-        if newest.mark != seen:
-            seen, since = newest.mark, time.monotonic()
-        elif time.monotonic() - since > GRACE_S:
-            logger.warning("no sign of life from %s: taking over", last.told.get("host", "it"))
-            return
+        newest = ledger.read(_series(key))[-1]
+        if (newest.number, newest.mark) != (last.number, last.mark):
+            return False
+    logger.warning("no sign of life from %s", last.told.get("host", "its holder"))
+    return True
 
 
 def _identity(folder: Path) -> str:

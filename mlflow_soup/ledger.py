@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_soup import lineage
 from mlflow_soup.errors import RegistryError
-from mlflow_soup.store import Store, asking, where
+from mlflow_soup.store import Store, asking, pages, where
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,14 @@ def find_ledger(client: Store, name: str) -> Ledger | None:
             f"{experiment.experiment_id}; or rename it, to begin a new one",
         )
     return Ledger(client, name, experiment.tags[lineage.LEDGER])
+
+
+def leftovers(client: Store, name: str) -> list[tuple[str, str]]:
+    """Id and name of the experiments that were to become this ledger and did not."""
+    aside = f"{lineage.ledger_name(name)}/"
+    with asking(f"look for ledgers of {name}"):
+        found = pages(client.search_experiments)
+    return [(e.experiment_id, e.name) for e in found if e.name.startswith(aside)]
 
 
 def _make(client: Store, name: str) -> None:

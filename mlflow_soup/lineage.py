@@ -34,6 +34,7 @@ ITEMS_RUN = "soup.items_run"  # the trial that was scored, where this one took i
 EVALUATOR = "soup.evaluator"  # fingerprint of requests and settings
 VERSION = "soup.version"  # "my-llm/14": the soup that a search made or an OOD run examined
 CONDITIONS = "soup.conditions"  # digest of what OOD evidence depends on besides the weights
+MODEL = "soup.model"  # registered model that a search is about
 ATTEMPT = "soup.attempt"  # names one try to create something, to find it where the answer was lost
 ORPHANED_BY = "soup.orphaned_by"  # the run that went on where this one was cut short
 # tag of the experiment that holds a registered model's ledger: its run

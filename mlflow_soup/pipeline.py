@@ -25,6 +25,7 @@ from mlflow_soup import (
 from mlflow_soup import gate as gates
 from mlflow_soup.bench import Opened, check_digest, open_rivals
 from mlflow_soup.compatibility import check_compatible
+from mlflow_soup.durable import check_space
 from mlflow_soup.errors import ObjectiveError, ParentError, SpecError
 from mlflow_soup.job import Job, open_session, settle
 from mlflow_soup.ledger import open_ledger
@@ -159,7 +160,7 @@ def run(spec: Spec) -> Outcome:
     if warning := geometry.caution(apart, _names(versions)):
         logger.warning(warning)
     with (
-        lease.hold(open_ledger(client, name), job.key, registry.cache_folder() / "lease") as held,
+        lease.hold(open_ledger(client, name), job.key, registry.lease_folder()) as held,
         _open_search(job, title) as run_id,
     ):
         found = find(job, run_id, check=held.check)
@@ -250,7 +251,29 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
     where = "--pair" if spec.pair else "--versions"
     session, (versions,) = open_session(client, name, spec, [spec.parents], where)
     job = session.job(versions)
+    _check_room(job)
     return job, open_rivals(client, name, spec, job.opened)
+
+
+def _check_room(job: Job) -> None:
+    """Refuse to search for hours what there will be no room to write.
+
+    The soup is written to a temporary folder and copied into the store; from a store that is
+    elsewhere it is read back into another.
+
+    Raises:
+        StoreError: a disk is too full.
+    """
+    donor = job.opened[-1]
+    size = sum(stamp[0] for stamp in donor.checkpoint.stamps.values())
+    temporary, tree = Path(tempfile.gettempdir()), donor.parent.folder
+    elsewhere = tree.is_relative_to(registry.cache_folder())
+    needed: dict[int, tuple[Path, float]] = {}
+    for folder in (temporary, temporary if elsewhere else tree):
+        device = folder.stat().st_dev
+        needed[device] = (folder, needed.get(device, (folder, 0.0))[1] + 1.2 * size)
+    for folder, amount in needed.values():
+        check_space(folder, int(amount))
 
 
 def _names(versions: Sequence[Version]) -> list[str]:

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from mlflow.utils.uri import is_local_uri
 
 from mlflow_soup import family, lineage
 from mlflow_soup.errors import (
-    GateError,
-    OvertakenError,
     ParentError,
     SpecError,
     StoreError,
@@ -100,6 +97,12 @@ def _version(client: Store, name: str, ref: VersionRef) -> ModelVersion | None:
         raise
 
 
+def look_up(client: Store, version: Version) -> ModelVersion | None:
+    """MLflow's record of a version, or None when it is gone."""
+    with asking(f"look up {version}"):
+        return _version(client, version.name, VersionRef(version.number, None))
+
+
 def resolve(client: Store, name: str, ref: VersionRef) -> Version:
     """The version a reference means; an alias is resolved now and never again.
 
@@ -166,8 +169,7 @@ def trace(client: Store, version: Version) -> family.Family:
     generation = [version]
     while generation:
         for v in dict.fromkeys(generation):
-            with asking(f"look up {v}"):
-                found = _version(client, v.name, VersionRef(v.number, None))
+            found = look_up(client, v)
             members[v] = (
                 family.read(v, found.tags, tuple(found.aliases))
                 if found is not None
@@ -222,6 +224,11 @@ def cache_folder() -> Path:
     """Where pulled versions and what was measured of them are kept on this machine."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlflow-soup"
     return Path(os.environ.get(CACHE_ENV, default))
+
+
+def lease_folder() -> Path:
+    """Where processes on this machine see which requests are worked on."""
+    return cache_folder() / "lease" / store_id()
 
 
 def store_id() -> str:
@@ -362,14 +369,14 @@ def register(
     """
     with asking(f"register a soup of {name}"):
         experiment = client.get_run(run_id).info.experiment_id
-        for left in _uploads(client, experiment, {lineage.REQUEST: tags[lineage.REQUEST]}):
+        for left in uploads(client, experiment, {lineage.REQUEST: tags[lineage.REQUEST]}):
             if left.status == LoggedModelStatus.PENDING:  # cut short; nobody else is at it
                 client.finalize_logged_model(left.model_id, LoggedModelStatus.FAILED)
         shown = {k: v for k, v in tags.items() if k in (lineage.PARENTS, lineage.LAMBDA)}
         params = {k.removeprefix("soup."): v for k, v in shown.items()}
         attempt = {lineage.ATTEMPT: uuid.uuid4().hex}
         logged = client.once(
-            lambda: next(iter(_uploads(client, experiment, attempt)), None),
+            lambda: next(iter(uploads(client, experiment, attempt)), None),
             lambda: client.create_logged_model(
                 experiment, "soup", run_id, {**tags, **attempt}, params, "causal-lm"
             ),
@@ -395,7 +402,7 @@ def register(
     return version
 
 
-def _uploads(client: Store, experiment: str, tags: Mapping[str, str]) -> list[LoggedModel]:
+def uploads(client: Store, experiment: str, tags: Mapping[str, str]) -> list[LoggedModel]:
     """The logged models of an experiment with these tags."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     return pages(client.search_logged_models, [experiment], query)
@@ -436,13 +443,13 @@ def _register_once(
     first, *others = find_soups(client, name, request)
     for version in others:
         if model_id(client, version) == logged_id:
-            _unregister(client, version)
+            unregister(client, version)
     if model_id(client, first) != logged_id:
         client.delete_logged_model(logged_id)
     return first
 
 
-def _unregister(client: Store, version: Version) -> None:
+def unregister(client: Store, version: Version) -> None:
     """Delete a version; gone is gone, where the answer was lost."""
     try:
         client.delete_model_version(version.name, str(version.number))
@@ -473,60 +480,6 @@ def describe(client: Store, version: Version, description: str) -> None:
         client.update_model_version(version.name, str(version.number), description)
 
 
-def promote(client: Store, version: Version, target: Target) -> Version:
-    """Point the target at a version whose gate passed; tags first, the pointer last, then look.
-
-    Args:
-        client: of the store.
-        version: the soup; its bytes were verified by the caller.
-        target: alias, stage, or alias of another registered model (which gets a copy).
-
-    Returns:
-        The version the target points to: `version`, or its copy in the other model.
-
-    Raises:
-        GateError: the gate has not passed it.
-        OvertakenError: something else stood at the target after we had set it.
-    """
-    if tags_of(client, version).get(lineage.GATE) != lineage.PASSED:
-        raise GateError(
-            f"{version} has not passed the gate, so it is not promoted",
-            where=f"{version.uri}, tag {lineage.GATE}",
-            fix=f"mlflow-soup evaluate and mlflow-soup gate --model {version.name} "
-            f"--version v{version.number} decide",
-        )
-    owner = target.model or version.name
-    with asking(f"promote {version} to {target}"):
-        if target.model:
-            version = _copy(client, version, target.model)
-        previous = standing(client, owner, target)
-        if previous == version:
-            return version
-        set_tags(
-            client,
-            version,
-            {
-                lineage.PROMOTED_TO: str(target),
-                lineage.PROMOTED_AT: datetime.now(UTC).isoformat(timespec="seconds"),
-                lineage.PREVIOUS: str(previous.number) if previous else "",
-            },
-        )
-        if target.kind == "stage":
-            client.transition_model_version_stage(
-                owner, str(version.number), target.name, archive_existing_versions=True
-            )
-        else:
-            client.set_registered_model_alias(owner, target.name, str(version.number))
-        found = standing(client, owner, target)
-    if found != version:
-        raise OvertakenError(
-            f"{target} points to {found} after {version} was set there",
-            where=where(),
-            fix="another promotion ran at the same time; look which one you want and repeat it",
-        )
-    return version
-
-
 def standing(client: Store, name: str, target: Target) -> Version | None:
     """What a target points to now."""
     if target.kind != "stage":
@@ -536,22 +489,12 @@ def standing(client: Store, name: str, target: Target) -> Version | None:
     return Version(name, max(numbers)) if numbers else None
 
 
-def _copy(client: Store, version: Version, model: str) -> Version:
-    """The version's copy in another registered model, made when it is not there yet."""
-    tags = tags_of(client, version)
-    copy = _find_copy(client, version, model, tags[lineage.DIGEST])
-    if copy is None:
-        copy = Version(model, int(client.copy_model_version(version.uri, model).version))
-    # the bare numbers that MLflow copied would name versions of the copy's model
-    parents = tuple(parent for parent, _ in family.read(version, tags).parents)
-    if parents:
-        set_tags(client, copy, {lineage.PARENTS: lineage.format_parents(model, parents)})
-    return copy
-
-
-def _find_copy(client: Store, version: Version, model: str, digest: str) -> Version | None:
-    with contextlib.suppress(MlflowException):
-        for found in client.search_model_versions(f"name='{model}'"):
-            if found.tags.get(lineage.DIGEST) == digest and found.source == version.uri:
-                return Version(model, int(found.version))
-    return None
+def find_copies(client: Store, version: Version, model: str, digest: str) -> list[Version]:
+    """A version's copies in another registered model, by number."""
+    with asking(f"search the versions of {model}"):
+        found = pages(client.search_model_versions, f"name='{model}'")
+    return sorted(
+        Version(model, int(v.version))
+        for v in found
+        if v.name == model and v.tags.get(lineage.DIGEST) == digest and v.source == version.uri
+    )

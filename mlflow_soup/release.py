@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mlflow_soup import gate as gates
-from mlflow_soup import lineage, registry, report, tracking
+from mlflow_soup import lineage, promotion, registry, report, tracking
 from mlflow_soup.bench import (
     Bench,
     Opened,
@@ -237,13 +237,14 @@ def _check_examined(
 
 def point(client: Store, version: Version, target: Target) -> Version:
     """Promote on the strength of a verdict that still applies."""
-    tags = registry.tags_of(client, version)
-    standing = registry.standing(client, target.model or version.name, target)
-    if tags.get(lineage.GATE) == lineage.PASSED and standing is not None:
-        roles = tracking.read_evidence(client, tags[lineage.GATE_RUN])
+
+    def check(standing: Version) -> None:
+        gate_run = registry.tags_of(client, version)[lineage.GATE_RUN]
+        roles = tracking.read_evidence(client, gate_run)
         roles["soup"] = replace(roles["soup"], version=version)
         _check_examined(client, version, standing, roles)
-    return registry.promote(client, version, target)
+
+    return promotion.promote(client, version, target, check)
 
 
 @asking("promote the soup")

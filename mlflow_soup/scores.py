@@ -1,5 +1,6 @@
 """Scores with their item rows ↔ one Parquet file."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -47,7 +48,7 @@ class Scores:
 
 
 def write(scores: Scores, path: Path) -> None:
-    """Scores with their item rows as one Parquet file, with checksums; `read` is its inverse."""
+    """Scores with their item rows as one Parquet file, with a digest; `read` is its inverse."""
     items = [i for score in scores.of.values() for i in score.items]
     rows = [
         (position, i.task, i.metric, i.weight, *row)
@@ -73,10 +74,15 @@ def write(scores: Scores, path: Path) -> None:
         }
         for name, score in scores.of.items()
     ]
+    table = pa.table([list(c) for c in columns], schema=_COLUMNS)
     about = {"scores": head, "about": dict(scores.about)}
-    schema = _COLUMNS.with_metadata({"soup": json.dumps(about)})
-    table = pa.table([list(c) for c in columns], schema=schema)
-    pq.write_table(table, path, write_page_checksum=True)
+    metadata = {"soup": json.dumps(about), "sha256": _digest(about, table)}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def _digest(about: Any, table: pa.Table) -> str:
+    """Of all that a file says: neither disks nor artifact stores tell of a bit that flipped."""
+    return hashlib.sha256(json.dumps([about, table.to_pydict()]).encode()).hexdigest()
 
 
 def read(path: Path) -> Scores:
@@ -85,8 +91,10 @@ def read(path: Path) -> Scores:
     Raises:
         OSError, ValueError, KeyError, TypeError: it is no such file, or damaged.
     """
-    table = pq.read_table(path, page_checksum_verification=True)
+    table = pq.read_table(path)
     head = json.loads(table.schema.metadata[b"soup"])
+    if table.schema.metadata[b"sha256"].decode() != _digest(head, table):
+        raise ValueError(f"{path} is damaged")
     groups: dict[tuple[int, str, str, float], list[Any]] = {}
     for term, task, its_metric, weight, *row in zip(*table.to_pydict().values(), strict=True):
         groups.setdefault((term, task, its_metric, weight), []).append(row)

@@ -129,9 +129,14 @@ def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:
     for run in runs:
         if run.info.run_id != heir:
             log(client, run.info.run_id, tags={lineage.ORPHANED_BY: heir})
-        for left in (run, *find_runs(client, {"mlflow.parentRunId": run.info.run_id})):
-            if left.info.run_id != heir and left.info.status == "RUNNING":
-                client.set_terminated(left.info.run_id, "KILLED")
+        end_dead(client, run, but=heir)
+
+
+def end_dead(client: Store, run: Run, *, but: str = "") -> None:
+    """End a run that nobody works on, and what is running below it; one of them is left alone."""
+    for left in (run, *find_runs(client, {"mlflow.parentRunId": run.info.run_id})):
+        if left.info.run_id != but and left.info.status == "RUNNING":
+            client.set_terminated(left.info.run_id, "KILLED")
 
 
 def log(

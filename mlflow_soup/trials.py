@@ -69,6 +69,7 @@ def search_tags(job: Job, name: str) -> dict[str, str]:
         lineage.KEY: job.key,
         lineage.REQUEST: job.request,
         lineage.METHOD: job.spec.method,
+        lineage.MODEL: job.session.name,
     }
 
 

@@ -57,7 +57,8 @@ EDGES = {
     "tracking": {"scores", "store"},
     "ledger": {"store"},
     "lease": {"durable", "ledger", "store"},
-    "registry": {"ledger", "store"},
+    "registry": {"store"},
+    "promotion": {"ledger", "registry", "store"},
     "suite": {"live"},
     "prepared": set(),
     "objective": {"compatibility", "live", "suite", "prepared"},
@@ -70,6 +71,7 @@ REST = (
     "trials",
     "release",
     "pipeline",
+    "doctor",
     "pilots",
     "comparison",
     "study",
@@ -84,7 +86,7 @@ ALLOWED |= {name: {*NOUNS, *PURE, *siblings} for name, siblings in EDGES.items()
 ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(REST)}
 
 HOMES = {
-    "mlflow": {"store", "tracking", "ledger", "registry", "trials"},
+    "mlflow": {"store", "tracking", "ledger", "registry", "trials", "doctor"},
     "lm_eval": {"suite", "prepared", "objective"},
     "transformers": {"live", "passes"},
     "safetensors": {"checkpoint", "sums", "statistics"},

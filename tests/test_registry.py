@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mlflow_soup
 import toy
 from conftest import MODEL, register
-from mlflow_soup import Spec, errors, family, registry
+from mlflow_soup import Spec, errors, family, promotion, registry
 from mlflow_soup.checkpoint import find
 from mlflow_soup.digests import digest
 from mlflow_soup.naming import Target, VersionRef
@@ -176,14 +176,14 @@ def test_a_family_is_traced_across_models_gaps_and_cycles(request, store):
 
 def test_a_copy_in_another_model_names_its_parents_with_their_model(client, outcome):
     target = Target("model", "champion", "prod")
-    copy = registry.promote(client, outcome.soup.version, target)
+    copy = promotion.promote(client, outcome.soup.version, target)
     assert copy == Version("prod", 1)
     assert registry.tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"
     assert registry.tags_of(client, outcome.soup.version)["soup.parents"] == "1,2"
     copied, original = (registry.trace(client, v) for v in (copy, outcome.soup.version))
     assert copied.members[copy].parents == original.members[outcome.soup.version].parents
     client.set_model_version_tag("prod", "1", "soup.parents", "1,2")
-    assert registry.promote(client, outcome.soup.version, target) == copy
+    assert promotion.promote(client, outcome.soup.version, target) == copy
     assert registry.tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"  # mended
 
 
@@ -192,7 +192,7 @@ def test_a_copy_among_its_parents_names_them_by_their_numbers(client, outcome):
     for _ in range(2):
         add(client, "prod")
     soup = add(client, MODEL, "prod/1,prod/2", **{"soup.gate": "passed", "soup.digest": "sha256:x"})
-    copy = registry.promote(client, soup, Target("model", "champion", "prod"))
+    copy = promotion.promote(client, soup, Target("model", "champion", "prod"))
     assert registry.tags_of(client, copy)["soup.parents"] == "1,2"
 
 

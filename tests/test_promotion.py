@@ -1,0 +1,269 @@
+"""Who moves an alias, when several want to, or one was killed half-way."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from conftest import MODEL
+from mlflow_soup import Spec, doctor, errors, gate, lineage, promotion, registry, release, tracking
+from mlflow_soup.ledger import open_ledger
+from mlflow_soup.naming import Target, parse_target
+from mlflow_soup.records import Evidence, Score, Version
+from mlflow_soup.store import Store
+
+CHAMPION = Target("alias", "champion")
+SERIES = "promotion/alias champion"
+
+
+def told(client, name=MODEL):
+    return open_ledger(client, name).read(SERIES)
+
+
+def at(client, alias="champion", name=MODEL):
+    standing = registry.holder(client, name, alias)
+    return standing.number if standing else None
+
+
+def test_a_promotion_is_told_in_the_ledger(client, outcome):
+    (entry,) = told(client)
+    assert entry.mark == promotion.MADE
+    version = client.get_model_version(MODEL, "4")
+    expected = {
+        "to": 4,
+        "from": None,
+        "digest": outcome.soup.digest,
+        "gate_run": version.tags["soup.gate_run_id"],
+        "verdict": "passed",
+        "target": "alias champion",
+    }
+    assert expected.items() <= entry.told.items()
+    assert "@" in entry.told["by"]
+    assert version.tags["soup.promoted_at"] == entry.told["at"]
+
+
+def test_what_stands_there_already_is_no_new_promotion(client, outcome):
+    assert promotion.promote(client, outcome.soup.version, CHAMPION) == outcome.soup.version
+    assert len(told(client)) == 1
+
+
+def soup(client, **tags):
+    """A version that passed its gate, of tags only."""
+    tags = {"soup.gate": "passed", "soup.digest": "sha256:x", **tags}
+    return Version(MODEL, int(client.create_model_version(MODEL, "s3://x/y", tags=tags).version))
+
+
+def test_a_promotion_that_was_cut_short_is_finished_by_the_next(client, outcome):
+    other, third = soup(client), soup(client)
+    book = open_ledger(client, MODEL)
+    assert book.append(SERIES, 2, {"to": other.number, "from": 4})  # killed before the move
+    assert at(client) == 4
+
+    def judged_against_four_only(version):
+        if version.number != 4:
+            raise errors.GateError("not examined", where="here", fix="evaluate")
+
+    with pytest.raises(errors.OvertakenError) as caught:
+        promotion.promote(client, third, CHAMPION, judged_against_four_only)
+    assert caught.value.exit_code == 5
+    assert at(client) == other.number
+    assert [entry.mark for entry in told(client)] == ["made", "made"]
+    assert promotion.promote(client, third, CHAMPION) == third
+    assert told(client)[-1].told["from"] == other.number
+
+
+def test_an_entry_whose_version_lost_its_verdict_moves_nothing(client, outcome):
+    book = open_ledger(client, MODEL)
+    refused = soup(client, **{"soup.gate": "refused"})
+    for number, to in ((2, refused.number), (3, 99)):
+        entry = {"to": to, "from": 4}
+        assert book.append(SERIES, number, entry)
+        assert promotion.finish(book, SERIES, told(client)[-1]).mark == promotion.VOID
+        assert at(client) == 4
+    assert promotion.promote(client, soup(client), CHAMPION).number == at(client)
+
+
+def test_who_was_slow_makes_the_later_move_again(client, outcome):
+    book, slow, quick = open_ledger(client, MODEL), soup(client), soup(client)
+    assert book.append(SERIES, 2, {"to": slow.number, "from": 4})
+    early = told(client)[-1]
+    assert promotion.promote(client, quick, CHAMPION) == quick  # it finished ours, then moved on
+    last = promotion.finish(book, SERIES, early)
+    assert last.told["to"] == quick.number
+    assert at(client) == quick.number
+
+
+def test_what_was_moved_by_hand_stays_and_is_said_otherwise(client, outcome):
+    client.set_registered_model_alias(MODEL, "champion", "3")
+    with pytest.raises(errors.GateError, match="was not examined"):
+        release.promote(Spec(version="v4", promote="champion"))
+    assert at(client) == 3
+
+
+def test_a_copy_is_told_in_the_ledger_of_its_own_model(client, outcome):
+    target = parse_target("model:prod@champion")
+    assert promotion.promote(client, outcome.soup.version, target) == Version("prod", 1)
+    (entry,) = told(client, "prod")
+    assert (entry.told["to"], entry.told["target"]) == (1, "prod@champion")
+    assert len(told(client)) == 1
+
+
+def test_a_stage_is_told_under_its_own_name(client, outcome):
+    with pytest.warns(FutureWarning, match="stages"):
+        promotion.promote(client, outcome.soup.version, Target("stage", "Production"))
+    (entry,) = open_ledger(client, MODEL).read("promotion/stage Production")
+    assert (entry.told["to"], entry.mark) == (4, "made")
+
+
+def candidates(client, champion, count):
+    """Soups that were judged against the champion, as a gate judges them."""
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    score = Score(0.5, 0.1)
+    found = []
+    for _ in range(count):
+        version = soup(client, **{"soup.digest": f"sha256:{len(found)}{champion}"})
+        roles = {
+            "soup": Evidence(version, "sha256:soup", score, ()),
+            "champion 0": Evidence(Version(MODEL, champion), "sha256:champion", score, ()),
+        }
+        run_id = client.begin_run(experiment, "ood", {})
+        tracking.log_evidence(client, run_id, roles, dict.fromkeys(roles), {"dev": "d", "ood": "o"})
+        registry.set_tags(client, version, {lineage.GATE_RUN: run_id})
+        found.append(version)
+    return found
+
+
+def one_round(client, count):
+    """So many promotions at once; who won, and the errors of the others."""
+    champion = at(client)
+    racers = candidates(client, champion, count)
+    barrier, results = threading.Barrier(count), [None] * count
+
+    def promote(i):
+        own = Store(60.0)
+        barrier.wait()
+        try:
+            results[i] = release.point(own, racers[i], CHAMPION)
+        except errors.SoupError as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=promote, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    losers = [found for found in results if not isinstance(found, Version)]
+    (winner,) = (found for found in results if isinstance(found, Version))
+    assert winner.number == at(client)
+    assert {type(error) for error in losers} == {errors.OvertakenError}
+    return champion, winner.number
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_of_eight_promotions_at_once_one_wins_and_the_ledger_is_complete(
+    client, outcome, rounds, capsys
+):
+    moves = [one_round(client, 8) for _ in range(rounds)]
+    entries = told(client)
+    assert [(e.told["from"], e.told["to"]) for e in entries[1:]] == moves
+    assert [e.number for e in entries] == list(range(1, rounds + 2))
+    assert {e.mark for e in entries} == {promotion.MADE}
+    with capsys.disabled():
+        print(f"\n8 promotion racers x {rounds} rounds: one winner each, ledger complete")
+
+
+def test_the_verdict_that_a_promotion_rests_on_is_the_gates(client, outcome):
+    roles = tracking.read_evidence(client, told(client)[0].told["gate_run"])
+    parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
+    rules = gate.Rules(0.05, 0.95)
+    soup_again = replace(roles["soup"], version=outcome.soup.version)
+    assert gate.judge(soup_again, parents, [], rules) == outcome.verdict
+
+
+# -- the doctor ------------------------------------------------------------------------------------
+
+
+def complaints(client, **options):
+    return list(doctor.examine(MODEL, **options)[1])
+
+
+def mended(client):
+    """What complaints are left after all repairs."""
+    for complaint in complaints(client, digests=False):
+        doctor.mend(complaint)
+    return [complaint.what for complaint in complaints(client, digests=False)]
+
+
+def test_a_sound_model_has_no_complaints(client, outcome):
+    assert complaints(client) == []
+
+
+def test_the_doctor_finishes_what_was_cut_short(client, outcome):
+    next_one = registry.look_up(client, Version(MODEL, 4))
+    other = soup(client, **{**next_one.tags, "soup.request": "another"})
+    open_ledger(client, MODEL).append(SERIES, 2, {"to": other.number, "from": 4})
+    (complaint,) = complaints(client, digests=False)
+    assert "was begun and not finished" in complaint.what
+    assert at(client) == 4
+    assert mended(client) == []
+    assert at(client) == other.number
+
+
+def test_the_doctor_writes_down_what_was_moved_by_hand(client, outcome):
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    (complaint,) = complaints(client)
+    assert "points to v2" in complaint.what
+    assert "by hand" in complaint.why
+    assert mended(client) == []
+    assert at(client) == 2
+    assert told(client)[-1].told.items() >= {"to": 2, "from": 4}.items()
+    client.delete_registered_model_alias(MODEL, "champion")
+    (complaint,) = complaints(client)
+    assert "points to nothing" in complaint.what
+    assert mended(client) == []
+
+
+def test_the_doctor_deletes_what_was_registered_twice_unless_it_is_used(client, outcome):
+    tags = registry.tags_of(client, outcome.soup.version)
+    for _ in range(2):
+        soup(client, **tags)
+    client.set_registered_model_alias(MODEL, "live", "6")
+    assert [c.repair is not None for c in complaints(client, digests=False)] == [True, False]
+    assert mended(client) == ["toy-llm v6 and toy-llm v4 are soups of one request"]
+    assert sorted(int(v.version) for v in client.search_model_versions(f"name='{MODEL}'")) == [
+        *(1, 2, 3, 4, 6)
+    ]
+
+
+def test_the_doctor_tells_of_forged_verdicts_and_misplaced_aliases(client, outcome):
+    client.set_model_version_tag(MODEL, "4", "soup.gate", "refused")
+    said = [c.what for c in complaints(client, digests=False)]
+    assert len(said) == 2
+    assert "@champion points to soup toy-llm v4, whose gate is refused" in said
+    client.set_model_version_tag(MODEL, "4", "soup.gate", "passed")
+    client.set_model_version_tag(MODEL, "4", "soup.gate_run_id", "nowhere")
+    (complaint,) = complaints(client, digests=False)
+    assert "there is no run that judged it" in complaint.what
+
+
+def test_the_doctor_ends_what_nobody_works_on(client, outcome):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    tags = {"soup.model": MODEL, "soup.role": "search", "soup.key": "k", "soup.request": "r"}
+    search = client.begin_run(experiment, "search", tags)
+    ood = client.begin_run(experiment, "ood", {"mlflow.parentRunId": search})
+    client.create_logged_model(experiment, "soup", search, {"soup.request": "r"})
+    assert len(complaints(client)) == 2
+    assert mended(client) == []
+    assert [client.get_run(run).info.status for run in (search, ood)] == ["KILLED", "KILLED"]
+
+
+def test_the_doctor_reads_the_bytes(client, outcome):
+    client.set_model_version_tag(MODEL, "4", "soup.digest", "sha256:0")
+    assert any("holds other weights" in c.what for c in complaints(client))
+    assert not any("holds other weights" in c.what for c in complaints(client, digests=False))
+
+
+def test_the_doctor_tells_of_parents_that_are_gone(client, outcome):
+    client.delete_model_version(MODEL, "1")
+    (complaint,) = complaints(client)
+    assert complaint.what == "toy-llm v1, of which toy-llm v4 was made, is gone"
