@@ -4,10 +4,12 @@ import mlflow_soup
 outcome = mlflow_soup.run(mlflow_soup.Spec(model="my-llm", pair="v12,v13"))
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from mlflow_soup.errors import SoupError
 from mlflow_soup.records import Outcome
+from mlflow_soup.redaction import redact_record
 from mlflow_soup.spec import Spec
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from mlflow_soup.verification import verify
 
 __all__ = ["Outcome", "SoupError", "Spec", "merge_checkpoints", "run", "run_study", "verify"]
+
+logging.getLogger("mlflow_soup").addFilter(redact_record)
 
 
 def __getattr__(name: str) -> Any:

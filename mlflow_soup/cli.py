@@ -17,6 +17,7 @@ import yaml
 from mlflow_soup.errors import SoupError, SpecError
 from mlflow_soup.family import FORMATS
 from mlflow_soup.naming import parse_uri
+from mlflow_soup.redaction import guard_process, purge, redact
 from mlflow_soup.spec import STUDIES, Spec, kind
 
 
@@ -34,6 +35,13 @@ class SoupGroup(click.Group):
             signum = stop.signum if isinstance(stop, Terminated) else signal.SIGINT
             click.echo("interrupted; the same command continues where it stopped", err=True)
             ctx.exit(128 + signum)
+        except click.ClickException as error:
+            purge(error)  # it repeats what was written
+            raise
+
+
+def _say(words: str) -> None:
+    click.echo(redact(words))
 
 
 class Terminated(SystemExit):
@@ -141,6 +149,7 @@ def _spec(said: dict[str, Any]) -> Spec:
 @click.version_option(package_name="mlflow-soup")
 def main() -> None:
     """Merge registered checkpoints into a better version; promote it only if it holds."""
+    guard_process()
     # `mlflow run` passes a SIGTERM on to nobody, and a closed terminal says SIGHUP
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _terminate)
@@ -160,7 +169,7 @@ def run(ctx: click.Context, /, **said: Any) -> None:
         from mlflow_soup import pipeline
 
     outcome = pipeline.run(spec)
-    click.echo(outcome.summary)
+    _say(outcome.summary)
     ctx.exit(outcome.exit_code)
 
 
@@ -181,7 +190,7 @@ def _add_study(name: str, words: str) -> None:
         with _heavy_imports():
             from mlflow_soup.study import run_study
 
-        click.echo(run_study(name, spec).summary)
+        _say(run_study(name, spec).summary)
 
 
 for _name, _words in STUDIES.items():
@@ -196,7 +205,7 @@ def evaluate(**said: Any) -> None:
     with _heavy_imports():
         from mlflow_soup import release, report
 
-    click.echo(report.ood_table(release.evaluate(spec)))
+    _say(report.ood_table(release.evaluate(spec)))
 
 
 @main.command()
@@ -209,9 +218,9 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
         from mlflow_soup import release, report
 
     version, verdict = release.gate(spec)
-    click.echo(f"{version}: gate {'passed' if verdict.passed else 'REFUSED'}")
+    _say(f"{version}: gate {'passed' if verdict.passed else 'REFUSED'}")
     for check in verdict.checks:
-        click.echo(f"  {report.format_check(check)}")
+        _say(f"  {report.format_check(check)}")
     ctx.exit(0 if verdict.passed else 3)
 
 
@@ -224,7 +233,7 @@ def promote(**said: Any) -> None:
         from mlflow_soup import release
 
     version, target = release.promote(spec)
-    click.echo(f"{target} → {version}")
+    _say(f"{target} → {version}")
 
 
 @main.command()
@@ -248,7 +257,7 @@ def lineage(uri: str, form: str) -> None:
 
     client = store.connect()
     version = registry.resolve(client, registry.find_model(client, name, [ref]), ref)
-    click.echo(FORMATS[form](registry.trace(client, version)))
+    _say(FORMATS[form](registry.trace(client, version)))
 
 
 @main.command()
@@ -291,7 +300,7 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
 
     manifest = provenance.merge_checkpoints(parents, lam, out, digests=digests)
     shares = " + ".join(f"{source.lam:g} × {source.uri}" for source in manifest.sources)
-    click.echo(f"{out} = {shares}")
+    _say(f"{out} = {shares}")
 
 
 def _printable(line: str) -> str:
@@ -329,12 +338,12 @@ def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
     name, complaints = doctors.examine(model, digests=digests)
     left = 0
     for complaint in complaints:
-        click.echo(_printable(complaint.what))
-        click.echo(_printable(f"    why: {complaint.why}"))
+        _say(_printable(complaint.what))
+        _say(_printable(f"    why: {complaint.why}"))
         if fix and doctors.mend(complaint):
             click.echo("    repaired")
         else:
-            click.echo(_printable(f"    fix: {complaint.remedy}"))
+            _say(_printable(f"    fix: {complaint.remedy}"))
             left += 1
     click.echo(f"{name}: {left or 'no'} complaint{'' if left == 1 else 's'}")
     ctx.exit(3 if left else 0)
@@ -356,18 +365,18 @@ def verify(ctx: click.Context, soup: str) -> None:
     verdicts, again = set(), False
     for finding in verification.verify(soup):
         first, *others = finding.details
-        click.echo(_printable(f"{finding.verdict:<8}  {finding.what}: {first}"))
+        _say(_printable(f"{finding.verdict:<8}  {finding.what}: {first}"))
         for line in others:
-            click.echo(_printable(f"{'':<10}{line}"))
+            _say(_printable(f"{'':<10}{line}"))
         verdicts.add(finding.verdict)
         again = (finding.what, finding.verdict) == ("merged again", "ok")  # what comes last
     if "MISMATCH" in verdicts:
-        click.echo(f"{soup}: NOT what its manifest says")
+        _say(f"{soup}: NOT what its manifest says")
         ctx.exit(3)
     if "missing" in verdicts:
-        click.echo(f"{soup}: not verified, a parent is missing")
+        _say(f"{soup}: not verified, a parent is missing")
         ctx.exit(4)
     if not again:
-        click.echo(f"{soup}: files, tags and parents are as recorded; it was not mixed again")
+        _say(f"{soup}: files, tags and parents are as recorded; it was not mixed again")
     else:
-        click.echo(f"{soup}: verified")
+        _say(f"{soup}: verified")

@@ -16,13 +16,7 @@
 A gate that refuses is a `Verdict`, not an exception; the commands turn it into exit code 3.
 """
 
-import re
-
-
-def redact(text: str) -> str:
-    """The text without the user names, passwords and query values that its URIs hold."""
-    text = re.sub(r"://[^/\s]*@", "://", text)
-    return re.sub(r"(://[^\s?]*\?)\S+", r"\1…", text)
+from mlflow_soup.redaction import redact as redact
 
 
 class SoupError(Exception):

@@ -40,6 +40,7 @@ from mlflow_soup.records import (
     Trial,
     Version,
 )
+from mlflow_soup.redaction import redact, redacting
 from mlflow_soup.release import examine_once, judge, point
 from mlflow_soup.spec import Spec
 from mlflow_soup.store import Store, asking
@@ -138,6 +139,7 @@ def _check_scored(client: Store, recipe: Recipe, trials: Sequence[Trial], digest
         )
 
 
+@redacting()
 @asking("merge")
 def run(spec: Spec) -> Outcome:
     """The main job: search λ, register the soup, examine, judge and promote it.
@@ -337,10 +339,10 @@ def _tell(client: Store, run_id: str, story: report.Story) -> str:
     for parent in soup.parents:
         path = registry.version_path(parent.version)
         links[str(parent.version)] = f"#{path}"
-    text = report.markdown(story, links)
+    text = redact(report.markdown(story, links))
     names = _names([parent.version for parent in soup.parents])
     layers = tables.markdown(geometry.table(story.distance, names))
-    whole = f"{text}{report.trials_table(story)}\n## Distance of the parents\n\n{layers}\n"
+    whole = redact(f"{text}{report.trials_table(story)}\n## Distance of the parents\n\n{layers}\n")
     numbers = {
         "search/gain": story.gain.value,
         "search/gain_stderr": story.gain.stderr,

@@ -18,6 +18,7 @@ from mlflow_soup.durable import on_disk, staged
 from mlflow_soup.errors import ParentError, SpecError
 from mlflow_soup.naming import parse_uri
 from mlflow_soup.records import Manifest, Source
+from mlflow_soup.redaction import redacting
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LIBRARIES = ("mlflow-soup", "mlflow", "torch", "transformers", "safetensors", "lm-eval")
@@ -130,6 +131,7 @@ def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
     return Origin(folder, str(folder.resolve()))
 
 
+@redacting()
 def merge_checkpoints(
     parents: Sequence[str | os.PathLike[str]],
     weights: Sequence[float],

@@ -19,6 +19,7 @@ from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 import mlflow
+from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -95,7 +96,7 @@ def asking(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MlflowException, OSError, BotoCoreError, ClientError) as error:
+    except (MlflowException, OSError, BotoCoreError, ClientError, Boto3Error) as error:
         if is_full(error):
             place = next(filter(None, (getattr(e, "filename", "") for e in _chain(error))), "")
             raise StoreError(
@@ -105,7 +106,7 @@ def asking(what: str) -> Iterator[None]:
             ) from error
         if is_transient(error):
             raise _away(what) from error
-        if isinstance(error, BotoCoreError | ClientError):
+        if isinstance(error, BotoCoreError | ClientError | Boto3Error):
             raise StoreError(
                 f"the artifact store refused to {what}: {error}",
                 where=where(),
@@ -298,7 +299,8 @@ def connect(patience_s: float = 0.0) -> Store:
         with _Environment({k: v for k, v in _PROBE.items() if k not in os.environ}):
             client.hasty.search_experiments(max_results=1)
     except (MlflowException, ImportError, StoreError) as error:  # a database without its driver
-        reason = str(error.__cause__ if isinstance(error, StoreError) else error)
+        # before it is cut: half a password would pass
+        reason = redact(str(error.__cause__ if isinstance(error, StoreError) else error))
         raise StoreError(
             f"the MLflow tracking store does not answer: {reason.splitlines()[0][:300]}",
             where=where(),

@@ -14,6 +14,7 @@ from mlflow_soup.durable import check_writable, on_disk
 from mlflow_soup.errors import SpecError
 from mlflow_soup.job import Job, Session, open_session, settle
 from mlflow_soup.pilots import Result
+from mlflow_soup.redaction import redact, redacting
 from mlflow_soup.spec import Spec
 from mlflow_soup.store import asking
 
@@ -93,6 +94,7 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
     return session, subject
 
 
+@redacting()
 @asking("study the versions")
 def run_study(name: str, spec: Spec) -> Report:
     """One of the paper's pilot experiments on registered versions; nothing is registered.
@@ -137,6 +139,7 @@ def _tell(session: Session, run_id: str, name: str, result: Result) -> str:
     about = _about(session)
     notes = "\n".join(f"- {note}" for note in result.notes)
     text = f"# {result.title}\n\n{about}\n\n{tables.markdown(result.table)}\n\n{notes}\n"
+    text = redact(text)
     files = {f"{name}.csv": tables.csv(result.table), f"{name}.md": text}
     for file, content in files.items():
         client.log_text(run_id, content, file)

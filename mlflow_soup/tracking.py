@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _get_experiment_id
 
 from mlflow_soup import lineage, scores
-from mlflow_soup.errors import SoupError
+from mlflow_soup.errors import SoupError, redact
 from mlflow_soup.records import Evidence, Recipe, Score, Trial, Version
 from mlflow_soup.scores import Scores
 from mlflow_soup.store import Store, pages, where
@@ -151,14 +151,14 @@ def log(
     client.log_batch(
         run_id,
         metrics=[m for m in metrics if math.isfinite(m.value)],
-        params=[Param(key, str(value)) for key, value in (params or {}).items()],
-        tags=[RunTag(key, value) for key, value in (tags or {}).items()],
+        params=[Param(key, redact(str(value))) for key, value in (params or {}).items()],
+        tags=[RunTag(key, redact(value)) for key, value in (tags or {}).items()],
     )
 
 
 def metric(key: str, value: float, step: int = 0, **about: Any) -> MlflowMetric:
     """A metric of now; `about` may name a model_id and a dataset."""
-    return MlflowMetric(key, float(value), int(time.time() * 1000), step, **about)
+    return MlflowMetric(redact(key), float(value), int(time.time() * 1000), step, **about)
 
 
 def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]:

@@ -15,6 +15,7 @@ from mlflow_soup.digests import digest_all, of_file
 from mlflow_soup.errors import MismatchError, ParentError, SpecError
 from mlflow_soup.provenance import Origin, fetch, inherited
 from mlflow_soup.records import Digests, Finding, Manifest, Mismatch
+from mlflow_soup.redaction import redacting
 
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError),
@@ -37,7 +38,11 @@ def verify(text: str | os.PathLike[str]) -> Iterator[Finding]:
         MismatchError: its manifest cannot be read.
         ParentError: it is not there.
     """
-    name = os.fspath(text)
+    with redacting():
+        yield from _verify(os.fspath(text))
+
+
+def _verify(name: str) -> Iterator[Finding]:
     origin = fetch(name, "SOUP", fresh=True)
     manifest = _read_manifest(origin)
     yield _check_tags(origin, manifest)
