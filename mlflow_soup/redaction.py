@@ -147,12 +147,11 @@ def redacting() -> Iterator[None]:
     """Redact what leaves as an exception, with all that it chains; also a decorator."""
     try:
         yield
-        return
     except BaseException as error:
         clean = purge(error)
         if clean is error:
             raise
-    raise clean  # outside, or it would chain what it stands for
+        raise clean from clean.__cause__  # and not from what it stands for
 
 
 def purge(error: BaseException) -> BaseException:
@@ -187,8 +186,9 @@ def _purge(error: BaseException, done: dict[int, BaseException]) -> BaseExceptio
     kept = [_purge(member, done) is member for member in members]
     words = "".join(traceback.format_exception_only(error)).strip()
     if redact(words) != words or not all(kept):
-        error = Exception(redact(words)).with_traceback(error.__traceback__)
-        done[id(error)] = error
+        clean = done[id(error)] = Exception(redact(words)).with_traceback(error.__traceback__)
+        clean.__cause__ = cause if cause is not None or hidden else context
+        return clean
     error.__cause__, error.__context__, error.__suppress_context__ = cause, context, hidden
     return error
 

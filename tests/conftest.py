@@ -155,9 +155,15 @@ def use(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlfl
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[str]:
+def server_folder(tmp_path_factory) -> Path:
+    """Where the server keeps its database and artifacts."""
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="session")
+def server(server_folder) -> Iterator[str]:
     """A real `mlflow server` on loopback; its URI."""
-    root = tmp_path_factory.mktemp("server")
+    root = server_folder
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
