@@ -16,7 +16,7 @@ import mlflow_soup
 from conftest import register
 from mlflow_soup import Spec
 from mlflow_soup.errors import StoreError
-from mlflow_soup.tracking import pages
+from mlflow_soup.store import pages
 
 PASSWORD = "hunter2-s3cret+ü"
 PLANTED = {
@@ -193,9 +193,9 @@ def test_an_artifact_store_that_is_away_is_an_error_without_keys(client, tasks, 
     for number in (1, 2):
         client.create_model_version("far-llm", f"s3://bucket/far/{number}")
     uri = os.environ["MLFLOW_TRACKING_URI"]
-    words = ("run", "--pair", "v1,v2", "--experiment", "cloud", "--model", "toy-llm")
+    words = ("run", "--pair", "v1,v2", "--experiment", "cloud", "--store-patience", "0")
     asked = ("--model", "far-llm", "--tasks", "toy_letters", "--include-path", str(tasks))
-    for more in ((), asked):
+    for more in (("--model", "toy-llm"), asked):
         done = process(*words, *more, uri=uri, **CLOUD)
         assert done.returncode in (4, 6), done.stderr
         assert "Traceback" not in done.stderr
