@@ -26,14 +26,15 @@ _CLOSERS = ",.:)]}'\"\\`"  # what follows a value in prose, Markdown, JSON and P
 _SECRET_NAME = re.compile(
     r"PASSW|PASSPHRASE|PASS$|SECRET|CREDENTIAL|TOKEN(?!I|S)|KEY(_?ID)?$", re.IGNORECASE
 )
-# of passwords with a slash, too, which SQLAlchemy takes; `host:5000/a@b` has a port
+# of passwords with a slash, too, which SQLAlchemy takes; `host:5000/a@b` has a port.
+# Lengths are bounded: a hostile text of nothing but :// would take minutes
 _USER = re.compile(
-    r"""://(?: (?P<plain> [^/?#\s"<>]* )
-             | (?P<odd> [^/?#\s@:\[]* : (?!\d+[/?#]) [^\s@"<>]* ) )@""",
+    r"""://(?: (?P<plain> [^/?#\s"<>]{0,999} )
+             | (?P<odd> [^/?#\s@:\[]{0,99} : (?!\d+[/?#]) [^\s@"<>]{0,999} ) )@""",
     re.X,
 )
 # what follows a # is no query: the UI's links keep theirs
-_QUERY = re.compile(r"""(?P<head>://[^\s?#"<>]*\?)(?P<bare>[^\s"<>]+)""")
+_QUERY = re.compile(r"""(?P<head>://[^\s?#"<>]{0,1999}\?)(?P<bare>[^\s"<>]+)""")
 _PAIR = re.compile(
     r"""(?P<head> (?: passw(?:or)?d | passphrase | pwd | secret | token | credentials?
                     | amz-signature | (?<=[?&]) sig(?:nature)?
@@ -55,7 +56,7 @@ _LOOKS = re.compile(
       | gh[opsur]_[A-Za-z0-9]{16,} | github_pat_\w{20,}     # GitHub
       | glpat-[\w-]{16,}                                    # GitLab
       | dapi[0-9a-f]{16,}(?:-\d)?                           # Databricks
-      | eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*                     # JSON web tokens""",
+      | eyJ[\w-]{8,999}\.[\w-]{8,}\.[\w-]*                  # JSON web tokens""",
     re.X,
 )
 

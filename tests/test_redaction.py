@@ -3,11 +3,12 @@
 import json
 import logging
 import string
+import time
 import traceback
 from urllib.parse import quote, quote_plus
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from requests.exceptions import ConnectionError as ConnectionFailed
@@ -16,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from mlflow_soup.errors import StoreError
 from mlflow_soup.redaction import purge, redact, redact_record, redacting
 
+UNHURRIED = settings(deadline=None)  # the machine may be busy
 PASSWORD = "hunter2-s3cret"
 KEY_ID = "AKIAIOSFODNN7EXAMPLE"
 VISIBLE = "".join(c for c in string.printable if not c.isspace())
@@ -34,6 +36,7 @@ ENCODINGS = (
 )
 
 
+@UNHURRIED
 @given(secret=secrets, before=prose, after=prose, encode=st.sampled_from(ENCODINGS))
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN"])
 def test_a_secret_of_the_environment_never_survives(name, secret, before, after, encode):
@@ -44,6 +47,7 @@ def test_a_secret_of_the_environment_never_survives(name, secret, before, after,
     assert encode(secret) not in shown
 
 
+@UNHURRIED
 @given(secret=secrets, before=prose, after=prose, encode=st.sampled_from(ENCODINGS))
 def test_nor_does_a_password_of_a_uri_in_the_environment(secret, before, after, encode):
     with pytest.MonkeyPatch.context() as patch:
@@ -56,6 +60,7 @@ passwords = st.text(string.ascii_letters + string.digits + "!$%&*+-_~^|", min_si
 )
 
 
+@UNHURRIED
 @given(secret=passwords, before=prose, after=prose)
 @pytest.mark.parametrize(
     "place",
@@ -95,6 +100,7 @@ def test_a_secret_is_known_by_its_looks(secret):
     assert redact(f"key {secret}, or '{secret}'\\n{secret}") == "key …, or '…'\\n…"
 
 
+@UNHURRIED
 @given(text=st.text() | prose)
 def test_what_is_redacted_stays_as_it_is(text):
     assert redact(redact(text)) == redact(text)
@@ -121,6 +127,7 @@ def test_harmless_text_is_left_alone(text):
     assert redact(text) == text
 
 
+@UNHURRIED
 @given(text=st.text(string.ascii_letters + string.digits + " .,:;()/_-'\n"))
 def test_prose_is_left_alone_but_for_what_looks_like_a_key(text):
     if "://" not in text and "bearer" not in text.lower() and "basic" not in text.lower():
@@ -235,3 +242,13 @@ def test_a_record_with_an_exception_or_a_wrong_format_is_redacted():
     record = logging.LogRecord("x", logging.ERROR, __file__, 1, "%d %d", (KEY_ID,), None)
     redact_record(record)
     assert KEY_ID not in logging.Formatter().format(record)
+
+
+@pytest.mark.parametrize(
+    "unit", ["://", "://a:", "eyJaaaaaaaa", "password='", 'token": "', "bearer ", "://u:p@h?a=b,"]
+)
+def test_no_text_takes_long(unit):
+    text = unit * (200_000 // len(unit))
+    began = time.process_time()
+    redact(text)
+    assert time.process_time() - began < 20.0  # a second or two; minutes, were it quadratic
