@@ -27,6 +27,7 @@ from mlflow.exceptions import MlflowException
 from requests import ConnectionError as ConnectionFailed
 from requests import HTTPError, RequestException
 from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
+from sqlalchemy.exc import SQLAlchemyError
 
 from mlflow_soup import lineage
 from mlflow_soup.errors import RegistryError, StoreError, redact
@@ -298,7 +299,8 @@ def connect(patience_s: float = 0.0) -> Store:
         client = Store(patience_s)
         with _Environment({k: v for k, v in _PROBE.items() if k not in os.environ}):
             client.hasty.search_experiments(max_results=1)
-    except (MlflowException, ImportError, StoreError) as error:  # a database without its driver
+    # SQLAlchemy's own, or no module: a database that it or this machine does not know
+    except (MlflowException, ImportError, StoreError, SQLAlchemyError) as error:
         # before it is cut: half a password would pass
         reason = redact(str(error.__cause__ if isinstance(error, StoreError) else error))
         raise StoreError(

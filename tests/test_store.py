@@ -5,6 +5,7 @@ import threading
 import time
 
 import boto3
+import mlflow
 import pytest
 import requests
 from botocore.config import Config
@@ -80,6 +81,14 @@ class Shaky:
         if self.calls <= self.left:
             raise self.error
         return "answer"
+
+
+@pytest.mark.parametrize("uri", ["mysql+nothing://h/d", "oracle://h/d", "sqlite:////proc/no/m.db"])
+def test_a_database_that_cannot_be_opened_is_said(client, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    with pytest.raises(errors.StoreError, match="does not answer"):
+        store.connect()
 
 
 def test_a_hiccup_is_outlasted_and_a_refusal_is_not_repeated(client):
