@@ -300,7 +300,7 @@ def connect(patience_s: float = 0.0) -> Store:
         with _Environment({k: v for k, v in _PROBE.items() if k not in os.environ}):
             client.hasty.search_experiments(max_results=1)
     # SQLAlchemy's own, or no module: a database that it or this machine does not know
-    except (MlflowException, ImportError, StoreError, SQLAlchemyError) as error:
+    except (MlflowException, ImportError, StoreError, SQLAlchemyError, OSError) as error:
         # before it is cut: half a password would pass
         reason = redact(str(error.__cause__ if isinstance(error, StoreError) else error))
         raise StoreError(
