@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 # how long is waited at first and at most between two attempts, in seconds, before jitter
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
+_SAID_S = 20.0  # between two words about a store that is away
 _PROBE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _OUR_OWN_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
@@ -184,7 +185,7 @@ class Store(MlflowClient):
             StoreError: the store was away for longer than patience lasts.
         """
         deadline = time.monotonic() + self.patience_s
-        wait = _FIRST_WAIT_S
+        wait, said = _FIRST_WAIT_S, deadline - self.patience_s
         while True:
             try:
                 with _ALONE:
@@ -195,11 +196,12 @@ class Store(MlflowClient):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise _away(what) from error
-                if wait >= 1.0:  # a hiccup is nobody's concern
+                if time.monotonic() - said > _SAID_S:  # a hiccup is nobody's concern
                     logger.warning(
-                        "%s does not answer while trying to %s; trying on for %.0f min",
+                        "%s does not answer while trying to %s; trying on for %.1f min",
                         *(where(), what, left / 60.0),
                     )
+                    said = time.monotonic()
             time.sleep(min(left, wait * random.uniform(0.5, 1.5)))
             wait = min(2.0 * wait, _LONGEST_WAIT_S)
 

@@ -149,7 +149,7 @@ def explore(
     trials: list[Trial] = []
     history = {trial.number: trial for trial in tracking.read_trials(job.client, job.key)}
     outbox = _Outbox(job, run_id)
-    best, at = float("-inf"), ""
+    best, at, away = float("-inf"), "", False
     total = spec.budget if job.method.searches else None
     with tqdm(total=total, desc="search", unit="λ", disable=None, leave=alone) as bar:
         while (recipe := job.method.proceed(space, trials, spec)) is not None:
@@ -176,8 +176,16 @@ def explore(
                 bar.set_postfix_str(at)
                 numbers = {"search/objective": value, "search/lambda": lam, "search/best": best}
                 outbox.metrics += [tracking.metric(k, v, number) for k, v in numbers.items()]
-            with contextlib.suppress(StoreError):  # evaluations go on while the store is away
+            try:
                 outbox.flush(patiently=False)
+                away = False
+            except StoreError as error:  # evaluations go on
+                if not away:
+                    logger.warning(
+                        "%s; the search goes on, and what it finds is kept in %s",
+                        *(error.what, job.journal.folder),
+                    )
+                away = True
     outbox.flush(patiently=True)
     return [replace(t, run_id=outbox.runs.get(t.number, t.run_id)) for t in trials]
 
