@@ -154,6 +154,7 @@ def _make(client: Store, name: str) -> None:
     experiment = client.once(look, lambda: str(client.create_experiment(aside)), "make a ledger")
     tags = {lineage.ROLE: "ledger", "mlflow.note.content": _NOTE.format(name=name)}
     run_id = client.begin_run(experiment, f"ledger of {name}", tags)
+    client.set_terminated(run_id)  # nothing runs; params may be written all the same
     client.set_experiment_tag(experiment, lineage.LEDGER, run_id)
     try:
         client.rename_experiment(experiment, title)

@@ -8,6 +8,7 @@ on the same items, so the binomial standard error is common to the whole curve a
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve
 from scipy.optimize import minimize
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
@@ -91,7 +93,10 @@ def _fit(points: tuple[tuple[float, ...], ...], scores: tuple[float, ...]) -> Su
     )
     # alpha: jitter for duplicated points, far below the smallest noise
     regressor = GaussianProcessRegressor(kernel, alpha=1e-10, optimizer=_maximise_posterior)
-    regressor.fit(np.array(points) * EDGE, (y - mean) / scale)
+    with warnings.catch_warnings():
+        # of a flat curve the noise ends at its lower bound, which is what bounds are for
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        regressor.fit(np.array(points) * EDGE, (y - mean) / scale)
     return Surrogate(regressor, mean, scale)
 
 

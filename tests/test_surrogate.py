@@ -213,3 +213,11 @@ def test_the_global_random_state_is_neither_read_nor_moved():
     surrogate._fit.cache_clear()
     np.random.seed(9)
     np.testing.assert_array_equal(fit(POINTS, scores).predict(GRID), first)
+
+
+def test_a_flat_curve_is_fitted_without_a_warning(recwarn):
+    points = np.array([[1.0 - lam, lam] for lam in np.linspace(0.5, 0.6, 30)])
+    scores = np.full(30, 0.98)
+    scores[0] = 0.845
+    surrogate.fit(points, scores)
+    assert [str(warning.message) for warning in recwarn] == []
