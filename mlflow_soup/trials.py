@@ -26,6 +26,7 @@ from mlflow_soup.job import Job
 from mlflow_soup.live import Link
 from mlflow_soup.objective import Evaluator
 from mlflow_soup.records import Found, Recipe, Score, Trial
+from mlflow_soup.redaction import redact
 from mlflow_soup.scores import Scores
 from mlflow_soup.store import Store
 
@@ -78,9 +79,9 @@ def request_params(job: Job) -> dict[str, str]:
     said = {f"cfg.{f.name}": getattr(job.spec, f.name) for f in fields(job.spec)}
     said |= {"cfg.alpha": job.space.alpha, "cfg.trials": job.spec.budget}
     del said["cfg.store_patience"]  # whoever tries again may be more patient
-    params = {k: str(v) for k, v in said.items() if v not in ("", None)}
-    settings = job.bench.held_out.settings()
-    return params | {f"cfg.evaluator.{k}": str(v) for k, v in settings.items()}
+    params = {k: v for k, v in said.items() if v not in ("", None)}
+    params |= {f"cfg.evaluator.{k}": v for k, v in job.bench.held_out.settings().items()}
+    return {k: redact(str(v)) for k, v in params.items()}
 
 
 def _log_request(job: Job, run_id: str) -> None:
@@ -176,6 +177,8 @@ def explore(
                 bar.set_postfix_str(at)
                 numbers = {"search/objective": value, "search/lambda": lam, "search/best": best}
                 outbox.metrics += [tracking.metric(k, v, number) for k, v in numbers.items()]
+            if number in history:
+                continue
             try:
                 outbox.flush(patiently=False)
                 away = False
