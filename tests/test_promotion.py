@@ -4,9 +4,11 @@ import threading
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 
 from conftest import MODEL
 from mlflow_soup import Spec, doctor, errors, gate, lineage, promotion, registry, release, tracking
+from mlflow_soup.cli import main
 from mlflow_soup.ledger import open_ledger
 from mlflow_soup.naming import Target, parse_target
 from mlflow_soup.records import Evidence, Score, Version
@@ -267,3 +269,19 @@ def test_the_doctor_tells_of_parents_that_are_gone(client, outcome):
     client.delete_model_version(MODEL, "1")
     (complaint,) = complaints(client)
     assert complaint.what == "toy-llm v1, of which toy-llm v4 was made, is gone"
+
+
+def test_the_command_says_what_disagrees_and_repairs_it(client, outcome):
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    command = ["doctor", "--model", MODEL, "--digests", "no"]
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 3
+    assert "alias champion points to v2" in found.stdout
+    assert "    why: it was moved by hand" in found.stdout
+    assert "    fix: --fix writes into the ledger" in found.stdout
+    assert found.stdout.endswith("toy-llm: 1 complaint\n")
+    mended = CliRunner().invoke(main, [*command, "--fix"])
+    assert (mended.exit_code, "    repaired\n" in mended.stdout) == (0, True)
+    assert mended.stdout.endswith("toy-llm: no complaints\n")
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert CliRunner().invoke(main, ["doctor", "--model", "nobody"]).exit_code == 4
