@@ -5,8 +5,8 @@ registry takes anything that anybody uploads.
 """
 
 import contextlib
-import json
 import mmap
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlflow_soup.errors import ParentError
+from mlflow_soup.untrusted import (
+    LARGEST_YAML,
+    open_regular,
+    parse_json,
+    parse_yaml,
+    read_header,
+    read_regular,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -43,6 +51,11 @@ COPIED = {
 }
 # old Pythia keeps a constant −inf here, in fp16
 MAY_BE_INFINITE = ("masked_bias",)
+_WIDTHS = {name: dtype.itemsize for name, dtype in (MIXED | COPIED).items()}
+# bytes of JSON: each of Gemma's 6000 unused tokens stands in its tokenizer's config; an index with
+# 90 000 tensors takes 9 MB, a tokenizer with 260 000 tokens 34 MB
+_LARGEST = {"config.json": 1 << 20, "tokenizer_config.json": 16 << 20, INDEX: 16 << 20}
+_LARGEST_OTHER = 128 << 20
 Stamp = tuple[int, ...]  # size in bytes, times of change of content and entry in ns, inode
 
 
@@ -102,9 +115,8 @@ class Checkpoint:
             yield from views
 
     def header(self, file: str) -> dict[str, Any]:
-        """The JSON that a weight file begins with; `find` had it checked by safetensors."""
-        with readable(self.label):
-            return _read_header(self.weights / file)
+        """The JSON that a weight file begins with."""
+        return _read_header(self.weights / file, self.label)
 
     def files(self) -> list[str]:
         """The safetensors files, sorted."""
@@ -127,10 +139,20 @@ class Checkpoint:
                 )
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return header
+def _read_header(path: Path, label: str) -> dict[str, Any]:
+    try:
+        with readable(label):
+            return read_header(path, _WIDTHS)
+    except ValueError as error:
+        raise _damaged(path, label, error) from error
+
+
+def _damaged(path: Path, label: str, error: Exception) -> ParentError:
+    return ParentError(
+        f"{path.name} of {label} is damaged: {error}",
+        where=str(path),
+        fix="save the checkpoint again, and register that",
+    )
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -138,7 +160,7 @@ def _map(path: Path) -> mmap.mmap:
 
     safetensors' own mapping could be written to, so the system sets aside memory for all of it.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -185,16 +207,12 @@ def load_json(path: Path, label: str) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint.
 
     Raises:
-        ParentError: the file cannot be read, or holds something else.
+        ParentError: the file cannot be read, is too large, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ParentError(
-            f"{path.name} of {label} cannot be read: {error}",
-            where=str(path),
-            fix="save the checkpoint again, and register that",
-        ) from error
+        content = parse_json(read_regular(path, _LARGEST.get(path.name, _LARGEST_OTHER)))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, label, error) from error
     if not isinstance(content, dict):
         raise ParentError(
             f"{path.name} of {label} is not a JSON object",
@@ -204,16 +222,49 @@ def load_json(path: Path, label: str) -> dict[str, Any]:
     return content
 
 
+def _unreadable(path: Path, label: str, error: Exception) -> ParentError:
+    return ParentError(
+        f"{path.name} of {label} cannot be read: {error}",
+        where=str(path),
+        fix="save the checkpoint again, and register that",
+    )
+
+
+def _check_plain(folder: Path, label: str) -> None:
+    """Refuse links, pipes and overlong JSON in a folder that libraries are going to read from."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        if entry.is_symlink():
+            raise ParentError(
+                f"{entry.name} of {label} is a link",
+                where=str(path),
+                fix="register plain files; a folder of links is copied by cp -rL",
+            )
+        if entry.is_dir():
+            continue
+        if not entry.is_file():
+            raise ParentError(
+                f"{entry.name} of {label} is neither a file nor a folder",
+                where=str(path),
+                fix="register plain files",
+            )
+        most = _LARGEST.get(entry.name, _LARGEST_OTHER)
+        if entry.name.endswith(".json") and (size := entry.stat().st_size) > most:
+            error = ValueError(f"it is {size} bytes long, and at most {most} are read")
+            raise _unreadable(path, label, error)
+
+
+def _check_mlmodel(path: Path, label: str) -> None:
+    """Refuse an MLmodel file that is more than plain values: a soup takes it over."""
+    try:
+        parse_yaml(read_regular(path, LARGEST_YAML))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, label, error) from error
+
+
 def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
     """File names of the weights, and which file the index says that each tensor is in."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
-    links = [file for file in files if (folder / file).is_symlink()]
-    if links:
-        raise ParentError(
-            f"{links[0]} of {label} is a link",
-            where=str(folder / links[0]),
-            fix="register plain files; a folder of links is copied by cp -rL",
-        )
     if not (folder / INDEX).is_file():
         if files != [SINGLE]:
             raise ParentError(
@@ -226,7 +277,7 @@ def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
     where = {str(k): str(v) for k, v in weight_map.items()} if isinstance(weight_map, dict) else {}
     names = sorted(set(where.values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if name not in files:
             raise ParentError(
                 f"the index of {label} names {name!r}, which is no file beside it",
                 where=str(folder / INDEX),
@@ -285,7 +336,7 @@ def find(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
 
 def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     folders = sorted({path.parent for path in root.rglob("*.safetensors")})
-    folders = [folder for folder in folders if (folder / "config.json").is_file()]
+    folders = [folder for folder in folders if os.path.lexists(folder / "config.json")]
     if not folders and any(root.rglob("adapter_config.json")):
         fix = _ADAPTER
     elif not folders and any(root.rglob("*.bin")):
@@ -299,53 +350,46 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
             where=str(weights / "adapter_config.json"),
             fix=_ADAPTER,
         )
+    _check_plain(weights, label)
+    if os.path.lexists(root / "MLmodel"):
+        _check_mlmodel(root / "MLmodel", label)
     config = load_json(weights / "config.json", label)
     unquantised = f"register its weights in one of {', '.join(MIXED)}"
-    for key, why, fix in (
-        ("auto_map", "brings its own code", "register an architecture that transformers knows"),
-        ("quantization_config", "is quantised", unquantised),
-        ("compression_config", "is quantised", unquantised),
-    ):
-        if key in config:
-            raise ParentError(
-                f"{label} {why} ({key} in its config) and cannot be merged",
-                where=str(weights / "config.json"),
-                fix=fix,
-            )
+    own_code = "register an architecture that transformers knows"
+    refused = [(key, "brings its own code", own_code) for key in _code(config)]
+    for key in ("quantization_config", "compression_config"):
+        refused += [(key, "is quantised", unquantised)] if key in config else []
+    for key, why, fix in refused:
+        raise ParentError(
+            f"{label} {why} ({key} in its config) and cannot be merged",
+            where=str(weights / "config.json"),
+            fix=fix,
+        )
     tokenizer = weights
     if not (weights / "tokenizer_config.json").is_file():
         holders = sorted({path.parent for path in root.rglob("tokenizer_config.json")})
         if holders or with_tokenizer:
             fix = "register the tokenizer beside the model"
             tokenizer = _only(holders, root, "a tokenizer", label, fix)
+            _check_plain(tokenizer, label)
+    if (tokenizer / "tokenizer_config.json").is_file():
+        _check_tokenizer(load_json(tokenizer / "tokenizer_config.json", label), tokenizer, label)
     files, where = _weight_files(weights, label)
     stamps = {file: _stamp(weights / file) for file in files}
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        try:
-            # for torch it would reserve memory for the whole file, and fail where there is less
-            with safe_open(weights / file, framework="np") as handle:
-                header = _read_header(weights / file)
-                # offset_keys() leaves open in which order empty tensors come
-                for name in sorted(handle.keys(), key=lambda n: (header[n]["data_offsets"], n)):
-                    if name in tensors:
-                        raise ParentError(
-                            f"{name!r} of {label} is in two files",
-                            where=f"{tensors[name].file} and {file} in {weights}",
-                            fix="save the checkpoint again, with one set of weights",
-                        )
-                    view = handle.get_slice(name)
-                    tensors[name] = TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise ParentError(
-                f"{file} of {label} is damaged: {error}",
-                where=str(weights / file),
-                fix="save the checkpoint again, and register that",
-            ) from error
-    if not tensors:
-        raise ParentError(
-            f"{label} holds no tensors", where=str(weights), fix="save the checkpoint again"
-        )
+        header = _read_header(weights / file, label)
+        header.pop("__metadata__", None)
+        # by the order of their data; empty tensors share a place
+        for name in sorted(header, key=lambda n: (header[n]["data_offsets"], n)):
+            if name in tensors:
+                raise ParentError(
+                    f"{name!r} of {label} is in two files",
+                    where=f"{tensors[name].file} and {file} in {weights}",
+                    fix="save the checkpoint again, with one set of weights",
+                )
+            entry = header[name]
+            tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]))
     if where:
         _check_index(where, tensors, weights / INDEX, label)
     forged = [name for name in tensors if not name.isprintable()]
@@ -364,4 +408,41 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
             where=str(weights),
             fix=unquantised,
         )
+    for file in files:
+        _check_with_safetensors(weights / file, label)
     return Checkpoint(label, root, weights, tokenizer, config, tensors, stamps)
+
+
+def _code(config: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a config, and of the configs within it, that name code outside transformers."""
+    for key, value in config.items():
+        # an attention named org/kernel is fetched from the Hub
+        if key == "auto_map" or (key.endswith("_implementation") and "/" in str(value)):
+            yield key
+        elif isinstance(value, dict):
+            yield from _code(value)
+
+
+def _check_with_safetensors(path: Path, label: str) -> None:
+    """Refuse what it refuses: those who get the soup will read it with nothing else."""
+    try:
+        # for torch it would reserve memory for the whole file, and fail where there is less
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, label, error) from error
+
+
+def _check_tokenizer(config: Mapping[str, Any], folder: Path, label: str) -> None:
+    """Refuse a tokenizer that brings its own code, or names files elsewhere."""
+    files = config.get("fast_tokenizer_files") or ()
+    leading_out = [f for f in files if os.path.basename(str(f)) != f]
+    what = "".join(f"brings its own code ({key})" for key in list(_code(config))[:1])
+    if leading_out:
+        what = f"names a file that is not beside it, {leading_out[0]!r} (fast_tokenizer_files)"
+    if what:
+        raise ParentError(
+            f"the tokenizer of {label} {what}",
+            where=str(folder / "tokenizer_config.json"),
+            fix="register a tokenizer that transformers knows",
+        )

@@ -12,13 +12,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
-import yaml
 
 from mlflow_soup.errors import SoupError, SpecError
 from mlflow_soup.family import FORMATS
 from mlflow_soup.naming import parse_uri
 from mlflow_soup.redaction import guard_process, purge, redact
 from mlflow_soup.spec import STUDIES, Spec, kind
+from mlflow_soup.untrusted import parse_yaml
 
 
 class SoupGroup(click.Group):
@@ -84,8 +84,8 @@ def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) ->
     if path is None:
         return
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_bytes()) or {}
+    except (OSError, ValueError) as error:
         raise SpecError(
             f"{path} cannot be read: {error}", where="--spec", fix="name a YAML file of knobs"
         ) from error

@@ -23,6 +23,7 @@ from mlflow_soup.durable import BLOCK, FileWriter, Sink, check_space, on_disk
 from mlflow_soup.errors import ParentError
 from mlflow_soup.merge import Scratch, Term, add_up, bits, is_finite, same_bytes, terms
 from mlflow_soup.records import Digests, Mismatch
+from mlflow_soup.untrusted import open_regular
 
 MANIFEST = "soup_manifest.json"
 CARD = "README.md"
@@ -112,8 +113,7 @@ def _copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
     check_space(folder, sum(size + BLOCK for size in sizes))
     for path in paths:
         target = folder / path.relative_to(donor.root)
-        with readable(donor.label):
-            content = path.read_bytes()
+        content = _read(path, donor.label)
         with on_disk(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
@@ -121,6 +121,22 @@ def _copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
     with on_disk(weights):
         weights.mkdir(parents=True, exist_ok=True)
     return weights
+
+
+def _read(path: Path, label: str) -> bytes:
+    try:
+        with readable(label), open_regular(path) as file:
+            return file.read()
+    except ValueError as error:
+        raise _not_plain(path, label, "what is no plain file") from error
+
+
+def _not_plain(path: Path, label: str, what: str) -> ParentError:
+    return ParentError(
+        f"{label} holds {what}, {path.name}",
+        where=str(path),
+        fix="register the checkpoint again with plain files",
+    )
 
 
 def _parts(
@@ -156,14 +172,13 @@ def _taken_over(donor: Checkpoint) -> Iterator[Path]:
     """The files a soup takes over from its newest parent."""
     for path in sorted(donor.root.rglob("*")):
         if path.is_symlink():
-            raise ParentError(
-                f"{donor.label} holds a link, {path.name}",
-                where=str(path),
-                fix="register the checkpoint again with plain files",
-            )
+            raise _not_plain(path, donor.label, "a link")
         parts = path.relative_to(donor.root).parts
-        if path.is_file() and not any(fnmatch(p, n) for p in parts for n in NOT_INHERITED):
-            yield path
+        if path.is_dir() or any(fnmatch(p, n) for p in parts for n in NOT_INHERITED):
+            continue
+        if not path.is_file():
+            raise _not_plain(path, donor.label, "neither a file nor a folder")
+        yield path
 
 
 def _header(donor: Checkpoint, file: str) -> bytes:

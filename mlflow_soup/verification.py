@@ -1,12 +1,9 @@
 """Whether a soup is what its manifest says: its files, its tags, its parents, and their mixture."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mlflow_soup import lineage, soup
 from mlflow_soup.checkpoint import Checkpoint, find, shorten
@@ -16,11 +13,13 @@ from mlflow_soup.errors import MismatchError, ParentError, SpecError
 from mlflow_soup.provenance import Origin, fetch, inherited
 from mlflow_soup.records import Digests, Finding, Manifest, Mismatch
 from mlflow_soup.redaction import redacting
+from mlflow_soup.untrusted import LARGEST_YAML, parse_json, parse_yaml, read_regular
 
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError),
     *(RecursionError, OverflowError),
 )
+_LARGEST = 64 << 20  # of a manifest: a digest for each of 90 000 tensors takes 15 MB
 _SHOWN = 10  # tensors and files named in a finding
 
 
@@ -104,7 +103,7 @@ def _read_manifest(origin: Origin) -> Manifest:
             fix="name a version that mlflow-soup run registered, or a folder that merge wrote",
         )
     try:
-        return lineage.parse_manifest(json.loads(path.read_text(encoding="utf-8")))
+        return lineage.parse_manifest(parse_json(read_regular(path, _LARGEST)))
     except _UNREADABLE as error:
         raise MismatchError(
             f"{soup.MANIFEST} of {origin.uri} cannot be read: {type(error).__name__} {error}",
@@ -189,8 +188,8 @@ def _read_mlmodel(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = parse_yaml(read_regular(path, LARGEST_YAML))
+    except (OSError, ValueError) as error:
         return {"flavors": {f"unreadable: {error}": None}}
     return content if isinstance(content, dict) else {"flavors": {"unreadable": None}}
 

@@ -289,3 +289,13 @@ def manifests() -> st.SearchStrategy[Manifest]:
         search,
         st.just({"torch": "2.13.0"}),
     )
+
+
+def tensor_sets() -> st.SearchStrategy[dict[str, torch.Tensor]]:
+    """One to four small tensors by name, empty ones and scalars among them."""
+    shapes = st.lists(st.integers(0, 3), max_size=3)
+    dtypes = st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool]
+    )
+    tensors = st.builds(lambda shape, dtype: torch.zeros(shape, dtype=dtype), shapes, dtypes)
+    return st.dictionaries(st.sampled_from("abcdé"), tensors, min_size=1, max_size=4)

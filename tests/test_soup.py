@@ -345,17 +345,24 @@ def test_a_weight_in_any_other_format_is_not_inherited():
 
 
 def file_link(folder):
-    (folder / "notes.txt").symlink_to("/etc/passwd")
+    (folder / "notes" / "passwd.txt").symlink_to("/etc/passwd")
 
 
 def folder_link(folder):
-    (folder / "etc").symlink_to("/etc")
+    (folder / "notes" / "etc").symlink_to("/etc")
 
 
-@pytest.mark.parametrize("link", [file_link, folder_link])
-def test_links_are_not_copied_into_a_soup(pair, tmp_path, link):
-    link(pair[1])
-    with pytest.raises(ParentError, match="v2 holds a link"):
+def pipe(folder):
+    os.mkfifo(folder / "notes" / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("put", "what"), [(file_link, "a link"), (folder_link, "a link"), (pipe, "neither a file")]
+)
+def test_links_and_pipes_are_not_copied_into_a_soup(pair, tmp_path, put, what):
+    (pair[1] / "notes").mkdir()
+    put(pair[1])
+    with pytest.raises(ParentError, match=f"v2 holds {what}"):
         write(opened(pair), (0.5, 0.5), tmp_path / "soup")
     assert list((tmp_path / "soup").iterdir()) == []
 
