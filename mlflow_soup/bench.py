@@ -72,10 +72,11 @@ def load_suites(spec: Spec) -> Suites:
             where="--tasks, and the registered model has no tag soup.tasks",
             fix="name lm-eval tasks: --tasks arc_easy,piqa, or set the tag as the model's policy",
         )
-    held_out = load_suite(spec.tasks, include_path=spec.include_path, where="--tasks")
+    load = partial(load_suite, include_path=spec.include_path, allowed=spec.allowed_code)
+    held_out = load(spec.tasks, where="--tasks")
     if not spec.ood_tasks:
         return held_out, None
-    ood = load_suite(spec.ood_tasks, include_path=spec.include_path, where="--ood-tasks")
+    ood = load(spec.ood_tasks, where="--ood-tasks")
     shared = sorted({*held_out.loaded["tasks"]} & {*ood.loaded["tasks"]})
     if shared:
         raise SpecError(
@@ -117,8 +118,9 @@ def aim(bench: Bench, task: str) -> Bench:
         bench: whose model and settings it shares.
         task: `task:metric`, as a term of a suite is written.
     """
-    suite = load_suite(task, include_path=bench.spec.include_path)
-    held_out = _evaluator(bench.live, suite, bench.spec)
+    spec = bench.spec
+    suite = load_suite(task, include_path=spec.include_path, allowed=spec.allowed_code)
+    held_out = _evaluator(bench.live, suite, spec)
     return replace(bench, suites=(suite, None), held_out=held_out, ood=None)
 
 

@@ -20,16 +20,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2.exceptions import SecurityError
 from lm_eval.api.utils import maybe_delimit
 from lm_eval.evaluator import evaluate
-from lm_eval.utils import env
 
 from mlflow_soup.compatibility import function_of
 from mlflow_soup.errors import NonFiniteError, ObjectiveError
 from mlflow_soup.live import LiveModel, quiet
 from mlflow_soup.prepared import FrozenLM, PreparedLM
 from mlflow_soup.records import Items, Metric, Score
-from mlflow_soup.suite import Asked, Suite, choice_sizes, contributions, right_choice
+from mlflow_soup.suite import (
+    TEMPLATES,
+    Asked,
+    Suite,
+    broken,
+    choice_sizes,
+    contributions,
+    right_choice,
+)
 
 Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes; as in Items
 
@@ -47,11 +55,12 @@ def _quiet_copy(tokenizer: Any) -> Any:
 @contextlib.contextmanager
 def _templates_kept() -> Iterator[None]:
     """Compile a task's templates once; lm-eval does it anew for every document, 0.5 ms each."""
-    env.from_string = functools.lru_cache(maxsize=1024)(env.from_string)
+    kept = functools.lru_cache(maxsize=1024)(TEMPLATES.from_string)
+    TEMPLATES.from_string = kept  # type: ignore[assignment]
     try:
         yield
     finally:
-        del env.from_string
+        del TEMPLATES.from_string
 
 
 class Evaluator:
@@ -152,8 +161,14 @@ class Evaluator:
         """
         self._lm.truncated = 0
         self._live.model.eval()
-        with self._enough_memory(), _templates_kept(), quiet():
-            results = evaluate(self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0)
+        try:
+            with self._enough_memory(), _templates_kept(), quiet():
+                results = evaluate(
+                    self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
+                )
+        except SecurityError as error:  # in a template that only scoring asks for
+            names = ", ".join(map(str, self._suite.terms))
+            raise broken(names, "could not be scored", "its templates", error) from error
         assert results is not None
         return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
 
@@ -270,8 +285,12 @@ def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
     elif fixed is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    with quiet():
-        task.build_all_requests(limit=limit)
+    try:
+        with quiet():
+            task.build_all_requests(limit=limit)
+    except Exception as error:  # by its templates and its code, of any of its documents
+        where = f"the requests of task {task.config.task}"
+        raise broken(task.config.task, "could not be asked", where, error) from error
     frozen = task.instances
 
     def rebuild(**_: Any) -> None:

@@ -5,6 +5,7 @@ take their names from the fields below.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
@@ -145,6 +146,11 @@ class Spec:
     )
     include_path: str = knob(
         "", "Folder with lm-eval task YAMLs of your own.", f"run evaluate {_ALL}", policy=True
+    )
+    allow_task_code: str = knob(
+        "",
+        "SHA-256 of task folders whose Python code may run, comma-separated; a refusal names it.",
+        f"run evaluate {_ALL}",
     )
     alpha: float | None = knob(
         None,
@@ -331,6 +337,9 @@ class Spec:
                     where="--methods",
                     fix=f"different ones, comma-separated: {','.join(METHODS)}",
                 )
+        for digest in self.allowed_code:
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise _refuse("allow_task_code", digest, "the 64 digits that a refusal named")
         if self.calibration and not Path(self.calibration).is_file():
             raise SpecError(
                 f"there is no file {self.calibration}",
@@ -361,6 +370,11 @@ class Spec:
     def compared(self) -> tuple[str, ...]:
         """The methods to study."""
         return tuple(part.strip() for part in self.methods.split(","))
+
+    @property
+    def allowed_code(self) -> tuple[str, ...]:
+        """Digests of the task folders whose code may run."""
+        return tuple(part.strip() for part in self.allow_task_code.split(",") if part.strip())
 
     @property
     def shares(self) -> tuple[float, ...]:

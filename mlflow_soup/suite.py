@@ -3,29 +3,51 @@
 A `Suite` holds loaded tasks and which of their metrics are asked for; it needs no model.
 """
 
+import contextlib
 import difflib
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import lm_eval.utils
 import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval.api import metrics as aggregations
 from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
+from mlflow_soup import task_folders
 from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.live import quiet
 
 _PIECE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
+
+
+def _sandboxed(env: jinja2.Environment) -> ImmutableSandboxedEnvironment:
+    """The same environment, in which templates see what they are given and nothing behind it."""
+    options = inspect.signature(jinja2.Environment).parameters.keys() - {"extensions"}
+    sandbox = ImmutableSandboxedEnvironment(
+        **{name: getattr(env, name) for name in options if hasattr(env, name)},
+        extensions=list(env.extensions),
+    )
+    sandbox.filters |= env.filters
+    sandbox.tests |= env.tests
+    return sandbox
+
+
+# lm-eval's own runs whatever a task's templates say, as soon as it is loaded
+TEMPLATES = lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
 
 
 @dataclass(frozen=True)
@@ -117,7 +139,13 @@ def _near(name: str, names: Sequence[str]) -> str:
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
-def load_suite(text: str, *, include_path: str = "", where: str = "--tasks") -> Suite:
+def load_suite(
+    text: str,
+    *,
+    include_path: str = "",
+    allowed: Collection[str] = (),
+    where: str = "--tasks",
+) -> Suite:
     """Load tasks by lm-eval name: `task[:metric[,filter]]`, several separated by commas.
 
     Without a metric the task's first is taken. A piece after `task:metric,` that names no task is
@@ -126,10 +154,12 @@ def load_suite(text: str, *, include_path: str = "", where: str = "--tasks") -> 
     Args:
         text: what the user wrote.
         include_path: folders with more task YAMLs, separated as in PATH.
+        allowed: digests of those folders whose code may run, as of `task_folders.digest`.
         where: which option it came from, for errors.
 
     Raises:
-        SpecError: an unknown task, metric or filter; the nearest names are given.
+        SpecError: an unknown task, metric or filter; the nearest names are given. Or a folder holds
+            code that is not allowed.
         ObjectiveError: a task's data cannot be loaded.
     """
     pieces = _split(text, where)
@@ -137,6 +167,9 @@ def load_suite(text: str, *, include_path: str = "", where: str = "--tasks") -> 
     maybe_filter = {i for i in range(1, len(pieces)) if pieces[i - 1][1] and not pieces[i][1]}
     names = [name for i, (name, _) in enumerate(pieces) if i not in maybe_filter]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    runs_code = task_folders.check(
+        include_path, allowed, "--include-path, or tag soup.include_path"
+    )
     manager = _open_manager(names, include_path)
     asked: list[tuple[str, str | None, str | None]] = []
     for i, (name, metric) in enumerate(pieces):
@@ -149,10 +182,10 @@ def load_suite(text: str, *, include_path: str = "", where: str = "--tasks") -> 
             raise SpecError(
                 f"lm-eval knows no task {name!r}",
                 where=where,
-                fix=_unreadable(include_path)
-                or _near(name, manager.all_tasks) + "own YAMLs: --include-path FOLDER",
+                fix=_near(name, manager.all_tasks) + "own YAMLs: --include-path FOLDER",
             )
-    loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
+    with _no_bytecode() if runs_code else contextlib.nullcontext():
+        loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
     suite = Suite((), loaded)
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
@@ -172,15 +205,14 @@ def load_suite(text: str, *, include_path: str = "", where: str = "--tasks") -> 
     return replace(suite, terms=tuple(terms))
 
 
-def _unreadable(include_path: str) -> str:
-    """Which of the user's YAMLs lm-eval skips without a word because it cannot parse them."""
-    for folder in filter(None, include_path.split(os.pathsep)):
-        for path in sorted(Path(folder).rglob("*.yaml")):
-            try:
-                load_yaml(path, resolve_func=False)
-            except Exception as error:  # whatever the parser raises
-                return f"mend {path}, which cannot be read: {str(error).splitlines()[0]}"
-    return ""
+@contextlib.contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Python writes no `__pycache__` meanwhile: it would change the digest of the task folder."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _untag(manager: TaskManager, name: str) -> list[str]:
@@ -204,11 +236,15 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
     except Exception as error:  # a task is its author's YAML and code: anything can happen
         if str(error).startswith("Duplicate task"):  # a group and its own member
             raise SpecError(str(error), where=where, fix="name each task once") from error
-        raise SpecError(
-            f"{', '.join(names)} could not be loaded: {type(error).__name__}: {error}",
-            where=where,
-            fix="try it with `lm_eval run --tasks NAME --limit 1`, and mend its YAML",
-        ) from error
+        raise broken(", ".join(names), "could not be loaded", where, error) from error
+
+
+def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
+    """What to say of a task whose own YAML, templates or code raised an error."""
+    fix = "try it with `lm_eval run --tasks NAME --limit 1`, and mend its YAML"
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        fix = "templates run in a sandbox: they may format what is in a document, no more"
+    return SpecError(f"{name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
 
 
 def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, where: str) -> Asked:

@@ -60,7 +60,8 @@ EDGES = {
     "lease": {"durable", "ledger", "store"},
     "registry": {"store"},
     "promotion": {"ledger", "registry", "store"},
-    "suite": {"live"},
+    "task_folders": {"untrusted"},
+    "suite": {"live", "task_folders"},
     "prepared": set(),
     "objective": {"compatibility", "live", "suite", "prepared"},
 }
@@ -88,7 +89,7 @@ ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(RE
 
 HOMES = {
     "mlflow": {"store", "tracking", "ledger", "registry", "trials", "doctor"},
-    "lm_eval": {"suite", "prepared", "objective"},
+    "lm_eval": {"task_folders", "suite", "prepared", "objective"},
     "transformers": {"live", "passes"},
     "safetensors": {"checkpoint", "sums", "statistics"},
     "torch": {

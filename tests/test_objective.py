@@ -144,11 +144,11 @@ def test_few_shot_examples_are_drawn_once(live, tasks, tmp_path):
     config["dataset_kwargs"]["data_files"]["train"] = str(tasks / "digits.jsonl")
     config |= {"training_split": "train", "fewshot_split": "train", "doc_to_target": "answer"}
     (tmp_path / "shots.yaml").write_text(yaml.safe_dump(config))
-    suite = load_suite("shots", include_path=str(tmp_path))
+    suite = load_suite("shots", include_path=f"{tmp_path}{os.pathsep}{tasks}")
     evaluator = Evaluator(live, suite)
     first, second = evaluator.score(), evaluator.score()
     assert first == second
-    again = Evaluator(live, load_suite("shots", include_path=str(tmp_path)))
+    again = Evaluator(live, load_suite("shots", include_path=f"{tmp_path}{os.pathsep}{tasks}"))
     assert again.fingerprint == evaluator.fingerprint
     assert again.score() == first
 
@@ -160,7 +160,9 @@ def test_the_number_of_examples_can_be_set_where_the_task_leaves_it_open(live, t
     (tmp_path / "open.yaml").write_text(yaml.safe_dump(config))
     prints = {
         shots: Evaluator(
-            live, load_suite("open", include_path=str(tmp_path)), num_fewshot=shots
+            live,
+            load_suite("open", include_path=f"{tmp_path}{os.pathsep}{tasks}"),
+            num_fewshot=shots,
         ).fingerprint
         for shots in (None, 0, 2)
     }
@@ -197,13 +199,12 @@ def test_the_right_answers_are_part_of_the_fingerprint(live, tasks, tmp_path):
     prints = set()
     for shift in (0, 1):
         lines = [json.loads(x) for x in (tasks / "letters.jsonl").read_text().splitlines()]
-        data = tmp_path / f"{shift}.jsonl"
+        folder = tmp_path / f"tasks{shift}"
+        folder.mkdir()
+        data = folder / "data.jsonl"
         rows = [line | {"answer": (line["answer"] + shift) % 4} for line in lines]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = yaml.safe_load((tasks / "letters.yaml").read_text())
-        config["dataset_kwargs"]["data_files"]["validation"] = "data.jsonl"
-        folder = tmp_path / f"tasks{shift}"
-        folder.mkdir()
         config["dataset_kwargs"]["data_files"]["validation"] = str(data)
         (folder / "letters.yaml").write_text(yaml.safe_dump(config))
         suite = load_suite("toy_letters", include_path=str(folder))
@@ -217,7 +218,9 @@ def test_few_shot_prompts_are_those_of_the_lm_eval_command(live, tasks, tmp_path
     config |= {"task": "shots", "num_fewshot": 3, "fewshot_split": "train"}
     config["dataset_kwargs"]["data_files"]["train"] = str(tasks / "digits.jsonl")
     (tmp_path / "shots.yaml").write_text(yaml.safe_dump(config))
-    ours = Evaluator(live, load_suite("shots", include_path=str(tmp_path))).score()
+    ours = Evaluator(
+        live, load_suite("shots", include_path=f"{tmp_path}{os.pathsep}{tasks}")
+    ).score()
     theirs = reference.simple_evaluate(
         HFLM(pretrained=live.model, tokenizer=toy.tokenizer(), batch_size=32),
         tasks=["shots"],
@@ -240,7 +243,8 @@ def texts(live, tasks):
     """What the texts of a suite are."""
 
     def read(names, **options):
-        suite = load_suite(names, include_path=str(options.pop("folder", tasks)))
+        folders = dict.fromkeys([str(options.pop("folder", tasks)), str(tasks)])
+        suite = load_suite(names, include_path=os.pathsep.join(folders))
         return list(Evaluator(live, suite, **options).texts())
 
     return read

@@ -119,10 +119,13 @@ def live(checkpoints):
 def mixed(tasks, tmp_path_factory):
     """Tasks of every kind, with the folder they are in."""
     folder = tmp_path_factory.mktemp("mixed")
-    base = yaml.safe_load((tasks / "letters.yaml").read_text())
+    for path in tasks.iterdir():  # a task's data are in its folder
+        text = path.read_text().replace(str(tasks), str(folder))
+        (folder / path.name).write_text(text)
+    base = yaml.safe_load((folder / "letters.yaml").read_text())
     files = {
-        "validation": str(tasks / "letters.jsonl"),
-        "train": str(tasks / "digits.jsonl"),
+        "validation": str(folder / "letters.jsonl"),
+        "train": str(folder / "digits.jsonl"),
     }
     shots = {
         "doc_to_choice": ["a", "b", "c", "d"],
@@ -133,9 +136,9 @@ def mixed(tasks, tmp_path_factory):
     rng = np.random.default_rng(2)
     texts = [{"text": toy.sentence(rng, toy.DIGITS, repeats)} for repeats in (3, 40, 1, 25)]
     (folder / "long.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    long = yaml.safe_load((tasks / "digits_bpb.yaml").read_text())
+    long = yaml.safe_load((folder / "digits_bpb.yaml").read_text())
     long["dataset_kwargs"] = {"data_files": {"test": str(folder / "long.jsonl")}}
-    generate = yaml.safe_load((tasks / "spelling.yaml").read_text()) | {"task": "generate"}
+    generate = yaml.safe_load((folder / "spelling.yaml").read_text()) | {"task": "generate"}
     del generate["filter_list"]
     for config in (
         base | {"task": "several"},

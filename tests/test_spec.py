@@ -225,6 +225,7 @@ RANGES = {
     "batch_size": ([1, 32], [0, -1]),
     "max_length": ([None, 2, 4096], [1, 0]),
     "limit": ([None, 1], [0, -5]),
+    "allow_task_code": (["", "0" * 64, f"{'a' * 64}, {'b' * 64}"], ["yes", "A" * 64, "a" * 63]),
     "include_path": (["", os.curdir, os.pathsep.join([os.curdir, "/"])], ["no/such/folder"]),
 }
 UNBOUNDED = {"tasks", "ood_tasks", "champion", "device", "experiment", "out"}

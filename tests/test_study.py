@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -579,7 +580,8 @@ def test_no_choice_depends_on_out_of_domain_items(store, reports, tasks, tmp_pat
 
     before = {*evaluated(store)}
     for name in ("heldout", "methods"):
-        report = study(name, Spec(**REQUESTS[name], include_path=str(other)))
+        folders = f"{tasks}{os.pathsep}{other}"  # what the later defines anew counts
+        report = study(name, Spec(**REQUESTS[name], include_path=folders))
         assert searches(store, report) == searches(store, reports[name])
         ours, theirs = read(report), read(reports[name])
         outside = {column for column in ours[0] if column.startswith("toy_digits")}
