@@ -84,6 +84,20 @@ def _refuse(name: str, value: object, rule: str) -> SpecError:
     )
 
 
+def _check_type(knob_: Field[Any], value: object) -> None:
+    types = get_args(knob_.type) or (knob_.type,)
+    taken = (*types, int) if float in types else types  # 0 is as good as 0.0
+    # True is an int to Python, and no number to a user
+    if isinstance(value, bool) or not isinstance(value, taken):
+        what = {str: "text", int: "a whole number", float: "a number"}[kind(knob_)]
+        example = f": {knob_.default!r}" if knob_.default else ""
+        raise SpecError(
+            f"{knob_.name} is {value!r}, which is no {what.removeprefix('a ')}",
+            where=f"Spec({knob_.name}=…), --{knob_.name.replace('_', '-')}",
+            fix=f"give {what}{example}; {knob_.metadata['help']}",
+        )
+
+
 def _numbers(name: str, text: str, least: float, most: float) -> tuple[float, ...]:
     """`1/4,0.5,1`: different numbers from `least` to `most`, ascending; fractions are read too."""
     rule = f"numbers from {least:g} to {most:g}, comma-separated: 1/2,0.9"
@@ -288,11 +302,11 @@ class Spec:
         return named
 
     def __post_init__(self) -> None:
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", float(self.alpha))
-        # 0 and 0.0 are one request
-        for name in ("stop", "margin", "confidence", "regmean_scale", "store_patience"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+        for knob_ in fields(self):
+            value = getattr(self, knob_.name)
+            _check_type(knob_, value)
+            if kind(knob_) is float and value is not None:  # 0 and 0.0: one request
+                object.__setattr__(self, knob_.name, float(value))
         if self.champion:
             check_alias(self.champion, "--champion, or tag soup.champion of the model")
         named = [option for option in ("pair", "versions", "last") if getattr(self, option)]

@@ -269,6 +269,25 @@ def test_more_parents_take_more_trials(named, budget, least):
     assert Spec(**named, trials=least).budget == least
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("last", "3", "last is '3', which is no whole number"),
+        ("versions", ["v1", "v2"], r"versions is \['v1', 'v2'\], which is no text"),
+        ("alpha", "0.5", "alpha is '0.5', which is no number"),
+        ("trials", 8.0, "trials is 8.0, which is no whole number"),
+        ("seed", True, "seed is True, which is no whole number"),
+        ("margin", None, "margin is None, which is no number"),
+        ("tasks", None, "tasks is None, which is no text"),
+        ("model", b"m", "model is b'm', which is no text"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, value, what):
+    with pytest.raises(SpecError, match=what) as refusal:
+        Spec(**{name: value})
+    assert f"Spec({name}=…)" in refusal.value.where
+
+
 def test_a_pair_and_versions_at_once_are_refused():
     with pytest.raises(SpecError, match="the versions were named twice") as refusal:
         Spec(pair="v1,v2", versions="v1,v2,v3")
