@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 from transformers.core_model_loading import revert_weight_conversion
 
-from mlflow_soup.checkpoint import Checkpoint
-from mlflow_soup.errors import ParentError, SpecError
+from mlflow_soup.checkpoint import MAY_BE_INFINITE, Checkpoint
+from mlflow_soup.errors import NonFiniteError, ParentError, SpecError
 from mlflow_soup.merge import Scratch, add_up, all_same, same_bytes, terms
 
 
@@ -61,6 +61,12 @@ def quiet() -> Iterator[None]:
     """No progress bars or notes of libraries, which cannot be switched off one by one."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield
+
+
+def not_finite(what: str, where: str) -> NonFiniteError:
+    """What a search learns from a λ that no finite score can come of."""
+    fix = "the merged weights overflow: narrow the search with --alpha, or merge in F32"
+    return NonFiniteError(what, where=where, fix=fix)
 
 
 def _load(checkpoint: Checkpoint) -> Any:
@@ -245,10 +251,16 @@ class LiveModel:
         return links
 
     def set_weights(self, links: Sequence[Link], lam: Sequence[float]) -> None:
-        """Write Σ λ_i·Θ_i into the model, always from the parents: moving from λ to λ' drifts."""
+        """Write Σ λ_i·Θ_i into the model, always from the parents: moving from λ to λ' drifts.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; the model is left half switched.
+        """
         for link in links:
             parts = terms(link.parents, lam, same=link.same, name=link.name)
-            add_up(parts, link.live, scratch=self._scratch)
+            check = not link.name.endswith(MAY_BE_INFINITE)
+            if not add_up(parts, link.live, scratch=self._scratch, check=check):
+                raise not_finite(f"{link.name!r} of the mixture is not finite", f"weights {lam}")
         self.model.eval()
 
     @contextlib.contextmanager

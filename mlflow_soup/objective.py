@@ -25,8 +25,8 @@ from lm_eval.api.utils import maybe_delimit
 from lm_eval.evaluator import evaluate
 
 from mlflow_soup.compatibility import function_of
-from mlflow_soup.errors import NonFiniteError, ObjectiveError
-from mlflow_soup.live import LiveModel, quiet
+from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.live import LiveModel, not_finite, quiet
 from mlflow_soup.prepared import FrozenLM, PreparedLM
 from mlflow_soup.records import Items, Metric, Score
 from mlflow_soup.suite import (
@@ -156,7 +156,8 @@ class Evaluator:
         """One score per term, oriented so that larger is better, for the weights as they are.
 
         Raises:
-            NonFiniteError: a log-likelihood is not finite (NaN models score well otherwise).
+            NonFiniteError: a logit that text is generated from, a log-likelihood or a score is not
+                finite (NaN models score well otherwise).
             ObjectiveError: there is no memory for it.
         """
         self._lm.truncated = 0
@@ -166,6 +167,8 @@ class Evaluator:
                 results = evaluate(
                     self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
                 )
+        except OverflowError as error:  # a perplexity that no number is large enough for
+            raise not_finite(f"a score exceeds all numbers: {error}", "aggregation") from error
         except SecurityError as error:  # in a template that only scoring asks for
             names = ", ".join(map(str, self._suite.terms))
             raise broken(names, "could not be scored", "its templates", error) from error
@@ -319,10 +322,9 @@ def _items(
     if not all(map(math.isfinite, values)) or not all(
         math.isfinite(number) for row in likelihoods for number in row
     ):
-        raise NonFiniteError(
+        raise not_finite(
             f"{task.config.task} gave log-likelihoods or scores that are not finite",
-            where=f"{len(rows)} items, metric {metric}",
-            fix="the merged weights overflow: narrow the search with --alpha, or merge in F32",
+            f"{len(rows)} items, metric {metric}",
         )
     return Items(
         task.config.task,

@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from mlflow_soup.batches import Input, Limits, Part, Tokens, divide, pack, unpack
-from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.errors import NonFiniteError, ObjectiveError
 
 Answer = tuple[float, bool]  # log-likelihood, and whether it is what greedy decoding gives
 
@@ -79,6 +79,21 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         return super().tok_batch_encode(
             strings, *args, left_truncate_len=left_truncate_len, **kwargs
         )
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As lm-eval's; text would not tell that what it was chosen by is no number."""
+        return super()._model_generate(*args, logits_processor=[_check_logits], **kwargs)
+
+
+def _check_logits(_: Tensor, logits: Tensor) -> Tensor:
+    """The logits (B, V) of a next token, as they are; NaN and infinity reach the maximum."""
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise NonFiniteError(
+            "the logits that text is generated from are not finite",
+            where="generation",
+            fix="the merged weights overflow: narrow the search with --alpha, or merge in F32",
+        )
+    return logits
 
 
 @dataclass(frozen=True)

@@ -274,3 +274,16 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_words(checkpoints, tmp_pa
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(errors.ParentError, match=r"(?s)transformers cannot load v1.*AutoTokenizer"):
         LiveModel(find(folder, "v1"))
+
+
+def test_a_mixture_that_is_not_finite_is_no_model(tmp_path, trained):
+    largest = torch.finfo(torch.float32).max
+    found = []
+    for i in range(3):
+        folder = toy.save(trained, tmp_path / f"v{i}")
+        name = "gpt_neox.final_layer_norm.bias"
+        toy.edit_tensors(folder, **{name: torch.tensor([largest, float(i)] + [0.0] * 46)})
+        found.append(find(folder, f"v{i}"))
+    live = LiveModel(found[0])
+    with pytest.raises(errors.NonFiniteError, match=r"final_layer_norm\.bias.* is not finite"):
+        live.set_weights(live.link(found), (0.01, 0.5, 0.49))

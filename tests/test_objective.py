@@ -128,6 +128,49 @@ def test_a_model_that_gives_no_finite_likelihoods_is_no_good_model(checkpoints, 
         evaluator.score()
 
 
+def rescaled(model, factor):
+    """Values of the attention times a factor, and what is made of them divided by it: the same."""
+    with torch.no_grad():
+        for layer in model.gpt_neox.layers:
+            attention = layer.attention
+            for tensor in (attention.query_key_value.weight, attention.query_key_value.bias):
+                tensor.view(4, 3, -1)[:, 2] *= factor
+            attention.dense.weight /= factor
+    return model
+
+
+@pytest.mark.parametrize("evaluator", ["prepared", "lm-eval"])
+@pytest.mark.parametrize("task", ["toy_letters", "toy_digits_bpb:bits_per_byte", "toy_spelling"])
+def test_a_mixture_that_overflows_in_half_precision_has_no_score(
+    trained, tasks, tmp_path, task, evaluator
+):
+    found = []
+    for factor in (1000.0, 0.001):
+        model = rescaled(toy.noisy(trained, 1, 0.1), factor).half()
+        found.append(find(toy.save(model, tmp_path / str(factor)), f"× {factor}"))
+    live = LiveModel(found[0])
+    links = live.link(found)
+    suite = load_suite(task, include_path=str(tasks))
+    scoring = Evaluator(live, suite, limit=20, evaluator=evaluator)
+    for lam in ((1.0, 0.0), (0.0, 1.0)):
+        live.set_weights(links, lam)
+        assert scoring.score().items
+    live.set_weights(links, (0.5, 0.5))
+    with pytest.raises(errors.NonFiniteError, match="not finite"):
+        scoring.score()
+
+
+def test_a_perplexity_beyond_all_numbers_is_no_score(live, tasks, monkeypatch):
+    suite = load_suite("toy_digits_bpb:word_perplexity", include_path=str(tasks))
+    scoring = Evaluator(live, suite, limit=5)
+    rolling = scoring._lm.loglikelihood_rolling
+    monkeypatch.setattr(
+        scoring._lm, "loglikelihood_rolling", lambda *a, **k: [1e4 * x for x in rolling(*a, **k)]
+    )
+    with pytest.raises(errors.NonFiniteError, match="exceeds all numbers"):
+        scoring.score()
+
+
 def test_cut_requests_are_counted(live, tasks):
     suite = load_suite("toy_letters", include_path=str(tasks))
     whole, cut = Evaluator(live, suite), Evaluator(live, suite, max_length=5)
