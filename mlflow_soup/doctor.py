@@ -19,7 +19,7 @@ from mlflow_soup.bench import check_stored
 from mlflow_soup.errors import ParentError, StoreError
 from mlflow_soup.ledger import Entry, Ledger, find_ledger, leftovers
 from mlflow_soup.records import Version
-from mlflow_soup.store import Store, asking, connect, pages
+from mlflow_soup.store import Store, asking, connect
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def examine(model: str = "", *, digests: bool = True) -> tuple[str, Iterator[Com
     """
     client = connect()
     name = registry.find_model(client, model, [])
-    versions = pages(client.search_model_versions, f"name='{name}'")
+    versions = registry.versions_of(client, name)
     ledger = find_ledger(client, name)
-    patient = _Patient(client, name, tuple(v for v in versions if v.name == name), ledger)
+    patient = _Patient(client, name, tuple(versions), ledger)
     return name, _complaints(patient, digests)
 
 

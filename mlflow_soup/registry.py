@@ -70,6 +70,7 @@ def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
             )
         return named
     if len(models) == 1:
+        check_name(models[0], f"the only registered model in {where()}")
         return models[0]
     having = [m for m in models if all(_version(client, m, ref) is not None for ref in refs)]
     if len(having) != 1:
@@ -81,6 +82,7 @@ def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
             fix=f"name one: --model NAME, or {MODEL_ENV}"
             + f"; registered models: {', '.join(sorted(models)[:10])}",
         )
+    check_name(having[0], f"registered model in {where()}")
     return having[0]
 
 
@@ -103,6 +105,17 @@ def look_up(client: Store, version: Version) -> ModelVersion | None:
         return _version(client, version.name, VersionRef(version.number, None))
 
 
+def versions_of(client: Store, name: str, more: str = "") -> list[ModelVersion]:
+    """The versions of a model that a filter finds; some databases take `A` for `a`.
+
+    Raises:
+        SpecError: the name, which a store may hold whatever it is, would be more than a name there.
+    """
+    check_name(name, f"registered model in {where()}")
+    found = pages(client.search_model_versions, f"name='{name}'{more}")
+    return [version for version in found if version.name == name]
+
+
 def resolve(client: Store, name: str, ref: VersionRef) -> Version:
     """The version a reference means; an alias is resolved now and never again.
 
@@ -112,7 +125,7 @@ def resolve(client: Store, name: str, ref: VersionRef) -> Version:
     with asking(f"look up {name} {ref}"):
         found = _version(client, name, ref)
     if found is None:
-        numbers = sorted(int(v.version) for v in client.search_model_versions(f"name='{name}'"))
+        numbers = sorted(int(v.version) for v in versions_of(client, name))
         aliases = sorted(client.get_registered_model(name).aliases)
         raise ParentError(
             f"{name} has no {'alias ' if ref.alias else ''}{ref}",
@@ -130,7 +143,7 @@ def last(client: Store, name: str, count: int) -> list[Version]:
         SpecError: there are fewer.
     """
     with asking(f"list the versions of {name}"):
-        found = pages(client.search_model_versions, f"name='{name}'")
+        found = versions_of(client, name)
     numbers = sorted(int(v.version) for v in found if lineage.DIGEST not in v.tags)
     if len(numbers) < count:
         raise SpecError(
@@ -207,12 +220,8 @@ def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Versio
     """The versions that were registered with these tags, by number."""
     query = "".join(f" and tags.`{key}`='{value}'" for key, value in tags.items())
     with asking(f"search the versions of {name}"):
-        found = pages(client.search_model_versions, f"name='{name}'{query}")
-    return sorted(
-        Version(name, int(v.version))
-        for v in found
-        if v.name == name and tags.items() <= v.tags.items()
-    )
+        found = versions_of(client, name, query)
+    return sorted(Version(name, int(v.version)) for v in found if tags.items() <= v.tags.items())
 
 
 def find_soup(client: Store, name: str, tags: Mapping[str, str]) -> Version | None:
@@ -384,6 +393,7 @@ def register(
         )
         if (folder / "MLmodel").is_file():
             _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, params)
+        _check_upload(folder)
         client.log_model_artifacts(logged.model_id, str(folder))
         with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as temporary:
             check(_read_back(client, logged, Path(temporary)))
@@ -458,6 +468,21 @@ def unregister(client: Store, version: Version) -> None:
             raise
 
 
+def _check_upload(folder: Path) -> None:
+    """Refuse links in what is uploaded: MLflow would upload what they point to.
+
+    Raises:
+        StoreError: somebody put one there after the soup was written.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StoreError(
+                f"{path.name} came into the soup's folder, and is no plain file",
+                where=str(path),
+                fix="nobody else may write to the folder of temporary files: set TMPDIR",
+            )
+
+
 def _rewrite_mlmodel(
     folder: Path, logged_id: str, run_id: str, location: str, params: Mapping[str, Any]
 ) -> None:
@@ -484,7 +509,7 @@ def standing(client: Store, name: str, target: Target) -> Version | None:
     """What a target points to now."""
     if target.kind != "stage":
         return holder(client, name, target.name)
-    found = client.search_model_versions(f"name='{name}'")
+    found = versions_of(client, name)
     numbers = [int(v.version) for v in found if v.current_stage == target.name]
     return Version(name, max(numbers)) if numbers else None
 
@@ -492,9 +517,9 @@ def standing(client: Store, name: str, target: Target) -> Version | None:
 def find_copies(client: Store, version: Version, model: str, digest: str) -> list[Version]:
     """A version's copies in another registered model, by number."""
     with asking(f"search the versions of {model}"):
-        found = pages(client.search_model_versions, f"name='{model}'")
+        found = versions_of(client, model)
     return sorted(
         Version(model, int(v.version))
         for v in found
-        if v.name == model and v.tags.get(lineage.DIGEST) == digest and v.source == version.uri
+        if v.tags.get(lineage.DIGEST) == digest and v.source == version.uri
     )

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import mlflow
 import pytest
@@ -203,3 +204,37 @@ def test_models_of_other_shape_are_no_pair(client, tmp_path, trained):
     register(client, toy.save(GPTNeoXForCausalLM(config), tmp_path / "wide"))
     with pytest.raises(errors.ParentError, match="vocab_size is 25 against 26"):
         mlflow_soup.run(Spec(pair="v1,v4"))
+
+
+@pytest.mark.parametrize("name", ["a' or name like '%", "both ' and \"", "-rf", "a`b", "a%b"])
+def test_a_name_that_is_more_than_a_name_comes_into_no_filter(client, name):
+    client.create_registered_model(name)
+    for ask in (
+        lambda: registry.last(client, name, 2),
+        lambda: registry.resolve(client, name, VersionRef(7, None)),
+        lambda: registry.find_soup(client, name, {}),
+        lambda: registry.standing(client, name, Target("stage", "Production")),
+    ):
+        with pytest.raises(errors.SpecError, match="is not taken as the name"):
+            ask()
+
+
+@pytest.mark.parametrize("put", [lambda path: path.symlink_to("/etc/passwd"), os.mkfifo])
+def test_only_plain_files_are_uploaded(client, checkpoints, tmp_path, put):
+    folder = shutil.copytree(checkpoints[0], tmp_path / "soup")
+    put(folder / "notes.txt")
+    with (
+        mlflow.start_run() as run,
+        pytest.raises(errors.StoreError, match=r"notes\.txt") as refusal,
+    ):
+        registry.register(
+            client,
+            folder,
+            name=MODEL,
+            run_id=run.info.run_id,
+            parents=[Version(MODEL, 1)],
+            tags={},
+            description="",
+        )
+    assert str(folder / "notes.txt") in refusal.value.where
+    assert registry.last(client, MODEL, 2)[-1] == Version(MODEL, 3)
