@@ -24,6 +24,7 @@ from mlflow.utils.uri import is_local_uri
 from mlflow_soup import family, lineage
 from mlflow_soup.errors import (
     ParentError,
+    SoupError,
     SpecError,
     StoreError,
     redact,
@@ -288,7 +289,9 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
                 )
             return folder
         return _pull_remote(client, version, source, fresh)
-    except (MlflowException, OSError) as error:
+    except SoupError:
+        raise
+    except Exception as error:  # each artifact store has its own, for sources of any kind
         raise StoreError(
             f"{version} could not be fetched: {error}",
             where=where(),
