@@ -97,7 +97,15 @@ def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) ->
             where="--spec",
             fix=f"known knobs: {', '.join(sorted(known))}",
         )
-    ctx.default_map = {**(ctx.default_map or {}), **content}
+    odd = [name for name, value in content.items() if isinstance(value, dict | list | set)]
+    if odd:
+        raise SpecError(
+            f"{path} sets {odd[0]} to {content[odd[0]]!r}",
+            where="--spec",
+            fix="write one text or number, as the option takes it: pair: v12,v13",
+        )
+    said = {name: str(value) for name, value in content.items() if value is not None}
+    ctx.default_map = {**(ctx.default_map or {}), **said}
 
 
 def _option(knob: Field[Any]) -> Callable[[Any], Any]:

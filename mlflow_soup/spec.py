@@ -96,6 +96,8 @@ def _check_type(knob_: Field[Any], value: object) -> None:
             where=f"Spec({knob_.name}=…), --{knob_.name.replace('_', '-')}",
             fix=f"give {what}{example}; {knob_.metadata['help']}",
         )
+    if isinstance(value, int) and value.bit_length() > 63:  # Python shows none of 5000 digits
+        raise _refuse(knob_.name, f"of {value.bit_length()} bits", "a number of fewer digits")
 
 
 def _numbers(name: str, text: str, least: float, most: float) -> tuple[float, ...]:

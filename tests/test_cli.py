@@ -130,6 +130,10 @@ def test_knobs_can_stand_in_a_file_which_the_command_line_overrides(client, tmp_
     assert "--alpha 2.0 is out of range" in done.stderr
     done = command("run", "--spec", str(path), "--alpha", "3")
     assert "--alpha 3.0 is out of range" in done.stderr
+    path.write_text(yaml.safe_dump({"pair": ["v1", "v2"]}))
+    done = command("run", "--spec", str(path))
+    assert done.returncode == 2
+    assert "sets pair to ['v1', 'v2']" in done.stderr
     path.write_text(yaml.safe_dump({"pear": "v1,v2"}))
     done = command("run", "--spec", str(path))
     assert done.returncode == 2

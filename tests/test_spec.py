@@ -276,6 +276,8 @@ def test_more_parents_take_more_trials(named, budget, least):
         ("versions", ["v1", "v2"], r"versions is \['v1', 'v2'\], which is no text"),
         ("alpha", "0.5", "alpha is '0.5', which is no number"),
         ("trials", 8.0, "trials is 8.0, which is no whole number"),
+        ("margin", 10**400, "--margin of 1329 bits"),
+        pytest.param("trials", 10**5000, "--trials of 16610 bits", id="endless"),
         ("seed", True, "seed is True, which is no whole number"),
         ("margin", None, "margin is None, which is no number"),
         ("tasks", None, "tasks is None, which is no text"),
@@ -285,7 +287,7 @@ def test_more_parents_take_more_trials(named, budget, least):
 def test_a_value_of_another_type_is_refused(name, value, what):
     with pytest.raises(SpecError, match=what) as refusal:
         Spec(**{name: value})
-    assert f"Spec({name}=…)" in refusal.value.where
+    assert f"--{name}" in refusal.value.where
 
 
 def test_a_pair_and_versions_at_once_are_refused():
