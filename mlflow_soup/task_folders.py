@@ -9,6 +9,7 @@ and YAML from outside the folder.
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ GENERATION_KWARGS = {
 NOT_IN_GROUPS = ("dataset_path", "dataset_kwargs", "unsafe_code")
 # value, the entry it stands in, all folders → reasons
 _Check = Callable[[Any, Mapping[Any, Any], Sequence[Path]], Iterator[str]]
+_FILES = ("json", "csv", "text", "parquet")
+_HUB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
 _GLOB = frozenset("*?[{")
 
 
@@ -172,11 +175,10 @@ def _of_unsafe(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> 
 
 
 def _of_path(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value in _FILES:
         return
-    name = value.replace("-", "_").replace(".", "_").replace("/", "_", 1)
-    if value.startswith(".") or not name.isidentifier() or os.path.lexists(value):
-        yield f"takes its data from {value!r}: neither json, csv, text, parquet nor a Hub dataset"
+    if not _HUB.fullmatch(value) or os.path.lexists(value):
+        yield f"takes its data from {value!r}: neither {', '.join(_FILES)} nor a Hub dataset"
 
 
 def _of_dataset(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:

@@ -543,6 +543,37 @@ def test_code_runs_when_the_digest_of_its_folder_is_allowed(place, live):
             (place.folder / change).write_bytes(before)
 
 
+def included(place):
+    (place.folder / "base").write_text("target_delimiter: ''\n")
+    write(place, plain(place, include="base"))
+
+
+PLAIN = {
+    "as it is": with_fields(),
+    "an include beside it": included,
+    "a dataset of the Hub": with_fields(dataset_path="01-ai/any.thing", dataset_kwargs=None),
+    "files of the Hub": with_fields(dataset_path="a/b", dataset_kwargs={"data_files": "x/y.json"}),
+    "an old name of the Hub": with_fields(dataset_path="winogrande", dataset_kwargs=None),
+    "documents with odd fields": with_fields(
+        fewshot_config={"sampler": "first_n", "samples": [{"class": "a", "task": 5}]},
+        metadata={"class": "a", "unsafe_code": "no"},
+    ),
+    "a group of shipped tasks": group(
+        task=["arc_easy", {"task": "piqa", "num_fewshot": 3}],
+        aggregate_metric_list=[{"metric": "acc", "weight_by_size": True}],
+    ),
+    "anchors": with_lines("own: &a {x: 1}\nmetadata: {<<: *a}\n"),
+    "no task at all": lambda place: write(place, "- just\n- a list\n"),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_a_folder_of_plain_data_needs_no_leave(place, case):
+    place.folder.mkdir()
+    PLAIN[case](place)
+    assert task_folders.check(str(place.folder), (), "here") is False
+
+
 def test_no_tag_allows_code():
     settled = Spec().settle({"soup.allow_task_code": "a" * 64, "soup.batch_size": "8"})
     assert settled.batch_size == 8
