@@ -233,8 +233,9 @@ def test_only_plain_files_are_uploaded(client, checkpoints, tmp_path, put):
             name=MODEL,
             run_id=run.info.run_id,
             parents=[Version(MODEL, 1)],
-            tags={},
+            tags={"soup.request": "r"},
             description="",
+            check=lambda tree: None,
         )
     assert str(folder / "notes.txt") in refusal.value.where
     assert registry.last(client, MODEL, 2)[-1] == Version(MODEL, 3)

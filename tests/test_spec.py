@@ -220,6 +220,7 @@ RANGES = {
     "evaluator": (["prepared", "lm-eval"], ["lm_eval", ""]),
     "seed": ([0, 7], [-1]),
     "margin": ([0.0, 0.01, 5.0], [-0.01, float("inf"), float("nan")]),
+    "store_patience": ([0.0, 0.5, 30.0], [-1.0, float("inf"), float("nan")]),
     "confidence": ([0.51, 0.95, 0.999], [0.5, 1.0, 0.0, 95.0, float("nan")]),
     "num_fewshot": ([None, 0, 5], [-1]),
     "batch_size": ([1, 32], [0, -1]),
