@@ -1,5 +1,8 @@
+import contextlib
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +33,26 @@ from mlflow_soup.store import Store
 torch.set_num_threads(1)
 
 MODEL = "toy-llm"
+FIGURES = pytest.StashKey[dict[str, object]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the slow tests counted; as JSON too, where a variable names a file."""
+    figures = terminalreporter.config.stash[FIGURES]
+    for what, counted in figures.items():
+        terminalreporter.write_line(f"{what}: {json.dumps(counted)}")
+    if figures and (file := os.environ.get("MLFLOW_SOUP_FIGURES")):
+        Path(file).write_text(json.dumps(figures, indent=2))
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> dict[str, object]:
+    """What → what was counted; printed in the end."""
+    return pytestconfig.stash[FIGURES]
 
 
 @pytest.fixture(scope="session")
@@ -154,6 +177,41 @@ def use(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlfl
     return Store()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(database: Path, port: int, *artifacts: str) -> subprocess.Popen[bytes]:
+    """A real `mlflow server` on loopback, once it answers; in a process group of its own."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1", *artifacts]
+    command += ["--backend-store-uri", f"sqlite:///{database}"]
+    process = subprocess.Popen(
+        command,
+        cwd=database.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    for _ in range(240):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return process
+        except OSError:
+            time.sleep(0.5)
+    stop_server(process)
+    pytest.fail("mlflow server did not start within two minutes")
+
+
+def stop_server(process: subprocess.Popen[bytes], how: int = signal.SIGTERM) -> None:
+    """End a server and its workers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
+    process.wait(30)
+
+
 @pytest.fixture(scope="session")
 def server_folder(tmp_path_factory) -> Path:
     """Where the server keeps its database and artifacts."""
@@ -163,31 +221,11 @@ def server_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server(server_folder) -> Iterator[str]:
     """A real `mlflow server` on loopback; its URI."""
-    root = server_folder
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{root}/mlflow.db"]
-    command += ["--artifacts-destination", str(root / "artifacts")]
-    process = subprocess.Popen(
-        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                with urllib.request.urlopen(f"{uri}/health", timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            pytest.fail("mlflow server did not start within two minutes")
-        yield uri
-    finally:
-        process.terminate()
-        process.wait(30)
+    port = free_port()
+    artifacts = ("--artifacts-destination", str(server_folder / "artifacts"))
+    process = start_server(server_folder / "mlflow.db", port, *artifacts)
+    yield f"http://127.0.0.1:{port}"
+    stop_server(process)
 
 
 @pytest.fixture
