@@ -38,6 +38,7 @@ T = TypeVar("T")
 # how long is waited at first and at most between two attempts, in seconds, before jitter
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
 _SAID_S = 20.0  # between two words about a store that is away
+_HICCUP_S = 3.0  # a store that is away for longer when it is asked first is not there
 _PROBE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _OUR_OWN_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
@@ -282,7 +283,7 @@ for _name in dir(MlflowClient):
 
 
 def connect(patience_s: float = 0.0) -> Store:
-    """A client of the tracking store, which is asked once and quickly whether it is there.
+    """A client of the tracking store, which is asked whether it is there; for a moment only.
 
     Args:
         patience_s: how long it may be away later on, in seconds.
@@ -300,7 +301,7 @@ def connect(patience_s: float = 0.0) -> Store:
     try:
         client = Store(patience_s)
         with _Environment({k: v for k, v in _PROBE.items() if k not in os.environ}):
-            client.hasty.search_experiments(max_results=1)
+            Store(min(patience_s, _HICCUP_S)).search_experiments(max_results=1)
     # SQLAlchemy's own, or no module: a database that it or this machine does not know
     except (MlflowException, ImportError, StoreError, SQLAlchemyError, OSError) as error:
         # before it is cut: half a password would pass

@@ -114,8 +114,9 @@ def _ending(
             client.hasty.set_terminated(run_id, status)
         raise
     finally:
-        with contextlib.suppress(MlflowException):
-            forget(status)
+        # once, and without MLflow's own retries: a server that is away would hold us up for minutes
+        with contextlib.suppress(MlflowException, SoupError):
+            client.hasty.persist(lambda: forget(status), "end the run")
 
 
 def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:

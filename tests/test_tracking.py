@@ -1,8 +1,11 @@
+import time
+
 import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+import proxy
 from mlflow_soup import errors, scores, store, tracking
 from mlflow_soup.records import Items, Metric, Score
 
@@ -114,6 +117,28 @@ def test_a_store_that_goes_away_is_told_apart_from_one_that_refuses(client, monk
         client.get_run("no such run")
     assert not isinstance(refused.value, errors.StoreError)
     assert refused.value.exit_code == 1
+
+
+def test_a_server_that_went_away_does_not_hold_up_who_leaves(server, server_client):
+    between = proxy.Proxy(int(server.rpartition(":")[2]))
+    mlflow.set_tracking_uri(between.uri)
+    began = time.monotonic()
+    with (
+        pytest.raises(errors.StoreError),
+        store.asking("work"),
+        tracking.open_run(store.Store(), "soups", {}) as run_id,
+    ):
+        between.close()
+        store.Store().get_run(run_id)
+    assert time.monotonic() - began < 20  # MLflow's own retries take four minutes
+
+
+def test_a_hiccup_as_the_store_is_asked_first_is_nobodys_concern(server, server_client):
+    answers = iter([proxy.LOST, proxy.BUSY])
+    between = proxy.Proxy(int(server.rpartition(":")[2]), lambda *_: next(answers, None))
+    mlflow.set_tracking_uri(between.uri)
+    assert store.connect(patience_s=60.0).search_experiments()
+    between.close()
 
 
 def test_a_full_disk_is_said_with_its_name():
