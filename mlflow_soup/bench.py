@@ -1,6 +1,6 @@
 """Registered versions side by side: opened, loaded into a live model, scored on the same items."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -213,6 +213,7 @@ def examine(
     known: Mapping[str, Score],
     measured: Mapping[str, Evidence],
     journal: Journal,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Evidence]:
     """Score soup, parents and champion, held-out where it is not known yet and out of domain.
 
@@ -222,10 +223,12 @@ def examine(
         known: tensor digest → held-out score that the search measured already.
         measured: tensor digest → evidence of an earlier examination under the same conditions.
         journal: keeps what was scored until `forget` is told that MLflow has it.
+        check: is called before each model and in the end, and raises where there is to be none.
     """
     roles: dict[str, Evidence] = {}
     soup = models["soup"].checkpoint
     for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
+        check()
         its = opened.parent.digest
         # at λ = 1 the soup is its parent; a parent may be the champion
         same = measured.get(its) or next((e for e in roles.values() if e.digest == its), None)
@@ -241,6 +244,7 @@ def examine(
         held_out = known.get(its) or journal.recall(entries[0], partial(_score, at.held_out)).mean
         ood = journal.recall(entries[1], partial(_examine, at.ood))
         roles[role] = Evidence(opened.parent.version, its, held_out, tuple(ood.of.items()))
+    check()
     return roles
 
 

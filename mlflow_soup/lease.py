@@ -33,13 +33,18 @@ class Lease:
     def __init__(self, ledger: Ledger, series: str, number: int) -> None:
         self._ledger, self._series, self._number = ledger, series, number
         self._stopped, self._lost = threading.Event(), ""
+        self._seen = time.time()  # it goes on while the machine sleeps
 
     def check(self) -> None:
         """Stop when another took over meanwhile: it found no sign of life for too long.
 
+        Who was asleep and has just woken up asks the store; else the last beat tells.
+
         Raises:
             OvertakenError: another works on the same request now.
         """
+        if not self._lost and time.time() - self._seen > 2.0 * BEAT_S:
+            self._look("beat after a pause")
         if self._lost:
             raise OvertakenError(
                 "another process took over, since this one gave no sign of life",
@@ -47,18 +52,22 @@ class Lease:
                 fix="wait for it; the same command then finds its result",
             )
 
+    def _look(self, beat: str) -> None:
+        """Give a sign of life, and see whether another has the lease by now."""
+        hasty = Ledger(Store(), self._ledger.name, self._ledger.run_id)
+        with contextlib.suppress(SoupError):  # a store that is away is away for all
+            hasty.mark(self._series, self._number, beat)
+            last = hasty.read(self._series)[-1]
+            self._seen = time.time()
+            if last.number != self._number:
+                self._lost = str(last.told.get("host", "unknown"))
+
     def _beat(self) -> None:
         """A sign of life every few seconds, in a thread of its own."""
-        hasty = Ledger(Store(), self._ledger.name, self._ledger.run_id)
         beats = 0
-        while not self._stopped.wait(BEAT_S):
+        while not self._lost and not self._stopped.wait(BEAT_S):
             beats += 1
-            with contextlib.suppress(SoupError):  # a store that is away is away for all
-                hasty.mark(self._series, self._number, f"beat {beats}")
-                last = hasty.read(self._series)[-1]
-                if last.number != self._number:
-                    self._lost = str(last.told.get("host", "unknown"))
-                    return
+            self._look(f"beat {beats}")
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator["Lease"]:

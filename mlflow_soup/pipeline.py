@@ -174,6 +174,7 @@ def run(spec: Spec) -> Outcome:
             weights = lineage.format_weights(found.recipe.lam)
             same = {lineage.KEY: job.key, lineage.WEIGHTS: weights}  # by another budget
             existing = registry.find_soup(client, name, same)
+        held.check()
         version = existing or _write_and_register(job, run_id, found.recipe, trials)
         its = registry.tags_of(client, version)
         recipe = job.recipe(lineage.parse_weights(its[lineage.WEIGHTS]))
@@ -187,7 +188,7 @@ def run(spec: Spec) -> Outcome:
             known = {digest: held_out}
             known |= {o.parent.digest: s for o, s in zip(job.opened, alone, strict=True)}
             at_hand = (*job.opened, *champions)
-            ood_run, roles = examine_once(job, run_id, soup, known, at_hand)
+            ood_run, roles = examine_once(job, run_id, soup, known, at_hand, held.check)
             verdict = judge(client, version, roles, spec, ood_run)
             if spec.promote and verdict.passed:
                 target = parse_target(spec.promote)

@@ -3,7 +3,7 @@
 The main job does all of it in one go; a pipeline whose steps are apart calls one after the other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from mlflow_soup import gate as gates
@@ -39,6 +39,7 @@ def examine_once(
     soup: Soup,
     known: Mapping[str, Score],
     at_hand: Sequence[Opened],
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[str, Mapping[str, Evidence]]:
     """The OOD run and its evidence; what an earlier run measured is not measured again."""
     client, bench = job.client, job.bench
@@ -58,7 +59,7 @@ def examine_once(
             return found.info.run_id, roles
         measured |= {evidence.digest: evidence for evidence in roles.values()}
     with tracking.open_child(client, run_id, f"OOD {soup.version}", tags) as ood_run:
-        roles = _examine(client, ood_run, bench, models, known, measured, job.journal)
+        roles = _examine(client, ood_run, bench, models, known, measured, job.journal, check)
     forget(bench, roles, job.journal)
     return ood_run, roles
 
@@ -71,9 +72,10 @@ def _examine(
     known: Mapping[str, Score],
     measured: Mapping[str, Evidence],
     journal: Journal,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Evidence]:
     """Score everyone out of domain, and keep the evidence in a run."""
-    roles = examine(bench, models, known, measured, journal)
+    roles = examine(bench, models, known, measured, journal, check)
     assert bench.ood is not None
     model_ids = {role: opened.parent.model_id for role, opened in models.items()}
     datasets = {"dev": bench.held_out.fingerprint, "ood": bench.ood.fingerprint}

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _get_experiment_id
 
 from mlflow_soup import lineage, scores
-from mlflow_soup.errors import SoupError, redact
+from mlflow_soup.errors import OvertakenError, SoupError, redact
 from mlflow_soup.records import Evidence, Recipe, Score, Trial, Version
 from mlflow_soup.scores import Scores
 from mlflow_soup.store import Store, pages, where
@@ -111,6 +111,9 @@ def _ending(
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         with contextlib.suppress(MlflowException, SoupError):  # what happened is said first
+            found = client.hasty.get_run(run_id).info.status
+            if isinstance(error, OvertakenError) and found != "RUNNING":
+                status = found  # whoever took over has ended it
             client.hasty.set_terminated(run_id, status)
         raise
     finally:

@@ -138,7 +138,7 @@ def explore(
         job: the request.
         run_id: the search run; trials are its children.
         alone: it is all that the user waits for: say on the way what is amiss with the parents.
-        check: is called before each evaluation, and raises where there is to be none.
+        check: is called before and after each evaluation, and raises where there is to be none.
 
     Raises:
         StoreError: the store was away for longer than patience lasts; the journal has what it
@@ -161,6 +161,7 @@ def explore(
             else:
                 check()
                 evaluation = _evaluate(job, recipe, links, job.bench.held_out)
+                check()  # that took long: another may have written it down
                 outbox.waiting.append((number, evaluation))
                 trials.append(Trial(number, recipe, evaluation.score))
             trial = trials[-1]

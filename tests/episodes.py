@@ -7,6 +7,7 @@ that is tested here.
 
 import contextlib
 import hashlib
+import logging
 import multiprocessing
 import os
 import shutil
@@ -90,6 +91,7 @@ class Place:
     Attributes:
         root: of all of it.
         artifacts, cache, temporary: where new artifacts, the cache and temporary files go.
+        database: the copy.
         uri: of the store, where it is not the copy.
     """
 
@@ -97,11 +99,8 @@ class Place:
     artifacts: Path
     cache: Path
     temporary: Path
+    database: Path
     uri: str = ""
-
-    @property
-    def database(self) -> Path:
-        return self.root / "mlflow.db"
 
     @property
     def watched(self) -> list[Path]:
@@ -136,10 +135,11 @@ class Place:
 def make_place(store: Store, root: Path, **elsewhere: Path) -> Place:
     """A copy of the store whose new artifacts are its own; folders may be named elsewhere."""
     root.mkdir(parents=True)
-    folders = {name: root / name for name in ("artifacts", "cache", "temporary")} | elsewhere
+    folders = {name: root / name for name in ("artifacts", "cache", "temporary", "database")}
+    folders |= elsewhere
     for folder in folders.values():
         folder.mkdir(exist_ok=True)
-    place = Place(root, **folders)
+    place = Place(root, **{**folders, "database": folders["database"] / "mlflow.db"})
     shutil.copy(store.database, place.database)
     with Database(place.database) as database:
         database.rows(
@@ -190,9 +190,10 @@ def start(
                 os.dup2(out, stream)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
             mlflow.set_tracking_uri(place.environment()["MLFLOW_TRACKING_URI"])
-            record(place)
+            logging.getLogger().handlers.clear()  # pytest's
             for call in before:
                 call()
+            record(place)
             cli.main(list(command), prog_name="mlflow-soup")
         except SystemExit as end:
             code = int(end.code or 0)

@@ -386,20 +386,7 @@ def test_a_disk_that_is_full_in_mid_search_is_exit_code_6_and_nothing_is_lost(
     mount, tmp_path, prepared, expected, figures, what, evaluations
 ):
     disk = mount("tmpfs", "size=96m")
-    if what == "database":
-        place = episodes.make_place(prepared, disk / "place")
-        for name in ("artifacts", "cache", "temporary"):
-            (tmp_path / name).mkdir()
-            setattr(place, name, tmp_path / name)
-        with checker.Database(place.database) as database:
-            database.rows(
-                "UPDATE experiments SET artifact_location = ? WHERE name = 'soups'",
-                str(place.artifacts),
-            )
-            database.commit()
-        place.log = tmp_path
-    else:
-        place = episodes.make_place(prepared, tmp_path / "place", **{what: disk})
+    place = episodes.make_place(prepared, tmp_path / "place", **{what: disk})
     code = episodes.run(place, prepared.request, partial(fill_after, disk, evaluations))
     said = place.said()
     found = checker.unverified(place.database)
