@@ -112,9 +112,7 @@ def look(path: Path) -> Left:
     with Database(path) as database:
         trials = []
         for run_id, folder in database.runs("trial", "FINISHED"):
-            params = dict(
-                database.rows("SELECT key, value FROM params WHERE run_uuid = ?", run_id)
-            )
+            params = dict(database.rows("SELECT key, value FROM params WHERE run_uuid = ?", run_id))
             ((score,),) = database.rows(
                 "SELECT value FROM latest_metrics WHERE run_uuid = ? AND key = 'dev/objective'",
                 run_id,
@@ -144,9 +142,13 @@ def problems(path: Path, expected: Left | None = None) -> list[str]:
             (database.tags(run_id)["soup.key"], database.tags(run_id)["soup.number"])
             for run_id, _ in database.runs("trial", "FINISHED")
         )
-        found += [f"trial {number} is there {n} times" for (_, number), n in numbers.items() if n > 1]
+        found += [
+            f"trial {number} is there {n} times" for (_, number), n in numbers.items() if n > 1
+        ]
         for role in ("search", "trial", "ood"):
-            found += [f"{role} run {run_id} is RUNNING" for run_id, _ in database.runs(role, "RUNNING")]
+            found += [
+                f"{role} run {run_id} is RUNNING" for run_id, _ in database.runs(role, "RUNNING")
+            ]
         if len(done := database.runs("ood", "FINISHED")) > 1:
             found.append(f"{len(done)} OOD runs are FINISHED")
         for model_id, status in database.rows(
@@ -181,4 +183,3 @@ def unverified(path: Path) -> list[str]:
                 if folder is None or tensors_digest(folder) != tags["soup.digest"]:
                     found.append(f"{name}@{alias} points to {number}, whose bytes are others")
     return found
-

@@ -273,4 +273,3 @@ def room() -> Path:
     """Where episodes are quick: commits to memory need no disk, and a kill spares it too."""
     memory = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="soup-", dir=memory if memory.is_dir() else None))
-

@@ -137,3 +137,13 @@ def test_a_stopped_process_is_taken_for_dead_and_does_no_harm(book, tmp_path):
             time.sleep(1.0)
             assert [e.number for e in entries(book)] == [1, 2]
     assert entries(book)[-1].mark == "ended"
+
+
+def test_who_wakes_up_asks_before_it_goes_on(book, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 30.0)  # no beat will tell
+    with lease.hold(book, KEY, tmp_path) as held:
+        assert book.append(f"lease/{KEY[:32]}", 2, {"host": "elsewhere", "cache": "other"})
+        held.check()
+        monkeypatch.setattr(lease.time, "time", lambda now=time.time: now() + 100.0)
+        with pytest.raises(errors.OvertakenError, match="took over"):
+            held.check()

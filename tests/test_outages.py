@@ -1,8 +1,6 @@
 """A tracking server or an artifact store that loses answers, goes away, or is full."""
 
-import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +8,6 @@ import time
 import urllib.request
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 import mlflow
 import pytest

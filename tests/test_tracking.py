@@ -1,3 +1,4 @@
+import contextlib
 import time
 
 import mlflow
@@ -59,6 +60,22 @@ def test_a_child_ends_as_its_work_ended(client):
             raise KeyboardInterrupt
     found = [client.get_run(r).info.status for r in (well, badly, stopped)]
     assert found == ["FINISHED", "FAILED", "KILLED"]
+
+
+def test_a_run_that_another_has_taken_over_stays_as_they_ended_it(client):
+    for found, left in (("FINISHED", "FINISHED"), ("RUNNING", "FAILED")):
+        work = contextlib.ExitStack()
+        run_id = work.enter_context(tracking.open_run(client, "soups", {}))
+        client.set_terminated(run_id, found)
+        work.callback(_overtaken)
+        with pytest.raises(errors.OvertakenError):
+            work.close()
+        assert client.get_run(run_id).info.status == left
+        assert mlflow.active_run() is None
+
+
+def _overtaken():
+    raise errors.OvertakenError("too late", where="here", fix="none")
 
 
 def test_a_run_that_mlflow_run_made_is_used(client, monkeypatch):
@@ -123,13 +140,13 @@ def test_a_server_that_went_away_does_not_hold_up_who_leaves(server, server_clie
     between = proxy.Proxy(int(server.rpartition(":")[2]))
     mlflow.set_tracking_uri(between.uri)
     began = time.monotonic()
-    with (
-        pytest.raises(errors.StoreError),
-        store.asking("work"),
-        tracking.open_run(store.Store(), "soups", {}) as run_id,
-    ):
-        between.close()
-        store.Store().get_run(run_id)
+    work = contextlib.ExitStack()
+    work.enter_context(store.asking("work"))
+    run_id = work.enter_context(tracking.open_run(store.Store(), "soups", {}))
+    between.close()
+    work.callback(store.Store().get_run, run_id)
+    with pytest.raises(errors.StoreError):
+        work.close()
     assert time.monotonic() - began < 20  # MLflow's own retries take four minutes
 
 
