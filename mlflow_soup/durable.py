@@ -87,17 +87,33 @@ def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
         os.close(lock)
 
 
-def _claim(folder: Path) -> tuple[Path, int]:
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder for what is as large as a model; it is dropped in the end.
+
+    One that a killed process left is removed by the next that asks for one.
+    """
+    partial, lock = _claim(Path(tempfile.gettempdir(), "mlflow-soup"), mode=0o700)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
     """A hidden folder beside `folder`, and the lock that keeps others from sweeping it."""
     pattern = f".{folder.name}.partial-"
     for left in folder.parent.glob(f"{glob.escape(pattern)}*"):
         with contextlib.suppress(OSError):  # not ours to sweep, or swept by another just now
             lock = _lock(left)
-            shutil.rmtree(left)
-            os.close(lock)
+            try:
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
     while True:
         partial = folder.parent / (pattern + secrets.token_hex(4))
-        partial.mkdir()
+        partial.mkdir(mode)
         # another may sweep it before it is locked
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             lock = _lock(partial)

@@ -25,7 +25,7 @@ from mlflow_soup import (
 from mlflow_soup import gate as gates
 from mlflow_soup.bench import Opened, check_digest, open_rivals
 from mlflow_soup.compatibility import check_compatible
-from mlflow_soup.durable import check_space
+from mlflow_soup.durable import check_space, scratch
 from mlflow_soup.errors import ObjectiveError, ParentError, SpecError
 from mlflow_soup.job import Job, open_session, settle
 from mlflow_soup.ledger import open_ledger
@@ -72,8 +72,7 @@ def _write_and_register(job: Job, run_id: str, recipe: Recipe, trials: Sequence[
     # hours have passed since they were opened
     parents_now = [checkpoint.find(o.parent.folder, o.parent.version.uri) for o in job.opened]
     check_compatible(parents_now)
-    with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         manifest = provenance.make(
             parents_now,
             origins,
@@ -267,6 +266,8 @@ def _check_room(job: Job) -> None:
     Raises:
         StoreError: a disk is too full.
     """
+    with scratch():
+        pass  # sweeps what killed processes have left
     donor = job.opened[-1]
     size = sum(stamp[0] for stamp in donor.checkpoint.stamps.values())
     temporary, tree = Path(tempfile.gettempdir()), donor.parent.folder

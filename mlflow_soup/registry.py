@@ -22,6 +22,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from mlflow_soup import family, lineage
+from mlflow_soup.durable import scratch
 from mlflow_soup.errors import (
     ParentError,
     SoupError,
@@ -398,8 +399,8 @@ def register(
             _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, params)
         _check_upload(folder)
         client.log_model_artifacts(logged.model_id, str(folder))
-        with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as temporary:
-            check(_read_back(client, logged, Path(temporary)))
+        with scratch() as temporary:
+            check(_read_back(client, logged, temporary))
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
         client.log_inputs(run_id, models=inputs)

@@ -8,12 +8,10 @@ that is away, the search goes on.
 import contextlib
 import json
 import logging
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 from mlflow.entities import Metric
 from tqdm import tqdm
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from mlflow_soup import geometry, lineage, soup, tracking
 from mlflow_soup.bench import measured_key
 from mlflow_soup.digests import digest
+from mlflow_soup.durable import scratch
 from mlflow_soup.errors import NonFiniteError, ObjectiveError, SpecError, StoreError
 from mlflow_soup.job import Job
 from mlflow_soup.live import Link
@@ -231,10 +230,10 @@ def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evalua
     if recipe.method == "linear":
         parts = [(o.parent.digest, w) for o, w in zip(job.opened, recipe.lam, strict=True)]
     else:
-        with tempfile.TemporaryDirectory(prefix="mlflow-soup-") as folder:
+        with scratch() as folder:
             parents = [o.checkpoint for o in job.opened]
             blend = job.blend(recipe)
-            made = soup.write(parents, recipe.lam, Path(folder), digests=False, blend=blend)
+            made = soup.write(parents, recipe.lam, folder, digests=False, blend=blend)
             parts = [(digest(made.checkpoint), 1.0)]
             bench.live.set_weights(bench.live.link([made.checkpoint]), [1.0])
         tags = {lineage.DIGEST: parts[0][0]}

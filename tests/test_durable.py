@@ -379,3 +379,14 @@ def test_a_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path, monkeyp
         assert refused.value.where == "--there"
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
+
+
+def test_temporary_folders_of_killed_processes_are_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / ".mlflow-soup.partial-dead").mkdir()
+    (tmp_path / "mine").mkdir()
+    with durable.scratch() as first, durable.scratch() as second:
+        (first / "model").touch()
+        assert first.stat().st_mode & 0o777 == 0o700
+        assert {p.name for p in tmp_path.iterdir()} == {first.name, second.name, "mine"}
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]

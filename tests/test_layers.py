@@ -58,7 +58,7 @@ EDGES = {
     "tracking": {"scores", "store"},
     "ledger": {"store"},
     "lease": {"durable", "ledger", "store"},
-    "registry": {"store"},
+    "registry": {"durable", "store"},
     "promotion": {"ledger", "registry", "store"},
     "task_folders": {"untrusted"},
     "suite": {"live", "task_folders"},
