@@ -456,7 +456,9 @@ def _register_once(
     client.once(lambda: find_soup(client, name, request), create, "register a version")
     first, *others = find_soups(client, name, request)
     for version in others:
-        if model_id(client, version) == logged_id:
+        found = _version(client, name, VersionRef(version.number, None))
+        # where there is none, another has taken theirs back meanwhile
+        if found is not None and found.source == f"models:/{logged_id}":
             unregister(client, version)
     if model_id(client, first) != logged_id:
         client.delete_logged_model(logged_id)

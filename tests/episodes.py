@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -191,6 +192,7 @@ def start(
             sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
             mlflow.set_tracking_uri(place.environment()["MLFLOW_TRACKING_URI"])
             logging.getLogger().handlers.clear()  # pytest's
+            _stop_listening()
             for call in before:
                 call()
             record(place)
@@ -205,6 +207,17 @@ def start(
     process = fork.Process(target=work)
     process.start()
     return process
+
+
+def _stop_listening() -> None:
+    """Close the ports that this process has inherited: whoever asks there would wait for us."""
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            inherited = socket.socket(fileno=int(number))
+            if inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                inherited.close()
+            else:
+                inherited.detach()
 
 
 def finish(process: Any, within: float = 180.0) -> int:

