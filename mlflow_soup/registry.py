@@ -404,7 +404,7 @@ def register(
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
         client.log_inputs(run_id, models=inputs)
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+        _link_output(client, run_id, logged.model_id)
         version = _register_once(client, name, logged.model_id, run_id, tags, description)
         # a server writes this link itself, a database does not
         if (
@@ -414,6 +414,21 @@ def register(
             shown_at = json.dumps([{"name": name, "version": version.number}])
             client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": shown_at})
     return version
+
+
+def _link_output(client: Store, run_id: str, logged_id: str) -> None:
+    """Make a logged model an output of a run; MLflow refuses to do so twice."""
+
+    def look() -> bool | None:
+        outputs = client.get_run(run_id).outputs
+        found = outputs.model_outputs if outputs is not None else ()
+        return logged_id in {output.model_id for output in found} or None
+
+    def create() -> bool:
+        client.log_outputs(run_id, [LoggedModelOutput(logged_id, 0)])
+        return True
+
+    client.once(look, create, "link the soup with its run")
 
 
 def uploads(client: Store, experiment: str, tags: Mapping[str, str]) -> list[LoggedModel]:

@@ -44,6 +44,8 @@ _OUR_OWN_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
 # of SQLite and PostgreSQL, MySQL
 _FULL = ("disk is full", "No space left", "could not extend file", "The table is full")
+# of a disk that fails, or that nobody may write to
+_BROKEN = (errno.EIO, errno.EROFS, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.EACCES)
 
 
 def where() -> str:
@@ -94,14 +96,14 @@ def asking(what: str) -> Iterator[None]:
     """Turn what MLflow raises into our errors, with what was being done; also a decorator.
 
     Raises:
-        StoreError: the store went away, or a disk is full.
+        StoreError: the store went away, or a disk is full or fails.
         RegistryError: MLflow refused.
     """
     try:
         yield
     except (MlflowException, OSError, BotoCoreError, ClientError, Boto3Error) as error:
+        place = next(filter(None, (getattr(e, "filename", "") for e in _chain(error))), "")
         if is_full(error):
-            place = next(filter(None, (getattr(e, "filename", "") for e in _chain(error))), "")
             raise StoreError(
                 f"no space left while trying to {what}",
                 where=str(place or where()),
@@ -114,6 +116,12 @@ def asking(what: str) -> Iterator[None]:
                 f"the artifact store refused to {what}: {error}",
                 where=where(),
                 fix="check its credentials, then run the same command again: it continues",
+            ) from error
+        if isinstance(error, OSError) and error.errno in _BROKEN:
+            raise StoreError(
+                f"a disk refused to {what}: {error.strerror}",
+                where=str(place or where()),
+                fix="mend it or its permissions, then run the same command again: it continues",
             ) from error
         if not isinstance(error, MlflowException):
             raise
@@ -276,9 +284,10 @@ def _patient(name: str) -> Any:
     return call
 
 
+# they are not to be repeated, but called through `once`
+_CREATE = ("create_", "copy_", "log_outputs")
 for _name in dir(MlflowClient):
-    # what creates is not to be repeated; it is called through `once`
-    if not _name.startswith(("_", "create_", "copy_")) and callable(getattr(MlflowClient, _name)):
+    if not _name.startswith(("_", *_CREATE)) and callable(getattr(MlflowClient, _name)):
         setattr(Store, _name, _patient(_name))
 
 

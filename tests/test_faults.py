@@ -114,7 +114,8 @@ def end(prepared, expected, place, name, kills, code):
     found += checker.problems(place.database, expected)
     if code not in (0, -signal.SIGKILL, 1, 6):
         found.append(f"exit code {code}: {place.said()[-1500:]}")
-    if left := [f.name for f in place.temporary.iterdir() if "mlflow-soup" in f.name]:
+    left = [f.name for f in place.temporary.iterdir() if "mlflow-soup" in f.name]
+    if left and code < 0:
         found.append(f"temporary folders are left: {left}")
     # what MLflow was told of as it was killed, before it was dropped here; swept in three months
     kept = len(list((place.cache / "journal").rglob("*.parquet")))

@@ -239,3 +239,12 @@ def test_only_plain_files_are_uploaded(client, checkpoints, tmp_path, put):
         )
     assert str(folder / "notes.txt") in refusal.value.where
     assert registry.last(client, MODEL, 2)[-1] == Version(MODEL, 3)
+
+
+def test_a_soup_is_linked_with_its_run_once_however_often_that_is_tried(client, checkpoints):
+    with mlflow.start_run() as run:
+        logged = mlflow.initialize_logged_model(name="soup")
+    for _ in range(2):
+        registry._link_output(client, run.info.run_id, logged.model_id)
+    (output,) = client.get_run(run.info.run_id).outputs.model_outputs
+    assert output.model_id == logged.model_id

@@ -1,5 +1,8 @@
 import contextlib
+import errno
+import os
 import time
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -166,6 +169,18 @@ def test_a_full_disk_is_said_with_its_name():
     ):
         full.write("x" * 100_000)
     assert caught.value.exit_code == 6
+
+
+def test_a_disk_that_fails_is_said_with_its_name():
+    with pytest.raises(errors.StoreError, match="a disk refused to log: Input") as caught:
+        store.asking("log")(_read_badly)()
+    assert caught.value.where == "/data/model"
+    with pytest.raises(FileNotFoundError), store.asking("log"):  # that would be our own
+        Path("/no/such/file").read_text()
+
+
+def _read_badly():
+    raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/model")
 
 
 def test_passwords_in_uris_are_not_repeated():
