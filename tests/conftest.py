@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # before anything heavy is imported, and for every process a test starts
 os.environ.update(
@@ -29,6 +30,10 @@ import mlflow_soup
 import toy
 from mlflow_soup import Outcome, Spec
 from mlflow_soup.store import Store
+
+if TYPE_CHECKING:  # they import this module
+    import checker
+    import episodes
 
 torch.set_num_threads(1)
 
@@ -237,3 +242,33 @@ def server_client(server, tmp_path, monkeypatch) -> MlflowClient:
     mlflow.set_tracking_uri(server)
     mlflow.set_experiment("soups")
     return Store()
+
+
+@pytest.fixture(scope="session")
+def prepared() -> Iterator["episodes.Store"]:
+    """A store whose copies are searched again and again, and disturbed."""
+    import episodes
+
+    with episodes.swept(episodes.room()) as root:
+        yield episodes.prepare(root)
+
+
+@pytest.fixture(scope="session")
+def expected(prepared: "episodes.Store") -> "checker.Left":
+    """What a search leaves there that nobody disturbs."""
+    import checker
+    import episodes
+
+    with episodes.swept(prepared.database.parent / "expected") as root:
+        place = episodes.make_place(prepared, root)
+        assert episodes.run(place, prepared.request) == 0, place.said()
+        assert checker.problems(place.database) == []
+        return checker.look(place.database)
+
+
+@pytest.fixture
+def place(prepared: "episodes.Store", tmp_path: Path) -> "episodes.Place":
+    """A copy of that store, for one test."""
+    import episodes
+
+    return episodes.make_place(prepared, tmp_path / "place")

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -242,6 +243,25 @@ def kill_after(process: Any, seconds: float) -> bool:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     return process.exitcode == -signal.SIGKILL
+
+
+def slow(seconds: float) -> None:
+    """Make evaluations as slow as those of a larger model."""
+    evaluate = Evaluator.evaluate
+
+    def evaluate_slowly(self: Evaluator) -> Any:
+        time.sleep(seconds)
+        return evaluate(self)
+
+    Evaluator.evaluate = evaluate_slowly
+
+
+def wait_for(place: Place, begun: int, within: float = 120.0) -> None:
+    """Wait until so many evaluations have begun."""
+    deadline = time.monotonic() + within
+    while place.evaluations()[0].total() < begun:
+        assert time.monotonic() < deadline, place.said()
+        time.sleep(0.05)
 
 
 def spread(work: Callable[[T], Any], jobs: Iterable[T], workers: int = WORKERS) -> list[Any]:

@@ -23,13 +23,6 @@ MOMENTS, FILES, CALLS, TRANSIENT = (
 )
 
 
-@pytest.fixture(scope="module")
-def prepared():
-    root = episodes.room()
-    with episodes.swept(root):
-        yield episodes.prepare(root)
-
-
 class Passed(Points):
     """Writes the names of the points that are passed where they can be read later."""
 

@@ -24,28 +24,6 @@ pytestmark = pytest.mark.slow
 RACERS, ROUNDS = 4, 100
 
 
-@pytest.fixture(scope="module")
-def prepared():
-    root = episodes.room()
-    with episodes.swept(root):
-        yield episodes.prepare(root)
-
-
-@pytest.fixture(scope="module")
-def expected(prepared):
-    """What an uninterrupted run leaves."""
-    with episodes.swept(prepared.database.parent / "whole") as root:
-        place = episodes.make_place(prepared, root)
-        assert episodes.run(place, prepared.request) == 0, place.said()
-        assert checker.problems(place.database) == []
-        return checker.look(place.database)
-
-
-@pytest.fixture
-def place(prepared, tmp_path):
-    return episodes.make_place(prepared, tmp_path / "place")
-
-
 @pytest.fixture
 def served(place):
     """The store behind a real server, and that behind a proxy; artifacts are local folders."""
@@ -57,25 +35,6 @@ def served(place):
         stack.callback(between.close)
         place.uri = between.uri
         yield between, servers, port
-
-
-def slow(seconds):
-    """Evaluations as slow as those of a larger model."""
-    evaluate = Evaluator.evaluate
-
-    def evaluate_slowly(self):
-        time.sleep(seconds)
-        return evaluate(self)
-
-    Evaluator.evaluate = evaluate_slowly
-
-
-def wait_for(place, begun, within=120.0):
-    """Until so many evaluations have begun."""
-    deadline = time.monotonic() + within
-    while place.evaluations()[0].total() < begun:
-        assert time.monotonic() < deadline, place.said()
-        time.sleep(0.05)
 
 
 def patient(request, minutes):
@@ -186,8 +145,8 @@ def test_a_server_that_is_away_in_mid_search_costs_no_evaluation(
     served, place, prepared, expected, figures
 ):
     _, servers, port = served
-    process = episodes.start(place, patient(prepared.request, 5), partial(slow, 8.0))
-    wait_for(place, 2)
+    process = episodes.start(place, patient(prepared.request, 5), partial(episodes.slow, 8.0))
+    episodes.wait_for(place, 2)
     began = time.monotonic()
     stop_server(servers[-1], signal.SIGKILL)
     before = place.evaluations()[1].total()
@@ -212,8 +171,8 @@ def test_a_server_that_does_not_come_back_is_exit_code_6_and_nothing_is_lost(
     served, place, prepared, expected, figures
 ):
     _, servers, port = served
-    process = episodes.start(place, patient(prepared.request, 0.1), partial(slow, 1.0))
-    wait_for(place, 2)
+    process = episodes.start(place, patient(prepared.request, 0.1), partial(episodes.slow, 1.0))
+    episodes.wait_for(place, 2)
     stop_server(servers[-1], signal.SIGKILL)
     code = episodes.finish(process)
     kept = len(list((place.cache / "journal").rglob("*.parquet")))
@@ -306,9 +265,9 @@ def test_an_artifact_store_that_is_away_in_mid_search_costs_no_evaluation(
 ):
     _, between = bucket
     process = episodes.start(
-        place, patient(prepared.request, 5), partial(slow, 3.0), environment=kept_remotely
+        place, patient(prepared.request, 5), partial(episodes.slow, 3.0), environment=kept_remotely
     )
-    wait_for(place, 2)
+    episodes.wait_for(place, 2)
     before = place.evaluations()[1].total()
     with between.away():
         time.sleep(20.0)
@@ -332,9 +291,12 @@ def test_an_artifact_store_that_stays_away_is_exit_code_6_and_nothing_is_lost(
 ):
     _, between = bucket
     process = episodes.start(
-        place, patient(prepared.request, 0.1), partial(slow, 1.0), environment=kept_remotely
+        place,
+        patient(prepared.request, 0.1),
+        partial(episodes.slow, 1.0),
+        environment=kept_remotely,
     )
-    wait_for(place, 2)
+    episodes.wait_for(place, 2)
     with between.away():
         code = episodes.finish(process)
     said = place.said()

@@ -19,13 +19,6 @@ from mlflow_soup.records import Items, Metric, Score
 TRIALS = 1000
 
 
-@pytest.fixture(scope="module")
-def prepared():
-    root = episodes.room()
-    with episodes.swept(root):
-        yield episodes.prepare(root)
-
-
 def resident():
     """Bytes of this process in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])

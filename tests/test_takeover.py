@@ -10,53 +10,13 @@ import pytest
 import checker
 import episodes
 from mlflow_soup import lease
-from mlflow_soup.objective import Evaluator
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    root = episodes.room()
-    with episodes.swept(root):
-        yield episodes.prepare(root)
-
-
-@pytest.fixture(scope="module")
-def expected(prepared):
-    """What an uninterrupted run leaves."""
-    with episodes.swept(prepared.database.parent / "whole") as root:
-        place = episodes.make_place(prepared, root)
-        assert episodes.run(place, prepared.request) == 0, place.said()
-        return checker.look(place.database)
-
-
-@pytest.fixture
-def place(prepared, tmp_path):
-    return episodes.make_place(prepared, tmp_path / "place")
-
-
-def slow(seconds):
-    evaluate = Evaluator.evaluate
-
-    def evaluate_slowly(self):
-        time.sleep(seconds)
-        return evaluate(self)
-
-    Evaluator.evaluate = evaluate_slowly
 
 
 def hurry():
     """Waiting in seconds, where users wait for minutes."""
     lease.BEAT_S, lease.GRACE_S, lease.LOOK_S = 0.3, 3.0, 0.3
-
-
-def wait_for(place, begun, within=120.0):
-    """Until so many evaluations have begun."""
-    deadline = time.monotonic() + within
-    while place.evaluations()[0].total() < begun:
-        assert time.monotonic() < deadline, place.said()
-        time.sleep(0.05)
 
 
 def statuses(place, role):
@@ -76,8 +36,8 @@ def statuses(place, role):
 def test_a_search_that_is_told_to_stop_ends_its_runs_and_says_so(
     place, prepared, expected, how, code, begun
 ):
-    process = episodes.start(place, prepared.request, partial(slow, 1.0))
-    wait_for(place, begun)
+    process = episodes.start(place, prepared.request, partial(episodes.slow, 1.0))
+    episodes.wait_for(place, begun)
     time.sleep(0.3)
     os.kill(process.pid, how)
     assert episodes.finish(process) == code, place.said()
@@ -101,8 +61,8 @@ def elsewhere(place):
 def test_of_two_same_searches_at_once_one_waits_and_says_so(
     place, prepared, expected, figures, machines
 ):
-    first = episodes.start(place, prepared.request, hurry, partial(slow, 0.7))
-    wait_for(place, 1)
+    first = episodes.start(place, prepared.request, hurry, partial(episodes.slow, 0.7))
+    episodes.wait_for(place, 1)
     environment = elsewhere(place) if machines == 2 else {}
     second = episodes.start(place, prepared.request, hurry, environment=environment)
     codes = [episodes.finish(first), episodes.finish(second)]
@@ -119,8 +79,8 @@ def test_of_two_same_searches_at_once_one_waits_and_says_so(
 @pytest.mark.parametrize("begun", [2, 4, 5, 7])
 def test_who_was_paused_finds_that_another_took_over(place, prepared, expected, figures, begun):
     """Paused in a trial, in the last of them, and in the examination of soup and parents."""
-    paused = episodes.start(place, prepared.request, hurry, partial(slow, 1.0))
-    wait_for(place, begun)
+    paused = episodes.start(place, prepared.request, hurry, partial(episodes.slow, 1.0))
+    episodes.wait_for(place, begun)
     time.sleep(0.5)
     os.kill(paused.pid, signal.SIGSTOP)
     other = episodes.start(place, prepared.request, hurry, environment=elsewhere(place))
