@@ -406,14 +406,20 @@ def register(
         client.log_inputs(run_id, models=inputs)
         _link_output(client, run_id, logged.model_id)
         version = _register_once(client, name, logged.model_id, run_id, tags, description)
-        # a server writes this link itself, a database does not
-        if (
-            model_id(client, version) == logged.model_id
-            and "mlflow.modelVersions" not in client.get_logged_model(logged.model_id).tags
-        ):
-            shown_at = json.dumps([{"name": name, "version": version.number}])
-            client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": shown_at})
+        if model_id(client, version) == logged.model_id:
+            _settle_upload(client, logged.model_id, version)
     return version
+
+
+def _settle_upload(client: Store, logged_id: str, version: Version) -> None:
+    """Make a logged model say that it is complete, and of which version it is."""
+    found = client.get_logged_model(logged_id)
+    if found.status != LoggedModelStatus.READY:  # another took it for cut short, just before
+        client.finalize_logged_model(logged_id, LoggedModelStatus.READY)
+    # a server writes this link itself, a database does not
+    if "mlflow.modelVersions" not in found.tags:
+        shown_at = json.dumps([{"name": version.name, "version": version.number}])
+        client.set_logged_model_tags(logged_id, {"mlflow.modelVersions": shown_at})
 
 
 def _link_output(client: Store, run_id: str, logged_id: str) -> None:

@@ -14,6 +14,7 @@ from mlflow_soup.checkpoint import find
 from mlflow_soup.digests import digest
 from mlflow_soup.naming import Target, VersionRef
 from mlflow_soup.records import Version
+from mlflow_soup.store import Store
 
 
 def test_a_local_store_is_read_where_it_lies(client):
@@ -248,3 +249,53 @@ def test_a_soup_is_linked_with_its_run_once_however_often_that_is_tried(client, 
         registry._link_output(client, run.info.run_id, logged.model_id)
     (output,) = client.get_run(run.info.run_id).outputs.model_outputs
     assert output.model_id == logged.model_id
+
+
+class Between(Store):
+    """A client that lets another act before a call of its own, once."""
+
+    def __init__(self, name, act):
+        super().__init__()
+        self._name, self._act = name, act
+
+    def __getattribute__(self, name):
+        acts = name != "_name" and name == self._name
+        if acts:
+            self._name = ""
+            self._act()
+        return super().__getattribute__(name)
+
+
+def soup_of(client, folder, request):
+    """What `register` is called with for a soup."""
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    return {
+        "folder": folder,
+        "name": MODEL,
+        "run_id": client.create_run(experiment).info.run_id,
+        "parents": [],
+        "tags": {"soup.request": request},
+        "description": "",
+        "check": lambda tree: None,
+    }
+
+
+def test_a_version_that_another_takes_back_just_now_is_no_concern_of_ours(client, folder):
+    first, vain = (add(client, MODEL, **{"soup.request": "r"}) for _ in range(2))
+    other = MlflowClient()
+    acting = Between("get_model_version", lambda: other.delete_model_version(MODEL, "5"))
+    assert vain == Version(MODEL, 5)
+    assert registry.register(acting, **soup_of(client, folder, "r")) == first
+
+
+def test_an_upload_that_another_took_for_cut_short_is_complete_in_the_end(client, folder):
+    other = MlflowClient()
+
+    def declare_failed():
+        (upload,) = registry.uploads(client, experiment, {"soup.request": "r"})
+        other.finalize_logged_model(upload.model_id, "FAILED")
+
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    acting = Between("log_inputs", declare_failed)
+    version = registry.register(acting, **soup_of(client, folder, "r"))
+    assert registry.pull(client, version).is_dir()
