@@ -226,7 +226,7 @@ def test_who_was_followed_meanwhile_stops(client, count, monkeypatch):
     monkeypatch.setattr(objective.Evaluator, "score", follow)
     with pytest.raises(errors.OvertakenError):
         run_soup(Spec(pair="v1,v2"))
-    assert 1 <= len(trials(client)) < 4
+    assert trials(client) == []  # whoever followed writes them
 
 
 def test_a_study_and_a_search_share_what_was_scored(client, count):
