@@ -107,8 +107,9 @@ def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[
     """Where each tensor on disk is in memory, in the terms of the transformers that loaded it.
 
     transformers is asked to undo its renaming and fusing on a model whose every row holds nothing
-    but its number. The answer is then compared with the loaded weights, byte by byte: it comes out
-    of the inner workings of transformers, and a wrong soup is worse than no soup.
+    but its number, twice: some versions drop a dimension of one. The answer is then compared with
+    the loaded weights, byte by byte: it comes out of the inner workings of transformers, and a
+    wrong soup is worse than no soup.
 
     Returns:
         Name on disk → its place; and for names that share a place with another, as a head does that
@@ -121,8 +122,10 @@ def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[
     numbers, starts, count = {}, [], 0
     for name, parameter in parameters.items():
         rows = _rows(parameter)
-        shape = (*parameter.shape[:-1], 1) if parameter.ndim > 1 else parameter.shape
-        numbers[name] = torch.arange(count, count + rows).view(shape)
+        in_order = torch.arange(count, count + rows)
+        numbers[name] = in_order
+        if parameter.ndim > 1:
+            numbers[name] = in_order[:, None].repeat(1, 2).view(*parameter.shape[:-1], 2)
         starts.append(count)
         count += rows
     try:
@@ -140,7 +143,7 @@ def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[
         row_numbers = on_disk.get(name)  # transformers has no use for old Pythia's buffers
         if row_numbers is None or not tensor.numel() or not _in_order(row_numbers, tensor):
             continue
-        first, rows = int(row_numbers.flatten()[0]), row_numbers.numel()
+        first, rows = int(row_numbers.flatten()[0]), _rows(tensor)
         owner = bisect_right(starts, first) - 1
         place = Place(names[owner], first - starts[owner], rows)
         live, storage = place.of(parameters), parameters[place.parameter].data_ptr()
@@ -161,11 +164,13 @@ def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[
 
 def _in_order(row_numbers: Tensor, tensor: Tensor) -> bool:
     """True when these are the rows of the tensor, one after another: neither turned nor mixed."""
-    shape = (*tensor.shape[:-1], 1) if tensor.ndim > 1 else tensor.shape
-    if row_numbers.numel() > 1 and row_numbers.shape != shape:
+    rows, width = _rows(tensor), 2 if tensor.ndim > 1 else 1
+    shape = (*tensor.shape[:-1], 2) if tensor.ndim > 1 else tensor.shape
+    if row_numbers.numel() != rows * width or (rows > 1 and row_numbers.shape != shape):
         return False
     flat = row_numbers.flatten()
-    return torch.equal(flat, torch.arange(len(flat)) + flat[0])
+    expected = torch.arange(rows).repeat_interleave(width)
+    return torch.equal(flat, expected + flat[0])
 
 
 def _rearranged(checkpoint: Checkpoint, detail: str) -> ParentError:

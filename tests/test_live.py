@@ -27,7 +27,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.core_model_loading import Transpose, WeightConverter, revert_weight_conversion
 
 import toy
 from mlflow_soup import errors, soup
@@ -171,6 +171,17 @@ def test_a_head_saved_beside_the_embedding_it_is_tied_to_is_written_once(tmp_pat
     merge(folders, (0.25, 0.75), tmp_path / "soup")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
     assert torch.equal(logits(live.model), logits(reloaded))
+
+
+def test_versions_of_transformers_that_drop_dimensions_of_one_are_followed(tmp_path, monkeypatch):
+    def squeezing(model, weights):  # as 5.17 does with what it takes apart
+        reverted = revert_weight_conversion(model, weights)
+        return {name: weight.squeeze() for name, weight in reverted.items()}
+
+    monkeypatch.setattr("mlflow_soup.live.revert_weight_conversion", squeezing)
+    folders = save_pair("mixtral", torch.float32, tmp_path)
+    live = LiveModel(find(folders[0], "v1"))
+    assert live.places.keys() == load_file(folders[0] / "model.safetensors").keys()
 
 
 def test_moving_away_and_back_leaves_no_trace(checkpoints):
