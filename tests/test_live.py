@@ -84,9 +84,15 @@ def merge(folders, lam, out):
     return soup.write([find(folder, folder.name) for folder in folders], lam, out)
 
 
+def reload(folder, live):
+    """The model as it is loaded from a folder, where the live one is."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return loaded.to(live.model.device)
+
+
 def logits(model):
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(model.device)).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -98,7 +104,7 @@ def test_the_live_model_is_the_written_file_bit_for_bit(tmp_path, family, dtype)
     live.set_weights(links, (0.9, 0.1))
     live.set_weights(links, (0.37, 0.63))
     merge(folders, (0.37, 0.63), tmp_path / "soup")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
+    reloaded = reload(tmp_path / "soup", live)
     expected = reloaded.state_dict()
     for name, tensor in live.model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -135,7 +141,7 @@ def test_old_pythias_buffers_are_kept_and_do_no_harm(tmp_path):
     assert written.keys() == parent.keys()
     for name in (n for n in parent if "attention." in n and "query" not in n and "dense" not in n):
         assert torch.equal(written[name], parent[name])
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
+    reloaded = reload(tmp_path / "soup", live)
     assert torch.equal(logits(live.model), logits(reloaded))
     assert torch.isfinite(logits(reloaded)).all()
 
@@ -151,7 +157,7 @@ def test_a_weight_kept_in_another_precision_than_the_model_is_rounded_as_loading
     live = LiveModel(find(folders[0], "v1"))
     live.set_weights(link(live, folders), (0.37, 0.63))
     merge(folders, (0.37, 0.63), tmp_path / "soup")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
+    reloaded = reload(tmp_path / "soup", live)
     assert torch.equal(
         live.model.state_dict()["model.norm.weight"], reloaded.state_dict()["model.norm.weight"]
     )
@@ -169,7 +175,7 @@ def test_a_head_saved_beside_the_embedding_it_is_tied_to_is_written_once(tmp_pat
     assert len([x for x in links if x.name in ("lm_head.weight", "model.embed_tokens.weight")]) == 1
     live.set_weights(links, (0.25, 0.75))
     merge(folders, (0.25, 0.75), tmp_path / "soup")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto")
+    reloaded = reload(tmp_path / "soup", live)
     assert torch.equal(logits(live.model), logits(reloaded))
 
 
