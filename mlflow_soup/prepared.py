@@ -171,7 +171,8 @@ class PreparedLM(FrozenLM):
                     raise
                 self.batch_size_per_gpu //= 2
             self._plans = {}
-            torch.accelerator.empty_cache()
+            # torch.accelerator can do this from torch 2.9 on
+            getattr(torch.get_device_module(self.device), "empty_cache", lambda: None)()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """As lm-eval's: of each continuation, and whether it is the greedy one."""

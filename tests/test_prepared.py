@@ -411,7 +411,6 @@ def test_the_batch_is_halved_until_it_fits(monkeypatch):
         return forward(tokens, **kwargs)
 
     monkeypatch.setattr(model, "forward", small)
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     lm = PreparedLM(
         pretrained=model,
         tokenizer=toy.tokenizer(),
