@@ -235,9 +235,9 @@ class PreparedLM(FrozenLM):
     def _settle(self, kinds: Sequence[Sequence[Input]]) -> None:
         """Find out whether the model takes selected rows and prefixes, on its longest inputs.
 
-        Two inputs each time: all logits of a whole batch could be what does not fit.
+        Two inputs at most each time: all logits of a whole batch could be what does not fit.
         """
-        firsts = [Part(inputs[:2]) for inputs in kinds if inputs]
+        firsts = [Part(inputs[: min(2, self.batch_size)]) for inputs in kinds if inputs]
         self.selects = self._head is not None and all(map(self._agrees, firsts))
         self.shares = False
         if not self.selects:
@@ -261,7 +261,7 @@ class PreparedLM(FrozenLM):
     def _agrees(self, part: Part) -> bool:
         """True when the short way gives the logits of lm-eval's, up to rounding."""
         plain = self._batch(Part(part.inputs))
-        expected = self._model_call(plain.tokens).flatten(0, 1)[plain.reads].float()
+        expected = self._model_call(plain.tokens).flatten(0, 1)[plain.reads]
         batch = self._batch(part)
         try:
             with torch.no_grad():
@@ -272,9 +272,18 @@ class PreparedLM(FrozenLM):
             return False
         if logits.shape != expected.shape:
             return False
-        spread = (expected - expected.mean(-1, keepdim=True)).norm()
+        error = spread = 0.0
+        step = self._softmax_rows(logits)
+        for first in range(0, len(logits), step):  # in float32 they take several times the memory
+            theirs = expected[first : first + step].float()
+            error += float((logits[first : first + step].float() - theirs).norm()) ** 2
+            spread += float(theirs.sub_(theirs.mean(-1, keepdim=True)).norm()) ** 2
         tolerance = max(8 * torch.finfo(logits.dtype).eps, 1e-5)
-        return bool((logits.float() - expected).norm() <= tolerance * spread)
+        return error <= tolerance**2 * spread
+
+    def _softmax_rows(self, logits: Tensor) -> int:
+        """How many rows of (N, V) logits are in float32 at once."""
+        return max(1, SOFTMAX_LOGITS[self._kind] // logits.shape[-1])
 
     def _lay_out(self, plan: _Plan) -> _Plan:
         parts = divide(plan.inputs, self._limits(), shares=self.shares)
@@ -389,7 +398,7 @@ class PreparedLM(FrozenLM):
         """From logits (N, V) the log-likelihoods of the tokens asked, and if each is the argmax."""
         picked = torch.empty(len(batch.row), dtype=self.softmax_dtype, device=logits.device)
         hits = torch.empty(len(batch.row), dtype=torch.bool, device=logits.device)
-        step = max(1, SOFTMAX_LOGITS[self._kind] // logits.shape[-1])
+        step = self._softmax_rows(logits)
         for first in range(0, len(logits), step):
             scores = torch.log_softmax(logits[first : first + step], -1, dtype=self.softmax_dtype)
             inside = (batch.row >= first) & (batch.row < first + step)

@@ -401,12 +401,13 @@ def test_infinite_weights_are_noticed(checkpoints, mixed):
         evaluator.score()
 
 
-def test_the_batch_is_halved_until_it_fits(monkeypatch):
+@pytest.mark.parametrize(("fits", "halved"), [(5, 4), (1, 1)])
+def test_the_batch_is_halved_until_it_fits(monkeypatch, fits, halved):
     model = family("GPTNeoX")
     forward = model.forward
 
     def small(tokens, **kwargs):
-        if len(tokens) > 5:
+        if len(tokens) > fits:
             raise torch.OutOfMemoryError("too much")
         return forward(tokens, **kwargs)
 
@@ -419,8 +420,8 @@ def test_the_batch_is_halved_until_it_fits(monkeypatch):
         probes=True,
     )
     lm.prepare({"loglikelihood": choices()})
-    assert lm.batch_size == 4
-    assert_same(lm.loglikelihood(choices()), wrapped(model, HFLM, 4).loglikelihood(choices()))
+    assert lm.batch_size == halved
+    assert_same(lm.loglikelihood(choices()), wrapped(model, HFLM, halved).loglikelihood(choices()))
     with pytest.raises(torch.OutOfMemoryError):
         wrapped(model, batch_size=32).loglikelihood(choices())
     monkeypatch.setattr(model, "forward", lambda *_, **__: small([0] * 6))
