@@ -2,11 +2,13 @@
 
     python benchmarks/measure.py                    # tiny model, a minute; a table and JSON
     python benchmarks/measure.py --shape 160m --tokens 512,1024,2048,4096
+    python benchmarks/measure.py --shape 160m --device cuda
 
 A random GPTNeoX in bf16, as an evaluator holds it; every row is a process of its own. Memory is
 anonymous (`RssAnon`, looked at 200 times a second) and what it peaks at above the loaded model, in
 bytes and in times the model's size in fp32. What lies in the file being made is page cache: it is
-counted apart (`RssFile`, which has the parent's file too), and the system may take it back.
+counted apart (`RssFile`, which has the parent's file too), and the system may take it back. On an
+accelerator its own memory is counted as well, likewise above the loaded model.
 """
 
 import argparse
@@ -74,23 +76,42 @@ def resident() -> dict[str, int]:
     return {name: int(found[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
-def cost(folder: Path, way: str, tokens: int) -> dict[str, Any]:
+class Accelerator:
+    """Watches the memory of a device; of the CPU there is nothing to watch."""
+
+    def __init__(self, device: str) -> None:
+        self._module = None if device == "cpu" else torch.get_device_module(device)
+        if self._module is not None:
+            self._module.reset_peak_memory_stats()
+            self._before = self._module.memory_allocated()
+
+    def above(self) -> int:
+        """Its peak in bytes above what was held at first."""
+        if self._module is None:
+            return 0
+        self._module.synchronize()
+        return int(self._module.max_memory_allocated() - self._before)
+
+
+def cost(folder: Path, way: str, tokens: int, device: str) -> dict[str, Any]:
     """Seconds and bytes of one way, on one text."""
     rng = np.random.default_rng(0)
     letters = list(toy.LETTERS + " ")
     parent = find(folder, "v1")
-    live = LiveModel(parent, "cpu")
+    live = LiveModel(parent, device)
     texts = ("".join(rng.choice(letters, WINDOW)) for _ in range(tokens))
     calibration = calibrate(texts, live, tokens=tokens)
     size = 4 * sum(parameter.numel() for parameter in live.model.parameters())
     options = dict(WAYS[way])
     with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
+        on_device = Accelerator(device)
         memory, begin = Memory(), (time.process_time(), time.perf_counter())
         made = measure(
             options.pop("kind"), live, parent, "digest", calibration, Path(cache), **options
         )
         cpu, wall = time.process_time() - begin[0], time.perf_counter() - begin[1]
         above = memory.above()
+        device_bytes = on_device.above()
         on_disk = sum(tensor.nbytes for tensor in made.tensors.values())
     return {
         "way": way,
@@ -100,6 +121,8 @@ def cost(folder: Path, way: str, tokens: int) -> dict[str, Any]:
         "anonymous": above["RssAnon"],
         "of_fp32_model": above["RssAnon"] / size,
         "file_backed": above["RssFile"],
+        "on_device": device_bytes,
+        "of_fp32_model_on_device": device_bytes / size,
         "on_disk": on_disk,
     }
 
@@ -111,6 +134,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1024,2048,4096,8192")
     parser.add_argument("--ways", default=";".join(WAYS), help="separated by semicolons")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         shape = SHAPES[chosen.shape]
@@ -128,16 +152,18 @@ def main() -> None:
         for way in chosen.ways.split(";"):
             for tokens in map(int, chosen.tokens.split(",")):
                 with ProcessPoolExecutor(1, alone) as pool:
-                    rows.append(pool.submit(cost, folder, way, tokens).result())
+                    rows.append(pool.submit(cost, folder, way, tokens, chosen.device).result())
     print(
-        "| | tokens | CPU s | wall s | MB above the live model | of the fp32 model | MB in files |"
+        "| | tokens | CPU s | wall s | MB above the live model | of the fp32 model | MB in files "
+        "| MB on the device | of the fp32 model |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['way']} | {row['tokens']} | {row['cpu_s']:.1f} | {row['wall_s']:.1f} "
             f"| {row['anonymous'] / 1e6:.0f} | {row['of_fp32_model']:.2f} "
-            f"| {row['file_backed'] / 1e6:.0f} |"
+            f"| {row['file_backed'] / 1e6:.0f} | {row['on_device'] / 1e6:.0f} "
+            f"| {row['of_fp32_model_on_device']:.2f} |"
         )
     print()
     print(json.dumps({"options": vars(chosen), "rows": rows}))
