@@ -33,7 +33,7 @@ BATCH_TOKENS = {"cpu": 1 << 11, "other": 1 << 20}
 BATCH_LOGITS = 1 << 28
 # logits of them that become log-likelihoods at once; on a CPU they stay in its cache, twice as fast
 SOFTMAX_LOGITS = {"cpu": 1 << 20, "other": 1 << 26}
-# what a forward costs beside its tokens, in tokens × parameters: measured on CPU, estimated on GPU
+# what a forward costs beside its tokens, in tokens × parameters: measured on CPU and on an H100
 OVERHEAD = {"cpu": 1e8, "other": 1.6e12}
 
 
