@@ -249,7 +249,7 @@ def examine(
 
 
 def _score(evaluator: Evaluator) -> Scores:
-    return Scores({"": evaluator.score()})
+    return Scores({"": evaluator.score()}, {lineage.TRUNCATED: evaluator.truncated})
 
 
 def _examine(evaluator: Evaluator) -> Scores:

@@ -53,6 +53,8 @@ class Terminated(SystemExit):
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    for again in (signal.SIGTERM, signal.SIGHUP):  # we are on the way out
+        signal.signal(again, signal.SIG_IGN)
     raise Terminated(signum)
 
 
@@ -170,7 +172,7 @@ def run(ctx: click.Context, /, **said: Any) -> None:
     """Search the merge weights λ, register the soup, check it out of domain, promote it.
 
     Exit codes: 0 done, 2 bad request, 3 refused by the gate, 4 parent missing or damaged,
-    5 overtaken by another promotion, 6 store unreachable, 1 anything else.
+    5 overtaken by another promotion or process, 6 store unreachable or disk full, 1 anything else.
     """
     spec = _spec(said)
     with _heavy_imports():

@@ -117,7 +117,7 @@ def _ledger(patient: _Patient) -> Iterator[Complaint]:
                 f"its process was killed in between, or is at it now; {target} points to "
                 f"{_shown(number)}",
                 f"--fix makes the move: {target} → v{last.told.get('to')}",
-                partial(promotion.finish, ledger, series, last),
+                partial(promotion.settle, ledger, series, last),
             )
         elif last.mark == promotion.MADE and last.told.get("to") != number:
             yield Complaint(

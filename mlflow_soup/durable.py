@@ -147,10 +147,13 @@ def on_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free some space" if full else "mend the disk or its permissions"
         raise StoreError(
             f"{path.name} cannot be written: {error.strerror}",
             where=str(path),
-            fix="free some space or mend the disk, then run the same command again",
+            fix=f"{way_out}, or choose another place (temporary files: TMPDIR; what is kept: "
+            "MLFLOW_SOUP_CACHE), then run the same command again",
         ) from error
 
 

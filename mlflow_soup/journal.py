@@ -4,6 +4,7 @@ An entry is named by what was scored and how (`lineage.MEASURED`), so that it is
 whoever asks for the same. It is written before MLflow is told, and dropped once MLflow has it.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Journal:
     folder: Path
 
     def open(self) -> None:
-        """Make the folder, and sweep what nobody asked for in three months.
+        """Make the folder, and sweep what was written three months ago and never told.
 
         Raises:
             StoreError: it cannot be made.
@@ -32,8 +33,9 @@ class Journal:
         with on_disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():
-                if time.time() - path.stat().st_mtime > _FORGOTTEN_S:
-                    path.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # dropped by another just now
+                    if time.time() - path.stat().st_mtime > _FORGOTTEN_S:
+                        path.unlink()
 
     def read(self, measured: str) -> Scores | None:
         """An entry; None if there is none, or it is damaged."""

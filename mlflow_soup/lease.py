@@ -12,12 +12,12 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlflow_soup.durable import on_disk, replace
-from mlflow_soup.errors import OvertakenError, SoupError
-from mlflow_soup.ledger import Entry, Ledger
+from mlflow_soup.errors import OvertakenError, RegistryError, SoupError, StoreError
+from mlflow_soup.ledger import Entry, Ledger, open_ledger
 from mlflow_soup.store import Store
 
 logger = logging.getLogger("mlflow_soup")
@@ -54,7 +54,7 @@ class Lease:
 
     def _look(self, beat: str) -> None:
         """Give a sign of life, and see whether another has the lease by now."""
-        hasty = Ledger(Store(), self._ledger.name, self._ledger.run_id)
+        hasty = self._ledger.hasty
         with contextlib.suppress(SoupError):  # a store that is away is away for all
             hasty.mark(self._series, self._number, beat)
             last = hasty.read(self._series)[-1]
@@ -79,30 +79,44 @@ class Lease:
             self._stopped.set()
             thread.join(BEAT_S)
             with contextlib.suppress(SoupError):  # who waits will see that the beats have ended
-                Ledger(Store(), self._ledger.name, self._ledger.run_id).mark(
-                    self._series, self._number, _ENDED
-                )
+                self._ledger.hasty.mark(self._series, self._number, _ENDED)
 
 
 @contextlib.contextmanager
-def hold(ledger: Ledger, key: str, folder: Path) -> Iterator[Lease]:
+def hold(client: Store, name: str, key: str, folder: Path) -> Iterator[Callable[[], None]]:
     """Work on a request alone, after whoever does it now.
 
+    Who may not write to the ledger works without a lease: it only spares work.
+
     Args:
-        ledger: of the registered model.
+        client: of the store.
+        name: the registered model.
         key: of the request.
         folder: on this machine, where processes see each other at once; made if not there.
+
+    Yields:
+        A check that raises an OvertakenError when another took over meanwhile.
     """
     said = False
     while True:
         with _locked(folder, key) as ours:
             if ours:
-                with _claim(ledger, key, folder)._kept() as lease:
-                    yield lease
+                try:
+                    lease = _claim(open_ledger(client, name), key, folder)
+                except StoreError:
+                    raise
+                except RegistryError as error:
+                    logger.warning("%s; others may do the same work meanwhile", error.what)
+                    yield lambda: None
+                    return
+                with lease._kept():
+                    yield lease.check
                 return
         if not said:
             logger.warning(
-                "another process on this machine works on the same request: waiting for it"
+                "another process on this machine works on the same request: waiting for it "
+                "(lsof %s tells which)",
+                _lock_of(folder, key),
             )
         said = True
         time.sleep(LOOK_S)
@@ -122,19 +136,25 @@ def _series(key: str) -> str:
     return f"lease/{key[:32]}"
 
 
+def _lock_of(folder: Path, key: str) -> Path:
+    return folder / f"{key[:32]}.lock"
+
+
 @contextlib.contextmanager
 def _locked(folder: Path, key: str) -> Iterator[bool]:
     """Whether we have a lock that goes with the process, however it ends."""
-    path = folder / f"{key[:32]}.lock"
+    path = _lock_of(folder, key)
     with on_disk(path):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
+        ours = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
         except BlockingIOError:
             ours = False
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked: %s", path, error.strerror)
         yield ours
     finally:
         os.close(descriptor)
@@ -165,14 +185,18 @@ def _claim(ledger: Ledger, key: str, folder: Path) -> Lease:
 def _is_dead(ledger: Ledger, key: str, last: Entry, here: str) -> bool:
     """Whether the holder of a lease gives no sign of life; False as soon as anything happens.
 
-    Clocks of other machines are not trusted: what counts is how long we see no beat.
+    Clocks of other machines are not trusted: what counts is how long we see no beat, while the
+    store is there; when it was away for us it was so for the holder.
     """
     if last.told.get("cache") == here:
         return True  # else it would have the lock that we have
-    since = time.monotonic()
-    while time.monotonic() - since <= GRACE_S:
+    quiet = 0.0
+    while quiet <= GRACE_S:
+        begin = time.monotonic()
         time.sleep(LOOK_S)
         newest = ledger.read(_series(key))[-1]
+        took = time.monotonic() - begin
+        quiet = quiet + took if took < 5.0 * LOOK_S + 1.0 else 0.0
         if (newest.number, newest.mark) != (last.number, last.mark):
             return False
     logger.warning("no sign of life from %s", last.told.get("host", "its holder"))

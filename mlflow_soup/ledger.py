@@ -9,7 +9,7 @@ renamed, as names of experiments are unique.
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -41,6 +41,11 @@ class Ledger:
     client: Store
     name: str
     run_id: str
+
+    @property
+    def hasty(self) -> "Ledger":
+        """The same ledger, asked once: for what can be done later."""
+        return replace(self, client=self.client.hasty)
 
     def read(self, series: str) -> list[Entry]:
         """All entries of a series, oldest first."""
@@ -162,7 +167,7 @@ def _make(client: Store, name: str) -> None:
         if client.get_experiment_by_name(title) is None:
             raise
     if client.get_experiment(experiment).name != title:  # another was quicker
-        client.delete_experiment(experiment)
+        client.discard(lambda: client.delete_experiment(experiment), "delete a ledger")
 
 
 _NOTE = """What mlflow-soup did to registered model `{name}`: a param for each promotion, written

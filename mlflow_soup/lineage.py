@@ -35,6 +35,7 @@ EVALUATOR = "soup.evaluator"  # fingerprint of requests and settings
 VERSION = "soup.version"  # "my-llm/14": the soup that a search made or an OOD run examined
 CONDITIONS = "soup.conditions"  # digest of what OOD evidence depends on besides the weights
 MODEL = "soup.model"  # registered model that a search is about
+STUDY = "soup.study"  # the study run that a search is a part of
 ATTEMPT = "soup.attempt"  # names one try to create something, to find it where the answer was lost
 ORPHANED_BY = "soup.orphaned_by"  # the run that went on where this one was cut short
 # tag of the experiment that holds a registered model's ledger: its run

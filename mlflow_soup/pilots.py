@@ -44,7 +44,7 @@ class Result:
 def run_search(job: Job, run_id: str, name: str = "") -> Found:
     """A method's search as a child of the study, with its result."""
     title = name or f"{job.spec.method} of {names_of(job.versions)}"
-    with tracking.open_child(job.client, run_id, title, search_tags(job, title)) as child:
+    with tracking.open_child(job.client, run_id, title, search_tags(job, title, run_id)) as child:
         found = find(job, child, alone=False)
         gain = gain_of(found)
         numbers = {
@@ -232,7 +232,7 @@ def _measure(session: Session, versions: Sequence[Version], run_id: str) -> list
     """
     (job,) = grid_jobs(session, versions)
     title = f"{session.spec.points} λ of {names_of(versions)}"
-    with tracking.open_child(job.client, run_id, title, search_tags(job, title)) as child:
+    with tracking.open_child(job.client, run_id, title, search_tags(job, title, run_id)) as child:
         trials = explore(job, child)
         for recipe, version in zip(job.space.parents(), versions, strict=True):
             scored(trials, recipe, str(version))

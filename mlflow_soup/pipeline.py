@@ -28,7 +28,6 @@ from mlflow_soup.compatibility import check_compatible
 from mlflow_soup.durable import check_space, scratch
 from mlflow_soup.errors import ObjectiveError, ParentError, SpecError
 from mlflow_soup.job import Job, open_session, settle
-from mlflow_soup.ledger import open_ledger
 from mlflow_soup.naming import parse_target
 from mlflow_soup.records import (
     Distance,
@@ -161,10 +160,10 @@ def run(spec: Spec) -> Outcome:
     if warning := geometry.caution(apart, _names(versions)):
         logger.warning(warning)
     with (
-        lease.hold(open_ledger(client, name), job.key, registry.lease_folder()) as held,
+        lease.hold(client, name, job.key, registry.lease_folder()) as check,
         _open_search(job, title) as run_id,
     ):
-        found = find(job, run_id, check=held.check)
+        found = find(job, run_id, check=check)
         trials, alone = found.trials, found.alone
         better = gates.better(alone)
         # what was registered, should another library version recommend another λ today
@@ -173,7 +172,7 @@ def run(spec: Spec) -> Outcome:
             weights = lineage.format_weights(found.recipe.lam)
             same = {lineage.KEY: job.key, lineage.WEIGHTS: weights}  # by another budget
             existing = registry.find_soup(client, name, same)
-        held.check()
+        check()
         version = existing or _write_and_register(job, run_id, found.recipe, trials)
         its = registry.tags_of(client, version)
         recipe = job.recipe(lineage.parse_weights(its[lineage.WEIGHTS]))
@@ -187,7 +186,7 @@ def run(spec: Spec) -> Outcome:
             known = {digest: held_out}
             known |= {o.parent.digest: s for o, s in zip(job.opened, alone, strict=True)}
             at_hand = (*job.opened, *champions)
-            ood_run, roles = examine_once(job, run_id, soup, known, at_hand, held.check)
+            ood_run, roles = examine_once(job, run_id, soup, known, at_hand, check)
             verdict = judge(client, version, roles, spec, ood_run)
             if spec.promote and verdict.passed:
                 target = parse_target(spec.promote)
@@ -219,11 +218,12 @@ def _open_search(job: Job, title: str) -> Iterator[str]:
     resumable = [
         run
         for run in cut_short
-        if run.data.tags.get(lineage.REQUEST) == job.request
-        and all(params.get(k) == v for k, v in run.data.params.items() if k.startswith("cfg."))
+        if run.data.tags.get(lineage.REQUEST) == job.request and not tracking.differing(run, params)
     ]
     tags = search_tags(job, title)
-    with tracking.open_run(client, spec.experiment, tags, resumable=resumable) as run_id:
+    with tracking.open_run(
+        client, spec.experiment, tags, params=params, resumable=resumable
+    ) as run_id:
         tracking.orphan(client, cut_short, run_id)
         yield run_id
 
@@ -327,7 +327,7 @@ def _notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> li
         said += [geometry.theory(apart, soup.recipe)]
     notes += filter(None, said)
     first = next(t for t in trials if t.held_out is not None)
-    if cut := int(client.get_run(first.run_id).data.metrics[lineage.TRUNCATED]):
+    if cut := int(client.get_run(first.run_id).data.metrics.get(lineage.TRUNCATED, 0)):
         notes.append(f"{cut} held-out requests were cut to the longest input.")
     return notes
 

@@ -2,14 +2,15 @@
 
 A promotion is an entry in the ledger of the registered model that owns the target, then the move
 itself, then a mark on the entry that it was made. Of several at once one writes the next entry; the
-others are overtaken. What a killed process left between entry and move, the next promotion makes
-first. A target that was moved by hand, past the ledger, stays where it was put.
+others are overtaken. Only who wrote an entry moves by it: where a process was killed in between,
+nobody was told that its promotion succeeded, and the same command makes it anew. A target that was
+moved by hand, past the ledger, stays where it was put.
 """
 
 import getpass
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -21,7 +22,6 @@ from mlflow_soup.naming import Target
 from mlflow_soup.records import Version
 from mlflow_soup.registry import (
     find_copies,
-    look_up,
     set_tags,
     standing,
     tags_of,
@@ -31,6 +31,8 @@ from mlflow_soup.store import Store, asking, where
 
 MADE, VOID = "made", "void"  # marks on entries
 SERIES = "promotion/"
+# a promotion takes a second; clocks of two machines may differ by more
+UNDER_WAY_S = 600.0
 
 
 def series_of(target: Target) -> str:
@@ -78,20 +80,21 @@ def promote(
         if target.model:
             version = _copy(client, version, target.model)
         ledger, series = open_ledger(client, owner), series_of(target)
-        last = next(iter(ledger.read(series)[::-1]), None)
-        if last is not None and not last.mark:
-            last = finish(ledger, series, last)
+        entries = ledger.read(series)
+        if entries and not entries[-1].mark:
+            if entries[-1].told.get("to") != version.number and _is_under_way(entries[-1]):
+                raise _overtaken(target, version, standing(client, owner, target))
+            entries[-1] = settle(ledger, series, entries[-1])
         previous = standing(client, owner, target)
-        if previous == version:
-            return version
-        if previous is not None:
+        if previous is not None and previous != version:
             try:
                 check(previous)
             except GateError as error:
-                newest = next(iter(ledger.read(series)[::-1]), None)
-                if newest is None or newest.told.get("to") != previous.number:
+                if made(ledger.read(series)) != previous.number:
                     raise  # it was put there by hand
                 raise _overtaken(target, version, previous) from error
+        if previous == version == Version(owner, made(entries) or 0):
+            return version
         told = {
             "to": version.number,
             "from": previous.number if previous else None,
@@ -101,15 +104,34 @@ def promote(
             "target": str(target),
             **signature(),
         }
-        entry = Entry(last.number + 1 if last else 1, told)
-        if not ledger.append(series, entry.number, told):
+        number = len(entries) and entries[-1].number
+        if not ledger.append(series, number + 1, told):
             raise _overtaken(target, version, previous)
-        if finish(ledger, series, entry) != replace(entry, mark=MADE):
-            raise _overtaken(target, version, previous)
+        last = ledger.read(series)[-1]
         found = standing(client, owner, target)
+        # who was held up for so long that others settled the entry, or went on, moves nothing
+        if last.number == number + 1 and not last.mark and found in (previous, version):
+            _move(client, version, target, told)
+            found = standing(client, owner, target)
+        ledger.mark(series, number + 1, MADE if found == version else VOID)
     if found != version:
         raise _overtaken(target, version, found)
     return version
+
+
+def made(entries: Sequence[Entry]) -> int | None:
+    """The version that the last promotion which was made put there; None for none."""
+    numbers = [entry.told.get("to") for entry in entries if entry.mark == MADE]
+    return numbers[-1] if numbers else None
+
+
+def _is_under_way(entry: Entry) -> bool:
+    """Whether the process that wrote an entry may still be at it."""
+    try:
+        age = datetime.now(UTC) - datetime.fromisoformat(str(entry.told.get("at")))
+    except (ValueError, TypeError):
+        return False
+    return age.total_seconds() < UNDER_WAY_S
 
 
 def signature() -> dict[str, str]:
@@ -130,49 +152,41 @@ def _overtaken(target: Target, version: Version, found: Version | None) -> Overt
         f"{version} was overtaken: another promotion to {target} came between",
         where=f"{where()}, {target}: {found or 'nothing'} stood there, "
         f"experiment {lineage.ledger_name(version.name)} tells by whom",
-        fix="look which one you want; mlflow-soup evaluate, gate and promote decide anew",
+        fix="look which one you want; mlflow-soup evaluate, gate and promote decide anew; if the "
+        f"other was killed meanwhile, {UNDER_WAY_S / 60:.0f} minutes later at the earliest",
     )
 
 
-def finish(ledger: Ledger, series: str, entry: Entry) -> Entry:
-    """Make the move that an entry tells of, and mark the entry; made twice it is the same.
+def settle(ledger: Ledger, series: str, entry: Entry) -> Entry:
+    """Mark an entry whose writer is gone: made where its version stands, else void.
 
-    The entry of a version that is gone by now, or has lost its verdict, is void: nothing moves.
+    Nothing is moved: whoever has moved the target since then had reasons.
 
     Returns:
-        The entry with its mark; or a later one, when others went on meanwhile: then that is made
-        again, since our move may have undone it.
+        The entry with its mark.
     """
-    target = target_of(series)
-    while True:
-        moved = _move(ledger.client, ledger.name, target, entry.told)
-        newest = ledger.read(series)[-1]
-        if newest.number == entry.number:
-            mark = MADE if moved else VOID
-            ledger.mark(series, entry.number, mark)
-            return replace(newest, mark=mark)
-        entry = newest
+    found = standing(ledger.client, ledger.name, target_of(series))
+    stands = found is not None and found.number == entry.told.get("to")
+    mark = MADE if stands else VOID
+    ledger.mark(series, entry.number, mark)
+    return replace(entry, mark=mark)
 
 
-def _move(client: Store, owner: str, target: Target, told: Mapping[str, Any]) -> bool:
-    """Tags first, the pointer last; False where there is no such version that passed its gate."""
-    number = str(told.get("to"))
-    found = look_up(client, Version(owner, int(number))) if number.isdecimal() else None
-    if found is None or found.tags.get(lineage.GATE) != lineage.PASSED:
-        return False
+def _move(client: Store, version: Version, target: Target, told: Mapping[str, Any]) -> None:
+    """Tags first, the pointer last."""
     tags = {
-        lineage.PROMOTED_TO: str(told.get("target", target)),
-        lineage.PROMOTED_AT: str(told.get("at", "")),
-        lineage.PREVIOUS: str(told.get("from") or ""),
+        lineage.PROMOTED_TO: str(told["target"]),
+        lineage.PROMOTED_AT: str(told["at"]),
+        lineage.PREVIOUS: str(told["from"] or ""),
     }
-    set_tags(client, Version(owner, int(number)), tags)
+    set_tags(client, version, tags)
+    owner, number = version.name, str(version.number)
     if target.kind == "stage":
         client.transition_model_version_stage(
             owner, number, target.name, archive_existing_versions=True
         )
     else:
         client.set_registered_model_alias(owner, target.name, number)
-    return True
 
 
 def _copy(client: Store, version: Version, model: str) -> Version:

@@ -206,7 +206,7 @@ def model_id(client: Store, version: Version) -> str | None:
     """The logged model behind a version; MLflow tells it in the version's source only."""
     with asking(f"look up {version}"):
         source = client.get_model_version(version.name, str(version.number)).source
-    match = _MODEL_ID.match(source or "")
+    match = _MODEL_ID.fullmatch(source or "")
     return str(match[1]) if match else None
 
 
@@ -233,8 +233,16 @@ def find_soup(client: Store, name: str, tags: Mapping[str, str]) -> Version | No
 
 def cache_folder() -> Path:
     """Where pulled versions and what was measured of them are kept on this machine."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlflow-soup"
-    return Path(os.environ.get(CACHE_ENV, default))
+    if named := os.environ.get(CACHE_ENV):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mlflow-soup")
+    except RuntimeError as error:  # a container's user without a home
+        raise SpecError(
+            f"there is no folder for what is kept on this machine: {error}",
+            where=f"{CACHE_ENV} is not set",
+            fix=f"name one: {CACHE_ENV}=/var/cache/mlflow-soup",
+        ) from error
 
 
 def lease_folder() -> Path:
@@ -482,17 +490,14 @@ def _register_once(
         if found is not None and found.source == f"models:/{logged_id}":
             unregister(client, version)
     if model_id(client, first) != logged_id:
-        client.delete_logged_model(logged_id)
+        client.discard(lambda: client.delete_logged_model(logged_id), f"delete {logged_id}")
     return first
 
 
 def unregister(client: Store, version: Version) -> None:
-    """Delete a version; gone is gone, where the answer was lost."""
-    try:
-        client.delete_model_version(version.name, str(version.number))
-    except MlflowException as error:
-        if error.error_code != _NOT_FOUND:
-            raise
+    """Delete a version."""
+    name, number = version.name, str(version.number)
+    client.discard(lambda: client.delete_model_version(name, number), f"delete {version}")
 
 
 def _check_upload(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlflow_soup.errors import NonFiniteError
 from mlflow_soup.records import Items, Metric, Score
 
 _COLUMNS = pa.schema(
@@ -36,14 +37,24 @@ class Scores:
     Attributes:
         of: name → score; a mean over tasks alone has the empty name.
         about: numbers that go with them, such as seconds.
+        failed: why there is no score; empty where there is.
     """
 
     of: Mapping[str, Score]
     about: Mapping[str, float] = field(default_factory=dict)
+    failed: str = ""
 
     @property
     def mean(self) -> Score:
-        """The score without a name."""
+        """The score without a name.
+
+        Raises:
+            NonFiniteError: there is none.
+        """
+        if self.failed:
+            raise NonFiniteError(
+                self.failed, where="a score that was measured before", fix="leave these weights out"
+            )
         return self.of[""]
 
 
@@ -75,7 +86,7 @@ def write(scores: Scores, path: Path) -> None:
         for name, score in scores.of.items()
     ]
     table = pa.table([list(c) for c in columns], schema=_COLUMNS)
-    about = {"scores": head, "about": dict(scores.about)}
+    about = {"scores": head, "about": dict(scores.about), "failed": scores.failed}
     metadata = {"soup": json.dumps(about), "sha256": _digest(about, table)}
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
@@ -117,4 +128,5 @@ def read(path: Path) -> Scores:
             for one in head["scores"]
         },
         head["about"],
+        head["failed"],
     )

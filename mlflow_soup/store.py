@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -40,7 +41,14 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
 _SAID_S = 20.0  # between two words about a store that is away
 _HICCUP_S = 3.0  # a store that is away for longer when it is asked first is not there
 _PROBE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_HASTY = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_BROKEN_S = 300.0  # for a server that answers "internal error"
 _OUR_OWN_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+_SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S3's words
+# what MLflow calls "temporarily unavailable" and stays so; and why a download is refused
+_DENIED = re.compile(
+    r"read-?\s?only|no such (table|column)|denied|unable to open|forbidden|\b40[13]\b", re.I
+)
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
 # of SQLite and PostgreSQL, MySQL
 _FULL = ("disk is full", "No space left", "could not extend file", "The table is full")
@@ -70,6 +78,11 @@ def is_full(error: BaseException) -> bool:
     )
 
 
+def is_denied(error: MlflowException) -> bool:
+    """Whether it says that somebody may not, which waiting does not change."""
+    return _DENIED.search(str(error.message)) is not None
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may work later: the store is away, overloaded, or broke down in it."""
     if is_full(error):
@@ -82,12 +95,15 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(cause, RequestException | ConnectionError | HTTPClientError):
             return True
         if isinstance(cause, ClientError):
+            if cause.response.get("Error", {}).get("Code") in _SLOW:
+                return True
             status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             return status == 429 or status >= 500
+        # a server whose connections are all in use says BAD_REQUEST
         if isinstance(cause, MlflowException) and (
             cause.error_code in _BUSY or "QueuePool limit" in str(cause.message)
         ):
-            return True  # a server whose connections are all in use says BAD_REQUEST
+            return not is_denied(cause)
     return False
 
 
@@ -101,6 +117,8 @@ def asking(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except AwayError as error:  # of the one call that it was
+        raise _away(what, error.__cause__) from error.__cause__
     except (MlflowException, OSError, BotoCoreError, ClientError, Boto3Error) as error:
         place = next(filter(None, (getattr(e, "filename", "") for e in _chain(error))), "")
         if is_full(error):
@@ -110,7 +128,7 @@ def asking(what: str) -> Iterator[None]:
                 fix="make room, then run the same command again: it continues",
             ) from error
         if is_transient(error):
-            raise _away(what) from error
+            raise _away(what, error) from error
         if isinstance(error, BotoCoreError | ClientError | Boto3Error):
             raise StoreError(
                 f"the artifact store refused to {what}: {error}",
@@ -123,18 +141,24 @@ def asking(what: str) -> Iterator[None]:
                 where=str(place or where()),
                 fix="mend it or its permissions, then run the same command again: it continues",
             ) from error
-        if not isinstance(error, MlflowException):
+        if not isinstance(error, MlflowException | RequestException):
             raise
         raise RegistryError(
-            f"MLflow refused to {what}: {error.message}",
+            f"MLflow refused to {what}: {error}",
             where=where(),
             fix="check the store and your permissions there, then run the same command again",
         ) from error
 
 
-def _away(what: str) -> StoreError:
-    return StoreError(
-        f"the MLflow store did not answer while trying to {what}",
+class AwayError(StoreError):
+    """The store did not answer for as long as patience lasts."""
+
+
+def _away(what: str, error: BaseException | None) -> AwayError:
+    # before it is cut: half a password would pass
+    reason = (redact(str(error)).splitlines() or [""])[0][:300]
+    return AwayError(
+        f"the MLflow store did not answer while trying to {what}: {reason}",
         where=where(),
         fix="once it is back, run the same command again: it continues",
     )
@@ -165,27 +189,28 @@ class _Environment:
                         os.environ[name] = value
 
 
-_ALONE = _Environment(_OUR_OWN_RETRIES)
+_ALONE, _QUICK = _Environment(_OUR_OWN_RETRIES), _Environment(_HASTY)
 
 
 class Store(MlflowClient):
     """MLflow's client; every call but those that create is repeated as long as patience lasts.
 
     Args:
-        patience_s: how long a store may be away, in seconds; 0 for one attempt.
+        patience_s: how long a store may be away, in seconds; 0 for one quick attempt.
+        tracking_uri: of the store; MLflow's current one where it is not said.
 
     All calls raise:
         StoreError: the store was away for longer.
     """
 
-    def __init__(self, patience_s: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, patience_s: float = 0.0, tracking_uri: str | None = None) -> None:
+        super().__init__(tracking_uri)
         self.patience_s = patience_s
 
     @cached_property
     def hasty(self) -> "Store":
         """The same store, asked once: for what can be done later."""
-        return Store()
+        return Store(tracking_uri=self.tracking_uri)
 
     def persist(self, call: Callable[[], T], what: str) -> T:
         """The result of a call that may be repeated.
@@ -193,18 +218,21 @@ class Store(MlflowClient):
         Raises:
             StoreError: the store was away for longer than patience lasts.
         """
-        deadline = time.monotonic() + self.patience_s
-        wait, said = _FIRST_WAIT_S, deadline - self.patience_s
+        begin = said = time.monotonic()
+        wait = _FIRST_WAIT_S
         while True:
             try:
-                with _ALONE:
+                with _ALONE, contextlib.nullcontext() if self.patience_s else _QUICK:
                     return call()
             except Exception as error:
                 if not is_transient(error):
                     raise
-                left = deadline - time.monotonic()
+                patience = self.patience_s
+                if "too many 500 error" in str(error):  # a hiccup, or the same again and again
+                    patience = min(patience, _BROKEN_S)
+                left = begin + patience - time.monotonic()
                 if left <= 0:
-                    raise _away(what) from error
+                    raise _away(what, error) from error
                 if time.monotonic() - said > _SAID_S:  # a hiccup is nobody's concern
                     logger.warning(
                         "%s does not answer while trying to %s; trying on for %.1f min",
@@ -232,6 +260,14 @@ class Store(MlflowClient):
 
         return self.persist(attempt, what)
 
+    def discard(self, call: Callable[[], object], what: str) -> None:
+        """Delete something; gone is gone, where the answer was lost."""
+        try:
+            self.persist(call, what)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
     def download(self, call: Callable[[], T], there: Callable[[], bool], what: str) -> T:
         """What a download gives; MLflow tells in words only why one failed.
 
@@ -249,7 +285,7 @@ class Store(MlflowClient):
             try:
                 return call()
             except MlflowException as error:
-                if is_transient(error) or not there():
+                if is_transient(error) or is_denied(error) or not there():
                     raise
                 raise ConnectionFailed(str(error.message)) from error
 
@@ -279,7 +315,7 @@ def _patient(name: str) -> Any:
 
     @wraps(method)
     def call(self: Store, *args: Any, **kwargs: Any) -> Any:
-        return self.persist(lambda: method(self, *args, **kwargs), name.replace("_", " "))
+        return self.persist(lambda: method(self, *args, **kwargs), f"call {name}")
 
     return call
 

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _get_experiment_id
 
 from mlflow_soup import lineage, scores
-from mlflow_soup.errors import OvertakenError, SoupError, redact
+from mlflow_soup.errors import OvertakenError, SoupError, SpecError, redact
 from mlflow_soup.records import Evidence, Recipe, Score, Trial, Version
 from mlflow_soup.scores import Scores
 from mlflow_soup.store import Store, pages, where
@@ -36,7 +36,12 @@ _HELD_OUT = "held-out"
 
 @contextlib.contextmanager
 def open_run(
-    client: Store, experiment: str, tags: Mapping[str, str], *, resumable: Sequence[Run] = ()
+    client: Store,
+    experiment: str,
+    tags: Mapping[str, str],
+    *,
+    params: Mapping[str, str] | None = None,
+    resumable: Sequence[Run] = (),
 ) -> Iterator[str]:
     """The run the work is logged to; FINISHED when the block ends well, else FAILED or KILLED.
 
@@ -47,9 +52,15 @@ def open_run(
         client: of the store.
         experiment: by name; empty for MLflow's choice.
         tags: set on the run.
+        params: under `cfg.`, of the request: a run that has others is not gone on with.
         resumable: runs of the same request that were cut short; those elsewhere do not count.
+
+    Raises:
+        SpecError: the run that `mlflow run` was given has other params; it is left as it is.
     """
     run_id = os.environ.pop(_RUN_ENV, "")
+    if run_id and params is not None:
+        _check_begun(client.get_run(run_id), params)
     if not run_id:
         if experiment:
             client.persist(lambda: mlflow.set_experiment(experiment), "choose the experiment")
@@ -61,15 +72,39 @@ def open_run(
 
     def look() -> Any:
         found = run_id or "".join(run.info.run_id for run in find_runs(client, attempt))
-        return mlflow.start_run(run_id=found, tags=dict(tags)) if found else None
+        return mlflow.start_run(found, tags=dict(tags), nested=nested()) if found else None
 
     def create() -> Any:
-        nested = mlflow.active_run() is not None
-        return mlflow.start_run(tags={**tags, **attempt}, nested=nested)
+        return mlflow.start_run(tags={**tags, **attempt}, nested=nested())
+
+    def nested() -> bool:
+        return mlflow.active_run() is not None
 
     run_id = str(client.once(look, create, "create a run").info.run_id)
     with _ending(client, run_id, mlflow.end_run):
         yield run_id
+
+
+def differing(run: Run, params: Mapping[str, str]) -> list[str]:
+    """Under `cfg.`, which params a run was begun with and a request has otherwise; in words."""
+    begun = {key: value for key, value in run.data.params.items() if key.startswith("cfg.")}
+    if not begun:
+        return []
+    names = sorted({*begun, *params})
+    return [
+        f"{name} {begun.get(name, 'not set')}, now {params.get(name, 'not set')}"
+        for name in names
+        if begun.get(name) != params.get(name)
+    ]
+
+
+def _check_begun(run: Run, params: Mapping[str, str]) -> None:
+    if other := differing(run, params):
+        raise SpecError(
+            f"run {run.info.run_id} was begun with another request: {'; '.join(other)}",
+            where="the run that `mlflow run` was given",
+            fix="ask for the same again, or leave out --run-id",
+        )
 
 
 def unfinished(client: Store, key: str) -> list[Run]:
@@ -79,7 +114,7 @@ def unfinished(client: Store, key: str) -> list[Run]:
         run
         for run in found
         if run.info.status != RunStatus.to_string(RunStatus.FINISHED)
-        and not {"mlflow.parentRunId", lineage.ORPHANED_BY} & run.data.tags.keys()
+        and not {lineage.STUDY, lineage.ORPHANED_BY} & run.data.tags.keys()
     ]
 
 
@@ -115,6 +150,9 @@ def _ending(
             if isinstance(error, OvertakenError) and found != "RUNNING":
                 status = found  # whoever took over has ended it
             client.hasty.set_terminated(run_id, status)
+            for left in find_runs(client.hasty, {"mlflow.parentRunId": run_id}):
+                if left.info.status == "RUNNING":  # it was being written
+                    client.hasty.set_terminated(left.info.run_id, "KILLED")
         raise
     finally:
         # once, and without MLflow's own retries: a server that is away would hold us up for minutes

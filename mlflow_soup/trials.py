@@ -20,7 +20,7 @@ from mlflow_soup import geometry, lineage, soup, tracking
 from mlflow_soup.bench import measured_key
 from mlflow_soup.digests import digest
 from mlflow_soup.durable import scratch
-from mlflow_soup.errors import NonFiniteError, ObjectiveError, SpecError, StoreError
+from mlflow_soup.errors import NonFiniteError, ObjectiveError, StoreError
 from mlflow_soup.job import Job
 from mlflow_soup.live import Link
 from mlflow_soup.objective import Evaluator
@@ -61,9 +61,9 @@ class Evaluation:
         return self.scores.mean if self.scores is not None else None
 
 
-def search_tags(job: Job, name: str) -> dict[str, str]:
-    """What a search run is created with."""
-    return {
+def search_tags(job: Job, name: str, study: str = "") -> dict[str, str]:
+    """What a search run is created with; a search within a study is known by its study's run."""
+    return ({lineage.STUDY: study} if study else {}) | {
         "mlflow.runName": name,
         lineage.ROLE: "search",
         lineage.KEY: job.key,
@@ -84,15 +84,7 @@ def request_params(job: Job) -> dict[str, str]:
 
 
 def _log_request(job: Job, run_id: str) -> None:
-    params = request_params(job)
-    before = job.client.get_run(run_id).data.params
-    if other := [f"{k} {before[k]}, now {v}" for k, v in params.items() if before.get(k, v) != v]:
-        raise SpecError(
-            f"run {run_id} was begun with another request: {'; '.join(other)}",
-            where="the run that `mlflow run` was given or made",
-            fix="ask for the same again, or leave out --run-id",
-        )
-    tracking.log(job.client, run_id, params=params)
+    tracking.log(job.client, run_id, params=request_params(job))
 
 
 @dataclass
@@ -247,10 +239,15 @@ def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evalua
 
     def evaluate() -> Scores:
         begin = time.monotonic()
-        if recipe.method == "linear":
-            bench.live.set_weights(links, recipe.lam)
-        merged = time.monotonic()
-        score = evaluator.score()
+        try:
+            if recipe.method == "linear":
+                bench.live.set_weights(links, recipe.lam)
+            merged = time.monotonic()
+            score = evaluator.score()
+        except NonFiniteError as error:  # it would be so again; anything else ends the run
+            if recipe.method != "linear":
+                raise  # with other statistics it might not
+            return Scores({}, failed=error.what[:5000])
         about = {
             "seconds/merge": merged - begin,
             "seconds/evaluate": time.monotonic() - merged,
@@ -258,13 +255,11 @@ def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evalua
         }
         return Scores({"": score}, about)
 
-    try:
-        scores = scores or job.journal.recall(measured, evaluate)
-    except NonFiniteError as error:  # it would be so again; anything else ends the run
-        if recipe.method != "linear":
-            raise  # with other statistics it might not
-        logger.warning("%s failed: %s", recipe.label, error.what)
-        tags[lineage.FAILED] = error.what[:5000]
+    if scores is None:
+        scores = job.journal.recall(measured, evaluate)
+    if scores.failed:
+        logger.warning("%s failed: %s", recipe.label, scores.failed)
+        tags[lineage.FAILED], scores = scores.failed, None
     return Evaluation(recipe, measured, scores, source, tags, began, _now())
 
 

@@ -33,16 +33,19 @@ def entries(book):
 
 
 def test_a_lease_ends_with_its_work_however_it_ends(book, tmp_path):
-    with lease.hold(book, KEY, tmp_path):
+    with lease.hold(book.client, MODEL, KEY, tmp_path):
         assert lease.is_held(book, KEY, tmp_path)
     assert not lease.is_held(book, KEY, tmp_path)
-    with pytest.raises(ValueError, match="no"), lease.hold(book, KEY, tmp_path):
+    with pytest.raises(ValueError, match="no"), lease.hold(book.client, MODEL, KEY, tmp_path):
         raise ValueError("no")
     assert [(e.number, e.mark) for e in entries(book)] == [(1, "ended"), (2, "ended")]
 
 
 def test_other_requests_are_not_waited_for(book, tmp_path):
-    with lease.hold(book, KEY, tmp_path), lease.hold(book, "other" + KEY, tmp_path):
+    with (
+        lease.hold(book.client, MODEL, KEY, tmp_path),
+        lease.hold(book.client, MODEL, "other" + KEY, tmp_path),
+    ):
         pass
 
 
@@ -52,7 +55,7 @@ def test_who_asks_for_the_same_waits_and_says_so(book, tmp_path, caplog, machine
     inside = threading.Event()
 
     def first():
-        with lease.hold(book, KEY, tmp_path / "a"):
+        with lease.hold(book.client, MODEL, KEY, tmp_path / "a"):
             inside.set()
             time.sleep(3.0)  # longer than grace: its beats keep it
             order.append("first")
@@ -60,7 +63,7 @@ def test_who_asks_for_the_same_waits_and_says_so(book, tmp_path, caplog, machine
     thread = threading.Thread(target=first)
     thread.start()
     inside.wait(30)
-    with lease.hold(book, KEY, tmp_path / ("a" if machines == "one" else "b")):
+    with lease.hold(book.client, MODEL, KEY, tmp_path / ("a" if machines == "one" else "b")):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
@@ -72,7 +75,7 @@ def test_who_asks_for_the_same_waits_and_says_so(book, tmp_path, caplog, machine
 def _hold(uri, folder, inside):
     mlflow.set_tracking_uri(uri)
     lease.BEAT_S = 0.2
-    with lease.hold(open_ledger(Store(), MODEL), KEY, folder):
+    with lease.hold(Store(), MODEL, KEY, folder):
         inside.set()
         time.sleep(120)
 
@@ -97,7 +100,7 @@ def test_a_killed_holder_on_this_machine_is_followed_at_once(book, tmp_path):
         process.kill()
         process.join()
         begin = time.monotonic()
-        with lease.hold(book, KEY, tmp_path):
+        with lease.hold(book.client, MODEL, KEY, tmp_path):
             assert time.monotonic() - begin < lease.GRACE_S
     assert [e.mark == "ended" for e in entries(book)] == [False, True]
 
@@ -107,14 +110,14 @@ def test_a_killed_holder_elsewhere_is_followed_after_grace(book, tmp_path, caplo
         process.kill()
         process.join()
         begin = time.monotonic()
-        with lease.hold(book, KEY, tmp_path / "here"):
+        with lease.hold(book.client, MODEL, KEY, tmp_path / "here"):
             assert time.monotonic() - begin > lease.GRACE_S
     assert "no sign of life" in caplog.text
 
 
 def test_a_holder_that_was_paused_learns_that_it_was_followed(book, tmp_path):
-    with lease.hold(book, KEY, tmp_path) as held:
-        held.check()
+    with lease.hold(book.client, MODEL, KEY, tmp_path) as held:
+        held()
         assert book.append(f"lease/{KEY[:32]}", 2, {"host": "elsewhere", "cache": "other"})
         with pytest.raises(errors.OvertakenError, match="took over") as caught:
             check_for(30.0, held)
@@ -125,14 +128,14 @@ def test_a_holder_that_was_paused_learns_that_it_was_followed(book, tmp_path):
 def check_for(seconds, held):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        held.check()
+        held()
         time.sleep(0.05)
 
 
 def test_a_stopped_process_is_taken_for_dead_and_does_no_harm(book, tmp_path):
     with holder(tmp_path / "there") as process:
         os.kill(process.pid, signal.SIGSTOP)
-        with lease.hold(book, KEY, tmp_path / "here"):
+        with lease.hold(book.client, MODEL, KEY, tmp_path / "here"):
             os.kill(process.pid, signal.SIGCONT)
             time.sleep(1.0)
             assert [e.number for e in entries(book)] == [1, 2]
@@ -141,9 +144,9 @@ def test_a_stopped_process_is_taken_for_dead_and_does_no_harm(book, tmp_path):
 
 def test_who_wakes_up_asks_before_it_goes_on(book, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "BEAT_S", 30.0)  # no beat will tell
-    with lease.hold(book, KEY, tmp_path) as held:
+    with lease.hold(book.client, MODEL, KEY, tmp_path) as held:
         assert book.append(f"lease/{KEY[:32]}", 2, {"host": "elsewhere", "cache": "other"})
-        held.check()
+        held()
         monkeypatch.setattr(lease.time, "time", lambda now=time.time: now() + 100.0)
         with pytest.raises(errors.OvertakenError, match="took over"):
-            held.check()
+            held()

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 from conftest import MODEL
 from mlflow_soup import Spec, doctor, errors, gate, lineage, promotion, registry, release, tracking
 from mlflow_soup.cli import main
-from mlflow_soup.ledger import open_ledger
+from mlflow_soup.ledger import Ledger, open_ledger
 from mlflow_soup.naming import Target, parse_target
 from mlflow_soup.records import Evidence, Score, Version
 from mlflow_soup.store import Store
@@ -55,44 +56,91 @@ def soup(client, **tags):
     return Version(MODEL, int(client.create_model_version(MODEL, "s3://x/y", tags=tags).version))
 
 
-def test_a_promotion_that_was_cut_short_is_finished_by_the_next(client, outcome):
-    other, third = soup(client), soup(client)
-    book = open_ledger(client, MODEL)
-    assert book.append(SERIES, 2, {"to": other.number, "from": 4})  # killed before the move
+def begun(client, to, minutes_ago):
+    """An entry whose writer was killed before the move."""
+    at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
+    number = told(client)[-1].number + 1
+    entry = {
+        "to": to,
+        "from": 4,
+        "at": at.isoformat(timespec="seconds"),
+        "target": "alias champion",
+    }
+    assert open_ledger(client, MODEL).append(SERIES, number, entry)
+
+
+def test_who_meets_a_promotion_under_way_is_overtaken(client, outcome):
+    begun(client, soup(client).number, minutes_ago=1)
+    with pytest.raises(errors.OvertakenError) as caught:
+        promotion.promote(client, soup(client), CHAMPION)
+    assert caught.value.exit_code == 5
     assert at(client) == 4
+    assert [entry.mark for entry in told(client)] == ["made", ""]
+
+
+def test_a_promotion_that_was_cut_short_is_made_by_the_same_command(client, outcome):
+    other = soup(client)
+    begun(client, other.number, minutes_ago=0)
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert at(client) == other.number
+    assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
+
+
+def test_a_promotion_that_was_cut_short_long_ago_is_void_for_others(client, outcome):
+    other = soup(client)
+    begun(client, soup(client).number, minutes_ago=30)
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
+    assert told(client)[-1].told["from"] == 4
+
+
+def test_a_rollback_by_hand_after_a_crash_is_not_undone(client, outcome):
+    bad, other = soup(client), soup(client)
+    begun(client, bad.number, minutes_ago=30)
+    client.set_registered_model_alias(MODEL, "champion", str(bad.number))  # killed before the mark
+    client.set_registered_model_alias(MODEL, "champion", "4")  # a person
 
     def judged_against_four_only(version):
         if version.number != 4:
             raise errors.GateError("not examined", where="here", fix="evaluate")
 
-    with pytest.raises(errors.OvertakenError) as caught:
-        promotion.promote(client, third, CHAMPION, judged_against_four_only)
-    assert caught.value.exit_code == 5
-    assert at(client) == other.number
+    assert promotion.promote(client, other, CHAMPION, judged_against_four_only) == other
+    assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
+
+
+def test_an_entry_whose_move_was_made_is_marked_so(client, outcome):
+    other = soup(client)
+    begun(client, other.number, minutes_ago=30)
+    client.set_registered_model_alias(MODEL, "champion", str(other.number))
+    assert promotion.promote(client, other, CHAMPION) == other
     assert [entry.mark for entry in told(client)] == ["made", "made"]
-    assert promotion.promote(client, third, CHAMPION) == third
-    assert told(client)[-1].told["from"] == other.number
 
 
-def test_an_entry_whose_version_lost_its_verdict_moves_nothing(client, outcome):
-    book = open_ledger(client, MODEL)
-    refused = soup(client, **{"soup.gate": "refused"})
-    for number, to in ((2, refused.number), (3, 99)):
-        entry = {"to": to, "from": 4}
-        assert book.append(SERIES, number, entry)
-        assert promotion.finish(book, SERIES, told(client)[-1]).mark == promotion.VOID
-        assert at(client) == 4
-    assert promotion.promote(client, soup(client), CHAMPION).number == at(client)
+def test_who_was_held_up_until_others_went_on_moves_nothing(client, outcome, monkeypatch):
+    slow, quick = soup(client), soup(client)
+    append = Ledger.append
 
+    def hold_up(self, series, number, entry):
+        done = append(self, series, number, entry)
+        monkeypatch.setattr(Ledger, "append", append)
+        promotion.settle(self, series, self.read(series)[-1])
+        promotion.promote(client, quick, CHAMPION)
+        return done
 
-def test_who_was_slow_makes_the_later_move_again(client, outcome):
-    book, slow, quick = open_ledger(client, MODEL), soup(client), soup(client)
-    assert book.append(SERIES, 2, {"to": slow.number, "from": 4})
-    early = told(client)[-1]
-    assert promotion.promote(client, quick, CHAMPION) == quick  # it finished ours, then moved on
-    last = promotion.finish(book, SERIES, early)
-    assert last.told["to"] == quick.number
+    monkeypatch.setattr(Ledger, "append", hold_up)
+    with pytest.raises(errors.OvertakenError):
+        promotion.promote(client, slow, CHAMPION)
     assert at(client) == quick.number
+    assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
+
+
+def test_what_a_person_put_there_is_written_down_when_it_is_promoted(client, outcome):
+    other = soup(client)
+    client.set_registered_model_alias(MODEL, "champion", str(other.number))
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert (told(client)[-1].told["to"], told(client)[-1].mark) == (other.number, "made")
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert len(told(client)) == 2
 
 
 def test_what_was_moved_by_hand_stays_and_is_said_otherwise(client, outcome):
@@ -200,15 +248,13 @@ def test_a_sound_model_has_no_complaints(client, outcome):
     assert complaints(client) == []
 
 
-def test_the_doctor_finishes_what_was_cut_short(client, outcome):
-    next_one = registry.look_up(client, Version(MODEL, 4))
-    other = soup(client, **{**next_one.tags, "soup.request": "another"})
-    open_ledger(client, MODEL).append(SERIES, 2, {"to": other.number, "from": 4})
+def test_the_doctor_marks_what_was_cut_short(client, outcome):
+    begun(client, outcome.soup.version.number, minutes_ago=30)
     (complaint,) = complaints(client, digests=False)
     assert "was begun and not finished" in complaint.what
-    assert at(client) == 4
     assert mended(client) == []
-    assert at(client) == other.number
+    assert at(client) == 4
+    assert [entry.mark for entry in told(client)] == ["made", "made"]
 
 
 def test_the_doctor_writes_down_what_was_moved_by_hand(client, outcome):

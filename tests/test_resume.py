@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from conftest import MODEL, register
-from mlflow_soup import Spec, errors, lease, objective, pipeline, registry, tracking
+from mlflow_soup import Spec, errors, lease, objective, registry, release, tracking
 from mlflow_soup import run as run_soup
 from mlflow_soup.ledger import open_ledger
 from mlflow_soup.store import Store
@@ -99,8 +99,14 @@ def test_a_run_that_mlflow_run_made_goes_on_where_another_stopped(client, count,
     again = run_soup(Spec(pair="v1,v2"))
     assert (again.run_id, again.soup.version) == (made, outcome.soup.version)
     monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    before = client.get_run(made)
     with pytest.raises(errors.SpecError, match=r"begun with another request: cfg\.margin 0\.05"):
         run_soup(Spec(pair="v1,v2", margin=0.02))
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    with pytest.raises(errors.SpecError, match=r"cfg\.limit not set, now 50"):
+        run_soup(Spec(pair="v1,v2", limit=50))
+    after = client.get_run(made)
+    assert (after.info.status, after.data.tags) == ("FINISHED", before.data.tags)
 
 
 def test_what_was_scored_out_of_domain_is_not_scored_again(client, monkeypatch):
@@ -229,15 +235,48 @@ def test_who_was_followed_meanwhile_stops(client, count, monkeypatch):
     assert trials(client) == []  # whoever followed writes them
 
 
-def test_a_study_and_a_search_share_what_was_scored(client, count):
+def test_methods_share_what_was_scored(client, count):
     run_soup(Spec(pair="v1,v2"))
     before = count.made
     run_soup(Spec(pair="v1,v2", method="uniform"))
     assert count.made == before
 
 
+def test_a_lambda_that_failed_while_the_store_was_away_is_not_tried_again(client, monkeypatch):
+    tried = []
+
+    def fail(self):
+        tried.append(self)
+        if len(tried) == 3:
+            raise errors.NonFiniteError("not finite", where="here", fix="none")
+        return SCORE(self)
+
+    def away(self, *args, **kwargs):
+        raise errors.StoreError("away", where="there", fix="wait")
+
+    monkeypatch.setattr(objective.Evaluator, "score", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "begin_child", away)
+        with pytest.raises(errors.StoreError):
+            run_soup(Spec(pair="v1,v2"))
+    made = len(tried)
+    outcome = run_soup(Spec(pair="v1,v2"))
+    assert len(tried) == made
+    assert outcome.trials[2].held_out is None
+
+
+def test_the_score_of_a_champion_that_was_kept_serves_a_search(client, count, monkeypatch):
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(release, "forget", lambda *args: None)  # killed before it could
+        run_soup(Spec(pair="v2,v3"))
+    before = count.made
+    outcome = run_soup(Spec(pair="v1,v2"))
+    assert outcome.soup.version.number == 5
+    assert count.made == before + len(outcome.trials) - 2  # v1 was kept, v2 scored by a search
+
+
 def test_parents_registered_meanwhile_do_not_matter(client, count, checkpoints):
     first = run_soup(Spec(pair="v1,v2"))
     register(client, checkpoints[2])
     assert run_soup(Spec(pair="v1,v2")).soup.version == first.soup.version
-    assert pipeline.run is run_soup

@@ -391,9 +391,8 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_kept(tmp_path, p
     spoilt = dict(parent.read())[name].clone()
     spoilt[0, 0] = float("nan")
     toy.edit_tensors(parent.weights, **{name: spoilt})
-    with pytest.raises(NonFiniteError, match=r"the statistics of .* are not finite") as refusal:
+    with pytest.raises(NonFiniteError, match=rf"'{name}' of the mixture is not finite"):
         measured(kind, find(parent.root, "v1"), tmp_path / "cache", live=live)
-    assert refusal.value.where == "v1"
     assert list((tmp_path / "cache").iterdir()) == []
     after = live.model.state_dict()
     assert all(same_bytes(after[name], tensor) for name, tensor in before.items())
