@@ -1,7 +1,6 @@
 """Planted secrets appear in no output, tag, param, artifact or exception."""
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 import mlflow_soup
+import toy
 from conftest import register
 from mlflow_soup import Spec
 from mlflow_soup.errors import StoreError
@@ -77,10 +77,10 @@ def everything(client):
 
 
 def test_neither_a_good_run_nor_its_mistakes_tell_a_secret(
-    guarded, server, server_folder, tasks, tmp_path
+    guarded, server, server_folder, tmp_path
 ):
     uri = with_password(server)
-    folder = shutil.copytree(tasks, tmp_path / PASSWORD)  # logged as a param
+    folder = toy.write_tasks(tmp_path / PASSWORD)  # logged as a param
     data = tmp_path / PASSWORD / "nowhere.jsonl"
     task = yaml.safe_load((folder / "letters.yaml").read_text())
     task |= {"task": "toy_lost", "dataset_kwargs": {"data_files": {"validation": str(data)}}}
