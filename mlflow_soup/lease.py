@@ -70,11 +70,12 @@ class Lease:
             self._look(f"beat {beats}")
 
     @contextlib.contextmanager
-    def _kept(self) -> Iterator["Lease"]:
+    def kept(self) -> Iterator[None]:
+        """Give signs of life while the block runs, and say when it ends."""
         thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         thread.start()
         try:
-            yield self
+            yield
         finally:
             self._stopped.set()
             thread.join(BEAT_S)
@@ -101,15 +102,11 @@ def hold(client: Store, name: str, key: str, folder: Path) -> Iterator[Callable[
     while True:
         with _locked(folder, key) as ours:
             if ours:
-                try:
-                    lease = _claim(open_ledger(client, name), key, folder)
-                except StoreError:
-                    raise
-                except RegistryError as error:
-                    logger.warning("%s; others may do the same work meanwhile", error.what)
+                lease = _begin(client, name, key, folder)
+                if lease is None:
                     yield lambda: None
                     return
-                with lease._kept():
+                with lease.kept():
                     yield lease.check
                 return
         if not said:
@@ -120,6 +117,17 @@ def hold(client: Store, name: str, key: str, folder: Path) -> Iterator[Callable[
             )
         said = True
         time.sleep(LOOK_S)
+
+
+def _begin(client: Store, name: str, key: str, folder: Path) -> Lease | None:
+    """A lease; None where the store refuses one."""
+    try:
+        return _claim(open_ledger(client, name), key, folder)
+    except StoreError:
+        raise
+    except RegistryError as error:
+        logger.warning("%s; others may do the same work meanwhile", error.what)
+        return None
 
 
 def is_held(ledger: Ledger, key: str, folder: Path) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import MODEL
 from mlflow_soup import errors, lease
-from mlflow_soup.ledger import open_ledger
+from mlflow_soup.ledger import Ledger, open_ledger
 from mlflow_soup.store import Store
 
 KEY = "k" * 64
@@ -150,3 +150,26 @@ def test_who_wakes_up_asks_before_it_goes_on(book, tmp_path, monkeypatch):
         monkeypatch.setattr(lease.time, "time", lambda now=time.time: now() + 100.0)
         with pytest.raises(errors.OvertakenError, match="took over"):
             held()
+
+
+def test_who_may_not_write_to_the_ledger_works_without_a_lease(book, tmp_path, caplog):
+    book.client.delete_experiment(book.client.get_run(book.run_id).info.experiment_id)
+    with lease.hold(book.client, MODEL, KEY, tmp_path) as check:
+        check()
+    assert "others may do the same work meanwhile" in caplog.text
+
+
+def test_a_holder_is_not_dead_because_the_store_was_away(book, tmp_path, monkeypatch):
+    read, reads = Ledger.read, []
+
+    def away(self, series):
+        reads.append(series)
+        if len(reads) == 3:
+            time.sleep(2.0 * lease.GRACE_S)  # patiently: the store does not answer
+        return read(self, series)
+
+    assert book.append(f"lease/{KEY[:32]}", 1, {"host": "there", "cache": "there"})
+    monkeypatch.setattr(Ledger, "read", away)
+    begin = time.monotonic()
+    with lease.hold(book.client, MODEL, KEY, tmp_path):
+        assert time.monotonic() - begin > 3.0 * lease.GRACE_S

@@ -186,3 +186,50 @@ def test_a_download_is_tried_again_only_where_the_store_lists_it(client):
     with pytest.raises(MlflowException, match="failures"):
         Store(30.0).download(failing, lambda: False, "fetch")
     assert failing.calls == 1
+
+
+def test_a_database_that_may_only_be_read_is_not_waited_for(client, tmp_path):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    uri = f"sqlite:///file:{tmp_path}/mlflow.db?mode=ro&uri=true"
+    begin = time.monotonic()
+    with pytest.raises(errors.RegistryError, match="refused to write"), store.asking("write"):
+        Store(60.0, uri).begin_run(experiment, "one", {})
+    assert time.monotonic() - begin < 20.0
+
+
+@pytest.mark.parametrize(
+    ("words", "denied"),
+    [
+        ("attempt to write a readonly database", True),
+        ("(1142, \"INSERT command denied to user 'x'\")", True),
+        ("failed with error code 403 != 200", True),
+        ("no such table: runs", True),
+        ("database is locked", False),
+        ("run 4034f401 failed", False),
+    ],
+)
+def test_a_refusal_is_told_by_its_words(words, denied):
+    assert store.is_denied(MlflowException(words)) is denied
+
+
+def test_internal_errors_are_waited_for_less_long(client, monkeypatch):
+    monkeypatch.setattr(store, "_BROKEN_S", 0.5)
+    broken = requests.exceptions.RetryError("too many 500 error responses")
+    with pytest.raises(errors.StoreError, match="too many 500"):
+        Store(60.0).persist(Shaky(1000, broken), "ask")
+
+
+def test_an_outage_says_what_was_done_and_why(client):
+    refused = requests.ConnectionError("connection refused by http://u:hunter2@h")
+    with pytest.raises(errors.StoreError) as caught, store.asking("register a soup"):
+        Store().persist(Shaky(1, refused), "call log_batch")
+    assert caught.value.what == (
+        "the MLflow store did not answer while trying to register a soup: "
+        "connection refused by http://h"
+    )
+
+
+def test_what_is_gone_already_is_deleted(client):
+    client.discard(lambda: client.delete_model_version("toy-llm", "99"), "delete")
+    with pytest.raises(MlflowException):
+        client.discard(lambda: client.delete_model_version("toy-llm", "x"), "delete")
