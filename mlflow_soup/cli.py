@@ -340,7 +340,8 @@ def _printable(line: str) -> str:
 def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
     """Compare ledger, aliases, versions, runs and bytes of a model; explain what disagrees.
 
-    Exit codes: 0 nothing disagrees (any more), 3 something does, 4 there is no such model.
+    Exit codes: 0 nothing disagrees (any more), 3 something does, 4 there is no such model, 6 store
+    unreachable or disk full, 1 anything else.
     """
     with _heavy_imports():
         from mlflow_soup import doctor as doctors
@@ -351,7 +352,7 @@ def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
         _say(_printable(complaint.what))
         _say(_printable(f"    why: {complaint.why}"))
         if fix and doctors.mend(complaint):
-            click.echo("    repaired")
+            click.echo(_printable(f"    done: {complaint.remedy.removeprefix('--fix ')}"))
         else:
             _say(_printable(f"    fix: {complaint.remedy}"))
             left += 1

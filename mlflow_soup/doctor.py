@@ -5,21 +5,24 @@ how that can be and what to do. A repair finishes or takes back what we began; w
 decided otherwise, it writes that down. It never moves what deployments read by its own judgement.
 """
 
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
-from mlflow.entities import LoggedModelStatus
+from mlflow.entities import LoggedModelStatus, Run
 from mlflow.entities.model_registry import ModelVersion
 from tqdm import tqdm
 
-from mlflow_soup import lease, lineage, promotion, registry, tracking
+from mlflow_soup import family, lease, lineage, promotion, registry, tracking
 from mlflow_soup.bench import check_stored
-from mlflow_soup.errors import ParentError, StoreError
-from mlflow_soup.ledger import Entry, Ledger, find_ledger, leftovers
+from mlflow_soup.errors import SoupError
+from mlflow_soup.ledger import Ledger, find_ledger, leftovers
 from mlflow_soup.records import Version
-from mlflow_soup.store import Store, asking, connect
+from mlflow_soup.store import Store, asking, connect, is_full, is_transient, pages
+
+_LONG_S = 86400.0  # that nobody works on a run without a lease for so long is likely
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,54 @@ class Complaint:
 
 
 @dataclass(frozen=True)
-class _Patient:
-    """A registered model as the store has it now."""
+class _Registered:
+    """A registered model and its ledger; versions as they are when they are asked for."""
 
     client: Store
     name: str
-    versions: tuple[ModelVersion, ...]
     ledger: Ledger | None
 
     @property
     def soups(self) -> list[tuple[Version, ModelVersion]]:
         """The versions that we have registered, by number."""
-        found = [(Version(self.name, int(v.version)), v) for v in self.versions]
+        versions = registry.versions_of(self.client, self.name)
+        found = [(Version(self.name, int(v.version)), v) for v in versions]
         return sorted((at, v) for at, v in found if lineage.DIGEST in v.tags)
+
+    @cached_property
+    def searches(self) -> list[Run]:
+        """All search runs about it, those within studies too."""
+        about = {lineage.MODEL: self.name, lineage.ROLE: "search"}
+        return tracking.find_runs(self.client, about)
+
+    def pointers(self) -> dict[Version, list[str]]:
+        """Version → aliases and stages that point to it."""
+        found = defaultdict(list)
+        with asking(f"read the aliases of {self.name}"):
+            aliases = self.client.get_registered_model(self.name).aliases
+        for alias, number in aliases.items():
+            found[Version(self.name, int(number))].append(f"@{alias}")
+        for version, its in self.soups:
+            if its.current_stage not in (None, "", "None", "Archived"):
+                found[version].append(f"stage {its.current_stage}")
+        return found
+
+    def uses(self, version: Version) -> list[str]:
+        """Why a version is not to be deleted: what points to it, promotions, soups and copies."""
+        found = self.pointers()[version]
+        for series in self.ledger.series(promotion.SERIES) if self.ledger else ():
+            assert self.ledger is not None
+            for entry in self.ledger.read(series):
+                if entry.told.get("to") == version.number:
+                    found.append(f"promotion {entry.number} to {promotion.target_of(series)}")
+        made = f"tags.`{lineage.PARENTS}` LIKE '%'"  # in whatever model
+        for other in pages(self.client.search_model_versions, made):
+            of = Version(other.name, int(other.version))
+            if version in {parent for parent, _ in family.read(of, other.tags).parents}:
+                found.append(f"parent of {of}")
+            if other.source == version.uri:
+                found.append(f"copied as {of}")
+        return found
 
 
 @asking("examine the registered model")
@@ -71,17 +109,14 @@ def examine(model: str = "", *, digests: bool = True) -> tuple[str, Iterator[Com
     """
     client = connect()
     name = registry.find_model(client, model, [])
-    versions = registry.versions_of(client, name)
-    ledger = find_ledger(client, name)
-    patient = _Patient(client, name, tuple(versions), ledger)
-    return name, _complaints(patient, digests)
+    return name, _complaints(_Registered(client, name, find_ledger(client, name)), digests)
 
 
-def _complaints(patient: _Patient, digests: bool) -> Iterator[Complaint]:
-    checks = [_ledger, _aliases, _duplicates, _uploads, _verdicts, _parents, _runs, _asides]
-    with asking(f"examine {patient.name}"):
+def _complaints(model: _Registered, digests: bool) -> Iterator[Complaint]:
+    checks = [_ledger, _aliases, _duplicates, _incomplete, _verdicts, _parents, _left, _asides]
+    with asking(f"examine {model.name}"):
         for check in [*checks, *([_digests] if digests else [])]:
-            yield from check(patient)
+            yield from check(model)
 
 
 def mend(complaint: Complaint) -> bool:
@@ -93,9 +128,9 @@ def mend(complaint: Complaint) -> bool:
     return True
 
 
-def _ledger(patient: _Patient) -> Iterator[Complaint]:
+def _ledger(model: _Registered) -> Iterator[Complaint]:
     """The ledger against what its targets point to."""
-    ledger = patient.ledger
+    ledger = model.ledger
     for series in ledger.series(promotion.SERIES) if ledger is not None else ():
         assert ledger is not None
         target = promotion.target_of(series)
@@ -108,24 +143,31 @@ def _ledger(patient: _Patient) -> Iterator[Complaint]:
                 "find out who may write to that experiment; later promotions go on from the last",
             )
         last = entries[-1]
-        standing = registry.standing(patient.client, patient.name, target)
+        made = next((entry for entry in entries[::-1] if entry.mark == promotion.MADE), None)
+        standing = registry.standing(model.client, model.name, target)
         number = standing.number if standing is not None else None
-        move = f"promotion {last.number} to {target}, of v{last.told.get('to')}"
         if not last.mark:
+            stands = last.told.get("to") == number
             yield Complaint(
-                f"{move}, was begun and not finished",
+                f"promotion {last.number} to {target}, of v{last.told.get('to')}, was begun and "
+                "not finished",
                 f"its process was killed in between, or is at it now; {target} points to "
                 f"{_shown(number)}",
-                f"--fix makes the move: {target} → v{last.told.get('to')}",
+                "--fix marks it as made: nothing moves"
+                if stands
+                else "--fix marks it as void: nothing moves; run the promotion again if it is "
+                "still wanted",
                 partial(promotion.settle, ledger, series, last),
             )
-        elif last.mark == promotion.MADE and last.told.get("to") != number:
+        elif made is not None and made.told.get("to") != number:
+            told = {"to": number, "from": made.told.get("to"), "moved": "past mlflow-soup"}
             yield Complaint(
-                f"{target} points to {_shown(number)}, and the last {move}, by "
-                f"{last.told.get('by')}",
-                "it was moved by hand, past mlflow-soup, or its version was deleted",
+                f"{target} points to {_shown(number)}, and the last promotion that was made, "
+                f"{made.number} to {target}, of v{made.told.get('to')}, by {made.told.get('by')}",
+                "it was moved by hand, past mlflow-soup; or its version was deleted; or what a "
+                "process asked for that was taken for dead came late",
                 "--fix writes into the ledger where it stands now; it is not moved back",
-                partial(_write_down, ledger, series, last, number),
+                partial(_write_down, ledger, series, last.number + 1, told),
             )
 
 
@@ -133,75 +175,71 @@ def _shown(number: int | None) -> str:
     return "nothing" if number is None else f"v{number}"
 
 
-def _write_down(ledger: Ledger, series: str, last: Entry, number: int | None) -> None:
-    told = {"to": number, "from": last.told.get("to"), "moved": "by hand, past mlflow-soup"}
-    if ledger.append(series, last.number + 1, {**told, **promotion.signature()}):
-        ledger.mark(series, last.number + 1, promotion.MADE)
+def _write_down(ledger: Ledger, series: str, number: int, told: Mapping[str, object]) -> None:
+    if ledger.append(series, number, {**told, **promotion.signature()}):
+        ledger.mark(series, number, promotion.MADE)
 
 
-def _aliases(patient: _Patient) -> Iterator[Complaint]:
+def _aliases(model: _Registered) -> Iterator[Complaint]:
     """Aliases and stages against verdicts."""
-    with asking(f"read the aliases of {patient.name}"):
-        aliases = patient.client.get_registered_model(patient.name).aliases
-    for version, found in patient.soups:
-        at = [f"@{alias}" for alias, number in aliases.items() if int(number) == version.number]
-        if found.current_stage not in (None, "", "None", "Archived"):
-            at.append(f"stage {found.current_stage}")
+    pointers = model.pointers()
+    for version, found in model.soups:
         gate = found.tags.get(lineage.GATE)
-        if at and gate != lineage.PASSED:
+        if version in pointers and gate != lineage.PASSED:
             yield Complaint(
-                f"{', '.join(at)} points to soup {version}, whose gate is {gate or 'not judged'}",
+                f"{', '.join(pointers[version])} points to soup {version}, whose gate is "
+                f"{gate or 'not judged'}",
                 "it was put there by hand, or its verdict changed afterwards",
                 f"point it elsewhere, or judge it: mlflow-soup gate --model {version.name} "
                 f"--version v{version.number}",
             )
 
 
-def _duplicates(patient: _Patient) -> Iterator[Complaint]:
-    """Versions of one request."""
-    with asking(f"read the aliases of {patient.name}"):
-        aliases = patient.client.get_registered_model(patient.name).aliases
-    pointed = {int(number) for number in aliases.values()}
+def _duplicates(model: _Registered) -> Iterator[Complaint]:
+    """Versions that were registered for one request; copies of other versions are none."""
     requests: dict[str, list[Version]] = defaultdict(list)
-    for version, found in patient.soups:
-        if lineage.REQUEST in found.tags:
+    for version, found in model.soups:
+        if lineage.REQUEST in found.tags and registry.model_id(model.client, version):
             requests[found.tags[lineage.REQUEST]].append(version)
     for first, *others in requests.values():
         for version in others:
-            free = version.number not in pointed
+            uses = ", ".join(model.uses(version))
             yield Complaint(
                 f"{version} and {first} are soups of one request",
                 "a process was killed before it took back what it had registered in vain",
-                f"--fix deletes {version}: nothing points to it"
-                if free
-                else f"an alias points to {version}: move it to {first}, then --fix",
-                partial(registry.unregister, patient.client, version) if free else None,
+                f"{version} is in use ({uses}): have {first} used instead, or keep both"
+                if uses
+                else f"--fix deletes {version}: nothing needs it",
+                None if uses else partial(registry.unregister, model.client, version),
             )
 
 
-def _uploads(patient: _Patient) -> Iterator[Complaint]:
-    """Versions whose files never arrived completely."""
-    for version, _ in patient.soups:
-        logged_id = registry.model_id(patient.client, version)
+def _incomplete(model: _Registered) -> Iterator[Complaint]:
+    """Versions whose files never arrived completely, or are gone."""
+    for version, _ in model.soups:
+        logged_id = registry.model_id(model.client, version)
         if logged_id is None:
             continue
-        with asking(f"look up {logged_id}"):
-            status = patient.client.get_logged_model(logged_id).status
-        if status != LoggedModelStatus.READY:
+        logged = registry.find_upload(model.client, logged_id)
+        if logged is None or logged.status != LoggedModelStatus.READY:
             yield Complaint(
-                f"{version} is registered, and its logged model {logged_id} is {status}",
-                "MLflow registers what was never uploaded completely, too",
-                "delete the version; the same request then registers it anew",
+                f"{version} is registered, and its logged model {logged_id} is "
+                f"{logged.status if logged is not None else 'gone'}",
+                "MLflow registers what was never uploaded completely, too"
+                if logged is not None
+                else "somebody deleted it",
+                "point elsewhere what points to the version, and delete it; the same request then "
+                "registers it anew",
             )
 
 
-def _verdicts(patient: _Patient) -> Iterator[Complaint]:
+def _verdicts(model: _Registered) -> Iterator[Complaint]:
     """Verdicts of versions against those of the runs that judged them."""
-    for version, found in patient.soups:
+    for version, found in model.soups:
         gate, run_id = found.tags.get(lineage.GATE), found.tags.get(lineage.GATE_RUN)
         if gate is None:
             continue
-        runs = tracking.find_runs(patient.client, {lineage.DIGEST: found.tags[lineage.DIGEST]})
+        runs = tracking.find_runs(model.client, {lineage.DIGEST: found.tags[lineage.DIGEST]})
         judged = {run.info.run_id: run.data.tags.get(lineage.GATE) for run in runs}
         again = (
             f"mlflow-soup evaluate, then gate: --model {version.name} --version v{version.number}"
@@ -221,14 +259,14 @@ def _verdicts(patient: _Patient) -> Iterator[Complaint]:
             )
 
 
-def _parents(patient: _Patient) -> Iterator[Complaint]:
+def _parents(model: _Registered) -> Iterator[Complaint]:
     """Soups whose parents are gone."""
-    for version, _ in patient.soups:
-        family = registry.trace(patient.client, version)
+    for version, _ in model.soups:
+        family = registry.trace(model.client, version)
         gone = [
             parent
             for parent, _ in family.members[version].parents
-            if registry.look_up(patient.client, parent) is None
+            if registry.look_up(model.client, parent) is None
         ]
         if gone:
             yield Complaint(
@@ -238,58 +276,102 @@ def _parents(patient: _Patient) -> Iterator[Complaint]:
             )
 
 
-def _runs(patient: _Patient) -> Iterator[Complaint]:
+def _left(model: _Registered) -> Iterator[Complaint]:
     """Runs and uploads that nobody works on any more."""
-    client, ledger = patient.client, patient.ledger
-    about = {lineage.MODEL: patient.name, lineage.ROLE: "search"}
-    folder = registry.lease_folder()
-    held: dict[str, bool] = {}
-    for run in tracking.find_runs(client, about):
-        key = run.data.tags[lineage.KEY]
-        if run.info.status != "RUNNING" or "mlflow.parentRunId" in run.data.tags:
-            continue
-        if key not in held:
-            held[key] = ledger is not None and lease.is_held(ledger, key, folder)
-        if not held[key]:
-            yield Complaint(
-                f"search run {run.info.run_id} is RUNNING, and nobody works on it",
+    left = [*_running(model), *_uploads(model)]
+    keys = {key for key, _ in left if key}
+    ledger, folder = model.ledger, registry.lease_folder()
+    held = lease.held(ledger, keys, folder) if ledger is not None else set()
+    yield from (complaint for key, complaint in left if key not in held)
+
+
+def _running(model: _Registered) -> Iterator[tuple[str, Complaint]]:
+    """Runs that are RUNNING, with the key of the request whose lease tells whether they are."""
+    client = model.client
+    keys = {
+        search.info.run_id: search.data.tags.get(lineage.KEY, "")
+        for search in model.searches
+        if lineage.STUDY not in search.data.tags
+    }
+    for run in tracking.find_runs(client, {}, status="RUNNING"):
+        run_id, tags = run.info.run_id, run.data.tags
+        what = f"{tags.get(lineage.ROLE, 'some')} run {run_id} is RUNNING"
+        of = run_id if run_id in keys else tags.get("mlflow.parentRunId", "")
+        owners = tags.get(lineage.MODEL), tags.get(lineage.VERSION, "").rpartition("/")[0]
+        if of in keys:
+            complaint = Complaint(
+                f"{what}, and nobody works on it",
                 "its process was killed",
-                "--fix ends it and what runs below it; the same command continues it anyway",
-                partial(tracking.end_dead, client, run),
+                "--fix ends it as KILLED; the same command continues the search anyway",
+                partial(client.set_terminated, run_id, "KILLED"),
             )
-        for left in registry.uploads(
-            client, run.info.experiment_id, {lineage.REQUEST: run.data.tags[lineage.REQUEST]}
-        ):
-            if left.status == LoggedModelStatus.PENDING and not held[key]:
-                yield Complaint(
-                    f"logged model {left.model_id} of run {run.info.run_id} is PENDING",
-                    "its process was killed while it uploaded",
-                    "--fix marks it as FAILED; the same command uploads again",
-                    partial(client.finalize_logged_model, left.model_id, LoggedModelStatus.FAILED),
-                )
+            yield keys[of], complaint
+        elif model.name in owners and time.time() - run.info.start_time / 1000.0 > _LONG_S:
+            complaint = Complaint(
+                f"{what} for more than a day",
+                "its process was killed, or is at it still: evaluations and studies hold no lease, "
+                "so nobody can tell",
+                'look for the process; if there is none, end the run: python -c "import mlflow; '
+                f"mlflow.MlflowClient().set_terminated('{run_id}', 'KILLED')\"",
+            )
+            yield "", complaint
 
 
-def _asides(patient: _Patient) -> Iterator[Complaint]:
+def _uploads(model: _Registered) -> Iterator[tuple[str, Complaint]]:
+    """Logged models that no version is made of, with the key of their request."""
+    client = model.client
+    remedies = {
+        LoggedModelStatus.PENDING: "--fix marks it as FAILED; the same command uploads again",
+        LoggedModelStatus.READY: "--fix deletes it; `mlflow gc` then removes its files",
+    }
+    for experiment in sorted({search.info.experiment_id for search in model.searches}):
+        for logged in registry.uploads(client, experiment, {lineage.MODEL: model.name}):
+            if logged.status not in remedies or registry.is_registered(client, logged.model_id):
+                continue
+            complaint = Complaint(
+                f"logged model {logged.model_id} of run {logged.source_run_id} is {logged.status}, "
+                "and no version is made of it",
+                "its process was killed before it was registered, or its version was deleted",
+                remedies[logged.status],
+                partial(_discard, client, logged.model_id),
+            )
+            yield logged.tags.get(lineage.KEY, ""), complaint
+
+
+def _discard(client: Store, logged_id: str) -> None:
+    """End an upload that is not complete and delete one that is, unless it was registered since."""
+    logged = registry.find_upload(client, logged_id)
+    if logged is None or registry.is_registered(client, logged_id):
+        return
+    if logged.status == LoggedModelStatus.PENDING:
+        client.finalize_logged_model(logged_id, LoggedModelStatus.FAILED)
+    else:
+        client.delete_logged_model(logged_id)
+
+
+def _asides(model: _Registered) -> Iterator[Complaint]:
     """Ledgers that were made and not needed."""
-    for experiment_id, title in leftovers(patient.client, patient.name):
+    for experiment_id, title in leftovers(model.client, model.name):
         yield Complaint(
             f"experiment {title!r} is the beginning of a ledger that nobody uses",
             "a process was killed while it made one, or another was quicker",
             "--fix deletes it",
-            partial(patient.client.delete_experiment, experiment_id),
+            partial(model.client.delete_experiment, experiment_id),
         )
 
 
-def _digests(patient: _Patient) -> Iterator[Complaint]:
+def _digests(model: _Registered) -> Iterator[Complaint]:
     """The bytes of soups against the digests that they were registered with."""
-    for version, found in tqdm(patient.soups, "read soups", unit="version", disable=None):
+    for version, found in tqdm(model.soups, "read soups", unit="version", disable=None):
         try:
-            check_stored(patient.client, version, found.tags[lineage.DIGEST])
-        except (ParentError, StoreError) as error:
-            if error.__cause__ is not None and isinstance(error, StoreError):
-                raise  # the store is away: that says nothing of the version
+            check_stored(model.client, version, found.tags[lineage.DIGEST])
+        except SoupError as error:
+            if is_transient(error) or is_full(error):
+                raise  # the store is away, or our disk is full: that says nothing of the version
             yield Complaint(
                 f"{error.what} ({error.where})",
-                "the artifact store lost or changed them after they were registered",
-                f"do not use {version}; delete it, and run its request again",
+                "the artifact store lost or changed its files after they were registered, or does "
+                "not let you read them",
+                f"do not use {version} before its files are back; else delete it, and run its "
+                "request again",
             )

@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mlflow_soup.durable import on_disk, replace
@@ -130,14 +130,51 @@ def _begin(client: Store, name: str, key: str, folder: Path) -> Lease | None:
         return None
 
 
-def is_held(ledger: Ledger, key: str, folder: Path) -> bool:
-    """Whether anybody works on a request now; listens for a sign of life from other machines."""
-    entries = ledger.read(_series(key))
-    if not entries or entries[-1].mark == _ENDED:
-        return False
-    with _locked(folder, key) as ours:
-        last = entries[-1]
-        return not ours or not _is_dead(ledger, key, last, _identity(folder))
+def held(ledger: Ledger, keys: set[str], folder: Path) -> set[str]:
+    """The requests that anybody works on now; listens once for signs of life from other machines.
+
+    Args:
+        ledger: of the registered model.
+        keys: of the requests that are asked about.
+        folder: as of `hold`.
+    """
+    found, silent = set[str](), dict[str, Entry]()
+    for key in sorted(keys):
+        last = next(iter(ledger.read(_series(key))[::-1]), None)
+        if last is None or last.mark == _ENDED:
+            continue
+        with _locked(folder, key) as ours:
+            if not ours:
+                found.add(key)
+            elif last.told.get("cache") != _identity(folder):
+                silent[key] = last
+    if silent:
+        hosts = sorted({str(last.told.get("host", "unknown")) for last in silent.values()})
+        logger.warning(
+            "listening to %s for up to %.0f s: are they still at work?", ", ".join(hosts), GRACE_S
+        )
+    heard = _listen(ledger, silent)
+    return found | {key for key, newest in heard.items() if newest.mark != _ENDED}
+
+
+def _listen(ledger: Ledger, lasts: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What each request's lease shows anew, until all have or grace is over.
+
+    Clocks of other machines are not trusted: what counts is how long we see no beat, while the
+    store is there; when it was away for us it was so for the holder.
+    """
+    heard: dict[str, Entry] = {}
+    quiet = 0.0
+    while quiet <= GRACE_S and len(heard) < len(lasts):
+        begin = time.monotonic()
+        time.sleep(LOOK_S)
+        for key in lasts.keys() - heard.keys():
+            newest = ledger.read(_series(key))[-1]
+            if (newest.number, newest.mark) != (lasts[key].number, lasts[key].mark):
+                heard[key] = newest
+        took = time.monotonic() - begin
+        quiet = quiet + took if took < 5.0 * LOOK_S + 1.0 else 0.0
+    return heard
 
 
 def _series(key: str) -> str:
@@ -191,22 +228,11 @@ def _claim(ledger: Ledger, key: str, folder: Path) -> Lease:
 
 
 def _is_dead(ledger: Ledger, key: str, last: Entry, here: str) -> bool:
-    """Whether the holder of a lease gives no sign of life; False as soon as anything happens.
-
-    Clocks of other machines are not trusted: what counts is how long we see no beat, while the
-    store is there; when it was away for us it was so for the holder.
-    """
+    """Whether the holder of a lease gives no sign of life; False as soon as anything happens."""
     if last.told.get("cache") == here:
         return True  # else it would have the lock that we have
-    quiet = 0.0
-    while quiet <= GRACE_S:
-        begin = time.monotonic()
-        time.sleep(LOOK_S)
-        newest = ledger.read(_series(key))[-1]
-        took = time.monotonic() - begin
-        quiet = quiet + took if took < 5.0 * LOOK_S + 1.0 else 0.0
-        if (newest.number, newest.mark) != (last.number, last.mark):
-            return False
+    if _listen(ledger, {key: last}):
+        return False
     logger.warning("no sign of life from %s", last.told.get("host", "its holder"))
     return True
 

@@ -399,7 +399,9 @@ def register(
         logged = client.once(
             lambda: next(iter(uploads(client, experiment, attempt)), None),
             lambda: client.create_logged_model(
-                experiment, "soup", run_id, {**tags, **attempt}, params, "causal-lm"
+                *(experiment, "soup", run_id),
+                {**tags, **attempt, lineage.MODEL: name},
+                *(params, "causal-lm"),
             ),
             "create a logged model",
         )
@@ -449,6 +451,23 @@ def uploads(client: Store, experiment: str, tags: Mapping[str, str]) -> list[Log
     """The logged models of an experiment with these tags."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     return pages(client.search_logged_models, [experiment], query)
+
+
+def find_upload(client: Store, logged_id: str) -> LoggedModel | None:
+    """A logged model, or None when it is gone."""
+    with asking(f"look up {logged_id}"):
+        try:
+            return client.get_logged_model(logged_id)
+        except MlflowException as error:
+            if error.error_code == _NOT_FOUND:
+                return None
+            raise
+
+
+def is_registered(client: Store, logged_id: str) -> bool:
+    """Whether a version of any model is made of a logged model."""
+    with asking(f"look for versions of {logged_id}"):
+        return bool(pages(client.search_model_versions, f"source_path = 'models:/{logged_id}'"))
 
 
 def _read_back(client: Store, logged: LoggedModel, temporary: Path) -> Path:

@@ -113,6 +113,7 @@ def run_study(name: str, spec: Spec) -> Report:
         "mlflow.runName": f"study {name} of {session.name}",
         lineage.ROLE: "study",
         lineage.METHOD: name,
+        lineage.MODEL: session.name,
     }
     with tracking.open_run(session.client, session.spec.experiment, tags) as run_id:
         said = {f"cfg.{f.name}": getattr(session.spec, f.name) for f in fields(session.spec)}

@@ -171,14 +171,9 @@ def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:
     for run in runs:
         if run.info.run_id != heir:
             log(client, run.info.run_id, tags={lineage.ORPHANED_BY: heir})
-        end_dead(client, run, but=heir)
-
-
-def end_dead(client: Store, run: Run, *, but: str = "") -> None:
-    """End a run that nobody works on, and what is running below it; one of them is left alone."""
-    for left in (run, *find_runs(client, {"mlflow.parentRunId": run.info.run_id})):
-        if left.info.run_id != but and left.info.status == "RUNNING":
-            client.set_terminated(left.info.run_id, "KILLED")
+        for left in (run, *find_runs(client, {"mlflow.parentRunId": run.info.run_id})):
+            if left.info.run_id != heir and left.info.status == "RUNNING":
+                client.set_terminated(left.info.run_id, "KILLED")
 
 
 def log(
@@ -238,12 +233,22 @@ def fetch(client: Store, run_id: str, file: str, folder: Path) -> Path:
     return client.download(download, there, f"fetch {file} of run {run_id}")
 
 
-def find_runs(client: Store, tags: Mapping[str, str]) -> list[Run]:
-    """All runs with these tags, in any experiment, oldest first."""
-    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+def find_runs(client: Store, tags: Mapping[str, str], *, status: str = "") -> list[Run]:
+    """All runs with these tags, in any experiment, oldest first.
+
+    Args:
+        client: of the store.
+        tags: to be equal; none of ours holds a quote or a backslash, so that no run has what does.
+        status: RUNNING, FINISHED …; empty for any.
+    """
+    if any(mark in value for value in tags.values() for mark in "'\\"):
+        return []
+    clauses = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
+    clauses += [f"attributes.status = '{status}'"] if status else []
     experiments = [e.experiment_id for e in pages(client.search_experiments)]
     order = ["attributes.start_time ASC"]
-    return pages(client.search_runs, experiments, query, order_by=order)
+    found = pages(client.search_runs, experiments, " and ".join(clauses), order_by=order)
+    return [run for run in found if tags.items() <= run.data.tags.items()]  # some take `A` for `a`
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def entries(book):
 
 def test_a_lease_ends_with_its_work_however_it_ends(book, tmp_path):
     with lease.hold(book.client, MODEL, KEY, tmp_path):
-        assert lease.is_held(book, KEY, tmp_path)
-    assert not lease.is_held(book, KEY, tmp_path)
+        assert lease.held(book, {KEY}, tmp_path) == {KEY}
+    assert lease.held(book, {KEY}, tmp_path) == set()
     with pytest.raises(ValueError, match="no"), lease.hold(book.client, MODEL, KEY, tmp_path):
         raise ValueError("no")
     assert [(e.number, e.mark) for e in entries(book)] == [(1, "ended"), (2, "ended")]
@@ -173,3 +173,25 @@ def test_a_holder_is_not_dead_because_the_store_was_away(book, tmp_path, monkeyp
     begin = time.monotonic()
     with lease.hold(book.client, MODEL, KEY, tmp_path):
         assert time.monotonic() - begin > 3.0 * lease.GRACE_S
+
+
+def test_holders_elsewhere_are_listened_to_once_for_all_and_it_is_said(book, tmp_path, caplog):
+    for name in "abc":
+        told = {"host": f"pod-{name}", "cache": "of another machine"}
+        assert book.append(f"lease/{name * 32}", 1, told)
+    keys = {name * 64 for name in "abc"}
+    end_of_b = threading.Timer(0.5, book.mark, (f"lease/{'b' * 32}", 1, "ended"))
+    beat_of_c = threading.Timer(0.5, book.mark, (f"lease/{'c' * 32}", 1, "beat 7"))
+    end_of_b.start()
+    beat_of_c.start()
+    begin = time.monotonic()
+    assert lease.held(book, keys, tmp_path) == {"c" * 64}
+    assert time.monotonic() - begin < 2 * lease.GRACE_S
+    assert "listening to pod-a, pod-b, pod-c" in caplog.text
+
+
+def test_where_nobody_has_a_lease_nobody_is_listened_to(book, tmp_path):
+    begin = time.monotonic()
+    assert lease.held(book, {KEY}, tmp_path / "new") == set()
+    assert lease.held(book, set(), tmp_path / "newer") == set()
+    assert time.monotonic() - begin < lease.GRACE_S

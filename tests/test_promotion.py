@@ -5,11 +5,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from click.testing import CliRunner
 
 from conftest import MODEL
-from mlflow_soup import Spec, doctor, errors, gate, lineage, promotion, registry, release, tracking
-from mlflow_soup.cli import main
+from mlflow_soup import Spec, errors, gate, lineage, promotion, registry, release, tracking
 from mlflow_soup.ledger import Ledger, open_ledger
 from mlflow_soup.naming import Target, parse_target
 from mlflow_soup.records import Evidence, Score, Version
@@ -228,106 +226,3 @@ def test_the_verdict_that_a_promotion_rests_on_is_the_gates(client, outcome):
     rules = gate.Rules(0.05, 0.95)
     soup_again = replace(roles["soup"], version=outcome.soup.version)
     assert gate.judge(soup_again, parents, [], rules) == outcome.verdict
-
-
-# -- the doctor ------------------------------------------------------------------------------------
-
-
-def complaints(client, **options):
-    return list(doctor.examine(MODEL, **options)[1])
-
-
-def mended(client):
-    """What complaints are left after all repairs."""
-    for complaint in complaints(client, digests=False):
-        doctor.mend(complaint)
-    return [complaint.what for complaint in complaints(client, digests=False)]
-
-
-def test_a_sound_model_has_no_complaints(client, outcome):
-    assert complaints(client) == []
-
-
-def test_the_doctor_marks_what_was_cut_short(client, outcome):
-    begun(client, outcome.soup.version.number, minutes_ago=30)
-    (complaint,) = complaints(client, digests=False)
-    assert "was begun and not finished" in complaint.what
-    assert mended(client) == []
-    assert at(client) == 4
-    assert [entry.mark for entry in told(client)] == ["made", "made"]
-
-
-def test_the_doctor_writes_down_what_was_moved_by_hand(client, outcome):
-    client.set_registered_model_alias(MODEL, "champion", "2")
-    (complaint,) = complaints(client)
-    assert "points to v2" in complaint.what
-    assert "by hand" in complaint.why
-    assert mended(client) == []
-    assert at(client) == 2
-    assert told(client)[-1].told.items() >= {"to": 2, "from": 4}.items()
-    client.delete_registered_model_alias(MODEL, "champion")
-    (complaint,) = complaints(client)
-    assert "points to nothing" in complaint.what
-    assert mended(client) == []
-
-
-def test_the_doctor_deletes_what_was_registered_twice_unless_it_is_used(client, outcome):
-    tags = registry.tags_of(client, outcome.soup.version)
-    for _ in range(2):
-        soup(client, **tags)
-    client.set_registered_model_alias(MODEL, "live", "6")
-    assert [c.repair is not None for c in complaints(client, digests=False)] == [True, False]
-    assert mended(client) == ["toy-llm v6 and toy-llm v4 are soups of one request"]
-    assert sorted(int(v.version) for v in client.search_model_versions(f"name='{MODEL}'")) == [
-        *(1, 2, 3, 4, 6)
-    ]
-
-
-def test_the_doctor_tells_of_forged_verdicts_and_misplaced_aliases(client, outcome):
-    client.set_model_version_tag(MODEL, "4", "soup.gate", "refused")
-    said = [c.what for c in complaints(client, digests=False)]
-    assert len(said) == 2
-    assert "@champion points to soup toy-llm v4, whose gate is refused" in said
-    client.set_model_version_tag(MODEL, "4", "soup.gate", "passed")
-    client.set_model_version_tag(MODEL, "4", "soup.gate_run_id", "nowhere")
-    (complaint,) = complaints(client, digests=False)
-    assert "there is no run that judged it" in complaint.what
-
-
-def test_the_doctor_ends_what_nobody_works_on(client, outcome):
-    experiment = client.get_experiment_by_name("soups").experiment_id
-    tags = {"soup.model": MODEL, "soup.role": "search", "soup.key": "k", "soup.request": "r"}
-    search = client.begin_run(experiment, "search", tags)
-    ood = client.begin_run(experiment, "ood", {"mlflow.parentRunId": search})
-    client.create_logged_model(experiment, "soup", search, {"soup.request": "r"})
-    assert len(complaints(client)) == 2
-    assert mended(client) == []
-    assert [client.get_run(run).info.status for run in (search, ood)] == ["KILLED", "KILLED"]
-
-
-def test_the_doctor_reads_the_bytes(client, outcome):
-    client.set_model_version_tag(MODEL, "4", "soup.digest", "sha256:0")
-    assert any("holds other weights" in c.what for c in complaints(client))
-    assert not any("holds other weights" in c.what for c in complaints(client, digests=False))
-
-
-def test_the_doctor_tells_of_parents_that_are_gone(client, outcome):
-    client.delete_model_version(MODEL, "1")
-    (complaint,) = complaints(client)
-    assert complaint.what == "toy-llm v1, of which toy-llm v4 was made, is gone"
-
-
-def test_the_command_says_what_disagrees_and_repairs_it(client, outcome):
-    client.set_registered_model_alias(MODEL, "champion", "2")
-    command = ["doctor", "--model", MODEL, "--digests", "no"]
-    found = CliRunner().invoke(main, command)
-    assert found.exit_code == 3
-    assert "alias champion points to v2" in found.stdout
-    assert "    why: it was moved by hand" in found.stdout
-    assert "    fix: --fix writes into the ledger" in found.stdout
-    assert found.stdout.endswith("toy-llm: 1 complaint\n")
-    mended = CliRunner().invoke(main, [*command, "--fix"])
-    assert (mended.exit_code, "    repaired\n" in mended.stdout) == (0, True)
-    assert mended.stdout.endswith("toy-llm: no complaints\n")
-    assert CliRunner().invoke(main, command).exit_code == 0
-    assert CliRunner().invoke(main, ["doctor", "--model", "nobody"]).exit_code == 4

@@ -190,3 +190,19 @@ def test_passwords_in_uris_are_not_repeated():
     assert "hunter2" not in errors.redact("mysql://host/db?password=hunter2 gone")
     shown = str(errors.StoreError("at http://u:hunter2@h", where="w", fix="f"))
     assert "hunter2" not in shown
+
+
+@pytest.mark.parametrize("value", ["a'b", "' or '", "a\\", "'"])
+def test_nothing_is_found_by_what_would_end_the_filter(client, value):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    client.begin_run(experiment, "x", {"soup.digest": value})
+    assert tracking.find_runs(client, {"soup.digest": value}) == []
+
+
+def test_runs_are_found_by_status_too(client):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    ended, running = (client.begin_run(experiment, "x", {"soup.key": "k"}) for _ in "ab")
+    client.set_terminated(ended)
+    for tags in ({}, {"soup.key": "k"}):
+        (found,) = tracking.find_runs(client, tags, status="RUNNING")
+        assert found.info.run_id == running
