@@ -148,16 +148,21 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
         number = standing.number if standing is not None else None
         if not last.mark:
             stands = last.told.get("to") == number
+            if promotion.is_under_way(last):
+                remedy = "its process may be at it: look again in ten minutes"
+            elif stands:
+                remedy = "--fix marks it as made: nothing moves"
+            else:
+                remedy = "--fix marks it as void: nothing moves; run the promotion again if it is "
+                remedy += "still wanted"
+            settle = partial(promotion.settle, ledger, series, last)
             yield Complaint(
                 f"promotion {last.number} to {target}, of v{last.told.get('to')}, was begun and "
                 "not finished",
                 f"its process was killed in between, or is at it now; {target} points to "
                 f"{_shown(number)}",
-                "--fix marks it as made: nothing moves"
-                if stands
-                else "--fix marks it as void: nothing moves; run the promotion again if it is "
-                "still wanted",
-                partial(promotion.settle, ledger, series, last),
+                remedy,
+                None if promotion.is_under_way(last) else settle,
             )
         elif made is not None and made.told.get("to") != number:
             told = {"to": number, "from": made.told.get("to"), "moved": "past mlflow-soup"}

@@ -82,7 +82,7 @@ def promote(
         ledger, series = open_ledger(client, owner), series_of(target)
         entries = ledger.read(series)
         if entries and not entries[-1].mark:
-            if entries[-1].told.get("to") != version.number and _is_under_way(entries[-1]):
+            if entries[-1].told.get("to") != version.number and is_under_way(entries[-1]):
                 raise _overtaken(target, version, standing(client, owner, target))
             entries[-1] = settle(ledger, series, entries[-1])
         previous = standing(client, owner, target)
@@ -125,7 +125,7 @@ def made(entries: Sequence[Entry]) -> int | None:
     return numbers[-1] if numbers else None
 
 
-def _is_under_way(entry: Entry) -> bool:
+def is_under_way(entry: Entry) -> bool:
     """Whether the process that wrote an entry may still be at it."""
     try:
         age = datetime.now(UTC) - datetime.fromisoformat(str(entry.told.get("at")))

@@ -1,6 +1,7 @@
 """What disagrees, how that can be, and what --fix does about it."""
 
 import time
+from datetime import UTC, datetime
 
 import pytest
 from click.testing import CliRunner
@@ -93,6 +94,13 @@ def test_what_was_begun_and_moved_nothing_is_void(client, outcome):
     assert "as void: nothing moves; run the promotion again" in complaint.remedy
     assert mended(client) == []
     assert (at(client), told(client)[-1].mark) == (4, promotion.VOID)
+
+
+def test_a_promotion_under_way_is_left_alone(client, outcome):
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    open_ledger(client, MODEL).append(SERIES, 2, {"to": 3, "from": 4, "at": now})
+    (complaint,) = complaints(client, digests=False)
+    assert (complaint.repair, complaint.remedy[-14:]) == (None, "in ten minutes")
 
 
 def test_what_was_moved_and_not_marked_is_made(client, outcome):
@@ -290,7 +298,7 @@ def test_uploads_of_soups_say_of_which_model_they_are(client, outcome):
 def test_what_somebody_works_on_is_left_alone(client, outcome, monkeypatch):
     upload(client, search(client))
     monkeypatch.setattr(lease, "BEAT_S", 0.2)
-    with lease.hold(open_ledger(client, MODEL), "k", registry.lease_folder()):
+    with lease.hold(client, MODEL, "k", registry.lease_folder()):
         assert said(client) == []
 
 
