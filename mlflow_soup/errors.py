@@ -16,7 +16,7 @@
 A gate that refuses is a `Verdict`, not an exception; the commands turn it into exit code 3.
 """
 
-from mlflow_soup.redaction import redact as redact
+from mlflow_soup.redaction import redact
 
 
 class SoupError(Exception):

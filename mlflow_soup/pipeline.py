@@ -151,7 +151,11 @@ def run(spec: Spec) -> Outcome:
         SpecError: the request is wrong; nothing was touched.
         ParentError: a parent is missing, damaged, or unlike the other.
         ObjectiveError: a parent has no finite score, or a task's data cannot be loaded.
-        RegistryError: MLflow refused or cannot be reached.
+        GateError: what stands in its place was put there by hand meanwhile.
+        OvertakenError: another promotion came between, or another process took over.
+        RegistryError: MLflow refused.
+        StoreError: a store was away for longer than patience lasts, or a disk is full; what was
+            evaluated is kept, and the same request continues.
     """
     job, champions = _prepare(spec)
     client, spec, name, versions = job.client, job.spec, job.session.name, job.versions

@@ -28,10 +28,10 @@ from mlflow_soup.errors import (
     SoupError,
     SpecError,
     StoreError,
-    redact,
 )
 from mlflow_soup.naming import Target, VersionRef, check_name
 from mlflow_soup.records import Version
+from mlflow_soup.redaction import redact
 from mlflow_soup.store import Store, asking, pages, where
 
 MODEL_ENV = "MLFLOW_SOUP_MODEL"

@@ -31,7 +31,8 @@ from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from sqlalchemy.exc import SQLAlchemyError
 
 from mlflow_soup import lineage
-from mlflow_soup.errors import RegistryError, StoreError, redact
+from mlflow_soup.errors import RegistryError, StoreError
+from mlflow_soup.redaction import redact
 
 logger = logging.getLogger("mlflow_soup")
 T = TypeVar("T")

@@ -24,8 +24,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.fluent import _get_experiment_id
 
 from mlflow_soup import lineage, scores
-from mlflow_soup.errors import OvertakenError, SoupError, SpecError, redact
+from mlflow_soup.errors import OvertakenError, SoupError, SpecError
 from mlflow_soup.records import Evidence, Recipe, Score, Trial, Version
+from mlflow_soup.redaction import redact
 from mlflow_soup.scores import Scores
 from mlflow_soup.store import Store, pages, where
 

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from requests.exceptions import ConnectionError as ConnectionFailed
 from sqlalchemy.exc import OperationalError
 
+from mlflow_soup import errors
 from mlflow_soup.errors import StoreError
 from mlflow_soup.redaction import purge, redact, redact_record, redacting
 
@@ -252,3 +253,12 @@ def test_no_text_takes_long(unit):
     began = time.process_time()
     redact(text)
     assert time.process_time() - began < 20.0  # a second or two; minutes, were it quadratic
+
+
+def test_passwords_in_uris_are_not_repeated():
+    text = "API request to http://user:hunter2@host:5000/api failed"
+    assert redact(text) == "API request to http://host:5000/api failed"
+    assert redact("postgresql://u:p@ss@host/db") == "postgresql://host/db"
+    assert "hunter2" not in redact("mysql://host/db?password=hunter2 gone")
+    shown = str(errors.StoreError("at http://u:hunter2@h", where="w", fix="f"))
+    assert "hunter2" not in shown

@@ -183,15 +183,6 @@ def _read_badly():
     raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/model")
 
 
-def test_passwords_in_uris_are_not_repeated():
-    text = "API request to http://user:hunter2@host:5000/api failed"
-    assert errors.redact(text) == "API request to http://host:5000/api failed"
-    assert errors.redact("postgresql://u:p@ss@host/db") == "postgresql://host/db"
-    assert "hunter2" not in errors.redact("mysql://host/db?password=hunter2 gone")
-    shown = str(errors.StoreError("at http://u:hunter2@h", where="w", fix="f"))
-    assert "hunter2" not in shown
-
-
 @pytest.mark.parametrize("value", ["a'b", "' or '", "a\\", "'"])
 def test_nothing_is_found_by_what_would_end_the_filter(client, value):
     experiment = client.get_experiment_by_name("soups").experiment_id
