@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -28,6 +29,7 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
+from tqdm import tqdm
 
 import toy
 from checker import Database
@@ -194,6 +196,7 @@ def start(
             mlflow.set_tracking_uri(place.environment()["MLFLOW_TRACKING_URI"])
             logging.getLogger().handlers.clear()  # pytest's
             _stop_listening()
+            _share_no_locks(tqdm)
             for call in before:
                 call()
             record(place)
@@ -208,6 +211,13 @@ def start(
     process = fork.Process(target=work)
     process.start()
     return process
+
+
+def _share_no_locks(bars: type[tqdm]) -> None:
+    """Give this process locks of its own: those of tqdm are shared by all, also by the killed."""
+    bars.set_lock(threading.RLock())
+    for kind in bars.__subclasses__():
+        _share_no_locks(kind)
 
 
 def _stop_listening() -> None:
