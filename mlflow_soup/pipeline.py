@@ -178,7 +178,7 @@ def run(spec: Spec) -> Outcome:
             existing = registry.find_soup(client, name, same)
         check()
         version = existing or _write_and_register(job, run_id, found.recipe, trials)
-        its = registry.tags_of(client, version)
+        its = registry.soup_tags(client, version)
         recipe = job.recipe(lineage.parse_weights(its[lineage.WEIGHTS]))
         digest = its[lineage.DIGEST]
         held_out = scored(trials, recipe, "the soup")

@@ -192,7 +192,7 @@ def _move(client: Store, version: Version, target: Target, told: Mapping[str, An
 def _copy(client: Store, version: Version, model: str) -> Version:
     """The version's copy in another registered model, made when it is not there yet."""
     tags = tags_of(client, version)
-    digest = tags[lineage.DIGEST]
+    digest = tags.get(lineage.DIGEST, "")
     made: list[Version] = []
 
     def create() -> Version:

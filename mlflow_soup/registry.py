@@ -175,6 +175,43 @@ def tags_of(client: Store, version: Version) -> dict[str, str]:
         return dict(client.get_model_version(version.name, str(version.number)).tags)
 
 
+def soup_tags(client: Store, version: Version) -> dict[str, str]:
+    """The tags of a soup, each of those that it was registered with still there and readable.
+
+    Raises:
+        SpecError: it is no soup, or somebody changed or deleted one.
+    """
+    tags = tags_of(client, version)
+    if lineage.DIGEST not in tags:
+        raise SpecError(
+            f"{version} is no soup: it has no tag {lineage.DIGEST}",
+            where=version.uri,
+            fix="name a version that mlflow-soup run registered",
+        )
+    spoilt = [
+        tag
+        for tag in (lineage.PARENTS, lineage.WEIGHTS, lineage.KEY, lineage.RUN_ID)
+        if tag not in tags
+    ]
+    readers = {
+        lineage.PARENTS: lambda text: lineage.parse_parents(version.name, text),
+        lineage.WEIGHTS: lineage.parse_weights,
+    }
+    for tag, read in readers.items():
+        try:
+            read(tags.get(tag, ""))
+        except ValueError:
+            spoilt.append(tag)
+    if spoilt:
+        raise SpecError(
+            f"somebody changed the tags of {version}: {', '.join(dict.fromkeys(spoilt))}",
+            where=version.uri,
+            fix=f"mlflow-soup verify {version.uri} tells what its manifest says: set them so, or "
+            "delete the version and run its request again",
+        )
+    return tags
+
+
 def trace(client: Store, version: Version) -> family.Family:
     """A version and all that it is made of, generation by generation; each is looked up once.
 

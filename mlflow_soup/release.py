@@ -122,14 +122,7 @@ def _soup_version(client: Store, spec: Spec) -> tuple[Version, dict[str, str]]:
     ref = parse_version(spec.version)
     name = registry.find_model(client, spec.model, [ref])
     version = registry.resolve(client, name, ref)
-    tags = registry.tags_of(client, version)
-    if lineage.DIGEST not in tags:
-        raise SpecError(
-            f"{version} is no soup: it has no tag {lineage.DIGEST}",
-            where=version.uri,
-            fix="name a version that mlflow-soup run registered",
-        )
-    return version, tags
+    return version, registry.soup_tags(client, version)
 
 
 @asking("evaluate the soup")
@@ -204,11 +197,28 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
             where=version.uri,
             fix=_how_to_evaluate(version),
         )
-    roles = tracking.read_evidence(client, runs[-1].info.run_id)
-    roles["soup"] = replace(roles["soup"], version=version)
+    roles = _evidence(client, version, runs[-1].info.run_id)
     for rival in rivals(client, version.name, spec):
         _check_examined(client, version, rival, roles)
     return version, judge(client, version, roles, spec, runs[-1].info.run_id)
+
+
+def _evidence(client: Store, version: Version, run_id: str) -> dict[str, Evidence]:
+    """What an OOD run says of a soup, under the number that it has now.
+
+    Raises:
+        GateError: it is lost or damaged.
+    """
+    roles = tracking.read_evidence(client, run_id) if run_id else {}
+    if "soup" not in roles:
+        raise GateError(
+            f"what was examined of {version} is lost or damaged",
+            where=f"artifacts of run {run_id}"
+            if run_id
+            else f"{version.uri}: no {lineage.GATE_RUN}",
+            fix=_how_to_evaluate(version),
+        )
+    return roles | {"soup": replace(roles["soup"], version=version)}
 
 
 def _how_to_evaluate(version: Version) -> str:
@@ -241,9 +251,8 @@ def point(client: Store, version: Version, target: Target) -> Version:
     """Promote on the strength of a verdict that still applies."""
 
     def check(standing: Version) -> None:
-        gate_run = registry.tags_of(client, version)[lineage.GATE_RUN]
-        roles = tracking.read_evidence(client, gate_run)
-        roles["soup"] = replace(roles["soup"], version=version)
+        gate_run = registry.tags_of(client, version).get(lineage.GATE_RUN, "")
+        roles = _evidence(client, version, gate_run)
         _check_examined(client, version, standing, roles)
 
     return promotion.promote(client, version, target, check)

@@ -128,5 +128,5 @@ def read(path: Path) -> Scores:
             for one in head["scores"]
         },
         head["about"],
-        head["failed"],
+        head.get("failed", ""),
     )

@@ -33,6 +33,8 @@ from mlflow_soup.store import Store, pages, where
 NOTE_LIMIT = 8000  # MLflow's, of a run tag, on databases that enforce it
 _RUN_ENV = "MLFLOW_RUN_ID"
 _HELD_OUT = "held-out"
+# artifacts that are lost or damaged
+_UNREADABLE = (MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @contextlib.contextmanager
@@ -278,7 +280,7 @@ def _read_items(client: Store, run: Run) -> Score | None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             return scores.read(fetch(client, source, lineage.ITEMS, Path(folder))).mean
-        except (MlflowException, OSError, ValueError, KeyError, TypeError):  # lost, or damaged
+        except _UNREADABLE:
             return None
 
 
@@ -350,16 +352,19 @@ def log_evidence(
 
 
 def read_evidence(client: Store, run_id: str) -> dict[str, Evidence]:
-    """What `log_evidence` kept, by role."""
+    """What `log_evidence` kept, by role; nothing where any of it is lost or damaged."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        index = json.loads(fetch(client, run_id, lineage.EVIDENCE, folder).read_text())
         roles = {}
-        for role, entry in index.items():
-            of = dict(scores.read(fetch(client, run_id, entry["scores"], folder)).of)
-            held_out = of.pop(_HELD_OUT)
-            version = Version(entry["model"], entry["version"])
-            roles[role] = Evidence(version, entry["digest"], held_out, tuple(of.items()))
+        try:
+            index = json.loads(fetch(client, run_id, lineage.EVIDENCE, folder).read_text())
+            for role, entry in index.items():
+                of = dict(scores.read(fetch(client, run_id, entry["scores"], folder)).of)
+                held_out = of.pop(_HELD_OUT)
+                version = Version(entry["model"], entry["version"])
+                roles[role] = Evidence(version, entry["digest"], held_out, tuple(of.items()))
+        except _UNREADABLE:
+            return {}
     return roles
 
 

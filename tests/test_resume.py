@@ -3,9 +3,11 @@
 import shutil
 import tempfile
 import threading
+from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from conftest import MODEL, register
 from mlflow_soup import Spec, errors, lease, objective, registry, release, tracking
@@ -280,3 +282,50 @@ def test_parents_registered_meanwhile_do_not_matter(client, count, checkpoints):
     first = run_soup(Spec(pair="v1,v2"))
     register(client, checkpoints[2])
     assert run_soup(Spec(pair="v1,v2")).soup.version == first.soup.version
+
+
+def test_evidence_that_is_damaged_is_measured_anew_and_promotes_nothing(client):
+    first = run_soup(Spec(pair="v1,v2"))
+    (ood,) = tracking.find_runs(client, {"soup.role": "ood"})
+    (file,) = Path(local_file_uri_to_path(ood.info.artifact_uri)).glob("parent-0.parquet")
+    file.write_bytes(file.read_bytes()[:-100])
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    for step in (release.gate, release.promote):
+        with pytest.raises(errors.GateError, match="is lost or damaged"):
+            step(Spec(version="v4", promote="champion"))
+    again = run_soup(Spec(pair="v1,v2", promote="champion"))
+    assert again.soup.version == first.soup.version
+    assert again.verdict.passed
+    assert len(tracking.find_runs(client, {"soup.role": "ood"})) == 2
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [
+        ("soup.parents", "banana"),
+        ("soup.parents", "1,2/x"),
+        ("soup.weights", "0.5,nan"),
+        ("soup.weights", None),
+        ("soup.run_id", None),
+        ("soup.key", None),
+    ],
+)
+def test_tags_that_somebody_changed_are_named(client, outcome, tag, value):
+    if value is None:
+        client.delete_model_version_tag(MODEL, "4", tag)
+    else:
+        client.set_model_version_tag(MODEL, "4", tag, value)
+    for step in (
+        lambda: release.evaluate(Spec(version="v4")),
+        lambda: release.gate(Spec(version="v4")),
+        lambda: release.promote(Spec(version="v4", promote="live")),
+    ):
+        with pytest.raises(errors.SpecError, match=f"changed the tags of toy-llm v4: {tag}"):
+            step()
+
+
+def test_a_verdict_without_its_run_promotes_nothing(client, outcome):
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    client.delete_model_version_tag(MODEL, "4", "soup.gate_run_id")
+    with pytest.raises(errors.GateError, match="lost or damaged"):
+        release.promote(Spec(version="v4", promote="champion"))
