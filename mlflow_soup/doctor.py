@@ -1,7 +1,7 @@
 """What a registered model's ledger, aliases, versions, runs and bytes say of each other.
 
 Others write to the registry too, and processes are killed: where accounts differ, a complaint says
-how that can be and what to do. A repair finishes or takes back what we began; where a person has
+how that can be and what to do. A repair settles or takes back what we began; where a person has
 decided otherwise, it writes that down. It never moves what deployments read by its own judgement.
 """
 
