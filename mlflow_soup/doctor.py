@@ -143,7 +143,7 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
                 "find out who may write to that experiment; later promotions go on from the last",
             )
         last = entries[-1]
-        made = next((entry for entry in entries[::-1] if entry.mark == promotion.MADE), None)
+        made = promotion.last_made(entries)
         standing = registry.standing(model.client, model.name, target)
         number = standing.number if standing is not None else None
         if not last.mark:
@@ -266,11 +266,10 @@ def _verdicts(model: _Registered) -> Iterator[Complaint]:
 
 def _parents(model: _Registered) -> Iterator[Complaint]:
     """Soups whose parents are gone."""
-    for version, _ in model.soups:
-        family = registry.trace(model.client, version)
+    for version, found in model.soups:
         gone = [
             parent
-            for parent, _ in family.members[version].parents
+            for parent, _ in family.read(version, found.tags).parents
             if registry.look_up(model.client, parent) is None
         ]
         if gone:

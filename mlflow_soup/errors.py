@@ -9,6 +9,7 @@
     ├── ObjectiveError               exit 1: an evaluation failed or gave no finite score
     └── RegistryError                exit 1: MLflow refused; its exception is chained
         └── StoreError               exit 6: a store cannot be reached, or has no space
+            └── AwayError            exit 6: it did not answer for as long as patience lasts
 
     `NonFiniteError` is the one ObjectiveError that belongs to a λ rather than to the machine: the
     search keeps it as a failed trial and moves on.
@@ -79,3 +80,7 @@ class StoreError(RegistryError):
     """A store cannot be reached, or has no space left."""
 
     exit_code = 6
+
+
+class AwayError(StoreError):
+    """A store did not answer for as long as patience lasts."""

@@ -90,10 +90,12 @@ def promote(
             try:
                 check(previous)
             except GateError as error:
-                if made(ledger.read(series)) != previous.number:
+                last = last_made(ledger.read(series))
+                if last is None or last.told.get("to") != previous.number:
                     raise  # it was put there by hand
                 raise _overtaken(target, version, previous) from error
-        if previous == version == Version(owner, made(entries) or 0):
+        before = last_made(entries)
+        if previous == version and before is not None and before.told.get("to") == version.number:
             return version
         told = {
             "to": version.number,
@@ -107,10 +109,10 @@ def promote(
         number = len(entries) and entries[-1].number
         if not ledger.append(series, number + 1, told):
             raise _overtaken(target, version, previous)
-        last = ledger.read(series)[-1]
+        newest = ledger.read(series)[-1]
         found = standing(client, owner, target)
         # who was held up for so long that others settled the entry, or went on, moves nothing
-        if last.number == number + 1 and not last.mark and found in (previous, version):
+        if newest.number == number + 1 and not newest.mark and found in (previous, version):
             _move(client, version, target, told)
             found = standing(client, owner, target)
         ledger.mark(series, number + 1, MADE if found == version else VOID)
@@ -119,10 +121,9 @@ def promote(
     return version
 
 
-def made(entries: Sequence[Entry]) -> int | None:
-    """The version that the last promotion which was made put there; None for none."""
-    numbers = [entry.told.get("to") for entry in entries if entry.mark == MADE]
-    return numbers[-1] if numbers else None
+def last_made(entries: Sequence[Entry]) -> Entry | None:
+    """The last promotion that was made; None for none."""
+    return next((entry for entry in reversed(entries) if entry.mark == MADE), None)
 
 
 def is_under_way(entry: Entry) -> bool:

@@ -31,7 +31,7 @@ from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from sqlalchemy.exc import SQLAlchemyError
 
 from mlflow_soup import lineage
-from mlflow_soup.errors import RegistryError, StoreError
+from mlflow_soup.errors import AwayError, RegistryError, StoreError
 from mlflow_soup.redaction import redact
 
 logger = logging.getLogger("mlflow_soup")
@@ -149,10 +149,6 @@ def asking(what: str) -> Iterator[None]:
             where=where(),
             fix="check the store and your permissions there, then run the same command again",
         ) from error
-
-
-class AwayError(StoreError):
-    """The store did not answer for as long as patience lasts."""
 
 
 def _away(what: str, error: BaseException | None) -> AwayError:

@@ -153,9 +153,7 @@ def _ending(
             if isinstance(error, OvertakenError) and found != "RUNNING":
                 status = found  # whoever took over has ended it
             client.hasty.set_terminated(run_id, status)
-            for left in find_runs(client.hasty, {"mlflow.parentRunId": run_id}):
-                if left.info.status == "RUNNING":  # it was being written
-                    client.hasty.set_terminated(left.info.run_id, "KILLED")
+            _end_below(client.hasty, run_id)
         raise
     finally:
         # once, and without MLflow's own retries: a server that is away would hold us up for minutes
@@ -174,9 +172,16 @@ def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:
     for run in runs:
         if run.info.run_id != heir:
             log(client, run.info.run_id, tags={lineage.ORPHANED_BY: heir})
-        for left in (run, *find_runs(client, {"mlflow.parentRunId": run.info.run_id})):
-            if left.info.run_id != heir and left.info.status == "RUNNING":
-                client.set_terminated(left.info.run_id, "KILLED")
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, "KILLED")
+        _end_below(client, run.info.run_id, but=heir)
+
+
+def _end_below(client: Store, run_id: str, *, but: str = "") -> None:
+    """End what is running below a run that was cut short; one of them is left alone."""
+    for left in find_runs(client, {"mlflow.parentRunId": run_id}, status="RUNNING"):
+        if left.info.run_id != but:
+            client.set_terminated(left.info.run_id, "KILLED")
 
 
 def log(
