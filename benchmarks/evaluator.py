@@ -43,11 +43,11 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import toy
-from mlflow_soup import soup
-from mlflow_soup.checkpoint import find
-from mlflow_soup.live import LiveModel, quiet
-from mlflow_soup.objective import Evaluator
-from mlflow_soup.suite import load_suite
+from mlflow_soup.evaluation.evaluator import Evaluator
+from mlflow_soup.evaluation.live import LiveModel, quiet
+from mlflow_soup.evaluation.suite import load_suite
+from mlflow_soup.weights import soup
+from mlflow_soup.weights.find import find_checkpoint
 
 BATCH_SIZE, MAX_LENGTH = 32, 640
 LAMBDAS = (0.9, 0.6, 0.7, 0.5, 0.8)
@@ -276,7 +276,7 @@ def main() -> None:
             toy.save(GPTNeoXForCausalLM(config).to(getattr(torch, chosen.dtype)), root / f"v{i}")
             for i in (1, 2)
         ]
-        parents = [find(folder, folder.name) for folder in folders]
+        parents = [find_checkpoint(folder, folder.name) for folder in folders]
         live = LiveModel(parents[0], chosen.device)
         results = {
             kind: compare(kind, root, parents, live, chosen) for kind in chosen.kinds.split(",")

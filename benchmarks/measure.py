@@ -31,10 +31,10 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import toy
-from mlflow_soup.calibration import WINDOW, calibrate
-from mlflow_soup.checkpoint import find
-from mlflow_soup.live import LiveModel
-from mlflow_soup.statistics import measure
+from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.statistics.calibration import WINDOW, calibrate
+from mlflow_soup.statistics.measure import measure
+from mlflow_soup.weights.find import find_checkpoint
 
 SHAPES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -97,7 +97,7 @@ def cost(folder: Path, way: str, tokens: int, device: str) -> dict[str, Any]:
     """Seconds and bytes of one way, on one text."""
     rng = np.random.default_rng(0)
     letters = list(toy.LETTERS + " ")
-    parent = find(folder, "v1")
+    parent = find_checkpoint(folder, "v1")
     live = LiveModel(parent, device)
     texts = ("".join(rng.choice(letters, WINDOW)) for _ in range(tokens))
     calibration = calibrate(texts, live, tokens=tokens)

@@ -157,10 +157,10 @@ def on_disk(folder: Path, mergekit: Path, rounds: int) -> dict[str, dict[str, fl
 
 def switch_ours(folder: Path) -> dict[str, float]:
     """Seconds of writing Θ(λ) into our live model, once it has its own pages."""
-    from mlflow_soup.checkpoint import find
-    from mlflow_soup.live import LiveModel
+    from mlflow_soup.evaluation.live import LiveModel
+    from mlflow_soup.weights.find import find_checkpoint
 
-    parents = [find(folder / name, name) for name in "ab"]
+    parents = [find_checkpoint(folder / name, name) for name in "ab"]
     live = LiveModel(parents[0], "cpu")
     links = live.link(parents)
     live.set_weights(links, (0.5, 0.5))

@@ -33,12 +33,12 @@ from mlflow import MlflowClient
 
 import corpus
 import tasks
-from mlflow_soup import registry
-from mlflow_soup.checkpoint import find
-from mlflow_soup.live import LiveModel
-from mlflow_soup.objective import Evaluator
+from mlflow_soup.evaluation.evaluator import Evaluator
+from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.records import Items, Version
-from mlflow_soup.suite import load_suite
+from mlflow_soup.registry.pull import pull
+from mlflow_soup.weights.find import find_checkpoint
 
 TASKS = "quickstart_prose:acc,quickstart_prose_bpb:bits_per_byte"
 STEP = 1e-4  # nats; at 1e-3 an item in a thousand changes sides
@@ -49,7 +49,7 @@ def folder(parent: str) -> Path:
     if not parent.startswith("models:/"):
         return Path(parent)
     name, number = parent.removeprefix("models:/").split("/")
-    return registry.pull(MlflowClient(), Version(name, int(number)))
+    return pull(MlflowClient(), Version(name, int(number)))
 
 
 def save(path: Path, lam: list[float], curve: list[Items]) -> None:
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "recorded")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    parents = [find(folder(parent), parent) for parent in (chosen.old, chosen.new)]
+    parents = [find_checkpoint(folder(parent), parent) for parent in (chosen.old, chosen.new)]
     with tempfile.TemporaryDirectory() as temporary:
         sizes = dataclasses.replace(
             tasks.Sizes(), items=chosen.items, bpb_chunks=chosen.chunks, code_items=100

@@ -44,9 +44,11 @@ import landscapes
 import mlflow_soup
 import peers
 from landscapes import Landscape
-from mlflow_soup import search
 from mlflow_soup.records import Recipe, Score, Trial
-from mlflow_soup.space import Space
+from mlflow_soup.search import ask as search_ask
+from mlflow_soup.search import recommend as search_recommend
+from mlflow_soup.search.belief import CHOICES
+from mlflow_soup.search.space import Space
 from started import Grid, Random, Weights
 
 BUDGET = 20
@@ -83,7 +85,7 @@ class Ours:
 
     def ask(self, pending: Sequence[Weights]) -> Weights:
         """As the pipeline asks."""
-        recipe = search.ask(
+        recipe = search_ask.ask(
             self.space,
             self.trials,
             acquisition=self.acquisition,
@@ -98,14 +100,14 @@ class Ours:
 
     def recommend(self) -> Weights:
         """As the pipeline does in the end."""
-        return search.recommend(self.space, self.trials).lam
+        return search_recommend.recommend(self.space, self.trials).lam
 
 
 def searchers() -> dict[str, Any]:
     """Name → function of a landscape and a seed; peers that are not installed are left out."""
     table: dict[str, Any] = {
         f"ours {name}": lambda landscape, seed, name=name: Ours(landscape, seed, name)
-        for name in search.CHOICES
+        for name in CHOICES
     }
     return table | {"random": Random, "grid": Grid} | peers.installed()
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from mlflow_soup.errors import SoupError
 from mlflow_soup.records import Outcome
 from mlflow_soup.redaction import redact_record
-from mlflow_soup.spec import Spec
+from mlflow_soup.request.spec import Spec
 
 if TYPE_CHECKING:
-    from mlflow_soup.pipeline import run
-    from mlflow_soup.provenance import merge_checkpoints
-    from mlflow_soup.study import run_study
-    from mlflow_soup.verification import verify
+    from mlflow_soup.workflows.merge import merge_checkpoints
+    from mlflow_soup.workflows.run import run
+    from mlflow_soup.workflows.study import run_study
+    from mlflow_soup.workflows.verify import verify
 
 __all__ = ["Outcome", "SoupError", "Spec", "merge_checkpoints", "run", "run_study", "verify"]
 
@@ -26,19 +26,19 @@ logging.getLogger("mlflow_soup").addFilter(redact_record)
 def __getattr__(name: str) -> Any:
     """Import what works when it is first asked for: mlflow and torch take seconds."""
     if name == "run":
-        from mlflow_soup import pipeline
+        from mlflow_soup.workflows import run
 
-        return pipeline.run
+        return run.run
     if name == "run_study":
-        from mlflow_soup import study
+        from mlflow_soup.workflows import study
 
         return study.run_study
     if name == "merge_checkpoints":
-        from mlflow_soup import provenance
+        from mlflow_soup.workflows.merge import merge_checkpoints
 
-        return provenance.merge_checkpoints
+        return merge_checkpoints
     if name == "verify":
-        from mlflow_soup import verification
+        from mlflow_soup.workflows import verify
 
-        return verification.verify
+        return verify.verify
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

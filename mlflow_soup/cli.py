@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 import click
 
 from mlflow_soup.errors import SoupError, SpecError
-from mlflow_soup.family import FORMATS
-from mlflow_soup.naming import parse_uri
+from mlflow_soup.files.untrusted import parse_yaml
 from mlflow_soup.redaction import guard_process, purge, redact
-from mlflow_soup.spec import STUDIES, Spec, kind
-from mlflow_soup.untrusted import parse_yaml
+from mlflow_soup.registry.family import FORMATS
+from mlflow_soup.request.knobs import kind
+from mlflow_soup.request.names import parse_uri
+from mlflow_soup.request.spec import STUDIES, Spec
 
 
 class SoupGroup(click.Group):
@@ -176,7 +177,7 @@ def run(ctx: click.Context, /, **said: Any) -> None:
     """
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup import pipeline
+        from mlflow_soup.workflows import run as pipeline
 
     outcome = pipeline.run(spec)
     _say(outcome.summary)
@@ -198,7 +199,7 @@ def _add_study(name: str, words: str) -> None:
     def command(**said: Any) -> None:
         spec = _spec(said)
         with _heavy_imports():
-            from mlflow_soup.study import run_study
+            from mlflow_soup.workflows.study import run_study
 
         _say(run_study(name, spec).summary)
 
@@ -213,7 +214,8 @@ def evaluate(**said: Any) -> None:
     """Score a registered soup, its parents and the champion out of domain."""
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup import release, report
+        from mlflow_soup.reporting import report
+        from mlflow_soup.workflows import release
 
     _say(report.ood_table(release.evaluate(spec)))
 
@@ -225,7 +227,8 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
     """Judge a soup by its newest evaluation. Exit code 0 when it passes, 3 when it is refused."""
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup import release, report
+        from mlflow_soup.reporting import report
+        from mlflow_soup.workflows import release
 
     version, verdict = release.gate(spec)
     _say(f"{version}: gate {'passed' if verdict.passed else 'REFUSED'}")
@@ -240,7 +243,7 @@ def promote(**said: Any) -> None:
     """Point an alias, a stage or another model's alias at a soup that passed the gate."""
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup import release
+        from mlflow_soup.workflows import release
 
     version, target = release.promote(spec)
     _say(f"{target} → {version}")
@@ -263,11 +266,12 @@ def lineage(uri: str, form: str) -> None:
     """
     name, ref = parse_uri(uri)
     with _heavy_imports():
-        from mlflow_soup import registry, store
+        from mlflow_soup.registry import store
+        from mlflow_soup.registry.versions import find_model, resolve, trace
 
     client = store.connect()
-    version = registry.resolve(client, registry.find_model(client, name, [ref]), ref)
-    _say(FORMATS[form](registry.trace(client, version)))
+    version = resolve(client, find_model(client, name, [ref]), ref)
+    _say(FORMATS[form](trace(client, version)))
 
 
 @main.command()
@@ -306,9 +310,9 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
         ) from error
     _use_one_thread()
     with _heavy_imports():
-        from mlflow_soup import provenance
+        from mlflow_soup.workflows.merge import merge_checkpoints
 
-    manifest = provenance.merge_checkpoints(parents, lam, out, digests=digests)
+    manifest = merge_checkpoints(parents, lam, out, digests=digests)
     shares = " + ".join(f"{source.lam:g} × {source.uri}" for source in manifest.sources)
     _say(f"{out} = {shares}")
 
@@ -344,7 +348,7 @@ def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
     unreachable or disk full, 1 anything else.
     """
     with _heavy_imports():
-        from mlflow_soup import doctor as doctors
+        from mlflow_soup.workflows import doctor as doctors
 
     name, complaints = doctors.examine(model, digests=digests)
     left = 0
@@ -371,7 +375,7 @@ def verify(ctx: click.Context, soup: str) -> None:
     """
     _use_one_thread()
     with _heavy_imports():
-        from mlflow_soup import verification
+        from mlflow_soup.workflows import verify as verification
 
     verdicts, again = set(), False
     for finding in verification.verify(soup):

@@ -29,7 +29,7 @@ from mlflow import MlflowClient
 import mlflow_soup
 import toy
 from mlflow_soup import Outcome, Spec
-from mlflow_soup.store import Store
+from mlflow_soup.registry.store import Store
 
 if TYPE_CHECKING:  # they import this module
     import checker

@@ -9,7 +9,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mlflow_soup.naming import Target, VersionRef
 from mlflow_soup.records import (
     Digests,
     Distance,
@@ -22,7 +21,8 @@ from mlflow_soup.records import (
     Trial,
     Version,
 )
-from mlflow_soup.space import Space
+from mlflow_soup.request.names import Target, VersionRef
+from mlflow_soup.search.space import Space
 
 # for laws whose every example fits Gaussian processes: few, and the same in every run
 FEW = settings(max_examples=25, deadline=None, derandomize=True)

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,94 +11,41 @@ import pytest
 import mlflow_soup
 
 PACKAGE = Path(mlflow_soup.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-
-NOUNS = ("redaction", "errors", "records")
-# each may import those to its left
-PURE = (
-    "merge",
-    "averaging",
-    "space",
-    "kriging",
-    "landscape",
-    "surrogate",
-    "acquisition",
-    "search",
-    "gate",
-    "lineage",
-    "naming",
-    "spec",
-    "methods",
-    "family",
-    "report",
-    "geometry",
-    "tables",
-    "charts",
-    "batches",
-)
-# none may import another, but for these
-EDGES = {
-    "untrusted": set(),
-    "checkpoint": {"untrusted"},
-    "digests": {"checkpoint"},
-    "compatibility": {"checkpoint", "digests"},
-    "distance": {"checkpoint"},
-    "durable": set(),
-    "soup": {"untrusted", "checkpoint", "digests", "durable"},
-    "live": {"checkpoint"},
-    "calibration": {"live"},
-    "sums": {"durable"},
-    "passes": {"checkpoint", "live", "calibration", "sums"},
-    "statistics": {
-        *("checkpoint", "compatibility", "digests", "durable"),
-        *("live", "calibration", "sums", "passes"),
-    },
-    "scores": set(),
-    "journal": {"durable", "scores"},
-    "store": set(),
-    "tracking": {"scores", "store"},
-    "ledger": {"store"},
-    "lease": {"durable", "ledger", "store"},
-    "registry": {"durable", "store"},
-    "promotion": {"ledger", "registry", "store"},
-    "task_folders": {"untrusted"},
-    "suite": {"live", "task_folders"},
-    "prepared": set(),
-    "objective": {"compatibility", "live", "suite", "prepared"},
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
 }
-REST = (
-    "provenance",
-    "verification",
-    "bench",
-    "job",
-    "trials",
-    "release",
-    "pipeline",
-    "doctor",
-    "pilots",
-    "comparison",
-    "study",
-    "__init__",
-    "cli",
-    "__main__",
-)
+MODULES = sorted(name for name in FILES if not name.endswith("__init__"))
 
-ALLOWED = {"redaction": set(), "errors": {"redaction"}, "records": set()}
-ALLOWED |= {name: {*NOUNS, *PURE[:i]} for i, name in enumerate(PURE)}
-ALLOWED |= {name: {*NOUNS, *PURE, *siblings} for name, siblings in EDGES.items()}
-ALLOWED |= {name: {*NOUNS, *PURE, *EDGES, *REST[:i]} for i, name in enumerate(REST)}
+# each room, and the rooms that it may import from; all may import the nouns
+NOUNS = {"redaction", "errors", "records"}
+ROOMS: dict[str, set[str]] = {
+    "request": set(),
+    "files": set(),
+    "weights": {"files"},
+    "decision": set(),
+    "search": {"request", "decision"},
+    "registry": {"request", "files"},
+    "evaluation": {"files", "weights"},
+    "statistics": {"request", "files", "weights", "evaluation"},
+    "reporting": {"decision", "search"},
+}
+ROOMS["workflows"] = set(ROOMS)
+FACE = {"cli", "__main__", "__init__"}  # may import everything; nothing imports it
 
+# the only rooms, or modules, that import a heavy library
 HOMES = {
-    "mlflow": {"store", "tracking", "ledger", "registry", "trials", "doctor"},
-    "lm_eval": {"task_folders", "suite", "prepared", "objective"},
-    "transformers": {"live", "passes"},
-    "safetensors": {"checkpoint", "sums", "statistics"},
-    "torch": {
-        *("merge", "averaging", "checkpoint", "digests", "distance", "durable", "soup", "live"),
-        *("sums", "passes", "statistics", "prepared", "objective"),
-    },
+    "mlflow": {"registry", "workflows.trials", "workflows.doctor"},
+    "lm_eval": {"evaluation"},
+    "transformers": {"evaluation.live", "statistics.passes"},
+    "safetensors": {"weights", "statistics"},
+    "torch": {"files.writer", "weights", "evaluation", "statistics"},
     "click": {"cli"},
 }
+
+
+def room_of(module):
+    return module.partition(".")[0]
 
 
 def imports(source):
@@ -112,37 +60,63 @@ def imports(source):
 def siblings(source):
     """Modules of the package that a source imports; names of the package itself are __init__'s."""
     for name in imports(source):
-        package, *rest = name.split(".")
-        if package == "mlflow_soup":
-            yield rest[0] if rest and rest[0] in MODULES else "__init__"
+        package, _, rest = name.partition(".")
+        if package != "mlflow_soup":
+            continue
+        while rest and rest not in MODULES:
+            rest = rest.rpartition(".")[0]
+        yield rest or "__init__"
 
 
 def read(module):
-    return (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    return FILES[module].read_text(encoding="utf-8")
 
 
 def test_the_walk_sees_every_way_to_import():
     source = (
         "import torch.nn as nn\n"
-        "from mlflow_soup import gate, run\n"
+        "from mlflow_soup import errors, run\n"
+        "from mlflow_soup.decision import gate\n"
         "def late():\n"
-        "    from mlflow_soup.space import Space\n"
-        "    import mlflow_soup.search\n"
+        "    from mlflow_soup.search.space import Space\n"
+        "    import mlflow_soup.search.ask\n"
     )
     assert "torch.nn" in imports(source)
-    assert sorted(siblings(source)) == ["__init__", "gate", "search", "space"]
+    found = ["__init__", "decision.gate", "errors", "search.ask", "search.space"]
+    assert sorted(siblings(source)) == found
 
 
-def test_every_module_has_its_place():
-    assert set(ALLOWED) == set(MODULES)
+def test_every_module_has_its_room():
+    assert {room_of(module) for module in MODULES} == {*NOUNS, *ROOMS, *FACE} - {"__init__"}
+    assert not any(allowed - set(ROOMS) for allowed in ROOMS.values())
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
-    assert set(siblings(read(module))) <= ALLOWED[module]
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_a_room_imports_only_from_the_rooms_below(module):
+    room = room_of(module)
+    used = {room_of(name) for name in siblings(read(module))}
+    if room in FACE:
+        return
+    if room in NOUNS:
+        order = ("redaction", "errors", "records")
+        assert used <= set(order[: order.index(room)])
+    else:
+        assert used <= {room, *NOUNS, *ROOMS[room]}
 
 
-@pytest.mark.parametrize("module", MODULES)
+def test_rooms_and_modules_import_in_no_circle():
+    TopologicalSorter(ROOMS).prepare()  # raises a CycleError
+    TopologicalSorter({module: set(siblings(read(module))) for module in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.endswith(".__init__")])
+def test_the_door_of_a_room_says_what_is_in_it_and_nothing_else(module):
+    (statement,) = ast.parse(read(module)).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Constant)
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
 def test_imports_are_absolute(module):
     assert not [name for name in imports(read(module)) if name.startswith(".")]
 
@@ -151,13 +125,19 @@ def test_imports_are_absolute(module):
 def test_a_library_is_imported_only_where_it_lives(library):
     users = {m for m in MODULES if library in {name.split(".")[0] for name in imports(read(m))}}
     assert users
-    assert users <= HOMES[library]
+    assert not {m for m in users if not {m, room_of(m)} & HOMES[library]}
 
 
-@pytest.mark.parametrize("module", NOUNS)
+@pytest.mark.parametrize("module", sorted(NOUNS))
 def test_nouns_need_the_standard_library_only(module):
     roots = {name.split(".")[0] for name in imports(read(module))}
     assert roots <= {*sys.stdlib_module_names, "mlflow_soup"}
+
+
+def test_private_names_stay_in_their_module():
+    for module in MODULES:
+        for name in imports(read(module)):
+            assert not (name.startswith("mlflow_soup.") and "._" in name), (module, name)
 
 
 def test_the_command_line_starts_without_anything_heavy():

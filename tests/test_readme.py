@@ -6,9 +6,11 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from mlflow_soup import errors, lineage, search
+from mlflow_soup import errors
 from mlflow_soup.cli import main
-from mlflow_soup.spec import METHODS, Spec
+from mlflow_soup.registry import naming as lineage
+from mlflow_soup.request.spec import METHODS, Spec
+from mlflow_soup.search.belief import CHOICES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,7 +48,7 @@ def test_every_method_is_in_its_table():
 
 
 def test_every_acquisition_is_in_its_table():
-    for name in search.CHOICES:
+    for name in CHOICES:
         assert f"| `{name}` |" in README
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from mlflow_soup.checkpoint import INDEX, SINGLE
+from mlflow_soup.weights.checkpoint import INDEX, SINGLE
 
 LETTERS, DIGITS = "abcdefghijklm", "0123456789"
 END = "<|endoftext|>"

@@ -1,0 +1,367 @@
+"""A live model → `Score`, through lm-eval.
+
+An `Evaluator` freezes the requests of a suite (few-shot examples drawn once, text tokenised once)
+and scores whatever weights the live model has, with lm-eval's own scoring and aggregation: the
+`lm_eval` command gives the same numbers. How the model is asked is up to `prepared`.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2.exceptions import SecurityError
+from lm_eval.api.utils import maybe_delimit
+from lm_eval.evaluator import evaluate
+
+from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.evaluation.live import LiveModel, not_finite, quiet
+from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
+from mlflow_soup.evaluation.suite import (
+    TEMPLATES,
+    Asked,
+    Suite,
+    broken,
+    choice_sizes,
+    contributions,
+    right_choice,
+)
+from mlflow_soup.records import Items, Metric, Score
+from mlflow_soup.weights.compatibility import function_of
+
+Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes; as in Items
+
+# what the lm_eval command seeds few-shot sampling with
+FEWSHOT_SEED = 1234
+
+
+def _quiet_copy(tokenizer: Any) -> Any:
+    """A copy that HFLM may set a pad token on, and that does not warn of documents it will cut."""
+    copied = copy.deepcopy(tokenizer)
+    copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return copied
+
+
+@contextlib.contextmanager
+def _templates_kept() -> Iterator[None]:
+    """Compile a task's templates once; lm-eval does it anew for every document, 0.5 ms each."""
+    kept = functools.lru_cache(maxsize=1024)(TEMPLATES.from_string)
+    TEMPLATES.from_string = kept  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        TEMPLATES.__dict__.pop("from_string", None)  # another thread may have been quicker
+
+
+class Evaluator:
+    """Scores a live model on a suite, always in the same way.
+
+    Args:
+        live: the model; its weights may change between calls, nothing else.
+        suite: what to score it on.
+        evaluator: `prepared`, or `lm-eval` for the way that the `lm_eval` command takes.
+        batch_size: fixed, because log-likelihoods depend on it in the last digits; `prepared`
+            lowers it once, before it starts, where an accelerator has no memory for it.
+        max_length: longest input in tokens; None for the model's own.
+        num_fewshot: for tasks that leave it open.
+        limit: first items of each task only.
+
+    Raises:
+        ObjectiveError: the requests cannot be put to this model.
+    """
+
+    def __init__(
+        self,
+        live: LiveModel,
+        suite: Suite,
+        *,
+        evaluator: str = "prepared",
+        batch_size: int = 32,
+        max_length: int | None = None,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self._live, self._suite, self._limit = live, suite, limit
+        self._evaluator, self._batch_size = evaluator, batch_size
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        arguments = {
+            "pretrained": live.model,
+            "tokenizer": _quiet_copy(live.tokenizer),
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "softmax_dtype": "float32",
+        }
+        if evaluator == "prepared":
+            accelerated = live.model.device.type != "cpu"
+            self._lm: FrozenLM = PreparedLM(**arguments, probes=accelerated)
+        else:
+            self._lm = FrozenLM(**arguments)
+        requests: dict[str, list[Any]] = defaultdict(list)
+        for task in suite.loaded["tasks"].values():
+            with _templates_kept():
+                _freeze(task, num_fewshot, limit)
+            for request in task.instances:
+                requests[request.request_type] += [request] * request.repeats
+        with self._enough_memory(), quiet():
+            self._lm.prepare(requests)
+        self.fingerprint = self._fingerprint()
+        self._answers: dict[tuple[str, str], Answers] = {}
+
+    @property
+    def truncated(self) -> int:
+        """Requests of the last evaluation that were cut to the longest input."""
+        return self._lm.truncated
+
+    def settings(self) -> dict[str, Any]:
+        """What scores depend on besides weights and requests."""
+        versions = ("lm_eval", "torch", "transformers")
+        return {
+            "evaluator": self._evaluator,
+            "batch_size": self._lm.batch_size,
+            "max_length": self._lm.max_length,
+            "dtype": str(self._live.model.dtype),
+            "softmax_dtype": "float32",
+            "device": self._live.model.device.type,
+            **{name: importlib.metadata.version(name) for name in versions},
+        }
+
+    def _fingerprint(self) -> str:
+        # the batch size as it was asked for: what memory was free must not make it another search
+        settings = self.settings() | {"batch_size": self._batch_size}
+        # equal tensors are another model under another config, and equal text other tokens
+        settings["model"] = function_of(self._live.config)
+        settings["tokenizer"] = sorted(self._live.tokenizer.get_vocab().items())
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for term in self._suite.terms:
+            digest.update(str(term).encode())
+        for name, task in sorted(self._suite.loaded["tasks"].items()):
+            config = {k: v for k, v in task.dump_config().items() if k != "metadata"}
+            digest.update(json.dumps([name, task.VERSION, config], default=str).encode())
+            for request in task.instances:  # the document holds the right answer
+                line = [request.request_type, request.doc_id, request.args, request.doc]
+                digest.update(json.dumps(line, default=str).encode())
+        return digest.hexdigest()
+
+    def evaluate(self) -> tuple[tuple[str, Score], ...]:
+        """One score per term, oriented so that larger is better, for the weights as they are.
+
+        Raises:
+            NonFiniteError: a logit that text is generated from, a log-likelihood or a score is not
+                finite (NaN models score well otherwise).
+            ObjectiveError: there is no memory for it.
+        """
+        self._lm.truncated = 0
+        self._live.model.eval()
+        try:
+            with self._enough_memory(), _templates_kept(), quiet():
+                results = evaluate(
+                    self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
+                )
+        except OverflowError as error:  # a perplexity that no number is large enough for
+            raise not_finite(f"a score exceeds all numbers: {error}", "aggregation") from error
+        except SecurityError as error:  # in a template that only scoring asks for
+            names = ", ".join(map(str, self._suite.terms))
+            raise broken(names, "could not be scored", "its templates", error) from error
+        assert results is not None
+        return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
+
+    @contextlib.contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ObjectiveError(
+                f"no memory left for the evaluation: {error}",
+                where=f"batch size {self._lm.batch_size}",
+                fix="lower --batch-size",
+            ) from error
+
+    def texts(self) -> Iterator[str]:
+        """Every item with its right answer, as the model reads it; what has none is left out.
+
+        Of multiple choice the prompt with the right choice, of documents the document, of generated
+        answers the prompt with the reference, the first of several.
+        """
+        for task in self._suite.loaded["tasks"].values():
+            metric = next(iter(task.aggregation()))
+            by_document: dict[int, list[Any]] = defaultdict(list)
+            for request in task.instances:
+                by_document[request.doc_id].append(request)
+            for requests in by_document.values():
+                right = requests[0]
+                if task.OUTPUT_TYPE == "multiple_choice":
+                    gold = right_choice(task, metric, right.doc, len(requests))
+                    if gold < 0:
+                        continue
+                    right = requests[gold]
+                text = "".join(part for part in right.args if isinstance(part, str))
+                if task.OUTPUT_TYPE == "generate_until":
+                    reference = _reference(task, right.doc)
+                    if not reference:
+                        continue
+                    text = maybe_delimit(text, reference, task.config.target_delimiter)
+                yield text
+
+    def score(self) -> Score:
+        """The mean over terms: the objective (Liu et al. 2024, eq. 3)."""
+        return mean_score([score for _, score in self.evaluate()])
+
+    def _score(self, term: Asked, results: Mapping[str, Any]) -> Score:
+        metric, filter_name = term.metric.split(",")
+        leaves = self._suite.leaves(term)
+        rows = {
+            task.config.task: [
+                row
+                for row in results["samples"][task.config.task]
+                if row["filter"] == filter_name and metric in row["metrics"]
+            ]
+            for task in leaves
+        }
+        sign = 1.0 if leaves[0].higher_is_better()[metric] else -1.0
+        weights = self._weights(term, {name: len(r) for name, r in rows.items()})
+        items = tuple(
+            _items(
+                task,
+                term.metric,
+                sign * weights[task.config.task],
+                rows[task.config.task],
+                self._answered(task, term.metric, rows[task.config.task]),
+            )
+            for task in leaves
+        )
+        value = math.fsum(i.weight * math.fsum(np.multiply(i.shares, i.values)) for i in items)
+        stderr = math.sqrt(math.fsum((i.weight * _stderr(i)) ** 2 for i in items))
+        printed = float(results["results"][term.name][term.metric])
+        if not math.isclose(sign * value, printed, rel_tol=1e-9, abs_tol=1e-12):
+            raise ObjectiveError(
+                f"{term} is {printed} in lm-eval, but its items sum to {sign * value}",
+                where="aggregation of lm-eval results",
+                fix="report this: mlflow-soup does not know this task's aggregation",
+            )
+        shown = Metric(term.name, term.metric, printed, stderr, higher_is_better=sign > 0)
+        return Score(sign * printed, stderr, items, (shown,))
+
+    def _answered(self, task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
+        """Right choices and sizes of a task's items, which no weights change: asked for once."""
+        key = (task.config.task, metric)
+        if key not in self._answers:
+            self._answers[key] = _answers(task, metric, rows)
+        return self._answers[key]
+
+    def _weights(self, term: Asked, sizes: Mapping[str, int]) -> dict[str, float]:
+        """Each leaf's weight in the term: by size or equal, as the group says."""
+        group = self._suite.loaded["groups"].get(term.name)
+        by_size = group is None or any(
+            m.weight_by_size
+            for m in group.aggregate_metric_list or ()
+            if m.metric == term.metric.split(",")[0]
+        )
+        total = sum(sizes.values())
+        return {name: n / total if by_size else 1.0 / len(sizes) for name, n in sizes.items()}
+
+
+def _reference(task: Any, doc: Any) -> str:
+    """What should be generated, as lm-eval writes it into few-shot examples; empty for nothing."""
+    target = task.doc_to_target(doc)
+    if isinstance(target, list):  # any of them is right
+        target = target[0] if target else ""
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(doc)[target]
+    return str(target)
+
+
+def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
+    """Build a task's requests once; lm-eval would draw other few-shot examples at every call."""
+    fixed = task.get_config("num_fewshot")
+    if num_fewshot is not None and fixed != 0:  # as lm-eval: 0 in a YAML is meant
+        task.set_config("num_fewshot", num_fewshot)
+    elif fixed is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    try:
+        with quiet():
+            task.build_all_requests(limit=limit)
+    except Exception as error:  # by its templates and its code, of any of its documents
+        where = f"the requests of task {task.config.task}"
+        raise broken(task.config.task, "could not be asked", where, error) from error
+    frozen = task.instances
+
+    def rebuild(**_: Any) -> None:
+        for request in frozen:
+            request.resps, request.filtered_resps = [], {}
+        task._instances = frozen
+
+    task.build_all_requests = rebuild
+
+
+def _answers(task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
+    """Empty for a task without choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return (), ()
+    docs = [(row["doc"], len(row["resps"])) for row in rows]
+    gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
+    return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
+
+
+def _items(
+    task: Any, metric: str, weight: float, rows: Sequence[Mapping[str, Any]], answers: Answers
+) -> Items:
+    likelihoods = tuple(tuple(_likelihoods(row["resps"])) for row in rows)
+    name = metric.split(",")[0]
+    values, shares = contributions(task, metric, [row[name] for row in rows])
+    if not all(map(math.isfinite, values)) or not all(
+        math.isfinite(number) for row in likelihoods for number in row
+    ):
+        raise not_finite(
+            f"{task.config.task} gave log-likelihoods or scores that are not finite",
+            f"{len(rows)} items, metric {metric}",
+        )
+    return Items(
+        task.config.task,
+        metric,
+        weight,
+        tuple(f"{row['doc_hash'][:16]}:{row['prompt_hash'][:16]}" for row in rows),
+        tuple(map(float, values)),
+        tuple(map(float, shares)),
+        likelihoods,
+        *answers,
+    )
+
+
+def _likelihoods(responses: Sequence[Any]) -> Iterator[float]:
+    """The numbers among an item's responses: one per choice or document, none for text."""
+    for response in responses:
+        first = response[0][0] if isinstance(response[0], tuple) else response[0]
+        if isinstance(first, int | float):
+            yield float(first)
+
+
+def _stderr(items: Items) -> float:
+    """Standard error of Σ share·value over its items; lm-eval's own for plain means."""
+    shares, values = np.array(items.shares), np.array(items.values)
+    count = len(values)
+    if count < 2:
+        return 0.0
+    spread = shares**2 @ (values - shares @ values) ** 2
+    return float(np.sqrt(spread * count / (count - 1)))
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """The unweighted mean of scores, its items and metrics those of all."""
+    share = 1.0 / len(scores)
+    return Score(
+        value=math.fsum(score.value for score in scores) * share,
+        stderr=math.sqrt(math.fsum(score.stderr**2 for score in scores)) * share,
+        items=tuple(replace(i, weight=i.weight * share) for s in scores for i in s.items),
+        metrics=tuple(metric for score in scores for metric in score.metrics),
+    )

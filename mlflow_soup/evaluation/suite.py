@@ -1,0 +1,349 @@
+"""lm-eval's tasks by name: found fast, loaded once, and what each of their numbers is made of.
+
+A `Suite` holds loaded tasks and which of their metrics are asked for; it needs no model.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import lm_eval.utils
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval.api import metrics as aggregations
+from lm_eval.api.group import Group
+from lm_eval.tasks import TaskManager
+
+from mlflow_soup.errors import ObjectiveError, SpecError
+from mlflow_soup.evaluation import task_folders
+from mlflow_soup.evaluation.live import quiet
+
+_PIECE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
+
+
+def _sandboxed(env: jinja2.Environment) -> ImmutableSandboxedEnvironment:
+    """The same environment, in which templates see what they are given and nothing behind it."""
+    options = inspect.signature(jinja2.Environment).parameters.keys() - {"extensions"}
+    sandbox = ImmutableSandboxedEnvironment(
+        **{name: getattr(env, name) for name in options if hasattr(env, name)},
+        extensions=list(env.extensions),
+    )
+    sandbox.filters |= env.filters
+    sandbox.tests |= env.tests
+    return sandbox
+
+
+# lm-eval's own runs whatever a task's templates say, as soon as it is loaded
+TEMPLATES = lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One term of an objective: a task or group, and which of its numbers."""
+
+    name: str
+    metric: str  # lm-eval's key, `acc,none`
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.metric.removesuffix(',none')}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Loaded tasks and the terms that are asked of them."""
+
+    terms: tuple[Asked, ...]
+    loaded: Mapping[str, Any]  # lm_eval.tasks.TaskDict
+
+    def leaves(self, term: Asked) -> list[Any]:
+        """The lm-eval tasks below a term that have its metric."""
+        group = self.loaded["groups"].get(term.name)
+        tasks = group.get_all_tasks() if group is not None else [self.loaded["tasks"][term.name]]
+        return [task for task in tasks if term.metric in _metrics(task)]
+
+    def documents(self) -> dict[str, str]:
+        """Hash of every document that will be scored → the task it is in."""
+        return {
+            _hash(json.dumps(doc, sort_keys=True, default=str)): name
+            for name, task in self.loaded["tasks"].items()
+            for doc in task.eval_docs
+        }
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _metrics(task: Any) -> list[str]:
+    """lm-eval's keys of a task, `metric,filter`, in its own order."""
+    filters = [f["name"] for f in task.get_config("filter_list") or [{"name": "none"}]]
+    return [f"{metric},{filter_name}" for filter_name in filters for metric in task.aggregation()]
+
+
+def _folders(names: Sequence[str]) -> list[str]:
+    """The folders of lm-eval's task library that the names point to (`arc_easy` → `arc`).
+
+    Indexing all fourteen thousand shipped YAMLs takes 6 s; these take 0.2 s at most.
+    """
+    spec = find_spec("lm_eval")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    root = Path(spec.submodule_search_locations[0]) / "tasks"
+    return [
+        str(folder)
+        for folder in sorted(root.iterdir())
+        if folder.is_dir()
+        and any(re.match(re.escape(folder.name) + r"($|[_:-])", name) for name in names)
+    ]
+
+
+def _open_manager(names: Sequence[str], include_path: str) -> TaskManager:
+    """lm-eval's index of tasks; complete only where the names do not say which folder is theirs."""
+    own = [path for path in include_path.split(os.pathsep) if path]
+    manager = TaskManager(include_defaults=False, include_path=[*_folders(names), *own])
+    if all(name in manager.task_index for name in names):
+        return manager
+    return TaskManager(include_path=own)
+
+
+def _split(text: str, where: str) -> list[tuple[str, str | None]]:
+    """Comma- or space-separated pieces, each a name and perhaps a metric."""
+    pieces = []
+    for piece in re.split(r"[,\s]+", text.strip().strip(",")):
+        match = _PIECE.fullmatch(piece)
+        if match is None:
+            raise SpecError(
+                f"{piece!r} is no lm-eval task",
+                where=where,
+                fix="write tasks as task, task:metric or task:metric,filter",
+            )
+        pieces.append((match["name"], match["metric"]))
+    return pieces
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
+def load_suite(
+    text: str,
+    *,
+    include_path: str = "",
+    allowed: Collection[str] = (),
+    where: str = "--tasks",
+) -> Suite:
+    """Load tasks by lm-eval name: `task[:metric[,filter]]`, several separated by commas.
+
+    Without a metric the task's first is taken. A piece after `task:metric,` that names no task is
+    that task's filter (`gsm8k:exact_match,flexible-extract`).
+
+    Args:
+        text: what the user wrote.
+        include_path: folders with more task YAMLs, separated as in PATH.
+        allowed: digests of those folders whose code may run, as of `task_folders.digest`.
+        where: which option it came from, for errors.
+
+    Raises:
+        SpecError: an unknown task, metric or filter; the nearest names are given. Or a folder holds
+            code that is not allowed.
+        ObjectiveError: a task's data cannot be loaded.
+    """
+    pieces = _split(text, where)
+    # a lone piece after `task:metric` may be a filter, which no folder is named after
+    maybe_filter = {i for i in range(1, len(pieces)) if pieces[i - 1][1] and not pieces[i][1]}
+    names = [name for i, (name, _) in enumerate(pieces) if i not in maybe_filter]
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    runs_code = task_folders.check(
+        include_path, allowed, "--include-path, or tag soup.include_path"
+    )
+    manager = _open_manager(names, include_path)
+    asked: list[tuple[str, str | None, str | None]] = []
+    for i, (name, metric) in enumerate(pieces):
+        if i in maybe_filter and name not in manager.task_index:
+            before, its_metric, _ = asked.pop()
+            asked.append((before, its_metric, name))
+        elif name in manager.task_index:
+            asked.append((name, metric, None))
+        else:
+            raise SpecError(
+                f"lm-eval knows no task {name!r}",
+                where=where,
+                fix=_near(name, manager.all_tasks) + "own YAMLs: --include-path FOLDER",
+            )
+    with _no_bytecode() if runs_code else contextlib.nullcontext():
+        loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
+    suite = Suite((), loaded)
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise SpecError(
+                f"task {name} runs code that the model writes",
+                where=where,
+                fix="score it elsewhere, in a sandbox; choose another task here",
+            )
+    terms = [
+        _settle(suite, name, metric, chosen, where)
+        for tagged, metric, chosen in asked
+        for name in _untag(manager, tagged)
+    ]
+    if len(set(terms)) < len(terms):
+        twice = next(term for term in terms if terms.count(term) > 1)
+        raise SpecError(f"{twice} is named twice", where=where, fix="name each task once")
+    return replace(suite, terms=tuple(terms))
+
+
+@contextlib.contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Python writes no `__pycache__` meanwhile: it would change the digest of the task folder."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
+def _untag(manager: TaskManager, name: str) -> list[str]:
+    """The tasks under a tag; any other name itself."""
+    entry = manager.task_index[name]
+    return sorted(entry.tags) if entry.kind.name == "TAG" else [name]
+
+
+def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str, Any]:
+    try:
+        with quiet():
+            loaded: Mapping[str, Any] = manager.load(list(names))
+            return loaded
+    except OSError as error:  # datasets' errors for what is neither on disk nor reachable
+        raise ObjectiveError(
+            f"the data of {', '.join(names)} could not be loaded: {error}",
+            where=where,
+            fix="a file: check data_files in the task's YAML, absolute paths are safest; a dataset "
+            "of the Hugging Face Hub: allow access to it, or load it once into the local cache",
+        ) from error
+    except Exception as error:  # a task is its author's YAML and code: anything can happen
+        if str(error).startswith("Duplicate task"):  # a group and its own member
+            raise SpecError(str(error), where=where, fix="name each task once") from error
+        raise broken(", ".join(names), "could not be loaded", where, error) from error
+
+
+def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
+    """What to say of a task whose own YAML, templates or code raised an error."""
+    fix = "try it with `lm_eval run --tasks NAME --limit 1`, and mend its YAML"
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        fix = "templates run in a sandbox: they may format what is in a document, no more"
+    return SpecError(f"{name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
+
+
+def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, where: str) -> Asked:
+    """Complete a term with its metric and filter, checking that both exist and can be paired."""
+    group: Group | None = suite.loaded["groups"].get(name)
+    if group is None:
+        available = _metrics(suite.loaded["tasks"][name])
+    else:
+        wanted = [m.metric for m in group.aggregate_metric_list or ()]
+        union = dict.fromkeys(m for task in group.get_all_tasks() for m in _metrics(task))
+        available = [m for m in union if m.split(",")[0] in wanted]
+        if not available:
+            raise SpecError(
+                f"group {name} has no score of its own",
+                where=where,
+                fix=f"name its members: {', '.join(group.child_names[:5])} …",
+            )
+    chosen_metrics = [m for m in available if metric in (None, m.split(",")[0])]
+    if not chosen_metrics:
+        names = list(dict.fromkeys(m.split(",")[0] for m in available))
+        raise SpecError(
+            f"task {name} has no metric {metric!r}",
+            where=where,
+            fix=_near(str(metric), names) + f"it has {', '.join(names)}",
+        )
+    settled = [m for m in chosen_metrics if chosen in (None, m.split(",")[1])]
+    if not settled:
+        names = [m.split(",")[1] for m in chosen_metrics]
+        raise SpecError(
+            f"metric {metric} of task {name} has no filter {chosen!r}, and no task is named so",
+            where=where,
+            fix=_near(str(chosen), names) + f"it has {', '.join(names)}",
+        )
+    term = Asked(name, settled[0])
+    for task in suite.leaves(term):
+        contributions(task, term.metric, [])  # refuses metrics that are no sum over items
+    return term
+
+
+def right_choice(task: Any, metric: str, doc: Any, count: int) -> int:
+    """Which of its choices makes an item right: lm-eval itself is asked, choice by choice.
+
+    Args:
+        task: lm-eval's.
+        metric: lm-eval's key, `acc,none`.
+        doc: the item.
+        count: how many log-likelihoods it has.
+
+    Returns:
+        The index of the only choice that gives 1 where all others give 0; -1 where none does.
+    """
+    sure = np.full((count, count), -1e6)
+    np.fill_diagonal(sure, 0.0)
+    values = [
+        task.process_results(doc, [(likelihood, False) for likelihood in row]).get(
+            metric.split(",")[0]
+        )
+        for row in sure.tolist()
+    ]
+    return values.index(1.0) if sorted(values) == [0.0] * (count - 1) + [1.0] else -1
+
+
+def choice_sizes(task: Any, metric: str, doc: Any) -> tuple[float, ...]:
+    """What lm-eval divides each choice's log-likelihood by for `acc_norm` and `acc_bytes`."""
+    name = metric.split(",")[0]
+    choices = task.doc_to_choice(doc)
+    if name == "acc_norm":
+        return tuple(float(len(choice)) for choice in choices)
+    if name == "acc_bytes":
+        return tuple(float(len(choice.encode())) for choice in choices)
+    return (1.0,) * len(choices)
+
+
+def contributions(
+    task: Any, metric: str, rows: Sequence[Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Per-item values v and shares s with Σ s·v = the task's value.
+
+    Perplexities are not sums over items; they are linearised around their value (delta method), so
+    the sum still is exact and its spread is right to first order.
+
+    Raises:
+        SpecError: the metric has no such form.
+    """
+    aggregate = task.aggregation()[metric.split(",")[0]]
+    if aggregate is aggregations.mean:
+        return np.array(rows, float), np.full(len(rows), 1.0 / max(len(rows), 1))
+    if aggregate is aggregations.perplexity:
+        rows = [(row, 1.0) for row in rows]
+    elif aggregate not in (aggregations.bits_per_byte, aggregations.weighted_perplexity):
+        raise SpecError(
+            f"metric {metric} of task {task.config.task} is no sum over items and cannot be paired",
+            where="the task's metric_list",
+            fix="choose a metric that is averaged over items, such as acc or exact_match",
+        )
+    likelihood, size = np.array(rows, float).reshape(-1, 2).T
+    shares = size / max(float(size.sum()), 1.0)
+    loss = -likelihood / size
+    if aggregate is aggregations.bits_per_byte:
+        return loss / math.log(2), shares
+    mean = float(shares @ loss)
+    return math.exp(mean) * (1.0 + loss - mean), shares

@@ -1,0 +1,78 @@
+"""Pages of the MLflow UI: of a version, a run, and the comparison of a search's trials."""
+
+import contextlib
+import json
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from mlflow_soup.records import Version
+from mlflow_soup.registry import naming
+from mlflow_soup.registry.outages import where
+from mlflow_soup.registry.store import Store
+
+
+def link(path: str) -> str:
+    """Where the UI shows something: on the tracking server, else where `mlflow ui` starts one."""
+    server = where().rstrip("/") if _on_server() else "http://127.0.0.1:5000"
+    return f"{server}/#{path}"
+
+
+def how_to_look() -> str:
+    """The command that opens the UI on the store at hand; empty where it is a server already."""
+    return "" if _on_server() else f"mlflow ui --backend-store-uri {where()}"
+
+
+def _on_server() -> bool:
+    return str(mlflow.get_tracking_uri()).startswith(("http://", "https://"))
+
+
+def run_path(client: Store, run_id: str) -> str:
+    """The UI's path of a run, in the mode that shows models and metrics."""
+    experiment = client.get_run(run_id).info.experiment_id
+    return f"/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+
+
+def share_view(client: Store, run_id: str) -> str:
+    """Prepare the UI's comparison of a search's trials; its path.
+
+    A table of λ and scores, a scatter of score over λ and parallel coordinates. How MLflow stores a
+    shared view is not documented; where a UI does not know it, the link shows the plain run list.
+    """
+    run = client.get_run(run_id)
+    key, experiment = run.data.tags[naming.KEY], run.info.experiment_id
+    lam = {"key": "lambda", "type": "PARAM"}
+    score = {"key": naming.OBJECTIVE, "type": "METRIC"}
+    chart = {"runsCountToCompare": 100, "metricSectionId": "soup", "deleted": False}
+    state = {
+        "searchFilter": f"tags.`{naming.KEY}` = '{key}' and tags.`{naming.ROLE}` = 'trial'",
+        "orderByKey": f"metrics.`{naming.OBJECTIVE}`",
+        "orderByAsc": False,
+        "selectedColumns": ["params.`lambda`", f"metrics.`{naming.OBJECTIVE}`"],
+        "compareRunSections": [
+            {"uuid": "soup", "name": "0 Soup", "display": True, "isReordered": False}
+        ],
+        "compareRunCharts": [
+            {**chart, "type": "SCATTER", "uuid": "scatter", "xaxis": lam, "yaxis": score},
+            {
+                **chart,
+                "type": "PARALLEL",
+                "uuid": "parallel",
+                "selectedParams": ["lambda"],
+                "selectedMetrics": [naming.OBJECTIVE],
+                "showAllRuns": False,
+            },
+        ],
+    }
+    share = key[:16]
+    with contextlib.suppress(MlflowException):  # who may not tag the experiment has no view
+        client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{share}", json.dumps(state))
+    return (
+        f"/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+        f"&viewStateShareKey={share}"
+    )
+
+
+def version_path(version: Version) -> str:
+    """The UI's path of a version."""
+    return f"/models/{version.name}/versions/{version.number}"

@@ -1,0 +1,132 @@
+"""What happens when a store is away or refuses, or a disk is full: each becomes our error."""
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+
+import mlflow
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+from mlflow.exceptions import MlflowException
+from requests import HTTPError, RequestException
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
+
+from mlflow_soup.errors import AwayError, RegistryError, StoreError
+from mlflow_soup.redaction import redact
+
+_SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S3's words
+# what MLflow calls "temporarily unavailable" and stays so; and why a download is refused
+_DENIED = re.compile(
+    r"read-?\s?only|no such (table|column)|denied|unable to open|forbidden|\b40[13]\b", re.I
+)
+_BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
+# of SQLite and PostgreSQL, MySQL
+_FULL = ("disk is full", "No space left", "could not extend file", "The table is full")
+# of a disk that fails, or that nobody may write to
+_BROKEN = (errno.EIO, errno.EROFS, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.EACCES)
+
+
+def where() -> str:
+    """The tracking store, for errors."""
+    return redact(str(mlflow.get_tracking_uri()))
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it came from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk has no space left, ours or the database's."""
+    return any(
+        (isinstance(e, OSError) and e.errno == errno.ENOSPC)
+        or (isinstance(e, MlflowException) and any(word in str(e.message) for word in _FULL))
+        for e in chain(error)
+    )
+
+
+def is_denied(error: MlflowException) -> bool:
+    """Whether it says that somebody may not, which waiting does not change."""
+    return _DENIED.search(str(error.message)) is not None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may work later: the store is away, overloaded, or broke down in it."""
+    if is_full(error):
+        return False
+    for cause in chain(error):
+        if isinstance(cause, HTTPError) and cause.response is not None:
+            return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
+        if isinstance(cause, InvalidURL | InvalidSchema | MissingSchema):
+            return False
+        if isinstance(cause, RequestException | ConnectionError | HTTPClientError):
+            return True
+        if isinstance(cause, ClientError):
+            if cause.response.get("Error", {}).get("Code") in _SLOW:
+                return True
+            status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            return status == 429 or status >= 500
+        # a server whose connections are all in use says BAD_REQUEST
+        if isinstance(cause, MlflowException) and (
+            cause.error_code in _BUSY or "QueuePool limit" in str(cause.message)
+        ):
+            return not is_denied(cause)
+    return False
+
+
+@contextlib.contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Turn what MLflow raises into our errors, with what was being done; also a decorator.
+
+    Raises:
+        StoreError: the store went away, or a disk is full or fails.
+        RegistryError: MLflow refused.
+    """
+    try:
+        yield
+    except AwayError as error:  # of the one call that it was
+        raise away(what, error.__cause__) from error.__cause__
+    except (MlflowException, OSError, BotoCoreError, ClientError, Boto3Error) as error:
+        place = next(filter(None, (getattr(e, "filename", "") for e in chain(error))), "")
+        if is_full(error):
+            raise StoreError(
+                f"no space left while trying to {what}",
+                where=str(place or where()),
+                fix="make room, then run the same command again: it continues",
+            ) from error
+        if is_transient(error):
+            raise away(what, error) from error
+        if isinstance(error, BotoCoreError | ClientError | Boto3Error):
+            raise StoreError(
+                f"the artifact store refused to {what}: {error}",
+                where=where(),
+                fix="check its credentials, then run the same command again: it continues",
+            ) from error
+        if isinstance(error, OSError) and error.errno in _BROKEN:
+            raise StoreError(
+                f"a disk refused to {what}: {error.strerror}",
+                where=str(place or where()),
+                fix="mend it or its permissions, then run the same command again: it continues",
+            ) from error
+        if not isinstance(error, MlflowException | RequestException):
+            raise
+        raise RegistryError(
+            f"MLflow refused to {what}: {error}",
+            where=where(),
+            fix="check the store and your permissions there, then run the same command again",
+        ) from error
+
+
+def away(what: str, error: BaseException | None) -> AwayError:
+    """The error for a store that did not answer."""
+    # before it is cut: half a password would pass
+    reason = (redact(str(error)).splitlines() or [""])[0][:300]
+    return AwayError(
+        f"the MLflow store did not answer while trying to {what}: {reason}",
+        where=where(),
+        fix="once it is back, run the same command again: it continues",
+    )

@@ -1,0 +1,210 @@
+"""Upload a soup and register it as a version: exactly one for each request."""
+
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput, LoggedModelStatus
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import is_local_uri
+
+from mlflow_soup.errors import StoreError
+from mlflow_soup.files.durable import scratch
+from mlflow_soup.records import Version
+from mlflow_soup.registry import naming
+from mlflow_soup.registry.outages import asking
+from mlflow_soup.registry.pull import download_tree
+from mlflow_soup.registry.store import Store, pages
+from mlflow_soup.registry.versions import (
+    NOT_FOUND,
+    find_soup,
+    find_soups,
+    find_version,
+    model_id,
+    unregister,
+)
+from mlflow_soup.request.names import VersionRef
+
+
+def register_soup(
+    client: Store,
+    folder: Path,
+    *,
+    name: str,
+    run_id: str,
+    parents: Sequence[Version],
+    tags: Mapping[str, str],
+    description: str,
+    check: Callable[[Path], None],
+) -> Version:
+    """Upload a soup and register it as a new version with native lineage to its parents.
+
+    One request has one version, however many ask for it at once: MLflow numbers versions in the
+    order in which they are created, and the lowest stays.
+
+    Args:
+        client: of the store.
+        folder: the artifact tree, in its parents' layout; an MLmodel file in it is rewritten.
+        name: the registered model.
+        run_id: the search run; parents become its input models, the soup its output model.
+        parents: the versions it was made of.
+        tags: created together with the version, in one transaction; with the request.
+        description: Markdown for the version's page.
+        check: refuses a tree, read back from the store, that does not hold what was uploaded.
+
+    Returns:
+        The version of the request: ours, or that of a quicker one.
+    """
+    with asking(f"register a soup of {name}"):
+        experiment = client.get_run(run_id).info.experiment_id
+        for left in uploads(client, experiment, {naming.REQUEST: tags[naming.REQUEST]}):
+            if left.status == LoggedModelStatus.PENDING:  # cut short; nobody else is at it
+                client.finalize_logged_model(left.model_id, LoggedModelStatus.FAILED)
+        shown = {k: v for k, v in tags.items() if k in (naming.PARENTS, naming.LAMBDA)}
+        params = {k.removeprefix("soup."): v for k, v in shown.items()}
+        attempt = {naming.ATTEMPT: uuid.uuid4().hex}
+        logged = client.once(
+            lambda: next(iter(uploads(client, experiment, attempt)), None),
+            lambda: client.create_logged_model(
+                *(experiment, "soup", run_id),
+                {**tags, **attempt, naming.MODEL: name},
+                *(params, "causal-lm"),
+            ),
+            "create a logged model",
+        )
+        if (folder / "MLmodel").is_file():
+            _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, params)
+        _check_upload(folder)
+        client.log_model_artifacts(logged.model_id, str(folder))
+        with scratch() as temporary:
+            check(_read_back(client, logged, temporary))
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
+        client.log_inputs(run_id, models=inputs)
+        _link_output(client, run_id, logged.model_id)
+        version = _register_once(client, name, logged.model_id, run_id, tags, description)
+        if model_id(client, version) == logged.model_id:
+            _settle_upload(client, logged.model_id, version)
+    return version
+
+
+def _settle_upload(client: Store, logged_id: str, version: Version) -> None:
+    """Make a logged model say that it is complete, and of which version it is."""
+    found = client.get_logged_model(logged_id)
+    if found.status != LoggedModelStatus.READY:  # another took it for cut short, just before
+        client.finalize_logged_model(logged_id, LoggedModelStatus.READY)
+    # a server writes this link itself, a database does not
+    if "mlflow.modelVersions" not in found.tags:
+        shown_at = json.dumps([{"name": version.name, "version": version.number}])
+        client.set_logged_model_tags(logged_id, {"mlflow.modelVersions": shown_at})
+
+
+def _link_output(client: Store, run_id: str, logged_id: str) -> None:
+    """Make a logged model an output of a run; MLflow refuses to do so twice."""
+
+    def look() -> bool | None:
+        outputs = client.get_run(run_id).outputs
+        found = outputs.model_outputs if outputs is not None else ()
+        return logged_id in {output.model_id for output in found} or None
+
+    def create() -> bool:
+        client.log_outputs(run_id, [LoggedModelOutput(logged_id, 0)])
+        return True
+
+    client.once(look, create, "link the soup with its run")
+
+
+def uploads(client: Store, experiment: str, tags: Mapping[str, str]) -> list[LoggedModel]:
+    """The logged models of an experiment with these tags."""
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    return pages(client.search_logged_models, [experiment], query)
+
+
+def find_upload(client: Store, logged_id: str) -> LoggedModel | None:
+    """A logged model, or None when it is gone."""
+    with asking(f"look up {logged_id}"):
+        try:
+            return client.get_logged_model(logged_id)
+        except MlflowException as error:
+            if error.error_code == NOT_FOUND:
+                return None
+            raise
+
+
+def is_registered(client: Store, logged_id: str) -> bool:
+    """Whether a version of any model is made of a logged model."""
+    with asking(f"look for versions of {logged_id}"):
+        return bool(pages(client.search_model_versions, f"source_path = 'models:/{logged_id}'"))
+
+
+def _read_back(client: Store, logged: LoggedModel, temporary: Path) -> Path:
+    """What the store holds of a logged model by now."""
+    if is_local_uri(logged.artifact_location):
+        return Path(local_file_uri_to_path(logged.artifact_location))
+    uri = f"models:/{logged.model_id}"
+    return download_tree(client, uri, temporary)
+
+
+def _register_once(
+    client: Store,
+    name: str,
+    logged_id: str,
+    run_id: str,
+    tags: Mapping[str, str],
+    description: str,
+) -> Version:
+    """The one version of a request; what we have made in vain is taken back."""
+    request = {naming.REQUEST: tags[naming.REQUEST]}
+
+    def create() -> Version:
+        created = client.create_model_version(
+            name,
+            source=f"models:/{logged_id}",
+            run_id=run_id,
+            tags=dict(tags),
+            description=description,
+            await_creation_for=0,
+            model_id=logged_id,
+        )
+        return Version(name, int(created.version))
+
+    client.once(lambda: find_soup(client, name, request), create, "register a version")
+    first, *others = find_soups(client, name, request)
+    for version in others:
+        found = find_version(client, name, VersionRef(version.number, None))
+        # where there is none, another has taken theirs back meanwhile
+        if found is not None and found.source == f"models:/{logged_id}":
+            unregister(client, version)
+    if model_id(client, first) != logged_id:
+        client.discard(lambda: client.delete_logged_model(logged_id), f"delete {logged_id}")
+    return first
+
+
+def _check_upload(folder: Path) -> None:
+    """Refuse links in what is uploaded: MLflow would upload what they point to.
+
+    Raises:
+        StoreError: somebody put one there after the soup was written.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StoreError(
+                f"{path.name} came into the soup's folder, and is no plain file",
+                where=str(path),
+                fix="nobody else may write to the folder of temporary files: set TMPDIR",
+            )
+
+
+def _rewrite_mlmodel(
+    folder: Path, logged_id: str, run_id: str, location: str, params: Mapping[str, Any]
+) -> None:
+    """Make a copied MLmodel speak of the soup; flavours and signature stay the parents'."""
+    model = Model.load(str(folder))
+    model.model_id = model.model_uuid = logged_id
+    model.run_id, model.artifact_path = run_id, location
+    model.metadata = {**(model.metadata or {}), "soup": dict(params)}
+    model.save(str(folder / "MLmodel"))

@@ -1,0 +1,280 @@
+"""Registered models and their versions: look up, search, read and write tags."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from mlflow_soup.errors import ParentError, SpecError
+from mlflow_soup.records import Version
+from mlflow_soup.redaction import redact
+from mlflow_soup.registry import family, naming
+from mlflow_soup.registry.outages import asking, where
+from mlflow_soup.registry.store import Store, pages
+from mlflow_soup.request.names import Target, VersionRef, check_name
+
+MODEL_ENV = "MLFLOW_SOUP_MODEL"
+_MODEL_ID = re.compile(r"models:/(m-[0-9a-f]+)")
+NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
+
+
+def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
+    """The registered model that a request means.
+
+    Args:
+        client: of the store.
+        named: what the user wrote; may be empty.
+        refs: the versions asked for; without a name, the only model that has them all is meant.
+
+    Raises:
+        ParentError: no such model, or none at all.
+        SpecError: no name, and not exactly one model has these versions.
+    """
+    named = named or os.environ.get(MODEL_ENV, "")
+    check_name(named)
+    with asking("list registered models"):
+        models = [str(m.name) for m in pages(client.search_registered_models)]
+    if not models:
+        raise ParentError(
+            "the store holds no registered model",
+            where=where(),
+            fix="point MLFLOW_TRACKING_URI to the store that does",
+        )
+    if named:
+        if named not in models:
+            raise ParentError(
+                f"there is no registered model {named!r}",
+                where=where(),
+                fix=f"registered models: {', '.join(sorted(models)[:10])}; "
+                "another store: set MLFLOW_TRACKING_URI",
+            )
+        return named
+    if len(models) == 1:
+        check_name(models[0], f"the only registered model in {where()}")
+        return models[0]
+    having = [m for m in models if all(find_version(client, m, ref) is not None for ref in refs)]
+    if len(having) != 1:
+        wanted = " and ".join(map(str, refs)) or "versions"  # with --last, none is named
+        found = f"{', '.join(sorted(having))} have" if having else "no registered model has"
+        raise SpecError(
+            f"no model was named, and {found} {wanted}",
+            where=where(),
+            fix=f"name one: --model NAME, or {MODEL_ENV}"
+            + f"; registered models: {', '.join(sorted(models)[:10])}",
+        )
+    check_name(having[0], f"registered model in {where()}")
+    return having[0]
+
+
+def find_version(client: Store, name: str, ref: VersionRef) -> ModelVersion | None:
+    """MLflow's record of a version, or None when there is none."""
+    try:
+        number = ref.number
+        if ref.alias:  # asking for a missing alias gives no error code of its own
+            number = client.get_registered_model(name).aliases.get(ref.alias)
+        return client.get_model_version(name, str(number)) if number else None
+    except MlflowException as error:
+        if error.error_code == NOT_FOUND:
+            return None
+        raise
+
+
+def look_up(client: Store, version: Version) -> ModelVersion | None:
+    """MLflow's record of a version, or None when it is gone."""
+    with asking(f"look up {version}"):
+        return find_version(client, version.name, VersionRef(version.number, None))
+
+
+def versions_of(client: Store, name: str, more: str = "") -> list[ModelVersion]:
+    """The versions of a model that a filter finds; some databases take `A` for `a`.
+
+    Raises:
+        SpecError: the name, which a store may hold whatever it is, would be more than a name there.
+    """
+    check_name(name, f"registered model in {where()}")
+    found = pages(client.search_model_versions, f"name='{name}'{more}")
+    return [version for version in found if version.name == name]
+
+
+def resolve(client: Store, name: str, ref: VersionRef) -> Version:
+    """The version a reference means; an alias is resolved now and never again.
+
+    Raises:
+        ParentError: there is no such version or alias.
+    """
+    with asking(f"look up {name} {ref}"):
+        found = find_version(client, name, ref)
+    if found is None:
+        numbers = sorted(int(v.version) for v in versions_of(client, name))
+        aliases = sorted(client.get_registered_model(name).aliases)
+        raise ParentError(
+            f"{name} has no {'alias ' if ref.alias else ''}{ref}",
+            where=where(),
+            fix=f"its versions: {', '.join(map(str, numbers)) or 'none'}; "
+            f"its aliases: {', '.join(aliases) or 'none'}",
+        )
+    return Version(name, int(found.version))  # int on a database, str over HTTP
+
+
+def last(client: Store, name: str, count: int) -> list[Version]:
+    """The newest versions that are no soups, oldest first.
+
+    Raises:
+        SpecError: there are fewer.
+    """
+    with asking(f"list the versions of {name}"):
+        found = versions_of(client, name)
+    numbers = sorted(int(v.version) for v in found if naming.DIGEST not in v.tags)
+    if len(numbers) < count:
+        raise SpecError(
+            f"{name} has only {len(numbers)} versions that are no soups",
+            where=f"--last {count}",
+            fix=f"at most --last {len(numbers)}" if len(numbers) > 1 else "register checkpoints",
+        )
+    return [Version(name, number) for number in numbers[-count:]]
+
+
+def holder(client: Store, name: str, alias: str) -> Version | None:
+    """The version an alias points to, or None."""
+    with asking(f"look up {name}@{alias}"):
+        found = find_version(client, name, VersionRef(None, alias)) if alias else None
+    return Version(name, int(found.version)) if found is not None else None
+
+
+def policy(client: Store, name: str) -> dict[str, str]:
+    """The registered model's tags."""
+    with asking(f"read the tags of {name}"):
+        return dict(client.get_registered_model(name).tags)
+
+
+def tags_of(client: Store, version: Version) -> dict[str, str]:
+    """A version's tags."""
+    with asking(f"read the tags of {version}"):
+        return dict(client.get_model_version(version.name, str(version.number)).tags)
+
+
+def soup_tags(client: Store, version: Version) -> dict[str, str]:
+    """The tags of a soup, each of those that it was registered with still there and readable.
+
+    Raises:
+        SpecError: it is no soup, or somebody changed or deleted one.
+    """
+    tags = tags_of(client, version)
+    if naming.DIGEST not in tags:
+        raise SpecError(
+            f"{version} is no soup: it has no tag {naming.DIGEST}",
+            where=version.uri,
+            fix="name a version that mlflow-soup run registered",
+        )
+    spoilt = [
+        tag
+        for tag in (naming.PARENTS, naming.WEIGHTS, naming.KEY, naming.RUN_ID)
+        if tag not in tags
+    ]
+    readers = {
+        naming.PARENTS: lambda text: naming.parse_parents(version.name, text),
+        naming.WEIGHTS: naming.parse_weights,
+    }
+    for tag, read in readers.items():
+        try:
+            read(tags.get(tag, ""))
+        except ValueError:
+            spoilt.append(tag)
+    if spoilt:
+        raise SpecError(
+            f"somebody changed the tags of {version}: {', '.join(dict.fromkeys(spoilt))}",
+            where=version.uri,
+            fix=f"mlflow-soup verify {version.uri} tells what its manifest says: set them so, or "
+            "delete the version and run its request again",
+        )
+    return tags
+
+
+def trace(client: Store, version: Version) -> family.Family:
+    """A version and all that it is made of, generation by generation; each is looked up once.
+
+    Deleted parents are members of kind `missing`.
+    """
+    members: dict[Version, family.Member] = {}
+    generation = [version]
+    while generation:
+        for v in dict.fromkeys(generation):
+            found = look_up(client, v)
+            members[v] = (
+                family.read(v, found.tags, tuple(found.aliases))
+                if found is not None
+                else family.Member(v, family.MISSING)
+            )
+        parents = [parent for v in generation for parent, _ in members[v].parents]
+        generation = [parent for parent in parents if parent not in members]
+    return family.gather(version, members)
+
+
+def set_tags(client: Store, version: Version, tags: Mapping[str, str]) -> None:
+    """Write a version's tags, one by one: MLflow has no other way."""
+    with asking(f"tag {version}"):
+        for key, value in tags.items():
+            client.set_model_version_tag(version.name, str(version.number), key, value)
+
+
+def model_id(client: Store, version: Version) -> str | None:
+    """The logged model behind a version; MLflow tells it in the version's source only."""
+    with asking(f"look up {version}"):
+        source = client.get_model_version(version.name, str(version.number)).source
+    match = _MODEL_ID.fullmatch(source or "")
+    return str(match[1]) if match else None
+
+
+def origin_of(client: Store, version: Version) -> tuple[str, str]:
+    """The run that logged a version, and where its files are."""
+    with asking(f"look up {version}"):
+        run_id = client.get_model_version(version.name, str(version.number)).run_id
+        location = client.get_model_version_download_uri(version.name, str(version.number))
+    return run_id or "", redact(location)
+
+
+def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Version]:
+    """The versions that were registered with these tags, by number."""
+    query = "".join(f" and tags.`{key}`='{value}'" for key, value in tags.items())
+    with asking(f"search the versions of {name}"):
+        found = versions_of(client, name, query)
+    return sorted(Version(name, int(v.version)) for v in found if tags.items() <= v.tags.items())
+
+
+def find_soup(client: Store, name: str, tags: Mapping[str, str]) -> Version | None:
+    """The version that was registered with these tags; the lowest, should there be several."""
+    return next(iter(find_soups(client, name, tags)), None)
+
+
+def unregister(client: Store, version: Version) -> None:
+    """Delete a version."""
+    name, number = version.name, str(version.number)
+    client.discard(lambda: client.delete_model_version(name, number), f"delete {version}")
+
+
+def describe(client: Store, version: Version, description: str) -> None:
+    """Replace a version's description."""
+    with asking(f"describe {version}"):
+        client.update_model_version(version.name, str(version.number), description)
+
+
+def version_at(client: Store, name: str, target: Target) -> Version | None:
+    """What a target points to now."""
+    if target.kind != "stage":
+        return holder(client, name, target.name)
+    found = versions_of(client, name)
+    numbers = [int(v.version) for v in found if v.current_stage == target.name]
+    return Version(name, max(numbers)) if numbers else None
+
+
+def find_copies(client: Store, version: Version, model: str, digest: str) -> list[Version]:
+    """A version's copies in another registered model, by number."""
+    with asking(f"search the versions of {model}"):
+        found = versions_of(client, model)
+    return sorted(
+        Version(model, int(v.version))
+        for v in found
+        if v.tags.get(naming.DIGEST) == digest and v.source == version.uri
+    )

@@ -1,0 +1,1 @@
+"""Records become words, tables and figures."""

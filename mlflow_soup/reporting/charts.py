@@ -1,0 +1,361 @@
+"""What each pilot experiment found, in one figure (Liu et al., arXiv:2403.19390).
+
+Scores and their differences are in metric units, larger is better; nan where an evaluation failed,
+which is not drawn. λ weighs the newer of two versions. Colours are safe for the colour-blind, and
+nothing is told by colour alone.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import ArrayLike
+
+from mlflow_soup.decision.pairing import ROUNDING
+from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE
+
+WIDTH, HEIGHT = 7.5, 4.5  # inches; more where the content asks for it
+ROW = 0.3  # inches, of one line in a panel
+LEGIBLE = 14  # versions up to which the cells of a heat map hold their number
+
+
+def pairs(names: Sequence[str], scores: Mapping[tuple[int, int], float], label: str) -> Figure:
+    """Which two versions make a good soup, as a heat map (Fig. 1 and 6).
+
+    Args:
+        names: of n versions, oldest first.
+        scores: (i, j) with i < j → score of their soup, (i, i) → of the version alone; what is
+            missing stays blank.
+        label: what the scores are.
+    """
+    n = len(names)
+    grid = np.full((n, n), np.nan)
+    for cell, score in scores.items():
+        grid[cell] = score
+    soups = {(i, j): s for (i, j), s in np.ndenumerate(grid) if i < j and np.isfinite(s)}
+    parent = np.maximum.outer(grid.diagonal(), grid.diagonal())
+    above = [cell for cell, score in soups.items() if score > parent[cell] + ROUNDING]
+
+    side = max(4.0, n * (0.56 if n <= LEGIBLE else 0.34))
+    title = f"{len(above)} of {len(soups)} soups of two versions score above both parents"
+    figure = _figure(title, side + 2.5, side + 1.5)
+    axes = figure.subplots()
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis")
+    bar = figure.colorbar(image, shrink=0.9, label=_short(label))
+    bar.ax.ticklabel_format(useOffset=False)
+    # black has the better contrast above a relative luminance of 0.18 (WCAG 2.2)
+    luminance = image.to_rgba(grid)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    inks = np.where(luminance > 0.18, "black", "white")
+    if n <= LEGIBLE:
+        for i, j in np.argwhere(np.isfinite(grid)):
+            text = f"{grid[i, j]:.4f}"
+            axes.text(j, i, text, color=inks[i, j], ha="center", va="center", size=8)
+    rows, columns = np.array(above, int).reshape(-1, 2).T
+    axes.scatter(columns + 0.35, rows - 0.33, 14, inks[rows, columns], marker="^")
+    handles: list[Artist] = [
+        Patch(fill=False, edgecolor="black", label="a version alone"),
+        Line2D([], [], color="black", marker="^", ls="", ms=4, label="above both parents"),
+    ]
+    for i in range(n):
+        _outline(axes, i, i, edgecolor="black")
+    if soups:
+        i, j = max(soups, key=soups.__getitem__)
+        text = f"best soup: {names[i]} + {names[j]}, {soups[i, j]:.4f}"
+        handles.append(_outline(axes, i, j, edgecolor=ORANGE, lw=3, ls=(0, (2, 1)), label=text))
+    long = max(len(name) for name in names) > 4
+    axes.set_xticks(range(n), names, rotation=90 if long else 0)
+    axes.set_yticks(range(n), names)
+    axes.set_xlabel("newer version")
+    axes.set_ylabel("older version")
+    _legend(figure, handles)
+    return figure
+
+
+def count(
+    newest: str,
+    counts: Sequence[int],
+    scores: ArrayLike,
+    *,
+    lows: ArrayLike,
+    highs: ArrayLike,
+    best_parent: ArrayLike,
+    label: str,
+) -> Figure:
+    """Soups of the last k versions beside the best of these alone (Fig. 3).
+
+    Args:
+        newest: name of the last version.
+        counts: n values of k.
+        scores: of the soups, shape (n,).
+        lows: lower bounds of 95 % of the paired difference to the best parent, each added to that
+            parent's score, shape (n,).
+        highs: upper bounds likewise, shape (n,).
+        best_parent: score of the best parent of each soup, shape (n,).
+        label: what the scores are.
+    """
+    y, low, high = (np.asarray(values, float) for values in (scores, lows, highs))
+    figure = _figure(f"Soups of the last k versions up to {newest}", max(WIDTH, len(counts) / 2))
+    axes = figure.subplots()
+    axes.plot(counts, best_parent, "s--", color=GREEN, label="best of the versions alone")
+    axes.errorbar(
+        counts,
+        y,
+        np.maximum([y - low, high - y], 0.0),  # the bounds may be off by a last digit
+        fmt="o-",
+        color=BLUE,
+        capsize=4,
+        label="soup, 95 % paired interval against that version",
+    )
+    axes.set_xticks(counts)
+    axes.margins(x=0.1)
+    axes.set_xlabel("k, versions in the soup")
+    axes.set_ylabel(_short(label))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    _legend(figure)
+    return figure
+
+
+def landscape(
+    names: tuple[str, str],
+    lam: ArrayLike,
+    scores: ArrayLike,
+    *,
+    stderr: ArrayLike,
+    better: float,
+    label: str,
+) -> Figure:
+    """Scores over λ, and which λ beat the better parent (Fig. 2 and 7).
+
+    Args:
+        names: of the two versions, older first.
+        lam: n values of λ in [0, 1], in any order.
+        scores: of the soups, shape (n,).
+        stderr: paired standard error of each score less the better parent's, shape (n,).
+        better: score of the better parent.
+        label: what the scores are.
+    """
+    order = np.argsort(lam)
+    x, y, half = (np.asarray(values, float)[order] for values in (lam, scores, stderr))
+    half *= 1.96
+    measured = np.isfinite(y)
+    above = y > better + ROUNDING
+    below = measured & ~above
+    share = 100 * above.sum() / max(measured.sum(), 1)
+    figure = _figure(
+        f"Soup of {_pair(names)}: {above.sum()} of {measured.sum()} λ ({share:.0f} %) beat the "
+        "better parent"
+    )
+    axes = figure.subplots()
+    low, high = y - half, y + half
+    axes.fill_between(x, low, high, color=BLUE, alpha=0.15, lw=0, label="95 % paired band")
+    axes.plot(x, y, color=BLUE, label="soup")
+    size = 6 if len(x) <= 50 else 4
+    axes.plot(x[above], y[above], "o", color=ORANGE, ms=size, label="λ that beats the parent")
+    axes.plot(x[below], y[below], "o", color=BLUE, mfc="white", ms=size, label="λ that does not")
+    axes.axhline(better, ls="--", color=GREEN, label=f"better parent, {better:.4f}")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel(_weight(names), wrap=True)
+    axes.set_ylabel(_short(label))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    _legend(figure)
+    return figure
+
+
+def heldout(
+    names: tuple[str, str],
+    shares: Sequence[float],
+    lam: ArrayLike,
+    scores: ArrayLike,
+    *,
+    full_best: float,
+    label: str,
+) -> Figure:
+    """Which λ a part of the held-out items chooses, and what it is worth on all (Table 4).
+
+    Args:
+        names: of the two versions, older first.
+        shares: m shares of the held-out items, in (0, 1].
+        lam: λ chosen on each of d draws of such a share, shape (m, d).
+        scores: of these λ on all held-out items, shape (m, d).
+        full_best: the best score on all of them.
+        label: what the scores are.
+    """
+    title = f"Soup of {_pair(names)}: chosen on a share of the held-out items"
+    figure = _figure(title, max(WIDTH, 1.2 * len(shares)))
+    chosen, worth = figure.subplots(1, 2)
+    for axes, values in ((chosen, lam), (worth, scores)):
+        for place, row in enumerate(np.asarray(values, float)):
+            draws = row[np.isfinite(row)]
+            beside = place + np.linspace(-0.25, 0.25, len(draws) + 2)[1:-1]
+            style = {"mfc": "none", "color": BLUE, "ms": 5, "label": "one draw of the items"}
+            axes.plot(beside, draws, "o", **style)
+            if len(draws):
+                level = [np.median(draws)] * 2
+                axes.plot([place - 0.3, place + 0.3], level, color=ORANGE, lw=3, label="median")
+        axes.set_xticks(range(len(shares)), [f"{100 * share:.3g}" for share in shares])
+        axes.set_xlim(-0.5, len(shares) - 0.5)
+        axes.set_xlabel("share of the held-out items, %")
+    worth.axhline(full_best, ls="--", color=GREEN, label="best λ on all items")
+    chosen.set_ylim(-0.03, 1.03)
+    chosen.set_ylabel("chosen λ, weight of the newer")
+    worth.set_ylabel(_short(f"{label}, all items"))
+    worth.ticklabel_format(axis="y", useOffset=False)
+    _legend(figure)
+    return figure
+
+
+def alpha(
+    names: tuple[str, str],
+    lam: ArrayLike,
+    scores: ArrayLike,
+    *,
+    spaces: Mapping[float, tuple[float, float]],
+    label: str,
+) -> Figure:
+    """Which λ is chosen when only [α, 1] is searched (Fig. 5).
+
+    Args:
+        names: of the two versions, older first.
+        lam: n values of λ that were evaluated, in any order.
+        scores: of the soups, shape (n,).
+        spaces: α → chosen λ and its score; at least one.
+        label: what the scores are.
+    """
+    order = np.argsort(lam)
+    x, y = (np.asarray(values, float)[order] for values in (lam, scores))
+    lines = ROW * len(spaces)
+    figure = _figure(f"Soup of {_pair(names)}: chosen in [α, 1]", height=HEIGHT + lines)
+    above, below = figure.subplots(2, sharex=True, height_ratios=[3.0, lines])
+    above.plot(x, y, "o-", color=BLUE, mfc="white", ms=5, label="evaluated λ")
+    mark = {"marker": "D", "ls": "", "color": ORANGE, "ms": 7}
+    above.plot(*np.transpose(list(spaces.values())), label="chosen λ", **mark)
+    for row, (start, (best, score)) in enumerate(spaces.items()):
+        below.plot([start, 1.0], [row, row], color=GREY, lw=2, label="searched")
+        below.plot(best, row, **mark)
+        place = (1.01, row)
+        text = f"λ = {best:.4g}: {score:.4f}"
+        below.annotate(text, place, xycoords=("axes fraction", "data"), va="center", size=9)
+    below.set_yticks(range(len(spaces)), [f"[{start:g}, 1]" for start in spaces])
+    below.set_ylim(len(spaces) - 0.5, -0.5)
+    below.set_xlim(-0.02, 1.02)
+    below.set_xlabel(_weight(names), wrap=True)
+    below.set_ylabel("space")
+    above.set_ylabel(_short(label))
+    above.ticklabel_format(axis="y", useOffset=False)
+    _legend(figure)
+    return figure
+
+
+def ood(
+    methods: Sequence[str], tasks: Sequence[str], *, ind: ArrayLike, ood: ArrayLike, label: str
+) -> Figure:
+    """Scores on tasks that chose λ themselves, beside those where other tasks did (Table 3).
+
+    Args:
+        methods: names of m methods.
+        tasks: names of t tasks.
+        ind: scores with λ found on the task itself, shape (m, t).
+        ood: scores with λ found on the held-out tasks, shape (m, t).
+        label: what the scores are.
+    """
+    title = "Does λ found on other tasks do as well?"
+    figure, panels = _forest(title, dict.fromkeys(tasks, methods), sharex=False)
+    own, other = np.asarray(ind, float), np.asarray(ood, float)
+    rows = np.arange(len(methods))
+    for column, axes in enumerate(panels):
+        x, there = own[:, column], other[:, column]
+        axes.hlines(rows, x, there, color=GREY, lw=2, zorder=1)
+        axes.plot(x, rows, "o", color=BLUE, ms=6, label="λ found on this task (IND)")
+        hollow: dict[str, Any] = {"mfc": "none", "mew": 1.8, "ms": 9}
+        axes.plot(there, rows, "D", color=ORANGE, label="λ found elsewhere (OOD)", **hollow)
+        axes.ticklabel_format(axis="x", useOffset=False)
+    panels[-1].set_xlabel(label, wrap=True)
+    _legend(figure)
+    return figure
+
+
+def methods(groups: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str) -> Figure:
+    """Soups of each method against the better parent, as a forest plot (Tables 1 and 2).
+
+    Args:
+        groups: pair → method → paired difference to the pair's better parent, and the bounds of
+            its 95 % interval.
+        label: what the scores are.
+    """
+    figure, panels = _forest("Soups against their better parent", groups, sharex=True)
+    for axes, results in zip(panels, groups.values(), strict=True):
+        x, low, high = np.reshape(list(results.values()), (-1, 3)).T
+        rows = np.arange(len(x))
+        clear = (low > 0) | (high < 0)
+        axes.axvline(0.0, ls="--", color=GREEN, label="better parent")
+        for some, face, word in ((clear, BLUE, "excludes"), (~clear, "white", "includes")):
+            axes.errorbar(
+                x[some],
+                rows[some],
+                xerr=[(x - low)[some], (high - x)[some]],
+                fmt="o",
+                color=BLUE,
+                mfc=face,
+                capsize=3,
+                label=f"gain, 95 % interval {word} 0",
+            )
+    panels[-1].set_xlabel(f"gain over the better parent: {label}", wrap=True)
+    _legend(figure)
+    return figure
+
+
+def _figure(title: str, width: float = WIDTH, height: float = HEIGHT) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, wrap=True)
+    return figure
+
+
+def _forest(
+    title: str, panels: Mapping[str, Collection[str]], *, sharex: bool
+) -> tuple[Figure, list[Axes]]:
+    """Panels below each other by title, each with a line per name."""
+    lines = [len(names) + 1 for names in panels.values()]
+    height = ROW * sum(lines) + 0.6 * len(lines) + 1.2
+    figure = _figure(title, height=max(3.0, height))
+    grid = figure.subplots(len(lines), squeeze=False, sharex=sharex, height_ratios=lines)
+    for axes, (name, names) in zip(grid[:, 0], panels.items(), strict=True):
+        axes.set_title(name, loc="left", size="medium", wrap=True)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+    return figure, list(grid[:, 0])
+
+
+def _legend(figure: Figure, handles: Iterable[Artist] = ()) -> None:
+    """Below the figure, where it hides nothing; each label once."""
+    found = {str(handle.get_label()): handle for handle in handles}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(handles=list(found.values()), loc="outside lower center", ncols=3, frameon=False)
+
+
+def _outline(axes: Axes, row: int, column: int, **style: Any) -> Artist:
+    """A frame around a cell of a heat map."""
+    corner = (column - 0.5, row - 0.5)
+    frame = Rectangle(corner, 1, 1, fill=False, clip_on=False, zorder=3, **style)
+    return axes.add_patch(frame)
+
+
+def _short(label: str) -> str:
+    """In lines that fit beside an axis; matplotlib's own wrapping knows only the whole figure."""
+    return fill(label, 32)
+
+
+def _pair(names: tuple[str, str]) -> str:
+    return " and ".join(names)
+
+
+def _weight(names: tuple[str, str]) -> str:
+    older, newer = names
+    return f"λ, weight of {newer} (rest: {older})"

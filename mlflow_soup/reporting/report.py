@@ -1,0 +1,286 @@
+"""Records → words and pictures: Markdown for MLflow's pages, lines for the terminal, one figure.
+
+Scores that are shares (accuracies) are shown as such; differences of them in points would hide what
+unit other metrics have, so every difference keeps its metric's unit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mlflow_soup.decision import pairing
+from mlflow_soup.records import (
+    Check,
+    Difference,
+    Distance,
+    Evidence,
+    Recipe,
+    Soup,
+    Trial,
+    Verdict,
+    Version,
+)
+from mlflow_soup.search.belief import believe
+from mlflow_soup.search.methods import METHODS
+from mlflow_soup.search.space import Space
+
+# colour-blind safe (Okabe & Ito 2008)
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def _trial_of(trials: Sequence[Trial], recipe: Recipe) -> Trial | None:
+    return next((t for t in trials if t.recipe == recipe and t.held_out is not None), None)
+
+
+def format_difference(difference: Difference, confidence: float = 0.95) -> str:
+    """`+0.0142 (95 % interval +0.0021 to +0.0263, 1500 paired items)`."""
+    low, high = pairing.interval(difference, confidence)
+    return (
+        f"{difference.value:+.4f} ({confidence:.0%} interval {low:+.4f} to {high:+.4f}, "
+        f"{difference.count} paired items)"
+    ).replace("%", " %")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def format_check(check: Check) -> str:
+    """One rule of the gate in words and numbers."""
+    verdict = "holds" if check.passed else "REFUSED"
+    against = f"{check.name} against {check.against}: {check.difference.value:+.4f}"
+    if check.name == "held-out":
+        return f"{against}, must not be below 0: {verdict}"
+    return f"{against}, bound {check.bound:+.4f} must not be below {check.required:+.4f}: {verdict}"
+
+
+def checks_table(verdict: Verdict) -> str:
+    """Every check of a verdict as a Markdown table."""
+    rows = [
+        [
+            check.name,
+            str(check.against),
+            f"{check.difference.value:+.4f} ± {check.difference.stderr:.4f}",
+            f"{check.bound:+.4f}",
+            f"{check.required:+.4f}",
+            "yes" if check.passed else "**no**",
+        ]
+        for check in verdict.checks
+    ]
+    head = ["check", "against", "difference ± paired s.e.", "bound", "required", "holds"]
+    return _table(head, rows)
+
+
+def ood_table(roles: Mapping[str, Evidence]) -> str:
+    """Held-out and OOD numbers of every model as a Markdown table, as lm-eval prints them."""
+    soup = roles["soup"]
+    names = ["held-out", *(name for name, _ in soup.ood)]
+    rows = []
+    for role, evidence in roles.items():
+        values = [f"{evidence.held_out.value:.4f}"]
+        values += [f"{score.metrics[0].value:.4f}" for _, score in evidence.ood]
+        rows.append([f"{role.split()[0]} ({evidence.version})", *values])
+    return _table(["model", *names], rows)
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that a run has to tell.
+
+    Attributes:
+        method: how the soup was found.
+        space: what was searched.
+        soup: what was registered.
+        existed: whether an earlier run of the same request had registered it.
+        trials: every evaluation.
+        gain: paired held-out difference between the soup and its better parent.
+        better: that parent.
+        roles: evidence of the OOD stage; empty when there was none.
+        verdict: the gate's, or None.
+        promoted: where the soup was promoted to; empty when it was not.
+        distance: of the parents.
+        notes: further sentences a reader should know.
+    """
+
+    method: str
+    space: Space
+    soup: Soup
+    existed: bool
+    trials: tuple[Trial, ...]
+    gain: Difference
+    better: Version
+    roles: Mapping[str, Evidence]
+    verdict: Verdict | None
+    promoted: str
+    distance: Distance
+    notes: tuple[str, ...] = ()
+
+
+def baselines(story: Story) -> list[tuple[str, Trial]]:
+    """The soup's trial beside what it has to beat: parents and uniform soup."""
+    space, soup, trials = story.space, story.soup, story.trials
+    alone = zip(soup.parents, space.parents(), strict=True)
+    named = [(f"{p.version} alone ({recipe.label})", recipe) for p, recipe in alone]
+    named += [
+        (f"uniform soup ({space.uniform().label})", space.uniform()),
+        (f"chosen soup ({soup.recipe.label})", soup.recipe),
+    ]
+    found = [(label, _trial_of(trials, recipe)) for label, recipe in named]
+    return [(label, trial) for label, trial in found if trial is not None]
+
+
+def markdown(story: Story, links: Mapping[str, str]) -> str:
+    """The whole story, for a run's note and a version's page.
+
+    Args:
+        story: what happened.
+        links: Markdown link targets for `run`, `trials` and each parent's name.
+    """
+    soup, trials = story.soup, story.trials
+    parents = " and ".join(f"[{p.version}]({links[str(p.version)]})" for p in soup.parents)
+    rows = []
+    for label, trial in baselines(story):
+        assert trial.held_out is not None
+        rows.append([label, f"{trial.held_out.value:.4f}", f"{trial.held_out.stderr:.4f}"])
+    metrics = ", ".join(f"{m.task} {m.metric.removesuffix(',none')}" for m in soup.held_out.metrics)
+    shares = zip(reversed(soup.recipe.lam), reversed(soup.parents), strict=True)
+    mixture = " + ".join(f"{weight:g} × {parent.version}" for weight, parent in shares)
+    if soup.recipe.method != "linear":
+        mixture = " and ".join(str(parent.version) for parent in soup.parents)
+    parts = [
+        f"# Soup of {parents}, {soup.recipe.label}",
+        f"{mixture}, {story.method}: {METHODS[story.method].words}; {len(trials)} evaluations "
+        f"([run]({links['run']}), [all λ]({links['trials']})).",
+        f"## Held-out: {metrics}",
+        _table(["model", "score", "s.e."], rows),
+        f"Against the better parent, {story.better}: **{format_difference(story.gain)}**. "
+        + (
+            "The soup was chosen on these items, so the gain is somewhat optimistic; the OOD items "
+            "took no part in the choice."
+            if METHODS[story.method].chooses
+            else "Nothing was chosen by these scores."
+        ),
+    ]
+    if story.verdict is not None:
+        word = "passed" if story.verdict.passed else "refused"
+        parts += [
+            f"## Out of domain: {word}",
+            ood_table(story.roles),
+            checks_table(story.verdict),
+        ]
+    if story.promoted:
+        parts.append(f"Promoted: **{story.promoted}**.")
+    parts += story.notes
+    return "\n\n".join(parts) + "\n"
+
+
+def trials_table(story: Story) -> str:
+    """Every evaluation in order, as a Markdown section."""
+    history = [
+        [str(t.number), str(t.recipe), f"{t.held_out.value:.4f}" if t.held_out else "failed"]
+        for t in story.trials
+    ]
+    return "\n## Trials\n\n" + _table(["trial", "λ", "held-out"], history) + "\n"
+
+
+def landscape(story: Story) -> Figure:
+    """Held-out scores: over λ with the curve that is believed in, or of more parents by trial.
+
+    Marked are parents, uniform soup and the chosen one.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    space, soup = story.space, story.soup
+    if space.count == 2:
+        places = {t.number: t.recipe.lam[-1] for t in story.trials}
+        if METHODS[story.method].searches:
+            _draw_curve(axes, story)
+        newer, older = soup.parents[-1].version, soup.parents[0].version
+        axes.set_xlabel(f"λ, weight of {newer} (rest: {older})")
+    else:
+        places = {t.number: float(t.number) for t in story.trials}
+        axes.set_xlabel("trial")
+    chosen = "chosen λ" if soup.recipe.method == "linear" else f"chosen: {soup.recipe}"
+    marks = (
+        ("trial", "o", GREY, [t.recipe for t in story.trials]),
+        ("parents", "s", GREEN, list(space.parents())),
+        ("uniform soup", "D", GREEN, [space.uniform()]),
+        (chosen, "o", ORANGE, [soup.recipe]),
+    )
+    for label, marker, colour, recipes in marks:
+        found = [t for t in (_trial_of(story.trials, r) for r in recipes) if t is not None]
+        if not found:
+            continue
+        ring = label == chosen
+        axes.plot(
+            [places[t.number] for t in found],
+            [t.held_out.value for t in found if t.held_out],
+            marker,
+            color=colour,
+            markersize=16 if ring else 6 if label == "trial" else 8,
+            markeredgewidth=2.5 if ring else 1.0,
+            fillstyle="none" if ring else "full",
+            label=label,
+        )
+    names = ", ".join(dict.fromkeys(m.task for m in soup.held_out.metrics))
+    axes.set_ylabel(f"held-out score: {names}")
+    axes.set_title(f"Soup of {' and '.join(str(p.version) for p in soup.parents)}", wrap=True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _draw_curve(axes: Axes, story: Story) -> None:
+    """The curve of a pair with its 95 % band, and where nothing was searched."""
+    alpha = story.space.alpha
+    belief = believe(story.trials)
+    grid = np.linspace(0.0, 1.0, 401)
+    points = np.column_stack([1.0 - grid, grid])
+    mean, std = belief.posterior.predict(points)
+    axes.fill_between(grid, mean - 1.96 * std, mean + 1.96 * std, color=BLUE, alpha=0.15, lw=0)
+    what = "from the items" if belief.landscape is not None else "Gaussian process"
+    axes.plot(grid, mean, color=BLUE, label=f"{what}, 95 % band")
+    if belief.landscape is not None:
+        smooth = belief.landscape.population(points)
+        smooth += np.mean(mean - smooth)  # its shape is what counts
+        axes.plot(grid, smooth, "--", color=ORANGE, label="smoothed: what is chosen by")
+    if alpha > 0:
+        axes.axvspan(-0.02, alpha, color=GREY, alpha=0.08, lw=0)
+        axes.annotate(
+            "not searched",
+            (alpha / 2, 0.02),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            color=GREY,
+        )
+    axes.set_xlim(-0.02, 1.02)
+
+
+def summary(story: Story, look: Sequence[str]) -> str:
+    """The command's last lines.
+
+    Args:
+        story: what happened.
+        look: lines that say where to look at it.
+    """
+    soup = story.soup
+    width = max(len(label) for label, _ in baselines(story))
+    lines = ["held-out score"]
+    for label, trial in baselines(story):
+        assert trial.held_out is not None
+        lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
+    lines.append(f"soup against its better parent, {story.better}: {format_difference(story.gain)}")
+    done = "was registered before as" if story.existed else "registered as"
+    how = f"{soup.recipe.label}, {len(story.trials)} evaluations"
+    lines.append(f"{done} {soup.version.uri} ({how})")
+    if story.verdict is not None:
+        lines.append(f"gate {'passed' if story.verdict.passed else 'REFUSED'}")
+        lines += [f"  {format_check(check)}" for check in story.verdict.checks]
+    else:
+        lines.append("gate not asked: no OOD tasks were given (--ood-tasks)")
+    if story.promoted:
+        lines.append(f"promoted: {story.promoted}")
+    return "\n".join([*lines, *story.notes, *look])

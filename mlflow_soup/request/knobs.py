@@ -1,0 +1,149 @@
+"""A knob: one option of the command line, with its default, help, choices and range.
+
+The fields of `spec.Spec` are made with `knob`; everything here works on any such field.
+"""
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field
+from fractions import Fraction
+from typing import Any, get_args
+
+from mlflow_soup.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have.
+
+    Attributes:
+        holds: whether a value is one of them; false for nan.
+        words: the fix for one that is not.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def whole(least: int, most: int | None = None) -> Range:
+    """Whole numbers from `least`, up to `most` if there is one."""
+    if most is None:
+        return Range(lambda value: value >= least, f"give a whole number, {least} or more")
+    words = f"give a whole number from {least} to {most}"
+    return Range(lambda value: least <= value <= most, words)
+
+
+def finite(unit: str = "") -> Range:
+    """Finite numbers from 0, in a unit."""
+    words = f"give a finite number{f' of {unit}' if unit else ''}, 0 or more"
+    return Range(lambda value: 0.0 <= value < float("inf"), words)
+
+
+def knob(
+    default: Any,
+    help: str,
+    commands: str,
+    *,
+    policy: bool = False,
+    choices: tuple[str, ...] = (),
+    range: Range | None = None,
+) -> Any:
+    """A field of a spec that is an option of some commands.
+
+    Args:
+        default: its value when nobody names it.
+        help: one sentence for `--help`.
+        commands: the commands that have the option, separated by spaces.
+        policy: whether a tag of the registered model may set it.
+        choices: the texts that it may be; empty for any.
+        range: the numbers that it may be; None for any.
+    """
+    metadata = {
+        "help": help,
+        "commands": frozenset(commands.split()),
+        "policy": policy,
+        "choices": choices,
+        "range": range,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def kind(knob_: Field[Any]) -> type:
+    """The type of a knob: str, int or float."""
+    named = get_args(knob_.type) or (knob_.type,)  # `int | None` is read as an int
+    assert isinstance(named[0], type)
+    return named[0]
+
+
+def option(knob_: Field[Any]) -> str:
+    """The option of the command line, `--batch-size`."""
+    return "--" + knob_.name.replace("_", "-")
+
+
+def place(knob_: Field[Any]) -> str:
+    """Where a user sets the knob, for errors."""
+    tag = f", or tag soup.{knob_.name} of the model" if knob_.metadata["policy"] else ""
+    return option(knob_) + tag
+
+
+def out_of_range(knob_: Field[Any], value: object, fix: str) -> SpecError:
+    """The error for a value that a knob may not have."""
+    return SpecError(f"{option(knob_)} {value} is out of range", where=place(knob_), fix=fix)
+
+
+def check(knob_: Field[Any], value: object) -> None:
+    """Refuse a value of another type, of another choice or out of range.
+
+    Raises:
+        SpecError: it is.
+    """
+    types = get_args(knob_.type) or (knob_.type,)
+    accepted = (*types, int) if float in types else types  # 0 is as good as 0.0
+    # True is an int to Python, and no number to a user
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        what = {str: "a text", int: "a whole number", float: "a number"}[kind(knob_)]
+        example = f", for example {knob_.default!r}" if knob_.default else ""
+        raise SpecError(
+            f"{knob_.name} is {value!r}, which is not {what}",
+            where=f"Spec({knob_.name}=…), {option(knob_)}",
+            fix=f"give {what}{example}; {knob_.metadata['help']}",
+        )
+    if isinstance(value, int) and value.bit_length() > 63:  # Python refuses to print 5000 digits
+        raise out_of_range(knob_, f"of {value.bit_length()} bits", "give a smaller number")
+    if (choices := knob_.metadata["choices"]) and value not in choices:
+        raise out_of_range(knob_, value, f"give one of {', '.join(choices)}")
+    allowed: Range | None = knob_.metadata["range"]
+    if value is not None and allowed is not None and not allowed.holds(value):
+        raise out_of_range(knob_, value, allowed.words)
+
+
+def read(knob_: Field[Any], text: str) -> Any:
+    """The value of a knob that a policy tag sets.
+
+    Raises:
+        SpecError: the text is not of the knob's type.
+    """
+    try:
+        return kind(knob_)(text.strip())
+    except ValueError as error:
+        what = {int: "a whole number", float: "a number"}[kind(knob_)]
+        raise SpecError(
+            f"policy tag soup.{knob_.name} is {text!r}, which is not {what}",
+            where="tags of the registered model",
+            fix=f"set the tag to {what}, or pass {option(knob_)}",
+        ) from error
+
+
+def numbers(knob_: Field[Any], text: str, least: float, most: float) -> tuple[float, ...]:
+    """The different numbers in `1/4,0.5,1`, ascending; fractions are read too.
+
+    Raises:
+        SpecError: one is not a number from `least` to `most`.
+    """
+    fix = f"give numbers from {least:g} to {most:g}, separated by commas: 1/2,0.9"
+    try:
+        found = sorted({float(Fraction(part.strip())) for part in text.split(",")})
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise out_of_range(knob_, repr(text), fix) from error
+    if not all(least <= number <= most for number in found):
+        raise out_of_range(knob_, text, fix)
+    return tuple(found)

@@ -1,0 +1,159 @@
+"""Where the search may look: the merge weights of two or more parents.
+
+For a pair λ weighs the newer checkpoint: Θ(λ) = λ·Θ_new + (1−λ)·Θ_old with λ ∈ [α, 1] (Liu et al.
+2024, eq. 2-3). For n parents Θ = Σ λ_i·Θ_i with λ on the simplex and λ_newest ≥ α (eq. 1). Every
+parent alone is measured anyway and informs the surrogate even where α > 0 keeps the search away.
+
+A point is the vector of weights itself, and points are compared by their distance on the simplex
+with edges of length 1: |λ − λ'| for a pair. Softmax or stick-breaking coordinates would squeeze
+the corners and prefer some parents to others.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import qmc
+
+from mlflow_soup.records import Recipe
+
+Array = NDArray[np.float64]
+
+# weights closer than this to measured ones would mostly measure the same again
+SPACING = 0.01
+# 1,001 candidates: exact enough in one dimension that no inner optimiser is needed
+GRID = 1001
+# of three or more: on the whole simplex, and on its faces of each lower dimension
+INSIDE, ON_FACES = 2048, 512
+
+
+@dataclass(frozen=True)
+class Space:
+    """The feasible merge weights of `count` parents, oldest first; the newest weighs at least α."""
+
+    count: int
+    alpha: float
+
+    @classmethod
+    def pair(cls, alpha: float) -> "Space":
+        """Two parents, the newer weighing at least α ∈ [0, 1), rounded up to 1e-4 as λ is."""
+        return cls.simplex(2, alpha)
+
+    @classmethod
+    def simplex(cls, count: int, alpha: float) -> "Space":
+        """`count` ≥ 2 parents, the newest weighing at least α ∈ [0, 1), rounded up to 1e-4."""
+        return cls(count, math.ceil(round(alpha * 1e4, 6)) / 1e4)
+
+    def recipe(self, weights: float | Sequence[float] | Array) -> Recipe:
+        """The recipe of some weights, rounded to 1e-4: what a run shows is what was merged.
+
+        The largest takes what rounding leaves, so that they sum to 1 as well as decimals can. What
+        rounding took too much is given back by an older one: the newest stays at α where it was.
+
+        Args:
+            weights: one per parent, oldest first; or λ of a pair.
+        """
+        if isinstance(weights, float | int):
+            weights = (1.0 - weights, weights)
+        steps = [round(1e4 * float(weight)) for weight in weights]
+        left = 10_000 - sum(steps)
+        older = range(len(steps) - 1) if left < 0 and max(steps[:-1]) >= -left else ()
+        largest = max(older or range(len(steps)), key=lambda i: (steps[i], i))
+        steps[largest] += left
+        return Recipe("linear", tuple(step / 1e4 for step in steps))
+
+    def feasible(self, recipe: Recipe) -> bool:
+        """Whether the recipe may be recommended."""
+        return self.alpha <= recipe.lam[-1] <= 1.0
+
+    def parents(self) -> tuple[Recipe, ...]:
+        """Each parent alone, oldest first."""
+        return tuple(self.recipe(row) for row in np.eye(self.count))
+
+    def uniform(self) -> Recipe:
+        """The uniform soup (Wortsman et al. 2022, arXiv:2203.05482), a baseline."""
+        return self.recipe(np.full(self.count, 1.0 / self.count))
+
+    def start(self) -> tuple[Recipe, ...]:
+        """What is measured before anything is fitted: parents and uniform soup."""
+        return (*self.parents(), self.uniform())
+
+    def ends(self) -> tuple[Recipe, ...]:
+        """The ends of a pair's [α, 1], where the paper begins (Liu et al. 2024, algorithm 1)."""
+        return (self.recipe(self.alpha), self.recipe(1.0)) if self.count == 2 else ()
+
+    def candidates(self) -> Array:
+        """Points among which the next recipe is chosen, shape (m, count), distinct, read-only.
+
+        A pair: λ from α to 1 in equal steps. More: evenly spread over the feasible simplex and over
+        each of its faces.
+        """
+        return _candidates(self.count, self.alpha)
+
+    def fresh(self, taken: Sequence[Recipe], spacing: float = SPACING) -> Array:
+        """The candidates that are not taken yet, shape (m, count).
+
+        Those farther than `spacing` from every taken recipe; if there are none, all that differ.
+        """
+        candidates = self.candidates()
+        distance = distances(candidates, points_of(taken)).min(axis=1)
+        far: Array = candidates[distance > spacing + 1e-9]
+        return far if far.size else candidates[distance > 1e-9]
+
+
+@lru_cache(maxsize=32)
+def _candidates(count: int, alpha: float) -> Array:
+    if count == 2:
+        lam = np.linspace(alpha, 1.0, GRID)
+        points = np.column_stack([1.0 - lam, lam])
+    else:
+        # the feasible weights are a smaller simplex at the newest parent's corner
+        points = alpha * np.eye(count)[-1] + (1.0 - alpha) * _spread(count)
+    steps = np.round(1e4 * points)
+    largest = steps.argmax(axis=1)
+    steps[np.arange(len(steps)), largest] += 1e4 - steps.sum(axis=1)
+    steps = np.unique(steps[steps[:, -1] >= 1e4 * alpha - 1e-6], axis=0)[::-1]
+    points = steps / 1e4
+    points.flags.writeable = False
+    return points
+
+
+def _spread(count: int) -> Array:
+    """Points all over the unit simplex of `count` corners: the corners, the inside, the faces."""
+    parts = [np.eye(count), _uniform(count, INSIDE)]
+    for corners in range(2, count):
+        faces = list(itertools.combinations(range(count), corners))
+        sample = _uniform(corners, max(ON_FACES // len(faces), 1))
+        for face in faces:
+            part = np.zeros((len(sample), count))
+            part[:, face] = sample
+            parts.append(part)
+    return np.concatenate(parts)
+
+
+def _uniform(corners: int, size: int) -> Array:
+    """Points spread evenly over a simplex, shape (size, corners): a Halton sequence, mapped.
+
+    Each weight is a Beta-distributed share of what those before it left, so that all together are
+    uniform (Devroye 1986, ch. XI.4).
+    """
+    cube = (qmc.Halton(corners - 1, scramble=False).random(size) + 0.5 / size) % 1.0
+    left = np.cumprod(cube ** (1.0 / np.arange(corners - 1, 0, -1)), axis=1)
+    gaps: Array = -np.diff(left, axis=1, prepend=1.0, append=0.0)
+    return gaps
+
+
+def points_of(recipes: Sequence[Recipe]) -> Array:
+    """The points of recipes, shape (len(recipes), count)."""
+    return np.array([recipe.lam for recipe in recipes])
+
+
+def distances(a: Array, b: Array) -> Array:
+    """Distances between points on a simplex with edges of length 1, shape (len(a), len(b))."""
+    difference = a[:, None, :] - b[None, :, :]
+    out: Array = np.sqrt(0.5 * (difference**2).sum(axis=2))
+    return out

@@ -1,0 +1,1 @@
+"""What Fisher averaging and RegMean measure of a parent from calibration text."""

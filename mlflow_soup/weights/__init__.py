@@ -1,0 +1,1 @@
+"""Checkpoints on disk: find, open, compare, digest, mix and write them."""

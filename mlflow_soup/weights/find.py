@@ -1,0 +1,280 @@
+"""Find the one checkpoint in a folder, and refuse what is not plain data.
+
+Only safetensors are read, single or sharded. Pickles, remote code and adapters are refused, because
+anyone who may write to a registry can put them there.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from mlflow_soup.errors import ParentError
+from mlflow_soup.files.untrusted import LARGEST_YAML, parse_json, parse_yaml, read_regular
+from mlflow_soup.weights.checkpoint import (
+    COPIED,
+    INDEX,
+    MIXED,
+    SINGLE,
+    Checkpoint,
+    TensorInfo,
+    damaged,
+    read_weight_header,
+    readable,
+    shorten,
+    stamp_of,
+)
+
+# bytes of JSON: each of Gemma's 6000 unused tokens stands in its tokenizer's config; an index with
+# 90 000 tensors takes 9 MB, a tokenizer with 260 000 tokens 34 MB
+_LARGEST = {"config.json": 1 << 20, "tokenizer_config.json": 16 << 20, INDEX: 16 << 20}
+_LARGEST_OTHER = 128 << 20
+_ADAPTER = "merge the adapter into its base first (peft: merge_and_unload) and register that"
+
+
+def _only(folders: Sequence[Path], root: Path, what: str, label: str, fix: str) -> Path:
+    if len(folders) != 1:
+        found = ", ".join(str(f) for f in folders) or f"none below {root}"
+        raise ParentError(f"{label} has {len(folders)} folders with {what}", where=found, fix=fix)
+    return folders[0]
+
+
+def load_json(path: Path, label: str) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        ParentError: the file cannot be read, is too large, or holds something else.
+    """
+    try:
+        content = parse_json(read_regular(path, _LARGEST.get(path.name, _LARGEST_OTHER)))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, label, error) from error
+    if not isinstance(content, dict):
+        raise ParentError(
+            f"{path.name} of {label} is not a JSON object",
+            where=str(path),
+            fix="save the checkpoint again, and register that",
+        )
+    return content
+
+
+def _unreadable(path: Path, label: str, error: Exception) -> ParentError:
+    return ParentError(
+        f"{path.name} of {label} cannot be read: {error}",
+        where=str(path),
+        fix="save the checkpoint again, and register that",
+    )
+
+
+def _check_plain(folder: Path, label: str) -> None:
+    """Refuse links, pipes and overlong JSON in a folder that libraries are going to read from."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        if entry.is_symlink():
+            raise ParentError(
+                f"{entry.name} of {label} is a link",
+                where=str(path),
+                fix="register plain files; a folder of links is copied by cp -rL",
+            )
+        if entry.is_dir():
+            continue
+        if not entry.is_file():
+            raise ParentError(
+                f"{entry.name} of {label} is neither a file nor a folder",
+                where=str(path),
+                fix="register plain files",
+            )
+        most = _LARGEST.get(entry.name, _LARGEST_OTHER)
+        if entry.name.endswith(".json") and (size := entry.stat().st_size) > most:
+            error = ValueError(f"it is {size} bytes long, and at most {most} are read")
+            raise _unreadable(path, label, error)
+
+
+def _check_mlmodel(path: Path, label: str) -> None:
+    """Refuse an MLmodel file that is more than plain values: a soup takes it over."""
+    try:
+        parse_yaml(read_regular(path, LARGEST_YAML))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, label, error) from error
+
+
+def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
+    """File names of the weights, and which file the index says that each tensor is in."""
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not (folder / INDEX).is_file():
+        if files != [SINGLE]:
+            raise ParentError(
+                f"{label} has {len(files)} files of weights and no index",
+                where=f"{folder}: {', '.join(files)}",
+                fix=f"register one file {SINGLE}, or shards with {INDEX}",
+            )
+        return files, {}
+    weight_map = load_json(folder / INDEX, label).get("weight_map")
+    where = {str(k): str(v) for k, v in weight_map.items()} if isinstance(weight_map, dict) else {}
+    names = sorted(set(where.values()))
+    for name in names:
+        if name not in files:
+            raise ParentError(
+                f"the index of {label} names {name!r}, which is no file beside it",
+                where=str(folder / INDEX),
+                fix="save the checkpoint again, all shards in one folder",
+            )
+    if names != files:  # transformers would read model.safetensors, and leave the index alone
+        raise ParentError(
+            f"the index of {label} names {len(names)} files, but {len(files)} are there",
+            where=f"{folder}: {', '.join(sorted({*files} ^ {*names}))}",
+            fix="save the checkpoint again, with one set of weights",
+        )
+    return names, where
+
+
+def _check_index(
+    where: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: Path, label: str
+) -> None:
+    """The index must name the tensors that its files hold, each in its file."""
+    wrong = [
+        f"{name}: the index says {where.get(name, 'nothing')}, "
+        f"it is in {tensors[name].file if name in tensors else 'no file'}"
+        for name in sorted({*where, *tensors})
+        if name not in tensors or where.get(name) != tensors[name].file
+    ]
+    if wrong:
+        raise ParentError(
+            f"the index of {label} does not fit its files:\n    " + "\n    ".join(shorten(wrong)),
+            where=str(path),
+            fix="save the checkpoint again, as save_pretrained writes it",
+        )
+
+
+def find_checkpoint(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
+    """The one checkpoint in an artifact tree, whatever layout it was logged in.
+
+    A plain Hugging Face folder, MLflow's transformers flavour (`model/`, `components/tokenizer/`)
+    and a folder below `artifacts/` are all found by what they hold.
+
+    Args:
+        root: the artifact tree.
+        label: how errors name it.
+        with_tokenizer: refuse one without; merging alone needs none.
+
+    Raises:
+        ParentError: there is none or more than one, or it needs code or pickles to be read.
+    """
+    with readable(label):
+        return _find(root, label, with_tokenizer)
+
+
+def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
+    folders = sorted({path.parent for path in root.rglob("*.safetensors")})
+    folders = [folder for folder in folders if os.path.lexists(folder / "config.json")]
+    if not folders and any(root.rglob("adapter_config.json")):
+        fix = _ADAPTER
+    elif not folders and any(root.rglob("*.bin")):
+        fix = "convert it: save_pretrained writes safetensors; pickles are not read"
+    else:
+        fix = "register one Hugging Face checkpoint folder: config.json and *.safetensors"
+    weights = _only(folders, root, "config.json and *.safetensors", label, fix)
+    if (weights / "adapter_config.json").is_file():
+        raise ParentError(
+            f"{label} has an adapter beside its weights, and adapters cannot be averaged",
+            where=str(weights / "adapter_config.json"),
+            fix=_ADAPTER,
+        )
+    _check_plain(weights, label)
+    if os.path.lexists(root / "MLmodel"):
+        _check_mlmodel(root / "MLmodel", label)
+    config = load_json(weights / "config.json", label)
+    unquantised = f"register its weights in one of {', '.join(MIXED)}"
+    own_code = "register an architecture that transformers knows"
+    refused = [(key, "brings its own code", own_code) for key in _code(config)]
+    for key in ("quantization_config", "compression_config"):
+        refused += [(key, "is quantised", unquantised)] if key in config else []
+    for key, why, fix in refused:
+        raise ParentError(
+            f"{label} {why} ({key} in its config) and cannot be merged",
+            where=str(weights / "config.json"),
+            fix=fix,
+        )
+    tokenizer = weights
+    if not (weights / "tokenizer_config.json").is_file():
+        holders = sorted({path.parent for path in root.rglob("tokenizer_config.json")})
+        if holders or with_tokenizer:
+            fix = "register the tokenizer beside the model"
+            tokenizer = _only(holders, root, "a tokenizer", label, fix)
+            _check_plain(tokenizer, label)
+    if (tokenizer / "tokenizer_config.json").is_file():
+        _check_tokenizer(load_json(tokenizer / "tokenizer_config.json", label), tokenizer, label)
+    files, where = _weight_files(weights, label)
+    stamps = {file: stamp_of(weights / file) for file in files}
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        header = read_weight_header(weights / file, label)
+        header.pop("__metadata__", None)
+        # by the order of their data; empty tensors share a place
+        for name in sorted(header, key=lambda n: (header[n]["data_offsets"], n)):
+            if name in tensors:
+                raise ParentError(
+                    f"{name!r} of {label} is in two files",
+                    where=f"{tensors[name].file} and {file} in {weights}",
+                    fix="save the checkpoint again, with one set of weights",
+                )
+            entry = header[name]
+            tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]))
+    if where:
+        _check_index(where, tensors, weights / INDEX, label)
+    forged = [name for name in tensors if not name.isprintable()]
+    if forged:
+        raise ParentError(
+            f"{label} holds a tensor whose name cannot be printed: {forged[0]!r}",
+            where=str(weights / tensors[forged[0]].file),
+            fix="save the checkpoint again, as save_pretrained writes it",
+        )
+    known = MIXED.keys() | COPIED.keys()
+    odd = [f"{name}: {info.dtype}" for name, info in tensors.items() if info.dtype not in known]
+    if odd:
+        raise ParentError(
+            f"{label} is quantised, or of another dtype that cannot be merged:\n    "
+            + "\n    ".join(shorten(odd, 10)),
+            where=str(weights),
+            fix=unquantised,
+        )
+    for file in files:
+        _check_with_safetensors(weights / file, label)
+    return Checkpoint(label, root, weights, tokenizer, config, tensors, stamps)
+
+
+def _code(config: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a config, and of the configs within it, that name code outside transformers."""
+    for key, value in config.items():
+        # an attention named org/kernel is fetched from the Hub
+        if key == "auto_map" or (key.endswith("_implementation") and "/" in str(value)):
+            yield key
+        elif isinstance(value, dict):
+            yield from _code(value)
+
+
+def _check_with_safetensors(path: Path, label: str) -> None:
+    """Refuse what it refuses: those who get the soup will read it with nothing else."""
+    try:
+        # for torch it would reserve memory for the whole file, and fail where there is less
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, label, error) from error
+
+
+def _check_tokenizer(config: Mapping[str, Any], folder: Path, label: str) -> None:
+    """Refuse a tokenizer that brings its own code, or names files elsewhere."""
+    files = config.get("fast_tokenizer_files") or ()
+    leading_out = [f for f in files if os.path.basename(str(f)) != f]
+    what = "".join(f"brings its own code ({key})" for key in list(_code(config))[:1])
+    if leading_out:
+        what = f"names a file that is not beside it, {leading_out[0]!r} (fast_tokenizer_files)"
+    if what:
+        raise ParentError(
+            f"the tokenizer of {label} {what}",
+            where=str(folder / "tokenizer_config.json"),
+            fix="register a tokenizer that transformers knows",
+        )

@@ -1,0 +1,133 @@
+"""The manifest and the model card of a soup: what it is made of, written and read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from mlflow_soup.records import Digests, Manifest, Source
+
+MANIFEST = "soup_manifest.json"
+CARD = "README.md"
+# the manifest
+SCHEMA = 1
+MIXINGS = ("linear", "fisher", "regmean")  # how weights enter: only the first can be made again
+KERNEL = "fp32 products and sums, separate, in parent order; one rounding, to nearest even"
+_PAPERS = {  # by mixing
+    "linear": 'Liu et al., "Checkpoint Merging via Bayesian Optimization in LLM Pretraining",\n'
+    "arXiv:2403.19390",
+    "fisher": 'Matena & Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv:2111.09832',
+    "regmean": 'Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models",\n'
+    "arXiv:2212.09849",
+}
+
+
+def format_manifest(manifest: Manifest) -> dict[str, Any]:
+    """What goes into `soup_manifest.json`; λ as hex floats, to be exact.
+
+    `parse_manifest` is its inverse.
+    """
+    return {
+        "schema": SCHEMA,
+        "model": manifest.model,
+        "method": manifest.method,
+        "kernel": KERNEL,
+        "parents": [
+            {
+                "uri": source.uri,
+                "lambda": float(source.lam).hex(),
+                "run_id": source.run_id,
+                "location": source.location,
+                **_format_digests(source.digests),
+            }
+            for source in manifest.sources
+        ],
+        **_format_digests(manifest.digests),
+        "inherited": dict(manifest.inherited),
+        "search": dict(manifest.search),
+        "versions": dict(manifest.versions),
+    }
+
+
+def parse_manifest(content: Any) -> Manifest:
+    """The manifest that `format_manifest` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: it is none, or of another
+            schema.
+    """
+    for field, known in (("schema", (SCHEMA,)), ("method", MIXINGS), ("kernel", (KERNEL,))):
+        if content[field] not in known:
+            raise ValueError(f"{field} {content[field]!r}, and this version knows {known}")
+    sources = tuple(
+        Source(
+            str(parent["uri"]),
+            float.fromhex(parent["lambda"]),
+            _parse_digests(parent),
+            str(parent["run_id"]),
+            str(parent["location"]),
+        )
+        for parent in content["parents"]
+    )
+    if len(sources) < 2 or not all(0.0 <= source.lam <= 1.0 for source in sources):
+        raise ValueError("it takes two parents, and weights from 0 to 1")
+    if not all(source.uri.isprintable() for source in sources):
+        raise ValueError("a parent's name cannot be printed")
+    return Manifest(
+        str(content["model"]),
+        str(content["method"]),
+        sources,
+        _parse_digests(content),
+        _texts(content["inherited"]),
+        dict(content["search"]),
+        _texts(content["versions"]),
+    )
+
+
+def _format_digests(digests: Digests | None) -> dict[str, Any]:
+    if digests is None:
+        return {"digest": None}
+    files, tensors = dict(digests.files), dict(digests.tensors)
+    return {"digest": digests.canonical, "files": files, "tensors": tensors}
+
+
+def _parse_digests(content: Mapping[str, Any]) -> Digests | None:
+    if content["digest"] is None:
+        return None
+    return Digests(str(content["digest"]), _texts(content["tensors"]), _texts(content["files"]))
+
+
+def _texts(content: Any) -> dict[str, str]:
+    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+        raise TypeError("an object of texts is expected")
+    return content
+
+
+def card(manifest: Manifest) -> str:
+    """The model card: front matter that Hugging Face tools read, and the recipe in words."""
+    # a folder's place on the machine that merged it is nobody else's concern
+    uris = [source.uri for source in manifest.sources]
+    names = [uri if uri.startswith("models:/") else PurePath(uri).name for uri in uris]
+    base = "\n".join(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)
+    weights = (source.lam for source in manifest.sources)
+    shares = ", ".join(f"{lam:g} × `{name}`" for lam, name in zip(weights, names, strict=True))
+    how = (
+        "Weighted average of checkpoints"
+        if manifest.method == "linear"
+        else (f"Checkpoints merged by {manifest.method}, which refines equal weights by statistics")
+    )
+    return f"""---
+library_name: transformers
+base_model:
+{base}
+base_model_relation: merge
+tags:
+- merge
+- mlflow-soup
+---
+
+# {manifest.model or "Soup"}: {" and ".join(f"`{name}`" for name in names)}
+
+{how}: {shares}. Exact weights: `soup_manifest.json`.
+Method: {_PAPERS[manifest.method]}.
+"""

@@ -1,0 +1,87 @@
+"""Write a soup together with the manifest that says what it is made of."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+from mlflow_soup.files.durable import on_disk
+from mlflow_soup.records import Manifest, Source
+from mlflow_soup.weights import soup
+from mlflow_soup.weights.checkpoint import Checkpoint
+from mlflow_soup.weights.digests import of_file
+from mlflow_soup.weights.manifest import CARD, MANIFEST, card, format_manifest
+
+_LIBRARIES = ("mlflow-soup", "mlflow", "torch", "transformers", "safetensors", "lm-eval")
+# written when a version is registered or served: not what the newest parent had
+_OF_MLFLOW = ("MLmodel", "registered_model_meta")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from: its files at hand, and what the registry says of it."""
+
+    folder: Path
+    uri: str
+    run_id: str = ""
+    location: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def make(
+    parents: Sequence[Checkpoint],
+    origins: Sequence[Origin],
+    lam: Sequence[float],
+    folder: Path,
+    *,
+    method: str = "linear",
+    model: str = "",
+    search: Mapping[str, Any] | None = None,
+    digests: bool = True,
+    blend: soup.Blend | None = None,
+) -> Manifest:
+    """Write a soup with its manifest and its model card.
+
+    Args:
+        parents: oldest first, already found compatible.
+        origins: of each parent.
+        lam: merge weights λ, one per parent, summing to 1.
+        folder: where the artifact tree goes; exists and is empty.
+        method: how the weights enter.
+        model: the registered model it is made for.
+        search: what the manifest tells of the search that chose λ.
+        digests: take those of soup and parents on the way.
+        blend: as of `soup.write`.
+
+    Raises:
+        ParentError, StoreError: as `soup.write`.
+    """
+    written = soup.write(parents, lam, folder, digests=digests, blend=blend)
+    manifest = Manifest(
+        model,
+        method,
+        tuple(
+            Source(origin.uri, weight, own, origin.run_id, origin.location)
+            for origin, weight, own in zip(origins, lam, written.parents, strict=True)
+        ),
+        written.digests,
+        {name: of_file(path) for name, path in inherited(written.checkpoint)},
+        search or {},
+        {library: version_of(library) for library in _LIBRARIES},
+    )
+    text = json.dumps(format_manifest(manifest), indent=2, ensure_ascii=False) + "\n"
+    for name, content in ((MANIFEST, text), (CARD, card(manifest))):
+        with on_disk(folder / name):
+            (folder / name).write_text(content, encoding="utf-8")
+    return manifest
+
+
+def inherited(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
+    """A soup's files that are its newest parent's, by their path in the tree."""
+    own = {checkpoint.root / name for name in (MANIFEST, CARD, *_OF_MLFLOW)}
+    own |= {checkpoint.weights / file for file in checkpoint.files()}
+    for path in sorted(checkpoint.root.rglob("*")):
+        if path.is_file() and path not in own:
+            yield path.relative_to(checkpoint.root).as_posix(), path

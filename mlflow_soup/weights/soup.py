@@ -1,0 +1,262 @@
+"""Parents in, soup out, tensor by tensor: memory depends neither on the model nor on how many.
+
+The file that comes out has its newest parent's shards, order and names, and the bytes that the
+kernel gives, whatever the number of threads.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import groupby
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlflow_soup.errors import ParentError
+from mlflow_soup.files.durable import check_space, on_disk
+from mlflow_soup.files.untrusted import open_regular
+from mlflow_soup.files.writer import BLOCK, FileWriter, Sink
+from mlflow_soup.records import Digests, Mismatch
+from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint, readable
+from mlflow_soup.weights.digests import Digesting, canonical, check_may_be_infinite, threads
+from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.weights.manifest import CARD, MANIFEST
+from mlflow_soup.weights.mix import Scratch, Term, add_up, bits, is_finite, same_bytes, terms
+
+# written anew for every soup, or by MLflow when it serves the files; and what belongs to the parent
+# alone: its weights in other formats and the state of its training
+NOT_INHERITED = (
+    *(MANIFEST, CARD, "registered_model_meta", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
+    *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "optimizer*", "scheduler*", "trainer_state.json"),
+)
+
+
+# a tensor's name and the parents' tensors → the soup's; None where the weighted sum is wanted
+Blend = Callable[[str, Sequence[Tensor]], Tensor | None]
+
+
+_COMPARED = 1 << 22  # elements of the soup made at a time when it is only compared
+
+
+@dataclass(frozen=True)
+class Written:
+    """A soup on disk, and the digests of what it was made of: None when they were not asked for."""
+
+    checkpoint: Checkpoint
+    digests: Digests | None
+    parents: tuple[Digests | None, ...]
+
+
+def write(
+    parents: Sequence[Checkpoint],
+    lam: Sequence[float],
+    folder: Path,
+    *,
+    digests: bool = True,
+    blend: Blend | None = None,
+) -> Written:
+    """Write the soup Σ λ_i·Θ_i in its newest parent's layout: same files, names and dtypes.
+
+    Everything but the weights is the newest parent's.
+
+    Args:
+        parents: the parents, oldest first, already found compatible.
+        lam: merge weights λ, one per parent, summing to 1.
+        folder: where the artifact tree goes; exists and is empty.
+        digests: compute those of soup and parents on the way.
+        blend: makes some tensors otherwise, each of its parents' shape and dtype.
+
+    Raises:
+        ParentError: a parent holds a value that is not finite, integers that differ, or a link;
+            or it was written to meanwhile.
+        StoreError: the disk is full or fails.
+    """
+    for parent in parents:  # its tensors may not be where they were found
+        parent.check_unchanged()
+    donor = parents[-1]
+    weights_folder = _copy_the_rest(donor, folder)
+    weights = [dict(parent.read()) for parent in parents]
+    contents: dict[str, str] = {}
+    files: dict[str, str] = {}
+    scratch = Scratch()
+    size = sum(stamp[0] for stamp in donor.stamps.values())
+    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=None)
+    with bar, threads() as pool:
+        of_parents = [Digesting(parent, pool) for parent in parents if digests]
+        for file, names in groupby(donor.tensors, key=lambda name: donor.tensors[name].file):
+            hashing = {}
+            with FileWriter(weights_folder / file, digest=digests) as writer:
+                writer.put(_header(donor, file))
+                for name in names:
+                    tensors = [own[name].reshape(-1) for own in weights]
+                    hashing[name] = hashlib.sha256()
+                    sink = hashing[name].update if digests else None
+                    parts = _parts(name, [own[name] for own in weights], lam, blend)
+                    if not _stream(name, parts, writer, sink, scratch):
+                        _refuse(parents, name, tensors, scratch)
+                    bar.update(tensors[0].nbytes)
+            contents |= {name: sha256.hexdigest() for name, sha256 in hashing.items()}
+            if writer.sha256 is not None:
+                files[file] = writer.sha256.hexdigest()
+        measured = tuple(digesting.result() for digesting in of_parents)
+    for parent in parents:
+        parent.check_unchanged()
+    made = find_checkpoint(folder, "the soup", with_tokenizer=False)
+    own = Digests(canonical(donor.tensors, contents), contents, files) if digests else None
+    return Written(made, own, measured or (None,) * len(parents))
+
+
+def _copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
+    """Everything but the weights; the folder for these, when there is room for all."""
+    paths = list(_taken_over(donor))
+    sizes = [stamp[0] for stamp in donor.stamps.values()] + [path.stat().st_size for path in paths]
+    check_space(folder, sum(size + BLOCK for size in sizes))
+    for path in paths:
+        target = folder / path.relative_to(donor.root)
+        content = _read(path, donor.label)
+        with on_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    weights = folder / donor.weights.relative_to(donor.root)
+    with on_disk(weights):
+        weights.mkdir(parents=True, exist_ok=True)
+    return weights
+
+
+def _read(path: Path, label: str) -> bytes:
+    try:
+        with readable(label), open_regular(path) as file:
+            return file.read()
+    except ValueError as error:
+        raise _not_plain(path, label, "what is no plain file") from error
+
+
+def _not_plain(path: Path, label: str, what: str) -> ParentError:
+    return ParentError(
+        f"{label} holds {what}, {path.name}",
+        where=str(path),
+        fix="register the checkpoint again with plain files",
+    )
+
+
+def _parts(
+    name: str, tensors: Sequence[Tensor], lam: Sequence[float], blend: Blend | None
+) -> list[Term]:
+    """What has to be added up for one tensor, flat."""
+    blended = blend(name, tensors) if blend else None
+    if blended is not None:
+        return [(blended.reshape(-1), 1.0)]
+    return terms([tensor.reshape(-1) for tensor in tensors], lam, name=name)
+
+
+def _stream(
+    name: str,
+    parts: Sequence[Term],
+    writer: FileWriter,
+    sink: Sink | None,
+    scratch: Scratch,
+) -> bool:
+    """Mix one tensor into the writer's buffers, as there is room; False when it is not finite."""
+    first, done = parts[0][0], 0
+    check = not name.endswith(MAY_BE_INFINITE)
+    while done < len(first):
+        out = writer.room(first.dtype, len(first) - done, sink)
+        here = slice(done, done + len(out))
+        if not add_up([(t[here], c) for t, c in parts], out, scratch=scratch, check=check):
+            return False
+        done += len(out)
+    return True
+
+
+def _taken_over(donor: Checkpoint) -> Iterator[Path]:
+    """The files a soup takes over from its newest parent."""
+    for path in sorted(donor.root.rglob("*")):
+        if path.is_symlink():
+            raise _not_plain(path, donor.label, "a link")
+        parts = path.relative_to(donor.root).parts
+        if path.is_dir() or any(fnmatch(p, n) for p in parts for n in NOT_INHERITED):
+            continue
+        if not path.is_file():
+            raise _not_plain(path, donor.label, "neither a file nor a folder")
+        yield path
+
+
+def _header(donor: Checkpoint, file: str) -> bytes:
+    """The header of the donor's file, with the one metadata key that all loaders ask for.
+
+    Padded so that the data begin at a block: safetensors allows spaces at the end.
+    """
+    tensors = {name: info for name, info in donor.header(file).items() if name != "__metadata__"}
+    header = {"__metadata__": {"format": "pt"}} | tensors
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % BLOCK)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _refuse(
+    parents: Sequence[Checkpoint], name: str, tensors: Sequence[Tensor], scratch: Scratch
+) -> NoReturn:
+    """Say whose fault it is that a soup's tensor is not finite."""
+    for parent, tensor in zip(parents, tensors, strict=True):
+        if not is_finite(tensor, scratch):
+            check_may_be_infinite(parent, name)
+    raise ParentError(
+        f"{name!r} of the soup exceeds the largest number of its dtype",
+        where=" and ".join(parent.label for parent in parents),
+        fix="merge other versions; these hold values at the edge of their dtype",
+    )
+
+
+def compare(
+    parents: Sequence[Checkpoint],
+    lam: Sequence[float],
+    soup: Checkpoint,
+    *,
+    blend: Blend | None = None,
+) -> Iterator[Mismatch]:
+    """Mix the parents again and yield each tensor of the soup that comes out otherwise.
+
+    Args:
+        parents: the parents, oldest first, found compatible.
+        lam: merge weights λ, one per parent.
+        soup: what should be their soup.
+        blend: what `write` was given.
+    """
+    weights = [dict(parent.read()) for parent in parents]
+    stored = dict(soup.read())
+    expected = parents[-1].tensors
+    scratch = Scratch()
+    for name in tqdm(sorted({*expected, *stored}), "merge again", unit="tensor", disable=None):
+        ours, theirs = expected.get(name), soup.tensors.get(name)
+        if str(ours) != str(theirs):  # dtype and shape; files may differ
+            yield Mismatch(name, 0, (), str(ours or "absent"), str(theirs or "absent"))
+            continue
+        parts = _parts(name, [own[name] for own in weights], lam, blend)
+        count, first = 0, None
+        found = stored[name].reshape(-1)
+        for start in range(0, len(found), _COMPARED):
+            here = slice(start, start + _COMPARED)
+            again = torch.empty_like(found[here])
+            add_up([(tensor[here], c) for tensor, c in parts], again, scratch=scratch)
+            if same_bytes(again, found[here]):
+                continue
+            ours_bits, theirs_bits = bits(again), bits(found[here])
+            at = (ours_bits != theirs_bits).nonzero()[:, 0]
+            count += len(at)
+            if first is None:
+                place = torch.unravel_index(at[0] + start, stored[name].shape)
+                index = tuple(int(i) for i in place)
+                first = (index, _hex(ours_bits[at[0]]), _hex(theirs_bits[at[0]]))
+        if first is not None:
+            yield Mismatch(name, count, *first)
+
+
+def _hex(value: Tensor) -> str:
+    """An element's bits."""
+    width = value.element_size()
+    return f"0x{int(value) & ((1 << 8 * width) - 1):0{2 * width}x}"

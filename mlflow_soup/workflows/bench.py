@@ -1,0 +1,292 @@
+"""Registered versions side by side: opened, loaded into a live model, scored on the same items."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mlflow_soup.errors import ParentError, SpecError, StoreError
+from mlflow_soup.evaluation.evaluator import Evaluator
+from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.evaluation.suite import Suite, load_suite
+from mlflow_soup.records import Evidence, Parent, Score, Version
+from mlflow_soup.registry import naming
+from mlflow_soup.registry.cache import cache_folder, store_id
+from mlflow_soup.registry.journal import Journal
+from mlflow_soup.registry.pull import pull
+from mlflow_soup.registry.scores import Scores
+from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.versions import holder, model_id, version_at
+from mlflow_soup.request.names import parse_target
+from mlflow_soup.request.spec import Spec
+from mlflow_soup.weights.checkpoint import Checkpoint
+from mlflow_soup.weights.compatibility import differences
+from mlflow_soup.weights.digests import digest
+from mlflow_soup.weights.find import find_checkpoint
+
+Suites = tuple[Suite, Suite | None]  # held-out, OOD
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A registered version whose files were pulled, read once and found sound."""
+
+    parent: Parent
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The live model and how it is scored: held-out by the search, OOD after it.
+
+    `spec` and `suites` are what it was set up from: a champion of another architecture needs one
+    more like it.
+    """
+
+    spec: Spec
+    suites: Suites
+    live: LiveModel
+    held_out: Evaluator
+    ood: Evaluator | None
+
+
+def open_version(client: Store, version: Version, *, fresh: bool = False) -> Opened:
+    """Pull a version, and read it once: every value is finite, and its digest is known.
+
+    Raises:
+        ParentError: its files are missing or no sound checkpoint.
+    """
+    folder = pull(client, version, fresh=fresh)
+    found = find_checkpoint(folder, version.uri)
+    parent = Parent(version, digest(found), folder, model_id(client, version))
+    return Opened(parent, found)
+
+
+def load_suites(spec: Spec) -> Suites:
+    """Held-out and OOD tasks, which share neither a task nor a document.
+
+    Raises:
+        SpecError: no tasks, or the two sets overlap.
+    """
+    if not spec.tasks:
+        raise SpecError(
+            "there is nothing to score a soup on",
+            where="--tasks, and the registered model has no tag soup.tasks",
+            fix="name lm-eval tasks: --tasks arc_easy,piqa, or set the tag as the model's policy",
+        )
+    load = partial(load_suite, include_path=spec.include_path, allowed=spec.allowed_code)
+    held_out = load(spec.tasks, where="--tasks")
+    if not spec.ood_tasks:
+        return held_out, None
+    ood = load(spec.ood_tasks, where="--ood-tasks")
+    shared = sorted({*held_out.loaded["tasks"]} & {*ood.loaded["tasks"]})
+    if shared:
+        raise SpecError(
+            f"{', '.join(shared[:5])} is held-out and out of domain at once",
+            where="--tasks and --ood-tasks",
+            fix="the gate must judge on items that the search never saw: drop it from one of them",
+        )
+    seen = held_out.documents()
+    common = [
+        (seen[document], name) for document, name in ood.documents().items() if document in seen
+    ]
+    if common:
+        raise SpecError(
+            f"{len(common)} documents are in held-out and OOD tasks alike, "
+            f"the first in {common[0][0]} and {common[0][1]}",
+            where="--tasks and --ood-tasks",
+            fix="the gate must judge on items that the search never saw: choose other tasks",
+        )
+    return held_out, ood
+
+
+def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
+    """Load the live model of a checkpoint's architecture and freeze the tasks for it."""
+    live = LiveModel(donor, spec.device)
+    held_out, ood = suites
+    return Bench(
+        spec,
+        suites,
+        live,
+        _evaluator(live, held_out, spec),
+        _evaluator(live, ood, spec) if ood is not None else None,
+    )
+
+
+def aim(bench: Bench, task: str) -> Bench:
+    """The same live model, scored on one task alone.
+
+    Args:
+        bench: whose model and settings it shares.
+        task: `task:metric`, as a term of a suite is written.
+    """
+    spec = bench.spec
+    suite = load_suite(task, include_path=spec.include_path, allowed=spec.allowed_code)
+    held_out = _evaluator(bench.live, suite, spec)
+    return replace(bench, suites=(suite, None), held_out=held_out, ood=None)
+
+
+def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
+    return Evaluator(
+        live,
+        suite,
+        evaluator=spec.evaluator,
+        batch_size=spec.batch_size,
+        max_length=spec.max_length,
+        num_fewshot=spec.num_fewshot,
+        limit=spec.limit,
+    )
+
+
+def check_stored(client: Store, version: Version, expected: str) -> Opened:
+    """Read a version back from the store, not from a cache, and compare it with what it should be.
+
+    Raises:
+        StoreError: the store holds other bytes.
+    """
+    opened = open_version(client, version, fresh=True)
+    _compare(opened.parent.digest, expected, str(version), opened.parent.folder)
+    return opened
+
+
+def check_digest(folder: Path, what: str, expected: str) -> None:
+    """Refuse an artifact tree that does not hold the tensors it should.
+
+    Raises:
+        StoreError: it holds other bytes.
+    """
+    try:
+        found = digest(find_checkpoint(folder, what))
+    except ParentError as error:
+        found = error.what
+    _compare(found, expected, what, folder)
+
+
+def _compare(found: str, expected: str, what: str, folder: Path) -> None:
+    if found != expected:
+        raise StoreError(
+            f"{what} holds other weights than it should",
+            where=f"{folder}: {found}, expected {expected}",
+            fix="do not use it: something writes into the artifact store, or it fails; delete the "
+            "version if there is one, and run the same command again",
+        )
+
+
+def rivals(client: Store, name: str, spec: Spec) -> list[Version]:
+    """What stands where the soup would stand: the champion, and what `promote` points to."""
+    found = [holder(client, name, spec.champion)]
+    if spec.promote:
+        target = parse_target(spec.promote)
+        found.append(version_at(client, target.model or name, target))
+    return list(dict.fromkeys(version for version in found if version is not None))
+
+
+def open_rivals(client: Store, name: str, spec: Spec, at_hand: Sequence[Opened]) -> list[Opened]:
+    """The rivals as they stand now, opened; those at hand are not pulled again."""
+    opened = {o.parent.version: o for o in at_hand}
+    return [opened.get(v) or open_version(client, v) for v in rivals(client, name, spec)]
+
+
+def contenders(
+    soup: Opened, parents: Sequence[Opened], champions: Sequence[Opened]
+) -> dict[str, Opened]:
+    """Whom the OOD stage examines: soup, parents, and champions unless they are the soup.
+
+    Returns:
+        Role (`soup`, `parent 0`, `parent 1` …, `champion 0` …) → opened version.
+    """
+    others = [c for c in champions if c.parent.digest != soup.parent.digest]
+    return {
+        "soup": soup,
+        **{f"parent {i}": parent for i, parent in enumerate(parents)},
+        **{f"champion {i}": champion for i, champion in enumerate(others)},
+    }
+
+
+def conditions(bench: Bench) -> str:
+    """Digest of everything that evidence depends on besides the weights."""
+    assert bench.ood is not None
+    return naming.key_of({"held_out": bench.held_out.fingerprint, "ood": bench.ood.fingerprint})
+
+
+def examine(
+    bench: Bench,
+    models: Mapping[str, Opened],
+    known: Mapping[str, Score],
+    measured: Mapping[str, Evidence],
+    journal: Journal,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Evidence]:
+    """Score soup, parents and champion, held-out where it is not known yet and out of domain.
+
+    Args:
+        bench: live model and evaluators, of the soup's architecture.
+        models: role → opened version, as of `contenders`.
+        known: tensor digest → held-out score that the search measured already.
+        measured: tensor digest → evidence of an earlier examination under the same conditions.
+        journal: keeps what was scored until `forget` is told that MLflow has it.
+        check: is called before each model and in the end, and raises where there is to be none.
+    """
+    roles: dict[str, Evidence] = {}
+    soup = models["soup"].checkpoint
+    for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
+        check()
+        its = opened.parent.digest
+        # at λ = 1 the soup is its parent; a parent may be the champion
+        same = measured.get(its) or next((e for e in roles.values() if e.digest == its), None)
+        if same is not None:
+            roles[role] = replace(same, version=opened.parent.version)
+            continue
+        at = bench
+        if differences(soup, opened.checkpoint):
+            at = set_up(bench.spec, opened.checkpoint, bench.suites)
+        assert at.ood is not None
+        at.live.set_weights(at.live.link([opened.checkpoint]), [1.0])
+        entries = _entries(at, its)
+        held_out = known.get(its) or journal.recall(entries[0], partial(_score, at.held_out)).mean
+        ood = journal.recall(entries[1], partial(_examine, at.ood))
+        roles[role] = Evidence(opened.parent.version, its, held_out, tuple(ood.of.items()))
+    check()
+    return roles
+
+
+def _score(evaluator: Evaluator) -> Scores:
+    return Scores({"": evaluator.score()}, {naming.TRUNCATED: evaluator.truncated})
+
+
+def _examine(evaluator: Evaluator) -> Scores:
+    return Scores(dict(evaluator.evaluate()))
+
+
+def _entries(bench: Bench, its: str) -> tuple[str, str]:
+    """The journal's names for the held-out and the OOD scores of a model."""
+    assert bench.ood is not None
+    held_out, ood = (measured_key(e, [(its, 1.0)]) for e in (bench.held_out, bench.ood))
+    return held_out, ood
+
+
+def measured_key(evaluator: Evaluator, parts: Sequence[tuple[str, float]]) -> str:
+    """Digest of weights and of how they are scored: the same is not scored twice.
+
+    Args:
+        evaluator: what scores them.
+        parts: digest and weight λ of each checkpoint that they are mixed of.
+    """
+    weights = [(digest, weight.hex()) for digest, weight in parts if weight]
+    return naming.key_of({"evaluator": evaluator.fingerprint, "weights": weights})
+
+
+def forget(bench: Bench, roles: Mapping[str, Evidence], journal: Journal) -> None:
+    """Drop from the journal what MLflow was told of an examination."""
+    for evidence in roles.values():
+        for entry in _entries(bench, evidence.digest):
+            journal.drop(entry)
+
+
+def open_journal() -> Journal:
+    """Of what the store was not told yet; each store has its own."""
+    journal = Journal(cache_folder() / "journal" / store_id())
+    journal.open()
+    return journal

@@ -1,0 +1,163 @@
+"""One of the paper's experiments from request to report: a run, a table, a figure, and words.
+
+Nothing is registered. Every evaluation is a run, and none is made twice, so a study that was cut
+short goes on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mlflow_soup.errors import SpecError
+from mlflow_soup.files.durable import check_writable, on_disk
+from mlflow_soup.redaction import redact, redacting
+from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry.links import how_to_look, link, run_path
+from mlflow_soup.registry.outages import asking
+from mlflow_soup.reporting import tables
+from mlflow_soup.request.spec import Spec
+from mlflow_soup.workflows import comparison, pilots
+from mlflow_soup.workflows.job import Job, Session, open_session, settle
+from mlflow_soup.workflows.pilots import Result
+
+
+@dataclass(frozen=True)
+class Study:
+    """One experiment.
+
+    Attributes:
+        named_by: the option that names its versions.
+        jobs: session, versions or pairs → what it will ask for; refuses what cannot be.
+        work: session, versions or pairs, study run → result.
+    """
+
+    named_by: str
+    jobs: Callable[[Session, Any], Sequence[Job]]
+    work: Callable[[Session, Any, str], Result]
+
+
+STUDIES: Mapping[str, Study] = {
+    "pairs": Study("versions", pilots.pair_jobs, pilots.pairs),
+    "count": Study("versions", pilots.count_jobs, pilots.count),
+    "landscape": Study("pair", pilots.grid_jobs, pilots.landscape),
+    "heldout": Study("pair", pilots.grid_jobs, pilots.heldout),
+    "alpha": Study("pair", pilots.alpha_jobs, pilots.alpha),
+    "ood": Study("pairs", comparison.method_jobs, comparison.ood),
+    "methods": Study("pairs", comparison.method_jobs, comparison.methods),
+}
+# option → how to name versions by it
+_NAMING = {
+    "pairs": "one pair or more: --pairs 'v11,v12 v12,v13'",
+    "pair": "older, then newer: --pair v12,v13",
+    "versions": "oldest first: --versions v10,v11,v12,v13, or --last 4",
+}
+# Which pairs and how many: the paper says greedy, but shows soups below their parents (Fig. 1),
+# which only plain averages can be; and those tell which checkpoints lie near each other.
+PILOT = "uniform"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A study as it was told: the run that holds it, and the words for the terminal."""
+
+    result: Result
+    run_id: str
+    summary: str
+
+
+def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
+    if name not in STUDIES:
+        raise SpecError(
+            f"there is no study {name!r}", where="its name", fix=f"one of {', '.join(STUDIES)}"
+        )
+    option = STUDIES[name].named_by
+    for other in ("pair", "versions", "last", "pairs"):  # a Spec may hold what no command takes
+        if getattr(spec, other) and other != option and (option, other) != ("versions", "last"):
+            raise SpecError(
+                f"the study {name} takes no --{other}", where=f"--{option}", fix=_NAMING[option]
+            )
+    groups = spec.couples if option == "pairs" else (spec.parents,)
+    if not any(groups) and not spec.last:
+        raise SpecError("no versions were named", where=f"--{option}", fix=_NAMING[option])
+    if spec.out:
+        check_writable(Path(spec.out))
+    if name in ("pairs", "count") and "method" not in spec.named:
+        spec = Spec(**{knob: getattr(spec, knob) for knob in spec.named}, method=PILOT)
+    client, model, spec = settle(spec, [ref for group in groups for ref in group])
+    if name == "ood" and not spec.ood_tasks:
+        raise SpecError(
+            "there are no out-of-domain tasks to look at",
+            where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
+            fix="name tasks from another domain: --ood-tasks lambada_openai",
+        )
+    session, resolved = open_session(client, model, spec, groups, f"--{option}")
+    subject = resolved if option == "pairs" else resolved[0]
+    STUDIES[name].jobs(session, subject)
+    return session, subject
+
+
+@redacting()
+@asking("study the versions")
+def run_study(name: str, spec: Spec) -> Report:
+    """One of the paper's pilot experiments on registered versions; nothing is registered.
+
+    Args:
+        name: of `STUDIES`.
+        spec: which versions, tasks and settings; what it leaves open comes from the model's policy.
+
+    Raises:
+        SpecError: the request is wrong; nothing was touched.
+        ParentError: a version is missing, damaged, or unlike another.
+        ObjectiveError: a version has no finite score.
+    """
+    session, subject = _prepare(name, spec)
+    tags = {
+        "mlflow.runName": f"study {name} of {session.name}",
+        naming.ROLE: "study",
+        naming.METHOD: name,
+        naming.MODEL: session.name,
+    }
+    with tracking.open_run(session.client, session.spec.experiment, tags) as run_id:
+        said = {f"cfg.{f.name}": getattr(session.spec, f.name) for f in fields(session.spec)}
+        params = {k: v for k, v in said.items() if v not in ("", None)}
+        tracking.log(session.client, run_id, params=params)
+        result = STUDIES[name].work(session, subject, run_id)
+        return Report(result, run_id, _tell(session, run_id, name, result))
+
+
+def _about(session: Session) -> str:
+    """What the numbers of a study are of, in a sentence."""
+    spec, suite = session.spec, session.bench.suites[0]
+    items = f", the first {spec.limit} items of each task" if spec.limit else ""
+    tasks = ", ".join(map(str, suite.terms))
+    return (
+        f"Model {session.name}; held-out: {tasks}{items}. Best in bold (here *); low and high: "
+        "95 % paired interval of Δ."
+    )
+
+
+def _tell(session: Session, run_id: str, name: str, result: Result) -> str:
+    """Table, figure and words: into the run, and into a folder if one was named."""
+    client, spec = session.client, session.spec
+    about = _about(session)
+    notes = "\n".join(f"- {note}" for note in result.notes)
+    text = f"# {result.title}\n\n{about}\n\n{tables.markdown(result.table)}\n\n{notes}\n"
+    text = redact(text)
+    files = {f"{name}.csv": tables.csv(result.table), f"{name}.md": text}
+    for file, content in files.items():
+        client.log_text(run_id, content, file)
+    client.log_figure(run_id, result.figure, f"{name}.png")
+    tracking.log(client, run_id, tags={"mlflow.note.content": text[: tracking.NOTE_LIMIT]})
+    look = [f"run: {link(run_path(client, run_id))}"]
+    if command := how_to_look():
+        look.append(f"to open it, run: {command}")
+    if spec.out:
+        folder = Path(spec.out)
+        with on_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, content in files.items():
+                (folder / file).write_text(content, encoding="utf-8")
+            result.figure.savefig(folder / f"{name}.png", dpi=150)
+        look.append(f"files: {folder / name}.csv, .md and .png")
+    return "\n".join([result.title, about, tables.text(result.table), *result.notes, *look])

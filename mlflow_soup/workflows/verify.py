@@ -1,0 +1,222 @@
+"""Whether a soup is what its manifest says: its files, its tags, its parents, and their mixture."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow_soup.errors import MismatchError, ParentError, SpecError
+from mlflow_soup.files.untrusted import LARGEST_YAML, parse_json, parse_yaml, read_regular
+from mlflow_soup.records import Digests, Finding, Manifest, Mismatch
+from mlflow_soup.redaction import redacting
+from mlflow_soup.registry import naming
+from mlflow_soup.weights import soup
+from mlflow_soup.weights.checkpoint import Checkpoint, shorten
+from mlflow_soup.weights.compatibility import check_compatible
+from mlflow_soup.weights.digests import digest_all, of_file
+from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.weights.manifest import MANIFEST, parse_manifest
+from mlflow_soup.weights.provenance import Origin, inherited
+from mlflow_soup.workflows.merge import fetch
+
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError),
+)
+_LARGEST = 64 << 20  # of a manifest: a digest for each of 90 000 tensors takes 15 MB
+_SHOWN = 10  # tensors and files named in a finding
+
+
+def verify(text: str | os.PathLike[str]) -> Iterator[Finding]:
+    """Pull a soup and its parents, mix them again and compare everything the manifest tells.
+
+    Args:
+        text: `models:/my-llm/14`, or a folder that `merge_checkpoints` wrote.
+
+    Yields:
+        What was looked at, one after the other. The soup is what it says when all of them hold.
+
+    Raises:
+        SpecError: it is no soup.
+        MismatchError: its manifest cannot be read.
+        ParentError: it is not there.
+    """
+    with redacting():
+        yield from _verify(os.fspath(text))
+
+
+def _verify(name: str) -> Iterator[Finding]:
+    origin = fetch(name, "SOUP", fresh=True)
+    manifest = _read_manifest(origin)
+    yield _check_tags(origin, manifest)
+    stored = _open(origin, name)
+    if isinstance(stored, Finding):
+        yield stored
+    else:
+        yield _check_inherited(stored, manifest)
+        yield _check_digests("soup", stored, manifest.digests, files=True)
+    parents = []
+    for source in manifest.sources:
+        try:
+            parent = _open(_fetch_parent(origin, source.uri), source.uri)
+        except ParentError as error:
+            parent = Finding(f"parent {source.uri}", "missing", (error.what,))
+        except SpecError as error:
+            parent = Finding(f"parent {source.uri}", "MISMATCH", (error.what,))
+        if isinstance(parent, Finding):
+            yield parent
+        else:
+            yield _check_digests(f"parent {source.uri}", parent, source.digests)
+            parents.append(parent)
+    if isinstance(stored, Finding) or len(parents) < len(manifest.sources):
+        yield Finding("merged again", "skipped", ("a checkpoint is missing or damaged",))
+        return
+    yield _check_flavors(stored, parents[-1])
+    if manifest.method == "linear":
+        yield _merge_again(parents, manifest, stored)
+    else:
+        why = f"{manifest.method} rests on statistics that are not kept with the soup"
+        yield Finding("merged again", "skipped", (why,))
+
+
+def _open(origin: Origin, name: str) -> Checkpoint | Finding:
+    """The checkpoint; it was one when the soup was made."""
+    try:
+        return find_checkpoint(origin.folder, name, with_tokenizer=False)
+    except ParentError as error:
+        return Finding(name, "MISMATCH", (error.what, error.where))
+
+
+def _fetch_parent(origin: Origin, uri: str) -> Origin:
+    if origin.uri.startswith("models:") and not uri.startswith("models:"):
+        # and whoever registered the soup does not choose which of our folders are read
+        raise ParentError(
+            "a folder of the machine that merged it",
+            where=uri,
+            fix="merge registered versions, to verify the soup from the registry",
+        )
+    return fetch(uri, "parents of the manifest", fresh=True)
+
+
+def _read_manifest(origin: Origin) -> Manifest:
+    path = origin.folder / MANIFEST
+    if not path.is_file():
+        raise SpecError(
+            f"{origin.uri} is no soup: it has no {MANIFEST}",
+            where=str(origin.folder),
+            fix="name a version that mlflow-soup run registered, or a folder that merge wrote",
+        )
+    try:
+        return parse_manifest(parse_json(read_regular(path, _LARGEST)))
+    except _UNREADABLE as error:
+        raise MismatchError(
+            f"{MANIFEST} of {origin.uri} cannot be read: {type(error).__name__} {error}",
+            where=str(path),
+            fix="do not use this soup: it was changed, or made by another version of this tool",
+        ) from error
+
+
+def _finding(what: str, wrong: Sequence[str], *sound: str) -> Finding:
+    return Finding(what, "MISMATCH" if wrong else "ok", tuple(shorten(wrong, _SHOWN)) or sound)
+
+
+def _check_tags(origin: Origin, manifest: Manifest) -> Finding:
+    """The version's tags against the manifest."""
+    names = (naming.PARENTS, naming.LAMBDA, naming.WEIGHTS, naming.DIGEST)
+    said = {tag: origin.tags[tag] for tag in names if tag in origin.tags}
+    if not said:
+        return Finding("tags", "skipped", ("mlflow-soup run did not register it",))
+    model = origin.uri.removeprefix("models:/").rpartition("/")[0]
+    parents = tuple(source.uri for source in manifest.sources)
+    meant = {
+        naming.PARENTS: parents,
+        naming.LAMBDA: f"{manifest.sources[-1].lam:g}",
+        naming.WEIGHTS: naming.format_weights([source.lam for source in manifest.sources]),
+        naming.DIGEST: manifest.digests.canonical if manifest.digests else None,
+    }
+    read: dict[str, Any] = {**dict.fromkeys(names), **said}
+    try:
+        versions = naming.parse_parents(model, said.get(naming.PARENTS, ""))
+        read[naming.PARENTS] = tuple(version.uri for version in versions)
+    except ValueError:
+        pass  # shown as it is
+    wrong = [
+        f"{tag} is {said.get(tag)!r}, the manifest says {meant[tag]!r}"
+        for tag in names
+        if read[tag] != meant[tag]
+    ]
+    return _finding("tags", wrong, ", ".join(names))
+
+
+def _check_inherited(stored: Checkpoint, manifest: Manifest) -> Finding:
+    """The files that are the newest parent's, against the digests they had."""
+    now = {name: of_file(path) for name, path in inherited(stored)}
+    return _finding("other files", _differing(now, manifest.inherited), f"{len(now)} files")
+
+
+def _differing(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+    names = sorted({*now, *then})
+    return [
+        f"{name} is {'missing' if name not in now else 'new' if name not in then else 'changed'}"
+        for name in names
+        if now.get(name) != then.get(name)
+    ]
+
+
+def _check_digests(
+    what: str, checkpoint: Checkpoint, recorded: Digests | None, *, files: bool = False
+) -> Finding:
+    """The tensors of a checkpoint, and its files too if asked, against recorded digests."""
+    if recorded is None:
+        return Finding(what, "skipped", ("no digests were recorded",))
+    now = digest_all(checkpoint)
+    wrong = _differing(now.tensors, recorded.tensors)
+    laid_out_anew = _differing(now.files, recorded.files)
+    if not wrong and now.canonical != recorded.canonical:
+        wrong = [f"its digest is {now.canonical}, recorded {recorded.canonical}"]
+    if files and not wrong:
+        wrong = laid_out_anew
+    note = ", in other files than then" if laid_out_anew else ""
+    return _finding(what, wrong, f"{len(now.tensors)} tensors, {now.canonical}{note}")
+
+
+def _check_flavors(stored: Checkpoint, donor: Checkpoint) -> Finding:
+    """How MLflow is told to load the soup, against its newest parent."""
+    ours, theirs = (_read_mlmodel(checkpoint.root / "MLmodel") for checkpoint in (stored, donor))
+    fields = ("flavors", "signature", "loader_module")
+    wrong = [f"{field} of MLmodel" for field in fields if ours.get(field) != theirs.get(field)]
+    return _finding("flavours", wrong, ", ".join(ours.get("flavors") or ()) or "a plain folder")
+
+
+def _read_mlmodel(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = parse_yaml(read_regular(path, LARGEST_YAML))
+    except (OSError, ValueError) as error:
+        return {"flavors": {f"unreadable: {error}": None}}
+    return content if isinstance(content, dict) else {"flavors": {"unreadable": None}}
+
+
+def _merge_again(parents: Sequence[Checkpoint], manifest: Manifest, stored: Checkpoint) -> Finding:
+    lam = [source.lam for source in manifest.sources]
+    try:
+        check_compatible(parents)
+        wrong = [_format(found) for found in soup.compare(parents, lam, stored)]
+    except ParentError as error:  # they were compatible once
+        wrong = [error.what]
+    pairs = zip(lam, manifest.sources, strict=True)
+    return _finding(
+        "merged again",
+        wrong,
+        " + ".join(f"{weight:g} × {source.uri}" for weight, source in pairs) + " gives its bytes",
+    )
+
+
+def _format(found: Mismatch) -> str:
+    if not found.count:
+        return f"{found.tensor} is {found.found}, its parents give {found.expected}"
+    return (
+        f"{found.tensor}{list(found.index)} is {found.found}, its parents give {found.expected}"
+        f" ({found.count} element{'s' if found.count > 1 else ''} of this tensor differ)"
+    )

@@ -1,0 +1,343 @@
+"""The gate's arithmetic against plain NumPy and tables, and its rules case by case."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import strategies as s
+from mlflow_soup.decision.gate import Rules, judge
+from mlflow_soup.decision.pairing import better, interval, optimism, paired
+from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.records import Difference, Evidence, Items, Score, Verdict, Version
+
+OLD, NEW, SOUP, SHIPPED = (Version("toy", number) for number in (1, 2, 3, 9))
+RULES = Rules(margin=0.01, confidence=0.95)
+# Student's t, one-sided 95 %, from a printed table
+T95 = {2: 2.920, 9: 1.833, 99: 1.660}
+
+
+def task(values, *, weight=1.0, shares=None, ids=None, name="task", metric="acc,none"):
+    """Items of a task whose value is their mean, or Σ share·value."""
+    count = len(values)
+    return Items(
+        name,
+        metric,
+        weight,
+        tuple(ids or map(str, range(count))),
+        tuple(map(float, values)),
+        tuple(shares or [1.0 / count] * count),
+    )
+
+
+def score(*tasks):
+    value = sum(t.weight * np.dot(t.shares, t.values) for t in tasks)
+    return Score(float(value), 0.0, tasks)
+
+
+def evidence(version, held_out, ood=(), digest=None):
+    """Evidence from the answers of one held-out and one OOD task."""
+    tasks = (("ood", score(task(ood))),) if len(ood) else ()
+    return Evidence(version, digest or f"sha256:{version.number}", score(task(held_out)), tasks)
+
+
+def test_a_mean_is_compared_pair_by_pair():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(size=(2, 50))
+    difference = paired(score(task(ours)), score(task(theirs)))
+    d = ours - theirs
+    assert difference.value == pytest.approx(d.mean())
+    assert difference.stderr == pytest.approx(d.std(ddof=1) / np.sqrt(50))
+    assert difference.count == 50
+
+
+def test_tasks_add_up_by_their_weights():
+    rng = np.random.default_rng(1)
+    ours, theirs = rng.normal(size=(2, 30)), rng.normal(size=(2, 30))
+    first, second = (
+        score(task(a, weight=0.25), task(b[:20], weight=-0.75)) for a, b in (ours, theirs)
+    )
+    difference = paired(first, second)
+    a, b = ours[0] - theirs[0], (ours[1] - theirs[1])[:20]
+    assert difference.value == pytest.approx(0.25 * a.mean() - 0.75 * b.mean())
+    variance = 0.25**2 * a.var(ddof=1) / 30 + 0.75**2 * b.var(ddof=1) / 20
+    assert difference.stderr == pytest.approx(math.sqrt(variance))
+    assert difference.count == 50
+
+
+def test_where_smaller_is_better_less_is_a_gain():
+    ours, theirs = (score(task(v, weight=-1.0)) for v in ([0.7, 0.8, 0.75], [0.9, 0.95, 1.0]))
+    assert paired(ours, theirs).value == pytest.approx(0.2)
+
+
+def test_items_of_unequal_share_by_hand():
+    # d = 1, 3 with shares 1/4, 3/4: Δ = 2.5, deviations −1.5 and 0.5,
+    # se² = (1/16·2.25 + 9/16·0.25) · 2/1 = 0.5625
+    shares = [0.25, 0.75]
+    ours, theirs = (score(task(v, shares=shares)) for v in ([1.5, 4.0], [0.5, 1.0]))
+    assert paired(ours, theirs) == Difference(2.5, 0.75, 2)
+
+
+def test_right_or_wrong_has_one_item_more_won_and_lost_by_hand():
+    # 10 items, 3 won and 1 lost: Δ = 0.2; with 4, 2 and n = 12 (Bonett & Price 2012)
+    # se² = (4 + 2 − (4 − 2)²/12) / 12² = (6 − 1/3) / 144
+    ours = [1, 1, 1, 0, 0, 0, 1, 1, 1, 0]
+    theirs = [0, 0, 0, 1, 0, 0, 1, 1, 1, 0]
+    difference = paired(score(task(ours)), score(task(theirs)))
+    assert difference.value == pytest.approx(0.2)
+    assert difference.stderr == pytest.approx(math.sqrt((6 - 1 / 3) / 144))
+    assert difference.count == 10
+
+
+def test_answers_that_all_agree_leave_a_doubt_of_root_two_in_n_plus_two():
+    for count in (1, 8, 98):
+        difference = paired(score(task([1] * count)), score(task([1] * count)))
+        assert (difference.value, difference.count) == (0.0, count)
+        assert difference.stderr == pytest.approx(math.sqrt(2) / (count + 2))
+
+
+def test_what_says_the_same_of_every_choice_is_one_model_without_a_doubt():
+    said = tuple((-1.0 - i, -2.0) for i in range(4))
+    ours = replace(task([1, 0, 1, 1]), log_likelihoods=said)
+    assert paired(score(ours), score(ours)) == Difference(0.0, 0.0, 4)
+    other = replace(ours, log_likelihoods=(*said[:3], (-9.0, -2.0)))
+    assert paired(score(ours), score(other)).stderr > 0.1
+
+
+def test_one_item_of_another_kind_says_nothing():
+    assert paired(score(task([0.3])), score(task([0.1]))).stderr == math.inf
+
+
+@given(pair=s.paired_items() | s.paired_items(binary=True))
+def test_swapping_the_models_turns_the_sign_and_nothing_else(pair):
+    ours, theirs = map(score, pair)
+    there, back = paired(ours, theirs), paired(theirs, ours)
+    assert there.value == -back.value
+    assert there.stderr == back.stderr
+    assert there.stderr > 0 or np.ptp(np.subtract(pair[0].values, pair[1].values)) == 0
+
+
+@given(pair=s.paired_items())
+def test_the_paired_difference_is_that_of_the_scores(pair):
+    ours, theirs = map(score, pair)
+    assert paired(ours, theirs).value == pytest.approx(ours.value - theirs.value, abs=1e-9)
+
+
+@given(wins=st.integers(1, 60), ties=st.integers(0, 60), seed=st.integers(0, 999))
+def test_as_many_items_won_as_lost_are_a_tie(wins, ties, seed):
+    answers = np.array([[1, 0]] * wins + [[0, 1]] * wins + [[1, 1]] * ties)
+    ours, theirs = np.random.default_rng(seed).permutation(answers).T
+    assert paired(score(task(ours)), score(task(theirs))).value == 0.0
+    soup, parent = evidence(SOUP, ours), evidence(NEW, theirs)
+    assert judge(soup, [parent], [], RULES).passed
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        score(task([1, 0, 1], ids="abd")),
+        score(task([1, 0, 1], ids="acb")),
+        score(task([1, 0], ids="ab")),
+        score(task([1, 0, 1], ids="abc"), task([1])),
+        score(task([1, 0, 1], ids="abc", metric="acc_norm,none")),
+    ],
+    ids=["other item", "other order", "fewer items", "more tasks", "other metric"],
+)
+def test_scores_of_unlike_items_are_refused(theirs):
+    ours = score(task([1, 1, 0], ids="abc"))
+    with pytest.raises(ObjectiveError):
+        paired(ours, theirs)
+    with pytest.raises(ObjectiveError):
+        paired(theirs, ours)
+
+
+def test_the_refusal_of_unlike_items_names_the_task():
+    with pytest.raises(ObjectiveError, match="not scored on the same items") as refusal:
+        paired(score(task([1, 0, 1], name="piqa")), score(task([1, 0], name="piqa")))
+    assert "piqa" in refusal.value.where
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen"),
+    [([0.5, 0.4], 0), ([0.4, 0.5], 1), ([0.5, 0.5], 1), ([-0.9, -0.8], 1), ([0.3], 0)],
+)
+def test_the_better_model_has_the_higher_score_and_the_newer_wins_ties(values, chosen):
+    assert better([Score(value, 0.1) for value in values]) == chosen
+
+
+def test_an_interval_is_as_wide_as_students_t_says():
+    # two-sided 90 % leaves 5 % on each side
+    low, high = interval(Difference(0.2, 0.1, 10), 0.9)
+    assert low == pytest.approx(0.2 - T95[9] * 0.1, abs=1e-4)
+    assert high == pytest.approx(0.2 + T95[9] * 0.1, abs=1e-4)
+    low, high = interval(Difference(0.0, 1.0, 10**7), 0.95)
+    assert (low, high) == pytest.approx((-1.96, 1.96), abs=1e-3)
+
+
+RIGHT = [1] * 60 + [0] * 40  # of 100 items
+WORSE = [1] * 55 + [0] * 45
+# 100 OOD items, 2 won and 3 lost: Δ = −0.01, se² = (3 + 4 − 1/102) / 102²
+OOD_SOUP, OOD_PARENT = [1, 1, 0, 0, 0] + [1] * 95, [0, 0, 1, 1, 1] + [1] * 95
+BOUND = -0.01 - T95[99] * math.sqrt(7 - 1 / 102) / 102
+
+
+def test_each_rule_is_written_down_with_its_numbers():
+    soup = evidence(SOUP, RIGHT, OOD_SOUP)
+    verdict = judge(soup, [evidence(NEW, WORSE, OOD_PARENT)], [], RULES)
+    held_out, ood = verdict.checks
+    assert (held_out.name, held_out.against, held_out.required) == ("held-out", NEW, 0.0)
+    assert held_out.bound == held_out.difference.value == pytest.approx(0.05)
+    assert (ood.name, ood.against, ood.required) == ("ood", NEW, -0.01)
+    assert ood.difference.value == pytest.approx(-0.01)
+    assert ood.bound == pytest.approx(BOUND, abs=1e-4)
+    assert (held_out.passed, ood.passed, verdict.passed) == (True, False, False)
+
+
+def test_the_bound_may_reach_the_margin_but_not_fall_below_it():
+    soup, parent = evidence(SOUP, RIGHT, OOD_SOUP), evidence(NEW, WORSE, OOD_PARENT)
+    bound = judge(soup, [parent], [], RULES).checks[1].bound
+    assert judge(soup, [parent], [], Rules(-bound, 0.95)).passed
+    assert not judge(soup, [parent], [], Rules(math.nextafter(-bound, 0.0), 0.95)).passed
+
+
+def test_one_ood_task_below_its_margin_is_enough_to_refuse():
+    def with_second(model, answers):
+        return replace(model, ood=(*model.ood, ("second", score(task(answers)))))
+
+    soup = with_second(evidence(SOUP, RIGHT, OOD_SOUP), WORSE)
+    parent = with_second(evidence(NEW, WORSE, OOD_PARENT), RIGHT)
+    verdict = judge(soup, [parent], [], Rules(0.06, 0.95))
+    assert [(c.name, c.passed) for c in verdict.checks] == [
+        ("held-out", True),
+        ("ood", True),
+        ("second", False),
+    ]
+    assert not verdict.passed
+
+
+def test_more_confidence_asks_for_more():
+    soup, parent = evidence(SOUP, RIGHT, OOD_SOUP), evidence(NEW, WORSE, OOD_PARENT)
+    bounds = [
+        judge(soup, [parent], [], Rules(0.01, confidence)).checks[1].bound
+        for confidence in (0.6, 0.8, 0.9, 0.95, 0.99)
+    ]
+    assert bounds == sorted(bounds, reverse=True)
+    assert len(set(bounds)) == 5
+
+
+def test_a_soup_worse_on_held_out_items_is_refused_whatever_the_margin():
+    soup, parent = evidence(SOUP, WORSE, RIGHT), evidence(NEW, RIGHT, RIGHT)
+    verdict = judge(soup, [parent], [], Rules(1e9, 0.95))
+    assert [c.passed for c in verdict.checks] == [False, True]
+    assert not verdict.passed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reference"),
+    [(RIGHT, WORSE, OLD), (WORSE, RIGHT, NEW), (RIGHT, RIGHT, NEW)],
+    ids=["older is better", "newer is better", "equal"],
+)
+def test_the_better_parent_by_held_out_score_is_the_reference(old, new, reference):
+    # out of domain the other parent is the better one, which must not matter
+    parents = [evidence(OLD, old, WORSE), evidence(NEW, new, RIGHT)]
+    verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, [], RULES)
+    assert {check.against for check in verdict.checks} == {reference}
+
+
+@pytest.mark.parametrize(
+    ("champion", "references"),
+    [(None, [NEW]), (SHIPPED, [NEW, SHIPPED]), (OLD, [NEW, OLD]), (NEW, [NEW]), (SOUP, [NEW])],
+    ids=["none", "another version", "the worse parent", "the better parent", "the soup itself"],
+)
+def test_the_champion_is_a_reference_unless_it_is_one_already(champion, references):
+    parents = [evidence(OLD, WORSE, RIGHT), evidence(NEW, RIGHT, RIGHT)]
+    reigning = [evidence(champion, WORSE, RIGHT)] if champion else []
+    verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, reigning, Rules(0.05, 0.95))
+    assert list(dict.fromkeys(check.against for check in verdict.checks)) == references
+    assert len(verdict.checks) == 2 * len(references)
+    assert verdict.passed
+
+
+def test_a_soup_behind_the_champion_is_refused():
+    parents = [evidence(OLD, WORSE, RIGHT), evidence(NEW, WORSE, RIGHT)]
+    champion = evidence(SHIPPED, RIGHT, RIGHT)
+    verdict = judge(evidence(SOUP, WORSE, RIGHT), parents, [champion], Rules(0.05, 0.95))
+    failed = [(check.name, check.against) for check in verdict.checks if not check.passed]
+    assert failed == [("held-out", SHIPPED)]
+
+
+def test_the_same_weights_are_no_worse_however_few_the_items():
+    answers, digest = [1, 0, 1], "sha256:same"
+    soup, parent = (evidence(v, answers, answers, digest) for v in (SOUP, NEW))
+    verdict = judge(soup, [parent], [], Rules(0.0, 0.95))
+    assert verdict.passed
+    assert verdict.checks[1].bound == 0.0
+    # other weights with the same three answers may well be worse: −t₂·√2/5
+    other = judge(replace(soup, digest="sha256:other"), [parent], [], Rules(0.0, 0.95))
+    assert not other.passed
+    assert other.checks[1].bound == pytest.approx(-T95[2] * math.sqrt(2) / 5, abs=1e-3)
+
+
+def test_a_verdict_of_no_checks_has_not_passed():
+    assert not Verdict(()).passed
+
+
+# shares of items won and lost, with five losses or more to be expected in the whole set
+@pytest.mark.parametrize(
+    ("count", "won", "lost"),
+    [(100, 0.10, 0.10), (100, 0.05, 0.15), (300, 0.03, 0.05), (1000, 0.02, 0.02)],
+)
+def test_the_bound_holds_for_as_many_models_as_it_promises(count, won, lost):
+    rng = np.random.default_rng([count, int(1000 * lost)])
+    draws, held = 1500, 0
+    for drawn in rng.random((draws, count)):
+        ours, theirs = drawn < won, (won <= drawn) & (drawn < won + lost)
+        soup, parent = evidence(SOUP, RIGHT, ours), evidence(NEW, WORSE, theirs)
+        held += judge(soup, [parent], [], RULES).checks[1].bound <= won - lost
+    # three standard errors of a simulated 95 %, and a point for counts being whole numbers
+    assert held / draws >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / draws) - 0.01
+    assert held / draws <= 0.99  # nor is it so wide that nothing could pass
+
+
+def scores_of(*rows):
+    """Scores of models on the same items, right (1) or wrong (0)."""
+    count = len(rows[0])
+    ids, shares = tuple(map(str, range(count))), (1.0 / count,) * count
+    return [
+        Score(
+            float(np.mean(row)),
+            0.0,
+            (Items("t", "acc,none", 1.0, ids, tuple(map(float, row)), shares),),
+        )
+        for row in rows
+    ]
+
+
+def test_one_score_and_equal_ones_are_not_optimistic():
+    row = np.random.default_rng(0).integers(0, 2, 50)
+    assert optimism(scores_of(row)) == 0.0
+    assert optimism(scores_of(row, row, row)) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_the_better_of_two_equals_looks_better_by_what_chance_gives_it():
+    # E max(d, 0) = s / √(2π) for d ~ N(0, s²), s the paired standard error
+    random = np.random.default_rng(1)
+    one, other = np.repeat([1, 0], 200), random.permutation(np.repeat([1, 0], 200))
+    first, second = scores_of(one, other)
+    stderr = np.std(one - other) / 20
+    found = optimism([first, second], draws=4000)
+    assert found == pytest.approx(stderr / np.sqrt(2 * np.pi), rel=0.08)
+
+
+def test_a_winner_beyond_doubt_is_not_optimistic():
+    row = np.repeat([1, 0], 100)
+    assert optimism(scores_of(row, np.zeros(200), np.ones(200))) == 0.0
+
+
+@given(seed=st.integers(0, 999), models=st.integers(1, 6))
+def test_optimism_is_never_negative(seed, models):
+    rows = np.random.default_rng(seed).integers(0, 2, (models, 60))
+    assert optimism(scores_of(*rows)) >= 0.0

@@ -1,0 +1,393 @@
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import strategies as s
+from mlflow_soup.errors import SpecError, StoreError
+from mlflow_soup.files import durable
+from mlflow_soup.files.durable import check_space, check_writable, staged
+from mlflow_soup.files.writer import BLOCK, BUFFER, FileWriter
+
+SMALL = 2 * BLOCK  # a buffer that tests fill often
+
+
+def content_of(dtype, count, seed):
+    """Random bits as a tensor."""
+    most = 2 if dtype == torch.bool else 256
+    generator = torch.Generator().manual_seed(seed)
+    length = (count * dtype.itemsize,)
+    return torch.randint(most, length, dtype=torch.uint8, generator=generator).view(dtype)
+
+
+def write_all(path, tensors, *, digest=True):
+    """Write tensors one after the other; the file's digest, and what each one's sink saw."""
+    seen = [bytearray() for _ in tensors]
+    with FileWriter(path, digest=digest) as writer:
+        for tensor, saw in zip(tensors, seen, strict=True):
+            done = 0
+            while done < len(tensor):
+                sink = saw.extend  # takes a copy
+                room = writer.room(tensor.dtype, len(tensor) - done, sink)
+                assert room.dtype == tensor.dtype
+                assert 0 < len(room) <= len(tensor) - done
+                room.copy_(tensor[done : done + len(room)])
+                done += len(room)
+    return writer.sha256.hexdigest() if digest else writer.sha256, seen
+
+
+def raw(tensor):
+    return tensor.view(torch.uint8).numpy().tobytes()
+
+
+def check_written(path, tensors):
+    """Write, and compare with the bytes put together."""
+    digest, seen = write_all(path, tensors)
+    content = b"".join(map(raw, tensors))
+    assert path.read_bytes() == content
+    assert digest == hashlib.sha256(content).hexdigest()
+    assert [bytes(saw) for saw in seen] == list(map(raw, tensors))
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.bool)
+
+
+def mixtures():
+    """Tensors of several dtypes, as long as a few buffers of `SMALL` bytes or a little off."""
+    near = st.sampled_from([0, 1, BLOCK, SMALL - 8, SMALL, SMALL + BLOCK, 3 * SMALL, 4 * SMALL])
+    sizes = st.tuples(near, st.integers(-9, 9)).map(lambda pair: max(0, sum(pair)))
+    one = st.builds(
+        lambda dtype, size, seed: content_of(dtype, size // dtype.itemsize, seed),
+        st.sampled_from(DTYPES),
+        sizes,
+        st.integers(0, 99),
+    )
+    return st.lists(one, max_size=6)
+
+
+@pytest.mark.parametrize("buffer", [BLOCK, SMALL])
+@given(tensors=mixtures())
+@s.FEW
+def test_a_file_holds_exactly_what_it_was_given(buffer, tensors, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlflow_soup.files.writer.BUFFER", buffer)
+        check_written(tmp_path_factory.mktemp("written") / "file", tensors)
+
+
+@pytest.mark.parametrize("most", [1, 3, 4095, SMALL])
+def test_values_may_lie_across_the_end_of_any_buffer(tmp_path, monkeypatch, most):
+    monkeypatch.setattr("mlflow_soup.files.writer.BUFFER", SMALL)
+    ends = content_of(torch.uint8, 1, 0), content_of(torch.float64, 2500, 1)
+    with FileWriter(tmp_path / "file") as writer:
+        for tensor in ends:
+            done = 0
+            while done < len(tensor):  # asked for in pieces
+                room = writer.room(tensor.dtype, min(most, len(tensor) - done))
+                room.copy_(tensor[done : done + len(room)])
+                done += len(room)
+    assert (tmp_path / "file").read_bytes() == raw(ends[0]) + raw(ends[1])
+
+
+def test_room_ends_with_the_value_that_crosses_a_buffers_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlflow_soup.files.writer.BUFFER", SMALL)
+    with FileWriter(tmp_path / "file") as writer:
+        writer.put(b"x")
+        first = writer.room(torch.float64, 5000)
+        assert len(first) == SMALL // 8  # 1 + 8192 bytes: one more than the buffer's
+        first.fill_(1.0)
+        second = writer.room(torch.float64, 5000)
+        assert len(second) == SMALL // 8  # which begins with that one byte
+        second.fill_(2.0)
+    written = np.frombuffer((tmp_path / "file").read_bytes()[1:])
+    assert written.tolist() == [1.0] * 1024 + [2.0] * 1024
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+@pytest.mark.parametrize("near", [BLOCK, BUFFER, 2 * BUFFER, 4 * BUFFER])
+def test_files_end_where_they_should_around_blocks_and_buffers(tmp_path, near, off):
+    content = np.random.default_rng(near + off).bytes(near + off)
+    with FileWriter(tmp_path / "file", digest=True) as writer:
+        writer.put(content)
+    assert (tmp_path / "file").read_bytes() == content
+    assert writer.sha256.hexdigest() == hashlib.sha256(content).hexdigest()
+
+
+def test_an_empty_file_is_a_file(tmp_path):
+    with FileWriter(tmp_path / "file", digest=True) as writer:
+        writer.put(b"")
+    assert (tmp_path / "file").read_bytes() == b""
+    assert writer.sha256.hexdigest() == hashlib.sha256(b"").hexdigest()
+
+
+def test_no_digest_is_made_that_nobody_asked_for(tmp_path):
+    assert write_all(tmp_path / "file", [torch.ones(3)], digest=False)[0] is None
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path):
+    (tmp_path / "file").write_text("somebody's")
+    with pytest.raises(StoreError, match="file cannot be written: File exists"):
+        FileWriter(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "somebody's"
+
+
+LONG = [content_of(dtype, 9_999, i) for i, dtype in enumerate(DTYPES)]
+
+
+def test_a_system_without_direct_writes_gives_the_same_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlflow_soup.files.writer.BUFFER", SMALL)
+    monkeypatch.setattr("mlflow_soup.files.writer._DIRECT", 0)
+    check_written(tmp_path / "file", LONG)
+
+
+def test_a_file_system_that_refuses_direct_files_gives_the_same_file(mount, monkeypatch):
+    folder = mount("ramfs")
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.open(folder / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    monkeypatch.setattr("mlflow_soup.files.writer.BUFFER", SMALL)
+    check_written(folder / "file", LONG)
+
+
+def test_a_file_system_that_refuses_direct_writes_gives_the_same_file(tmp_path, monkeypatch):
+    # as one with larger blocks than ours would
+    descriptor = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    try:
+        os.pwrite(descriptor, bytes(24), 0)
+    except OSError:
+        pass
+    else:
+        pytest.skip("this file system takes direct writes of any length")
+    finally:
+        os.close(descriptor)
+    monkeypatch.setattr("mlflow_soup.files.writer.BLOCK", 8)
+    monkeypatch.setattr("mlflow_soup.files.writer.BUFFER", 24)
+    check_written(tmp_path / "file", [content_of(dtype, 99, 7) for dtype in DTYPES])
+
+
+def test_an_error_on_the_way_is_the_callers(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlflow_soup.files.writer.BUFFER", SMALL)
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail():
+        with FileWriter(tmp_path / "file") as writer:
+            writer.put(bytes(5 * SMALL))
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fail()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("size", [1 << 20, 64 << 20])
+def test_a_full_disk_is_told_with_the_files_name(mount, size):
+    path = mount("tmpfs", "size=512k") / "model.safetensors"
+    with (
+        pytest.raises(StoreError, match=r"model\.safetensors cannot be written: No space") as full,
+        FileWriter(path, digest=True) as writer,
+    ):
+        writer.put(bytes(size))
+    assert full.value.exit_code == 6
+    assert full.value.where == str(path)
+
+
+def test_a_disk_without_room_for_another_file_is_told_with_the_files_name(mount):
+    path = mount("tmpfs", "nr_inodes=1") / "model.safetensors"
+    with pytest.raises(StoreError, match=r"model\.safetensors cannot be written: No space"):
+        FileWriter(path)
+
+
+def test_a_full_disk_leaves_no_folder(mount):
+    out = mount("tmpfs", "size=512k") / "soup"
+    with (
+        pytest.raises(StoreError),
+        staged(out) as folder,
+        FileWriter(folder / "model.safetensors") as writer,
+    ):
+        writer.put(bytes(1 << 20))
+    assert list(out.parent.iterdir()) == []
+
+
+def test_too_little_space_is_told_beforehand_with_both_numbers(mount):
+    folder = mount("tmpfs", "size=4m")
+    check_space(folder, 4 << 20)
+    with pytest.raises(StoreError, match=r"5\.2 MB are needed and 4\.2 MB are free") as full:
+        check_space(folder, 5 << 20)
+    assert full.value.exit_code == 6
+    assert full.value.where == str(folder)
+    (folder / "file").write_bytes(bytes(1 << 20))
+    with pytest.raises(StoreError, match=r"4\.2 MB are needed and 3\.1 MB are free"):
+        check_space(folder, 4 << 20)
+
+
+def test_a_folder_is_there_when_it_is_complete_and_not_before(tmp_path):
+    out = tmp_path / "deep" / "soup"
+    with staged(out) as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_text("content")
+        assert not out.exists()
+        (beside,) = out.parent.iterdir()
+        assert beside == folder
+        assert beside.name.startswith(".soup.partial-")  # hidden
+    assert (out / "below" / "file").read_text() == "content"
+    assert [path.name for path in out.parent.iterdir()] == ["soup"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_nothing_behind(tmp_path, error):
+    def fail():
+        with staged(tmp_path / "soup") as folder:
+            (folder / "file").write_text("content")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "soup").mkdir()
+    with staged(tmp_path / "soup") as folder:
+        (folder / "file").write_text("content")
+    assert [path.name for path in (tmp_path / "soup").iterdir()] == ["file"]
+
+
+def a_folder(path):
+    path.mkdir()
+    (path / "theirs").touch()
+
+
+def a_file(path):
+    path.touch()
+
+
+@pytest.mark.parametrize("make", [a_folder, a_file])
+def test_what_is_there_is_left_alone(tmp_path, make):
+    make(tmp_path / "soup")
+    with (
+        pytest.raises(SpecError, match="soup is there already") as refusal,
+        staged(tmp_path / "soup"),
+    ):
+        pytest.fail("there is nothing to write to")
+    assert refusal.value.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["soup"]
+
+
+def test_a_place_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(SpecError, match="soup cannot be written: "),
+        staged(tmp_path / "file" / "soup"),
+    ):
+        pytest.fail("there is nothing to write to")
+
+
+def test_remains_are_swept_by_the_next_that_writes_there(tmp_path):
+    names = [".soup.partial-0", ".soup.partial-1", ".soup2.partial-0", ".other", "mine"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    with staged(tmp_path / "soup"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"soup", *names[2:]}
+
+
+def test_a_name_with_brackets_sweeps_only_its_own_remains(tmp_path):
+    for name in (".so[uo]p.partial-0", ".soup.partial-0"):
+        (tmp_path / name).mkdir()
+    with staged(tmp_path / "so[uo]p"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"so[uo]p", ".soup.partial-0"}
+
+
+def test_what_another_is_writing_is_not_swept_and_the_first_to_finish_has_the_place(tmp_path):
+    out = tmp_path / "soup"
+
+    def race():
+        with staged(out) as slow:
+            (slow / "file").write_text("slow")
+            with staged(out) as quick:
+                (quick / "file").write_text("quick")
+            assert (slow / "file").read_text() == "slow"
+
+    with pytest.raises(SpecError, match="soup is there already"):
+        race()
+    assert (out / "file").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["soup"]
+
+
+def test_several_folders_are_written_side_by_side(tmp_path):
+    with staged(tmp_path / "one") as one, staged(tmp_path / "two") as two:
+        shutil.copy(__file__, one)
+        shutil.copy(__file__, two)
+    assert len(list(tmp_path.rglob("*.py"))) == 2
+
+
+def test_buffers_hold_whole_blocks():
+    assert BUFFER % BLOCK == 0
+
+
+def test_the_page_cache_is_passed_by_where_the_file_system_allows(tmp_path):
+    path = tmp_path / "probe"
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+    with FileWriter(tmp_path / "file") as writer:
+        assert fcntl.fcntl(writer._file, fcntl.F_GETFL) & os.O_DIRECT
+
+
+def test_the_working_folder_itself_and_links_are_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", "x/..", "../link", "../dangling"):
+        with pytest.raises(SpecError, match="is there already"), staged(Path(out)):
+            pytest.fail("nothing is to be written there")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "empty", "link"]
+    with staged(Path("soup")) as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "empty" / "soup" / "file").exists()
+
+
+def test_what_cannot_be_swept_does_not_matter(tmp_path):
+    (tmp_path / ".soup.partial-file").touch()  # not one of ours
+    with staged(tmp_path / "soup") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "soup" / "file").exists()
+
+
+def test_a_folder_that_may_be_written_to_is_left_as_it_is(tmp_path):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "deep" / "down")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to("gone")
+    for name in ("file", "file/below", "nowhere", "/proc/folder"):
+        with pytest.raises(SpecError, match="cannot be written: ") as refused:
+            check_writable(Path(name), "--there")
+        assert refused.value.where == "--there"
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
+
+
+def test_temporary_folders_of_killed_processes_are_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / ".mlflow-soup.partial-dead").mkdir()
+    (tmp_path / "mine").mkdir()
+    with durable.scratch() as first, durable.scratch() as second:
+        (first / "model").touch()
+        assert first.stat().st_mode & 0o777 == 0o700
+        assert {p.name for p in tmp_path.iterdir()} == {first.name, second.name, "mine"}
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]

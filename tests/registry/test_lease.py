@@ -1,0 +1,198 @@
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import mlflow
+import pytest
+
+from conftest import MODEL
+from mlflow_soup import errors
+from mlflow_soup.registry import lease
+from mlflow_soup.registry.ledger import Ledger, open_ledger
+from mlflow_soup.registry.store import Store
+
+KEY = "k" * 64
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    monkeypatch.setattr(lease, "GRACE_S", 2.0)
+    monkeypatch.setattr(lease, "LOOK_S", 0.1)
+
+
+@pytest.fixture
+def book(client):
+    return open_ledger(client, MODEL)
+
+
+def entries(book):
+    return book.read(f"lease/{KEY[:32]}")
+
+
+def test_a_lease_ends_with_its_work_however_it_ends(book, tmp_path):
+    with lease.hold(book.client, MODEL, KEY, tmp_path):
+        assert lease.held(book, {KEY}, tmp_path) == {KEY}
+    assert lease.held(book, {KEY}, tmp_path) == set()
+    with pytest.raises(ValueError, match="no"), lease.hold(book.client, MODEL, KEY, tmp_path):
+        raise ValueError("no")
+    assert [(e.number, e.mark) for e in entries(book)] == [(1, "ended"), (2, "ended")]
+
+
+def test_other_requests_are_not_waited_for(book, tmp_path):
+    with (
+        lease.hold(book.client, MODEL, KEY, tmp_path),
+        lease.hold(book.client, MODEL, "other" + KEY, tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("machines", ["one", "two"])
+def test_who_asks_for_the_same_waits_and_says_so(book, tmp_path, caplog, machines):
+    order = []
+    inside = threading.Event()
+
+    def first():
+        with lease.hold(book.client, MODEL, KEY, tmp_path / "a"):
+            inside.set()
+            time.sleep(3.0)  # longer than grace: its beats keep it
+            order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(30)
+    with lease.hold(book.client, MODEL, KEY, tmp_path / ("a" if machines == "one" else "b")):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"]
+    words = "on this machine" if machines == "one" else "until it gives no sign of life"
+    (said,) = [r.message for r in caplog.records if "works on the same request" in r.message]
+    assert words in said
+
+
+def _hold(uri, folder, inside):
+    mlflow.set_tracking_uri(uri)
+    lease.BEAT_S = 0.2
+    with lease.hold(Store(), MODEL, KEY, folder):
+        inside.set()
+        time.sleep(120)
+
+
+@contextlib.contextmanager
+def holder(folder):
+    """Another process that holds the lease."""
+    spawn = multiprocessing.get_context("spawn")
+    inside = spawn.Event()
+    process = spawn.Process(target=_hold, args=(os.environ["MLFLOW_TRACKING_URI"], folder, inside))
+    process.start()
+    assert inside.wait(120)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_killed_holder_on_this_machine_is_followed_at_once(book, tmp_path):
+    with holder(tmp_path) as process:
+        process.kill()
+        process.join()
+        begin = time.monotonic()
+        with lease.hold(book.client, MODEL, KEY, tmp_path):
+            assert time.monotonic() - begin < lease.GRACE_S
+    assert [e.mark == "ended" for e in entries(book)] == [False, True]
+
+
+def test_a_killed_holder_elsewhere_is_followed_after_grace(book, tmp_path, caplog):
+    with holder(tmp_path / "there") as process:
+        process.kill()
+        process.join()
+        begin = time.monotonic()
+        with lease.hold(book.client, MODEL, KEY, tmp_path / "here"):
+            assert time.monotonic() - begin > lease.GRACE_S
+    assert "no sign of life" in caplog.text
+
+
+def test_a_holder_that_was_paused_learns_that_it_was_followed(book, tmp_path):
+    with lease.hold(book.client, MODEL, KEY, tmp_path) as held:
+        held()
+        assert book.append(f"lease/{KEY[:32]}", 2, {"host": "elsewhere", "cache": "other"})
+        with pytest.raises(errors.OvertakenError, match="took over") as caught:
+            check_for(30.0, held)
+    assert caught.value.exit_code == 5
+    assert caught.value.where == "elsewhere"
+
+
+def check_for(seconds, held):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        held()
+        time.sleep(0.05)
+
+
+def test_a_stopped_process_is_taken_for_dead_and_does_no_harm(book, tmp_path):
+    with holder(tmp_path / "there") as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        with lease.hold(book.client, MODEL, KEY, tmp_path / "here"):
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(1.0)
+            assert [e.number for e in entries(book)] == [1, 2]
+    assert entries(book)[-1].mark == "ended"
+
+
+def test_who_wakes_up_asks_before_it_goes_on(book, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 30.0)  # no beat will tell
+    with lease.hold(book.client, MODEL, KEY, tmp_path) as held:
+        assert book.append(f"lease/{KEY[:32]}", 2, {"host": "elsewhere", "cache": "other"})
+        held()
+        monkeypatch.setattr(lease.time, "time", lambda now=time.time: now() + 100.0)
+        with pytest.raises(errors.OvertakenError, match="took over"):
+            held()
+
+
+def test_who_may_not_write_to_the_ledger_works_without_a_lease(book, tmp_path, caplog):
+    book.client.delete_experiment(book.client.get_run(book.run_id).info.experiment_id)
+    with lease.hold(book.client, MODEL, KEY, tmp_path) as check:
+        check()
+    assert "others may do the same work meanwhile" in caplog.text
+
+
+def test_a_holder_is_not_dead_because_the_store_was_away(book, tmp_path, monkeypatch):
+    read, reads = Ledger.read, []
+
+    def away(self, series):
+        reads.append(series)
+        if len(reads) == 3:
+            time.sleep(2.0 * lease.GRACE_S)  # patiently: the store does not answer
+        return read(self, series)
+
+    assert book.append(f"lease/{KEY[:32]}", 1, {"host": "there", "cache": "there"})
+    monkeypatch.setattr(Ledger, "read", away)
+    begin = time.monotonic()
+    with lease.hold(book.client, MODEL, KEY, tmp_path):
+        assert time.monotonic() - begin > 3.0 * lease.GRACE_S
+
+
+def test_holders_elsewhere_are_listened_to_once_for_all_and_it_is_said(book, tmp_path, caplog):
+    for name in "abc":
+        told = {"host": f"pod-{name}", "cache": "of another machine"}
+        assert book.append(f"lease/{name * 32}", 1, told)
+    keys = {name * 64 for name in "abc"}
+    end_of_b = threading.Timer(0.5, book.mark, (f"lease/{'b' * 32}", 1, "ended"))
+    beat_of_c = threading.Timer(0.5, book.mark, (f"lease/{'c' * 32}", 1, "beat 7"))
+    end_of_b.start()
+    beat_of_c.start()
+    begin = time.monotonic()
+    assert lease.held(book, keys, tmp_path) == {"c" * 64}
+    assert time.monotonic() - begin < 2 * lease.GRACE_S
+    assert "listening to pod-a, pod-b, pod-c" in caplog.text
+
+
+def test_where_nobody_has_a_lease_nobody_is_listened_to(book, tmp_path):
+    begin = time.monotonic()
+    assert lease.held(book, {KEY}, tmp_path / "new") == set()
+    assert lease.held(book, set(), tmp_path / "newer") == set()
+    assert time.monotonic() - begin < lease.GRACE_S

@@ -1,0 +1,233 @@
+"""Who moves an alias, when several want to, or one was killed half-way."""
+
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from conftest import MODEL
+from mlflow_soup import Spec, errors
+from mlflow_soup.decision import gate
+from mlflow_soup.records import Evidence, Score, Version
+from mlflow_soup.registry import naming, promotion
+from mlflow_soup.registry.evaluations import log_evidence, read_evidence
+from mlflow_soup.registry.ledger import Ledger, open_ledger
+from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.versions import holder, set_tags
+from mlflow_soup.request.names import Target, parse_target
+from mlflow_soup.workflows import release
+
+CHAMPION = Target("alias", "champion")
+SERIES = "promotion/alias champion"
+
+
+def told(client, name=MODEL):
+    return open_ledger(client, name).read(SERIES)
+
+
+def at(client, alias="champion", name=MODEL):
+    standing = holder(client, name, alias)
+    return standing.number if standing else None
+
+
+def test_a_promotion_is_told_in_the_ledger(client, outcome):
+    (entry,) = told(client)
+    assert entry.mark == promotion.MADE
+    version = client.get_model_version(MODEL, "4")
+    expected = {
+        "to": 4,
+        "from": None,
+        "digest": outcome.soup.digest,
+        "gate_run": version.tags["soup.gate_run_id"],
+        "verdict": "passed",
+        "target": "alias champion",
+    }
+    assert expected.items() <= entry.told.items()
+    assert "@" in entry.told["by"]
+    assert version.tags["soup.promoted_at"] == entry.told["at"]
+
+
+def test_what_stands_there_already_is_no_new_promotion(client, outcome):
+    assert promotion.promote(client, outcome.soup.version, CHAMPION) == outcome.soup.version
+    assert len(told(client)) == 1
+
+
+def soup(client, **tags):
+    """A version that passed its gate, of tags only."""
+    tags = {"soup.gate": "passed", "soup.digest": "sha256:x", **tags}
+    return Version(MODEL, int(client.create_model_version(MODEL, "s3://x/y", tags=tags).version))
+
+
+def begun(client, to, minutes_ago):
+    """An entry whose writer was killed before the move."""
+    at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
+    number = told(client)[-1].number + 1
+    entry = {
+        "to": to,
+        "from": 4,
+        "at": at.isoformat(timespec="seconds"),
+        "target": "alias champion",
+    }
+    assert open_ledger(client, MODEL).append(SERIES, number, entry)
+
+
+def test_who_meets_a_promotion_under_way_is_overtaken(client, outcome):
+    begun(client, soup(client).number, minutes_ago=1)
+    with pytest.raises(errors.OvertakenError) as caught:
+        promotion.promote(client, soup(client), CHAMPION)
+    assert caught.value.exit_code == 5
+    assert at(client) == 4
+    assert [entry.mark for entry in told(client)] == ["made", ""]
+
+
+def test_a_promotion_that_was_cut_short_is_made_by_the_same_command(client, outcome):
+    other = soup(client)
+    begun(client, other.number, minutes_ago=0)
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert at(client) == other.number
+    assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
+
+
+def test_a_promotion_that_was_cut_short_long_ago_is_void_for_others(client, outcome):
+    other = soup(client)
+    begun(client, soup(client).number, minutes_ago=30)
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
+    assert told(client)[-1].told["from"] == 4
+
+
+def test_a_rollback_by_hand_after_a_crash_is_not_undone(client, outcome):
+    bad, other = soup(client), soup(client)
+    begun(client, bad.number, minutes_ago=30)
+    client.set_registered_model_alias(MODEL, "champion", str(bad.number))  # killed before the mark
+    client.set_registered_model_alias(MODEL, "champion", "4")  # a person
+
+    def judged_against_four_only(version):
+        if version.number != 4:
+            raise errors.GateError("not examined", where="here", fix="evaluate")
+
+    assert promotion.promote(client, other, CHAMPION, judged_against_four_only) == other
+    assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
+
+
+def test_an_entry_whose_move_was_made_is_marked_so(client, outcome):
+    other = soup(client)
+    begun(client, other.number, minutes_ago=30)
+    client.set_registered_model_alias(MODEL, "champion", str(other.number))
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert [entry.mark for entry in told(client)] == ["made", "made"]
+
+
+def test_who_was_held_up_until_others_went_on_moves_nothing(client, outcome, monkeypatch):
+    slow, quick = soup(client), soup(client)
+    append = Ledger.append
+
+    def hold_up(self, series, number, entry):
+        done = append(self, series, number, entry)
+        monkeypatch.setattr(Ledger, "append", append)
+        promotion.settle(self, series, self.read(series)[-1])
+        promotion.promote(client, quick, CHAMPION)
+        return done
+
+    monkeypatch.setattr(Ledger, "append", hold_up)
+    with pytest.raises(errors.OvertakenError):
+        promotion.promote(client, slow, CHAMPION)
+    assert at(client) == quick.number
+    assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
+
+
+def test_what_a_person_put_there_is_written_down_when_it_is_promoted(client, outcome):
+    other = soup(client)
+    client.set_registered_model_alias(MODEL, "champion", str(other.number))
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert (told(client)[-1].told["to"], told(client)[-1].mark) == (other.number, "made")
+    assert promotion.promote(client, other, CHAMPION) == other
+    assert len(told(client)) == 2
+
+
+def test_what_was_moved_by_hand_stays_and_is_said_otherwise(client, outcome):
+    client.set_registered_model_alias(MODEL, "champion", "3")
+    with pytest.raises(errors.GateError, match="was not examined"):
+        release.promote(Spec(version="v4", promote="champion"))
+    assert at(client) == 3
+
+
+def test_a_copy_is_told_in_the_ledger_of_its_own_model(client, outcome):
+    target = parse_target("model:prod@champion")
+    assert promotion.promote(client, outcome.soup.version, target) == Version("prod", 1)
+    (entry,) = told(client, "prod")
+    assert (entry.told["to"], entry.told["target"]) == (1, "prod@champion")
+    assert len(told(client)) == 1
+
+
+def test_a_stage_is_told_under_its_own_name(client, outcome):
+    with pytest.warns(FutureWarning, match="stages"):
+        promotion.promote(client, outcome.soup.version, Target("stage", "Production"))
+    (entry,) = open_ledger(client, MODEL).read("promotion/stage Production")
+    assert (entry.told["to"], entry.mark) == (4, "made")
+
+
+def candidates(client, champion, count):
+    """Soups that were judged against the champion, as a gate judges them."""
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    score = Score(0.5, 0.1)
+    found = []
+    for _ in range(count):
+        version = soup(client, **{"soup.digest": f"sha256:{len(found)}{champion}"})
+        roles = {
+            "soup": Evidence(version, "sha256:soup", score, ()),
+            "champion 0": Evidence(Version(MODEL, champion), "sha256:champion", score, ()),
+        }
+        run_id = client.begin_run(experiment, "ood", {})
+        log_evidence(client, run_id, roles, dict.fromkeys(roles), {"dev": "d", "ood": "o"})
+        set_tags(client, version, {naming.GATE_RUN: run_id})
+        found.append(version)
+    return found
+
+
+def one_round(client, count):
+    """So many promotions at once; who won, and the errors of the others."""
+    champion = at(client)
+    racers = candidates(client, champion, count)
+    barrier, results = threading.Barrier(count), [None] * count
+
+    def promote(i):
+        own = Store(60.0)
+        barrier.wait()
+        try:
+            results[i] = release.point(own, racers[i], CHAMPION)
+        except errors.SoupError as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=promote, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    losers = [found for found in results if not isinstance(found, Version)]
+    (winner,) = (found for found in results if isinstance(found, Version))
+    assert winner.number == at(client)
+    assert {type(error) for error in losers} == {errors.OvertakenError}
+    return champion, winner.number
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_of_eight_promotions_at_once_one_wins_and_the_ledger_is_complete(
+    client, outcome, rounds, capsys
+):
+    moves = [one_round(client, 8) for _ in range(rounds)]
+    entries = told(client)
+    assert [(e.told["from"], e.told["to"]) for e in entries[1:]] == moves
+    assert [e.number for e in entries] == list(range(1, rounds + 2))
+    assert {e.mark for e in entries} == {promotion.MADE}
+    with capsys.disabled():
+        print(f"\n8 promotion racers x {rounds} rounds: one winner each, ledger complete")
+
+
+def test_the_verdict_that_a_promotion_rests_on_is_the_gates(client, outcome):
+    roles = read_evidence(client, told(client)[0].told["gate_run"])
+    parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
+    rules = gate.Rules(0.05, 0.95)
+    soup_again = replace(roles["soup"], version=outcome.soup.version)
+    assert gate.judge(soup_again, parents, [], rules) == outcome.verdict

@@ -1,0 +1,237 @@
+"""What is repeated, what never is, and what is said when patience ends."""
+
+import os
+import threading
+import time
+
+import boto3
+import mlflow
+import pytest
+import requests
+from botocore.config import Config
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+
+from mlflow_soup import errors
+from mlflow_soup.registry import store
+from mlflow_soup.registry.outages import asking, is_denied, is_transient
+from mlflow_soup.registry.store import Store
+
+
+def away():
+    """What MLflow raises when nobody listens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(MlflowException) as caught:
+            MlflowClient("http://127.0.0.1:9").search_experiments()
+    return caught.value
+
+
+def answered(status):
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(str(status), response=response)
+
+
+def without_s3():
+    quick = Config(retries={"max_attempts": 1}, connect_timeout=1)
+    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "x"}
+    dead = boto3.client("s3", endpoint_url="http://127.0.0.1:9", config=quick, **keys)
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # whatever boto raises
+        dead.list_buckets()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("make", "transient"),
+    [
+        (away, True),
+        (without_s3, True),
+        (lambda: MlflowException("locked", TEMPORARILY_UNAVAILABLE), True),
+        (lambda: MlflowException("QueuePool limit of size 5 reached"), True),
+        (lambda: answered(500), True),
+        (lambda: answered(503), True),
+        (lambda: answered(429), True),
+        (lambda: answered(404), False),
+        (lambda: answered(403), False),
+        (lambda: requests.exceptions.InvalidURL("http://"), False),
+        (lambda: MlflowException("no such param", INVALID_PARAMETER_VALUE), False),
+        (lambda: MlflowException("database or disk is full", TEMPORARILY_UNAVAILABLE), False),
+        (lambda: OSError(28, "No space left on device"), False),
+        (lambda: ValueError("ours"), False),
+    ],
+)
+def test_what_may_pass_is_told_from_what_stays(make, transient):
+    assert is_transient(make()) is transient
+
+
+def test_a_cause_counts_as_what_it_caused():
+    error = MlflowException("upload failed")
+    error.__cause__ = answered(502)
+    assert is_transient(error)
+
+
+class Shaky:
+    """Fails so many times, then answers."""
+
+    def __init__(self, times, error=None):
+        self.left, self.calls, self.error = times, 0, error or answered(503)
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= self.left:
+            raise self.error
+        return "answer"
+
+
+@pytest.mark.parametrize("uri", ["mysql+nothing://h/d", "oracle://h/d", "sqlite:////proc/no/m.db"])
+def test_a_database_that_cannot_be_opened_is_said(client, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    with pytest.raises(errors.StoreError, match="does not answer"):
+        store.connect()
+
+
+def test_a_hiccup_is_outlasted_and_a_refusal_is_not_repeated(client):
+    patient, shaky = Store(30.0), Shaky(3)
+    assert patient.persist(shaky, "ask") == "answer"
+    assert shaky.calls == 4
+    refusing = Shaky(1, answered(404))
+    with pytest.raises(requests.HTTPError):
+        patient.persist(refusing, "ask")
+    assert refusing.calls == 1
+
+
+def test_patience_ends_with_what_was_tried(client):
+    begin = time.monotonic()
+    with pytest.raises(errors.StoreError, match="did not answer while trying to ask") as caught:
+        Store(0.5).persist(Shaky(1000), "ask")
+    assert caught.value.exit_code == 6
+    assert 0.5 <= time.monotonic() - begin < 5.0
+    once = Shaky(1000)
+    with pytest.raises(errors.StoreError):
+        Store(30.0).hasty.persist(once, "ask")
+    assert once.calls == 1
+
+
+def test_what_was_made_though_its_answer_was_lost_is_found_and_not_made_again(client):
+    made = []
+
+    def create():
+        made.append("it")
+        raise answered(500)
+
+    assert Store(30.0).once(lambda: next(iter(made), None), create, "make") == "it"
+    assert made == ["it"]
+
+
+def test_what_was_not_made_is_made_again(client):
+    shaky = Shaky(2)
+    assert Store(30.0).once(lambda: None, shaky, "make") == "answer"
+
+
+def test_a_run_is_begun_once_where_the_answer_is_lost(client, monkeypatch):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    create = Store.create_run
+    calls = []
+
+    def lose(self, *args, **kwargs):
+        made = create(self, *args, **kwargs)
+        calls.append(made.info.run_id)
+        if len(calls) == 1:
+            raise answered(500)
+        return made
+
+    monkeypatch.setattr(Store, "create_run", lose)
+    run_id = Store(30.0).begin_run(experiment, "one", {"soup.role": "look"})
+    assert calls == [run_id]
+    assert len(client.search_runs([experiment], "tags.`soup.role` = 'look'")) == 1
+
+
+def test_mlflows_own_retries_are_off_inside_and_the_users_again_outside(client, monkeypatch):
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.setenv(name, "5")
+    seen, ready, go = [], threading.Event(), threading.Event()
+
+    def slow():
+        seen.append(os.environ[name])
+        ready.set()
+        go.wait(10)
+        seen.append(os.environ[name])
+
+    thread = threading.Thread(target=lambda: Store().persist(slow, "wait"))
+    thread.start()
+    ready.wait(10)
+    Store().persist(lambda: seen.append(os.environ[name]), "pass")
+    assert os.environ[name] == "0"  # another thread is inside still
+    go.set()
+    thread.join()
+    assert seen == ["0", "0", "0"]
+    assert os.environ[name] == "5"
+    monkeypatch.delenv(name)
+    Store().persist(lambda: None, "pass")
+    assert name not in os.environ
+
+
+def test_every_call_that_changes_or_reads_is_patient_and_none_that_creates():
+    for name in ("log_batch", "search_runs", "set_terminated", "delete_run", "log_artifact"):
+        assert getattr(Store, name) is not getattr(Store.__bases__[0], name), name
+    for name in ("create_run", "create_model_version", "create_logged_model", "copy_model_version"):
+        assert getattr(Store, name) is getattr(Store.__bases__[0], name), name
+
+
+def test_a_download_is_tried_again_only_where_the_store_lists_it(client):
+    failing = Shaky(2, MlflowException("The following failures occurred while downloading"))
+    assert Store(30.0).download(failing, lambda: True, "fetch") == "answer"
+    failing = Shaky(2, MlflowException("The following failures occurred while downloading"))
+    with pytest.raises(MlflowException, match="failures"):
+        Store(30.0).download(failing, lambda: False, "fetch")
+    assert failing.calls == 1
+
+
+def test_a_database_that_may_only_be_read_is_not_waited_for(client, tmp_path):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    uri = f"sqlite:///file:{tmp_path}/mlflow.db?mode=ro&uri=true"
+    begin = time.monotonic()
+    with pytest.raises(errors.RegistryError, match="refused to write"), asking("write"):
+        Store(60.0, uri).begin_run(experiment, "one", {})
+    assert time.monotonic() - begin < 20.0
+
+
+@pytest.mark.parametrize(
+    ("words", "denied"),
+    [
+        ("attempt to write a readonly database", True),
+        ("(1142, \"INSERT command denied to user 'x'\")", True),
+        ("failed with error code 403 != 200", True),
+        ("no such table: runs", True),
+        ("database is locked", False),
+        ("run 4034f401 failed", False),
+    ],
+)
+def test_a_refusal_is_told_by_its_words(words, denied):
+    assert is_denied(MlflowException(words)) is denied
+
+
+def test_internal_errors_are_waited_for_less_long(client, monkeypatch):
+    monkeypatch.setattr(store, "_BROKEN_S", 0.5)
+    broken = requests.exceptions.RetryError("too many 500 error responses")
+    with pytest.raises(errors.StoreError, match="too many 500"):
+        Store(60.0).persist(Shaky(1000, broken), "ask")
+
+
+def test_an_outage_says_what_was_done_and_why(client):
+    refused = requests.ConnectionError("connection refused by http://u:hunter2@h")
+    with pytest.raises(errors.StoreError) as caught, asking("register a soup"):
+        Store().persist(Shaky(1, refused), "call log_batch")
+    assert caught.value.what == (
+        "the MLflow store did not answer while trying to register a soup: "
+        "connection refused by http://h"
+    )
+
+
+def test_what_is_gone_already_is_deleted(client):
+    client.discard(lambda: client.delete_model_version("toy-llm", "99"), "delete")
+    with pytest.raises(MlflowException):
+        client.discard(lambda: client.delete_model_version("toy-llm", "x"), "delete")

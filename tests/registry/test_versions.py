@@ -1,0 +1,314 @@
+import os
+import shutil
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mlflow_soup
+import toy
+from conftest import MODEL, register
+from mlflow_soup import Spec, errors
+from mlflow_soup.records import Version
+from mlflow_soup.registry import family, promotion
+from mlflow_soup.registry.pull import pull
+from mlflow_soup.registry.register import _link_output, register_soup, uploads
+from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.versions import (
+    find_model,
+    find_soup,
+    holder,
+    last,
+    resolve,
+    tags_of,
+    trace,
+    version_at,
+)
+from mlflow_soup.request.names import Target, VersionRef
+from mlflow_soup.weights.digests import digest
+from mlflow_soup.weights.find import find_checkpoint
+
+
+def test_a_local_store_is_read_where_it_lies(client):
+    folder = pull(client, Version(MODEL, 1))
+    source = client.get_model_version(MODEL, "1").source.removeprefix("models:/")
+    assert str(folder) in client.get_logged_model(source).artifact_location
+    assert not (folder / "registered_model_meta").exists()
+
+
+def test_a_remote_store_is_downloaded_once(server_client, checkpoints, tmp_path, server):
+    server_client.create_registered_model("cached")
+    register(server_client, checkpoints[0], "cached")
+    register(server_client, checkpoints[0], "cached")
+    first = pull(server_client, Version("cached", 1))
+    assert digest(find_checkpoint(first, "v1")) == digest(find_checkpoint(checkpoints[0], "v1"))
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert pull(server_client, Version("cached", 1)) == first
+    assert pull(server_client, Version("cached", 2)) == first  # the same content
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert sorted(p.name for p in (tmp_path / "cache" / "temporary").iterdir()) == []
+
+
+def test_a_spoilt_cache_entry_is_fetched_again(server_client, checkpoints):
+    server_client.create_registered_model("spoilt")
+    register(server_client, checkpoints[1], "spoilt")
+    folder = pull(server_client, Version("spoilt", 1))
+    file = folder / "model.safetensors"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    again = pull(server_client, Version("spoilt", 1))
+    assert (again / "model.safetensors").read_bytes() == sound
+
+
+def test_a_version_that_was_never_uploaded_completely_is_refused(client, checkpoints):
+    logged = mlflow.initialize_logged_model(name="half")
+    client.log_model_artifacts(logged.model_id, str(checkpoints[0]))
+    client.create_model_version(MODEL, f"models:/{logged.model_id}", model_id=logged.model_id)
+    with pytest.raises(errors.ParentError, match="never uploaded completely"):
+        pull(client, Version(MODEL, 4))
+
+
+def test_versions_logged_into_a_run_can_be_merged(client, checkpoints):
+    for folder in checkpoints[:2]:
+        with mlflow.start_run() as run:
+            mlflow.log_artifacts(str(folder), "artifacts/hf")
+        uri = f"runs:/{run.info.run_id}/artifacts"
+        client.create_model_version(MODEL, uri, run_id=run.info.run_id)
+    outcome = mlflow_soup.run(Spec(pair="v4,v5", trials=4))
+    folder = mlflow.artifacts.download_artifacts(f"{outcome.soup.version.uri}")
+    assert sorted(os.listdir(folder)) == ["README.md", "hf", "soup_manifest.json"]
+    assert outcome.soup.parents[0].model_id is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("store", ["client", "server_client"])
+def test_a_soup_of_mlflows_transformers_flavour_loads_as_its_parents_do(
+    request, store, checkpoints, tasks
+):
+    client: MlflowClient = request.getfixturevalue(store)
+    for folder in checkpoints[:2]:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.config._name_or_path = model.name_or_path = ""
+        mlflow.transformers.log_model(
+            {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder)},
+            name="checkpoint",
+            task="text-generation",
+            registered_model_name="flavoured",
+            pip_requirements=["transformers"],
+        )
+    spec = Spec(
+        model="flavoured",
+        pair="v1,v2",
+        trials=4,
+        tasks="toy_letters",
+        ood_tasks="toy_digits",
+        include_path=str(tasks),
+    )
+    outcome = mlflow_soup.run(spec)
+    assert outcome.verdict.passed
+    loaded = mlflow.transformers.load_model(outcome.soup.version.uri, return_type="components")
+    parent = mlflow.transformers.load_model("models:/flavoured/1", return_type="components")
+    assert loaded.keys() == parent.keys()
+    pyfunc = mlflow.pyfunc.load_model(outcome.soup.version.uri)
+    assert (
+        pyfunc.metadata.signature
+        == mlflow.pyfunc.load_model("models:/flavoured/1").metadata.signature
+    )
+    model_id = client.get_model_version("flavoured", str(outcome.soup.version.number)).source
+    assert pyfunc.metadata.model_id == model_id.removeprefix("models:/")
+    assert pyfunc.metadata.metadata["soup"]["parents"] == "1,2"
+    pyfunc.predict("abc abc a")
+
+
+def test_an_alias_is_resolved_when_it_is_read(client):
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    ref = VersionRef(None, "champion")
+    assert resolve(client, MODEL, ref) == Version(MODEL, 2)
+    assert holder(client, MODEL, "champion") == Version(MODEL, 2)
+    assert holder(client, MODEL, "nobody") is None
+
+
+def test_the_model_may_come_from_the_environment(client, monkeypatch):
+    client.create_registered_model("other")
+    monkeypatch.setenv("MLFLOW_SOUP_MODEL", MODEL)
+    assert find_model(client, "", [VersionRef(1, None)]) == MODEL
+    assert find_model(client, "other", [VersionRef(1, None)]) == "other"
+
+
+def test_the_only_model_with_the_versions_is_meant(client):
+    client.create_registered_model("other")
+    assert find_model(client, "", [VersionRef(1, None), VersionRef(2, None)]) == MODEL
+
+
+def add(client, name, parents=None, **tags):
+    """A version that has tags only."""
+    tags |= {} if parents is None else {"soup.parents": parents}
+    created = client.create_model_version(name, "s3://bucket/checkpoint", tags=tags)
+    return Version(name, int(created.version))
+
+
+def test_a_soup_of_a_soup_is_traced_to_its_checkpoints(client, outcome):
+    grandchild = add(client, MODEL, "3,4", **{"soup.lambda": "0.7", "soup.gate": "refused"})
+    traced = trace(client, grandchild)
+    first, *_ = traced.members.values()
+    assert (first.kind, first.gate, first.aliases) == (family.SOUP, "refused", ())
+    assert first.parents == ((Version(MODEL, 3), 0.3), (Version(MODEL, 4), 0.7))
+    soup = traced.members[outcome.soup.version]
+    assert (soup.kind, soup.gate, soup.aliases) == (family.SOUP, "passed", ("champion",))
+    assert (soup.digest, soup.promoted_to) == (outcome.soup.digest, "alias champion")
+    recipe = outcome.soup.recipe.lam
+    assert soup.parents == ((Version(MODEL, 1), recipe[0]), (Version(MODEL, 2), recipe[1]))
+    assert [traced.members[Version(MODEL, i)].kind for i in (1, 2, 3)] == [family.CHECKPOINT] * 3
+    assert len(traced.members) == 5
+
+
+@pytest.mark.parametrize("store", ["client", "server_client"])
+def test_a_family_is_traced_across_models_gaps_and_cycles(request, store):
+    client: MlflowClient = request.getfixturevalue(store)
+    for name in ("kin", "elders", "gone"):
+        client.create_registered_model(name)
+    elder, ghost = add(client, "elders"), add(client, "gone")
+    odd = add(client, "kin", "banana")
+    circular = add(client, "kin", "2,3")
+    soup = add(client, "kin", "elders/1,1,2,gone/1,7")
+    client.set_registered_model_alias("elders", "base", "1")
+    client.delete_registered_model("gone")
+    traced = trace(client, soup)
+    deleted = Version("kin", 7)
+    kinds = {version: member.kind for version, member in traced.members.items()}
+    assert kinds == {
+        soup: family.SOUP,
+        elder: family.CHECKPOINT,
+        odd: family.SOUP,
+        circular: family.SOUP,
+        ghost: family.MISSING,
+        deleted: family.MISSING,
+    }
+    assert traced.members[elder].aliases == ("base",)
+    assert [len(member.problems) for member in traced.members.values()] == [0, 0, 1, 2, 0, 0]
+
+
+def test_a_copy_in_another_model_names_its_parents_with_their_model(client, outcome):
+    target = Target("model", "champion", "prod")
+    copy = promotion.promote(client, outcome.soup.version, target)
+    assert copy == Version("prod", 1)
+    assert tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"
+    assert tags_of(client, outcome.soup.version)["soup.parents"] == "1,2"
+    copied, original = (trace(client, v) for v in (copy, outcome.soup.version))
+    assert copied.members[copy].parents == original.members[outcome.soup.version].parents
+    client.set_model_version_tag("prod", "1", "soup.parents", "1,2")
+    assert promotion.promote(client, outcome.soup.version, target) == copy
+    assert tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"  # mended
+
+
+def test_a_copy_among_its_parents_names_them_by_their_numbers(client, outcome):
+    client.create_registered_model("prod")
+    for _ in range(2):
+        add(client, "prod")
+    soup = add(client, MODEL, "prod/1,prod/2", **{"soup.gate": "passed", "soup.digest": "sha256:x"})
+    copy = promotion.promote(client, soup, Target("model", "champion", "prod"))
+    assert tags_of(client, copy)["soup.parents"] == "1,2"
+
+
+def test_models_of_other_shape_are_no_pair(client, tmp_path, trained):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(**{**trained.config.to_dict(), "vocab_size": 26})
+    register(client, toy.save(GPTNeoXForCausalLM(config), tmp_path / "wide"))
+    with pytest.raises(errors.ParentError, match="vocab_size is 25 against 26"):
+        mlflow_soup.run(Spec(pair="v1,v4"))
+
+
+@pytest.mark.parametrize("name", ["a' or name like '%", "both ' and \"", "-rf", "a`b", "a%b"])
+def test_a_name_that_is_more_than_a_name_comes_into_no_filter(client, name):
+    client.create_registered_model(name)
+    for ask in (
+        lambda: last(client, name, 2),
+        lambda: resolve(client, name, VersionRef(7, None)),
+        lambda: find_soup(client, name, {}),
+        lambda: version_at(client, name, Target("stage", "Production")),
+    ):
+        with pytest.raises(errors.SpecError, match="is not taken as the name"):
+            ask()
+
+
+@pytest.mark.parametrize("put", [lambda path: path.symlink_to("/etc/passwd"), os.mkfifo])
+def test_only_plain_files_are_uploaded(client, checkpoints, tmp_path, put):
+    folder = shutil.copytree(checkpoints[0], tmp_path / "soup")
+    put(folder / "notes.txt")
+    with (
+        mlflow.start_run() as run,
+        pytest.raises(errors.StoreError, match=r"notes\.txt") as refusal,
+    ):
+        register_soup(
+            client,
+            folder,
+            name=MODEL,
+            run_id=run.info.run_id,
+            parents=[Version(MODEL, 1)],
+            tags={"soup.request": "r"},
+            description="",
+            check=lambda tree: None,
+        )
+    assert str(folder / "notes.txt") in refusal.value.where
+    assert last(client, MODEL, 2)[-1] == Version(MODEL, 3)
+
+
+def test_a_soup_is_linked_with_its_run_once_however_often_that_is_tried(client, checkpoints):
+    with mlflow.start_run() as run:
+        logged = mlflow.initialize_logged_model(name="soup")
+    for _ in range(2):
+        _link_output(client, run.info.run_id, logged.model_id)
+    (output,) = client.get_run(run.info.run_id).outputs.model_outputs
+    assert output.model_id == logged.model_id
+
+
+class Between(Store):
+    """A client that lets another act before a call of its own, once."""
+
+    def __init__(self, name, act):
+        super().__init__()
+        self._name, self._act = name, act
+
+    def __getattribute__(self, name):
+        acts = name != "_name" and name == self._name
+        if acts:
+            self._name = ""
+            self._act()
+        return super().__getattribute__(name)
+
+
+def soup_of(client, folder, request):
+    """What `register` is called with for a soup."""
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    return {
+        "folder": folder,
+        "name": MODEL,
+        "run_id": client.create_run(experiment).info.run_id,
+        "parents": [],
+        "tags": {"soup.request": request},
+        "description": "",
+        "check": lambda tree: None,
+    }
+
+
+def test_a_version_that_another_takes_back_just_now_is_no_concern_of_ours(client, folder):
+    first, vain = (add(client, MODEL, **{"soup.request": "r"}) for _ in range(2))
+    other = MlflowClient()
+    acting = Between("get_model_version", lambda: other.delete_model_version(MODEL, "5"))
+    assert vain == Version(MODEL, 5)
+    assert register_soup(acting, **soup_of(client, folder, "r")) == first
+
+
+def test_an_upload_that_another_took_for_cut_short_is_complete_in_the_end(client, folder):
+    other = MlflowClient()
+
+    def declare_failed():
+        (upload,) = uploads(client, experiment, {"soup.request": "r"})
+        other.finalize_logged_model(upload.model_id, "FAILED")
+
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    acting = Between("log_inputs", declare_failed)
+    version = register_soup(acting, **soup_of(client, folder, "r"))
+    assert pull(client, version).is_dir()

@@ -1,0 +1,134 @@
+from dataclasses import replace
+
+import pytest
+
+from mlflow_soup.records import (
+    Check,
+    Difference,
+    Distance,
+    Evidence,
+    LayerDistance,
+    Metric,
+    Parent,
+    Recipe,
+    Score,
+    Soup,
+    Trial,
+    Verdict,
+    Version,
+)
+from mlflow_soup.reporting import report
+from mlflow_soup.search.space import Space
+
+SPACE = Space.pair(0.5)
+OLD, NEW, SOUP = Version("llm", 12), Version("llm", 13), Version("llm", 14)
+
+
+def score(value):
+    return Score(value, 0.01, metrics=(Metric("piqa", "acc,none", value, 0.01, True),))
+
+
+@pytest.fixture
+def story(tmp_path):
+    values = {0.0: 0.50, 1.0: 0.52, 0.5: 0.53, 0.8: 0.56}
+    trials = [
+        Trial(i, SPACE.recipe(lam), score(value)) for i, (lam, value) in enumerate(values.items())
+    ]
+    trials.append(Trial(4, SPACE.recipe(0.9), None))
+    parents = tuple(Parent(v, "sha256:0", tmp_path) for v in (OLD, NEW))
+    soup = Soup(SOUP, Recipe("linear", (0.2, 0.8)), parents, score(0.56), "sha256:1")
+    ood = Check("code:acc", NEW, Difference(-0.02, 0.01, 300), -0.0365, -0.01, passed=False)
+    held_out = Check("held-out", NEW, Difference(0.04, 0.01, 200), 0.04, 0.0, passed=True)
+    roles = {
+        "soup": Evidence(SOUP, "sha256:1", score(0.56), (("code:acc", score(0.30)),)),
+        "parent 1": Evidence(NEW, "sha256:2", score(0.52), (("code:acc", score(0.32)),)),
+    }
+    return report.Story(
+        method="bayesopt",
+        space=SPACE,
+        soup=soup,
+        existed=False,
+        trials=tuple(trials),
+        gain=Difference(0.04, 0.01, 200),
+        better=NEW,
+        roles=roles,
+        verdict=Verdict((held_out, ood)),
+        promoted="",
+        distance=Distance((LayerDistance("layer 0", (1.0, 1.0), ((0.0, 0.25), (0.25, 0.0))),)),
+        notes=("A note.",),
+    )
+
+
+def test_the_report_has_every_number_a_reader_needs(story):
+    links = {"run": "#/run", "trials": "#/trials", str(OLD): "#/old", str(NEW): "#/new"}
+    text = report.markdown(story, links) + report.trials_table(story)
+    for words in (
+        "# Soup of [llm v12](#/old) and [llm v13](#/new), λ = 0.8",
+        "0.8 × llm v13 + 0.2 × llm v12, bayesopt: weights searched by Bayesian optimisation",
+        "| chosen soup (λ = 0.8) | 0.5600 | 0.0100 |",
+        "Against the better parent, llm v13: **+0.0400",
+        "## Out of domain: refused",
+        "| parent (llm v13) | 0.5200 | 0.3200 |",
+        "| code:acc | llm v13 | -0.0200 ± 0.0100 | -0.0365 | -0.0100 | **no** |",
+        "A note.",
+        "| 4 | 0.9 | failed |",
+    ):
+        assert words in text
+
+
+def test_the_last_lines_say_what_happened(story):
+    text = report.summary(story, ["run: #/run"])
+    assert text.splitlines() == [
+        "held-out score",
+        "  llm v12 alone (λ = 0)   0.5000",
+        "  llm v13 alone (λ = 1)   0.5200",
+        "  uniform soup (λ = 0.5)  0.5300",
+        "  chosen soup (λ = 0.8)   0.5600",
+        "soup against its better parent, llm v13: +0.0400 (95 % interval +0.0203 to +0.0597, "
+        "200 paired items)",
+        "registered as models:/llm/14 (λ = 0.8, 5 evaluations)",
+        "gate REFUSED",
+        "  held-out against llm v13: +0.0400, must not be below 0: holds",
+        "  code:acc against llm v13: -0.0200, bound -0.0365 must not be below -0.0100: REFUSED",
+        "A note.",
+        "run: #/run",
+    ]
+
+
+def test_the_figure_marks_each_kind_of_point(story):
+    figure = report.landscape(story)
+    (axes,) = figure.axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == ["Gaussian process, 95 % band", "trial", "parents", "uniform soup", "chosen λ"]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn["chosen λ"] == [[0.8, 0.56]]
+    assert drawn["parents"] == [[0.0, 0.50], [1.0, 0.52]]
+    assert len(drawn["trial"]) == 4
+    assert "llm v13" in axes.get_xlabel()
+    assert "piqa" in axes.get_ylabel()
+
+
+def three(story, tmp_path):
+    """The same story of three parents."""
+    space = Space.simplex(3, 0.5)
+    recipes = [*space.start(), space.recipe((0.1, 0.2, 0.7))]
+    trials = [Trial(i, r, score(0.5 + 0.01 * i)) for i, r in enumerate(recipes)]
+    oldest = Parent(Version("llm", 11), "sha256:3", tmp_path)
+    soup = Soup(SOUP, recipes[-1], (oldest, *story.soup.parents), score(0.54), "sha256:1")
+    return replace(story, space=space, soup=soup, trials=tuple(trials))
+
+
+def test_a_soup_of_three_is_told_with_all_its_weights(story, tmp_path):
+    names = [f"llm v{number}" for number in (11, 12, 13)]
+    links = {"run": "#/run", "trials": "#/trials", **dict.fromkeys(names, "#/x")}
+    text = report.markdown(three(story, tmp_path), links)
+    assert "0.7 × llm v13 + 0.2 × llm v12 + 0.1 × llm v11, bayesopt: " in text
+    assert "| uniform soup (λ = 0.3333, 0.3333, 0.3334) | 0.5300 | 0.0100 |" in text
+
+
+def test_the_figure_of_three_shows_scores_by_trial(story, tmp_path):
+    (axes,) = report.landscape(three(story, tmp_path)).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn["chosen λ"] == [[4.0, 0.54]]
+    assert [x for x, _ in drawn["trial"]] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert axes.get_xlabel() == "trial"

@@ -1,0 +1,430 @@
+"""Every knob: what it takes, what it refuses in which words, and who sets what is left open."""
+
+import copy
+import os
+import pickle
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import strategies as s
+from mlflow_soup.errors import SpecError
+from mlflow_soup.registry.naming import key_of
+from mlflow_soup.request import spec
+from mlflow_soup.request.names import (
+    Target,
+    VersionRef,
+    parse_pair,
+    parse_target,
+    parse_uri,
+    parse_version,
+)
+from mlflow_soup.request.spec import STUDIES, Spec
+from mlflow_soup.search.belief import CHOICES
+
+KNOBS = {knob.name: knob for knob in fields(Spec)}
+POLICY = sorted(name for name, knob in KNOBS.items() if knob.metadata["policy"])
+
+
+@given(ref=s.version_refs())
+def test_a_version_reads_back_as_it_is_written(ref):
+    assert parse_version(str(ref)) == ref
+    assert parse_version(f"  {ref}\n") == ref
+
+
+def test_a_version_may_be_a_bare_number():
+    assert parse_version("12") == parse_version("v12") == VersionRef(12, None)
+    assert parse_version("@champion") == VersionRef(None, "champion")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "v",
+        "v0",
+        "0",
+        "v012",
+        "-1",
+        "1.5",
+        "V12",
+        "champion",
+        "@",
+        "@a b",
+        "@a/b",
+        "v1 v2",
+        "\uff11\uff12",
+    ],
+)
+def test_what_names_no_version_is_refused(text):
+    with pytest.raises(SpecError, match="names no version") as refusal:
+        parse_version(text)
+    assert repr(text) in refusal.value.what
+    assert "v12, 12 or @alias" in refusal.value.fix
+
+
+@given(version=s.versions(), alias=s.aliases())
+def test_a_uri_reads_back_as_mlflow_writes_it(version, alias):
+    name, ref = version.name, VersionRef(version.number, None)
+    assert parse_uri(version.uri) == (name, ref)
+    assert parse_uri(f" models:/{name}/v{version.number}\n") == (name, ref)
+    assert parse_uri(f"models:/{name}@{alias}") == (name, VersionRef(None, alias))
+
+
+@pytest.mark.parametrize(
+    ("uri", "fix"),
+    [
+        ("", "write models:/my-llm/14"),
+        ("my-llm/14", "write models:/my-llm/14"),
+        ("models:my-llm/14", "write models:/my-llm/14"),
+        ("models://my-llm/14", "write models:/my-llm/14"),
+        ("models:/my-llm", "or models:/my-llm@champion"),
+        ("models:/my-llm/", "or models:/my-llm@champion"),
+        ("models:/my-llm/champion", "or models:/my-llm@champion"),
+        ("models:/my-llm/@champion", "or models:/my-llm@champion"),
+        ("models:/my-llm/14/config.json", "write models:/my-llm/14"),
+        ("models:/@champion", "write models:/my-llm/14"),
+        ("runs:/0123456789abcdef/model", "write models:/my-llm/14"),
+        ("models:/m-0123456789abcdef0123456789abcdef", "it is a logged model"),
+        ("models:/my-llm/Production", "stages and latest move"),
+        ("models:/my-llm/latest", "stages and latest move"),
+    ],
+)
+def test_a_uri_of_no_version_is_refused_with_one_that_is(uri, fix):
+    with pytest.raises(SpecError, match="names no registered version") as refusal:
+        parse_uri(uri)
+    assert refusal.value.where == "argument URI"
+    assert fix in refusal.value.fix
+    assert "models:/my-llm/14" in refusal.value.fix
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("models:/my-llm/0", "'0' names no version"),
+        ("models:/my-llm/012", "'012' names no version"),
+        ("models:/my-llm/1.5", "'1.5' names no version"),
+        ("models:/my-llm@a b", "'@a b' names no version"),
+        ("models:/a'b/1", "not taken as the name of a registered model"),
+        ("models:/-a/1", "not taken as the name of a registered model"),
+    ],
+)
+def test_the_parts_of_a_uri_are_checked(uri, why):
+    with pytest.raises(SpecError, match=why) as refusal:
+        parse_uri(uri, "here")
+    assert refusal.value.where == "here"
+
+
+@given(older=s.version_refs(), newer=s.version_refs())
+def test_a_pair_reads_back_in_its_order_unless_it_is_one_version_twice(older, newer):
+    if older != newer:
+        assert parse_pair(f"{older},{newer}") == (older, newer)
+        assert parse_pair(f" {older} , {newer} ") == (older, newer)
+    else:
+        with pytest.raises(SpecError, match="is named twice"):
+            parse_pair(f"{older},{newer}")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("v12", "names 1"),
+        ("v12,", "names 1"),
+        ("", "names 0"),
+        ("v1,v2,v3", "names 3"),
+        ("v12,12", "v12 is named twice"),
+        ("@champion,@champion", "@champion is named twice"),
+        ("v1,champion", "'champion' names no version"),
+    ],
+)
+def test_what_is_no_pair_is_refused(text, why):
+    with pytest.raises(SpecError, match=why):
+        parse_pair(text)
+
+
+def written(target):
+    """A target as a user writes it."""
+    return {
+        "alias": f"alias:{target.name}",
+        "stage": f"stage:{target.name}",
+        "model": f"model:{target.model}@{target.name}",
+    }[target.kind]
+
+
+@given(target=s.targets())
+def test_a_target_reads_back_as_it_is_written(target):
+    assert parse_target(written(target)) == target
+    if target.kind == "alias":
+        assert parse_target(target.name) == target
+    if target.kind == "stage":
+        assert parse_target(written(target).lower()) == target
+
+
+def test_targets_say_where_they_point():
+    assert str(parse_target("champion")) == "alias champion"
+    assert str(parse_target("stage:production")) == "stage Production"
+    assert str(parse_target("model:prod-llm@champion")) == "prod-llm@champion"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "@champion", "alias:", "model:prod", "model:@a", "model:a@", "to:x", "a/b", "a b"]
+)
+def test_where_nothing_can_be_promoted_to_is_refused(text):
+    with pytest.raises(SpecError, match="nowhere a version can be promoted to") as refusal:
+        parse_target(text)
+    assert "alias:champion" in refusal.value.fix
+
+
+def test_a_stage_that_mlflow_lacks_is_refused_with_those_it_has():
+    with pytest.raises(SpecError, match="'prod' is no stage") as refusal:
+        parse_target("stage:prod")
+    assert "Staging, Production" in refusal.value.fix
+
+
+@pytest.mark.parametrize("text", ["alias:latest", "Latest", "v14", "alias:V14", "model:prod@v2"])
+def test_an_alias_that_mlflow_reserves_is_refused_at_once(text):
+    with pytest.raises(SpecError):
+        parse_target(text)
+
+
+RANGES = {
+    "model": (["my-llm", "a", "My model 2.0"], ["/", "a/b", "-a", " a", "a:b", "x" * 129]),
+    "pair": (["v1,v2", "@champion,3"], ["v1", "v1,v1", "x,y"]),
+    "versions": (
+        ["v1,v2", "v1,@champion,3"],
+        ["v1", "v1,v2,v1", "x,y", ","],
+    ),
+    "version": (["v14", "@a"], ["v0", "a"]),
+    "promote": (["champion", "stage:Staging"], ["stage:x", "@champion"]),
+    "alpha": ([None, 0.0, 0.5, 0.999], [-0.01, 1.0, 2.0, float("nan")]),
+    "trials": ([None, 4, 10, 1000], [3, 0, -1]),
+    "stop": ([0.0, 0.05, 3.0], [-0.01, float("inf"), float("nan")]),
+    "parents_in": (["mmap", "memory"], ["disk", ""]),
+    "last": ([None, 2, 20], [1, 0, -3]),
+    "pairs": (
+        ["", "v1,v2", "v1,v2  @champion,3"],
+        ["v1", "v1,v2 v3", "v1,v1", "v1,v2 1,2"],
+    ),
+    "method": (["bayesopt", "greedy", "fisher", "best"], ["", "slerp", "Greedy"]),
+    "methods": (["greedy", "best,fisher"], ["", "greedy,greedy", "slerp", "greedy,"]),
+    "greedy_tie": (["add", "drop"], ["", "keep"]),
+    "calibration": ([""], ["no/such/file.txt", os.curdir]),
+    "calibration_tokens": ([1, 65536], [0, -1]),
+    "fisher_estimator": (["empirical", "sampled"], ["", "exact"]),
+    "regmean_scale": ([0.0, 0.9, 1.0], [-0.1, 1.1, float("nan")]),
+    "points": ([4, 101], [3, 0]),
+    "alphas": (["0", "0,1/2,0.9"], ["", "1", "-0.1", "x", "0.5,", "nan"]),
+    "fractions": (["1", "1/4,0.5,1"], ["", "0", "1.5", "1/0", "half"]),
+    "acquisition": (["landscape", "gp-hedge", "ei", "pi", "ucb"], ["EI", "", "random"]),
+    "evaluator": (["prepared", "lm-eval"], ["lm_eval", ""]),
+    "seed": ([0, 7], [-1]),
+    "margin": ([0.0, 0.01, 5.0], [-0.01, float("inf"), float("nan")]),
+    "store_patience": ([0.0, 0.5, 30.0], [-1.0, float("inf"), float("nan")]),
+    "confidence": ([0.51, 0.95, 0.999], [0.5, 1.0, 0.0, 95.0, float("nan")]),
+    "num_fewshot": ([None, 0, 5], [-1]),
+    "batch_size": ([1, 32], [0, -1]),
+    "max_length": ([None, 2, 4096], [1, 0]),
+    "limit": ([None, 1], [0, -5]),
+    "allow_task_code": (["", "0" * 64, f"{'a' * 64}, {'b' * 64}"], ["yes", "A" * 64, "a" * 63]),
+    "include_path": (["", os.curdir, os.pathsep.join([os.curdir, "/"])], ["no/such/folder"]),
+}
+UNBOUNDED = {"tasks", "ood_tasks", "champion", "device", "experiment", "out"}
+
+
+def test_the_table_of_ranges_knows_every_knob():
+    assert set(RANGES) | UNBOUNDED == set(KNOBS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, v) for name, (good, _) in RANGES.items() for v in good]
+)
+def test_a_value_in_its_range_is_kept(name, value):
+    assert getattr(Spec(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, v) for name, (_, bad) in RANGES.items() for v in bad]
+)
+def test_a_value_out_of_its_range_is_refused_by_its_option(name, value):
+    with pytest.raises(SpecError) as refusal:
+        Spec(**{name: value})
+    assert refusal.value.exit_code == 2
+    assert refusal.value.fix
+    assert f"--{name.replace('_', '-')}" in refusal.value.where
+
+
+@pytest.mark.parametrize(
+    ("named", "budget", "least"),
+    [
+        ({"pair": "v1,v2"}, 8, 4),
+        ({"versions": "v1,v2"}, 8, 4),
+        ({"versions": "v1,v2,v3"}, 12, 5),
+        ({"versions": "v1,v2,v3,v4"}, 16, 6),
+    ],
+)
+def test_more_parents_take_more_trials(named, budget, least):
+    assert Spec(**named).budget == budget
+    assert Spec(**named).least == 1 / (least - 2)
+    assert Spec(**named, alpha=0.25).least == 0.25
+    assert Spec(**named, trials=least).budget == least
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("last", "3", "last is '3', which is no whole number"),
+        ("versions", ["v1", "v2"], r"versions is \['v1', 'v2'\], which is no text"),
+        ("alpha", "0.5", "alpha is '0.5', which is no number"),
+        ("trials", 8.0, "trials is 8.0, which is no whole number"),
+        ("margin", 10**400, "--margin of 1329 bits"),
+        pytest.param("trials", 10**5000, "--trials of 16610 bits", id="endless"),
+        ("seed", True, "seed is True, which is no whole number"),
+        ("margin", None, "margin is None, which is no number"),
+        ("tasks", None, "tasks is None, which is no text"),
+        ("model", b"m", "model is b'm', which is no text"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, value, what):
+    with pytest.raises(SpecError, match=what) as refusal:
+        Spec(**{name: value})
+    assert f"--{name}" in refusal.value.where
+
+
+def test_a_pair_and_versions_at_once_are_refused():
+    with pytest.raises(SpecError, match="the versions were named twice") as refusal:
+        Spec(pair="v1,v2", versions="v1,v2,v3")
+    assert refusal.value.where.startswith("--pair and --versions")
+    with pytest.raises(SpecError, match="the versions were named twice"):
+        Spec(versions="v1,v2,v3", last=3)
+
+
+def test_the_defaults_are_in_range_and_ask_for_nothing():
+    assert Spec() == Spec(**{name: knob.default for name, knob in KNOBS.items()})
+
+
+@pytest.mark.parametrize("name", sorted(KNOBS))
+def test_every_knob_has_help_and_a_command(name):
+    metadata = KNOBS[name].metadata
+    assert metadata["help"].endswith(".")
+    assert metadata["commands"]
+    assert metadata["commands"] <= {"run", "evaluate", "gate", "promote", *STUDIES}
+
+
+def test_the_acquisitions_a_user_may_name_are_those_of_the_search():
+    assert spec.ACQUISITIONS == CHOICES
+    assert KNOBS["acquisition"].metadata["choices"] == CHOICES
+
+
+# in a model's tags everything is text
+TAGS = {
+    "method": ("greedy", "greedy"),
+    "greedy_tie": ("drop", "drop"),
+    "calibration": (__file__, __file__),
+    "calibration_tokens": ("512", 512),
+    "fisher_estimator": ("sampled", "sampled"),
+    "regmean_scale": ("0.5", 0.5),
+    "tasks": ("arc_easy", "arc_easy"),
+    "ood_tasks": ("piqa,sciq", "piqa,sciq"),
+    "include_path": (os.curdir, os.curdir),
+    "alpha": ("0.7", 0.7),
+    "trials": (" 12 ", 12),
+    "stop": ("0.1", 0.1),
+    "acquisition": (" ei ", "ei"),
+    "margin": ("1e-3", 0.001),
+    "confidence": ("0.9", 0.9),
+    "champion": ("prod", "prod"),
+    "num_fewshot": ("5", 5),
+    "evaluator": (" lm-eval", "lm-eval"),
+    "batch_size": ("8", 8),
+    "max_length": ("2048", 2048),
+}
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_the_policy_sets_a_knob_that_was_left_open(name):
+    text, value = TAGS[name]
+    assert Spec(seed=3).settle({f"soup.{name}": text}) == replace(Spec(seed=3), **{name: value})
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_a_default_that_was_named_wins_over_the_policy(name):
+    text, value = TAGS[name]
+    default = KNOBS[name].default
+    assert value != default
+    settled = Spec(**{name: default}).settle({f"soup.{name}": text})
+    assert getattr(settled, name) == default
+
+
+@pytest.mark.parametrize("name", sorted(set(KNOBS) - set(POLICY)))
+def test_the_policy_cannot_set_what_belongs_to_the_request(name):
+    assert Spec().settle({f"soup.{name}": "7"}) == Spec()
+
+
+def test_tags_that_are_no_knobs_are_not_read():
+    assert (
+        Spec().settle({"alpha": "0.7", "soup.lambda": "x", "team": "llm", "soup.": "y"}) == Spec()
+    )
+
+
+@given(named=st.sets(st.sampled_from(POLICY)))
+def test_a_policy_is_settled_once(named):
+    policy = {f"soup.{name}": text for name, (text, _) in TAGS.items()}
+    settled = Spec(**{name: KNOBS[name].default for name in named}).settle(policy)
+    for name, (_, value) in TAGS.items():
+        assert getattr(settled, name) == (KNOBS[name].default if name in named else value)
+    assert settled.settle({"soup.alpha": "0.25"}) == settled
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("trials", "ten", "int"),
+        ("trials", "10.0", "int"),
+        ("alpha", "half", "float"),
+        ("max_length", "", "int"),
+        ("num_fewshot", "None", "int"),
+    ],
+)
+def test_a_policy_tag_that_cannot_be_read_is_refused(name, text, kind):
+    with pytest.raises(SpecError) as refusal:
+        Spec().settle({f"soup.{name}": text})
+    assert refusal.value.what == f"policy tag soup.{name} = {text!r} is no {kind}"
+    assert f"--{name.replace('_', '-')}" in refusal.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("alpha", "1.0"), ("trials", "3"), ("acquisition", "best"), ("margin", "nan")],
+)
+def test_a_policy_tag_out_of_range_is_refused_by_its_name(name, text):
+    with pytest.raises(SpecError) as refusal:
+        Spec().settle({f"soup.{name}": text})
+    assert f"tag soup.{name}" in refusal.value.where
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_a_copy_remembers_what_was_named(copied):
+    policy = {"soup.alpha": "0.7", "soup.trials": "12"}
+    original = Spec(alpha=0.5, pair="v1,v2")
+    assert copied(original) == original
+    assert copied(original).settle(policy) == original.settle(policy)
+    assert (original.settle(policy).alpha, original.settle(policy).trials) == (0.5, 12)
+
+
+def test_a_request_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Spec().alpha = 0.7
+
+
+def test_equal_requests_have_equal_keys_however_their_numbers_are_written():
+    whole, point = Spec(alpha=0, margin=0), Spec(alpha=0.0, margin=0.0)
+    assert whole == point
+    assert key_of({"alpha": whole.alpha}) == key_of({"alpha": point.alpha})
+
+
+def test_a_target_of_another_model_keeps_its_alias_and_model_apart():
+    assert parse_target("model:prod llm@champion") == Target("model", "champion", "prod llm")

@@ -1,0 +1,827 @@
+"""Ask, recommend and proceed: what is searched, when it ends, and that the history decides it."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import strategies as s
+from mlflow_soup.errors import SpecError
+from mlflow_soup.records import Score, Trial
+from mlflow_soup.search import landscape, surrogate
+from mlflow_soup.search.ask import ask, improvement, proceed
+from mlflow_soup.search.belief import CHOICES, believe, fit
+from mlflow_soup.search.recommend import recommend
+from mlflow_soup.search.space import Space, distances
+
+choices = pytest.mark.parametrize("acquisition", CHOICES)
+counts = pytest.mark.parametrize("count", [2, 3])
+
+
+def pairs(lams):
+    """Weights of two parents, the newer weighing λ."""
+    return np.column_stack([1.0 - np.array(lams), lams])
+
+
+def dome(peak, width=0.5):
+    """A landscape like those of equal parents: one smooth hill around the peak."""
+
+    def score(lam):
+        there = lam[-1:] if np.ndim(peak) == 0 else lam
+        square = np.sum((np.array(there) - peak) ** 2)
+        return Score(0.5 + 0.1 * (1.0 - float(square) / width**2), 0.01)
+
+    return score
+
+
+def nothing(lam):
+    """An evaluation that fails wherever it is."""
+    return
+
+
+def searched(space, score, count, trials=(), **options):
+    """The history after `count` trials; `score` gives None where an evaluation fails."""
+    trials = list(trials)
+    while len(trials) < count:
+        recipe = ask(space, trials, **options)
+        trials.append(Trial(len(trials), recipe, score(recipe.lam)))
+    return trials
+
+
+def told(space, history):
+    """A history of given weights and scores."""
+    scores = [(lam, None if y is None else Score(y, 0.01)) for lam, y in history]
+    return [Trial(i, space.recipe(lam), score) for i, (lam, score) in enumerate(scores)]
+
+
+def spaced(recipes):
+    """The smallest distance between two of some recipes."""
+    points = np.array([recipe.lam for recipe in recipes])
+    return min(distances(points, points)[np.triu_indices(len(points), k=1)])
+
+
+def nearest(acquisition, kind):
+    """How near to what is known one may ask: a landscape knows where an item turns."""
+    return 0.002 if (acquisition, kind) == ("landscape", "items") else 0.01
+
+
+def scores_of(kind, space):
+    """Scores that come with items, and such without."""
+    if kind == "items":
+        return s.Quiz(4, count=space.count, items=60, wild=0.2).score
+    return dome(0.8) if space.count == 2 else dome(np.array([0.2, 0.3, 0.5]))
+
+
+kinds = pytest.mark.parametrize("kind", ["items", "scores"])
+
+
+# --- ask
+
+
+@choices
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.7])
+def test_parents_uniform_soup_and_alpha_are_measured_before_the_surrogate_speaks(
+    acquisition, alpha
+):
+    space = Space.pair(alpha)
+    trials = searched(space, dome(0.8), 6, acquisition=acquisition)
+    first = list(dict.fromkeys((*space.start(), *space.ends())))
+    assert [t.recipe for t in trials[: len(first)]] == first
+    assert all(space.feasible(t.recipe) for t in trials[3:])
+
+
+@choices
+def test_more_than_two_parents_and_their_uniform_soup_are_measured_first(acquisition):
+    space = Space.simplex(3, 0.2)
+    trials = searched(space, scores_of("scores", space), 6, acquisition=acquisition)
+    assert tuple(t.recipe for t in trials[:4]) == space.start()
+    assert all(space.feasible(t.recipe) for t in trials[4:])
+
+
+def test_where_the_items_tell_of_the_curve_its_end_is_not_measured_for_its_own_sake():
+    space = Space.pair(0.7)
+    # the newer parent is by far the better one: nothing is to be gained at the other end
+    quiz = s.Quiz(1, items=200, bend=0.2, side=1.0)
+    trials = searched(space, quiz.score, 6)
+    assert tuple(t.recipe for t in trials[:3]) == space.start()
+    assert space.recipe(0.7) not in [t.recipe for t in trials]
+    hedge = searched(space, quiz.score, 4, acquisition="gp-hedge")
+    assert hedge[3].recipe == space.recipe(0.7)
+
+
+@choices
+@s.FEW
+@given(drawn=st.data(), space=s.spaces(), seed=st.integers(0, 99))
+def test_nothing_measured_or_pending_is_asked_again(acquisition, drawn, space, seed):
+    trials = drawn.draw(s.histories(space))
+    nearby = [space.recipe(point) for point in space.candidates()[::10]]
+    pending = drawn.draw(st.lists(st.sampled_from([*space.start(), *nearby]), max_size=5))
+    recipe = ask(space, trials, acquisition=acquisition, seed=seed, pending=pending)
+    known = [*(t.recipe for t in trials), *pending]
+    assert recipe not in known
+    if set(space.start()) <= set(known):
+        assert space.feasible(recipe)
+    else:
+        assert recipe in space.start()
+
+
+@choices
+@kinds
+def test_nothing_of_three_parents_is_asked_again(acquisition, kind):
+    space = Space.simplex(3, 0.1)
+    trials = searched(space, scores_of(kind, space), 8, acquisition=acquisition)
+    pending = []
+    for _ in range(3):
+        pending.append(ask(space, trials, acquisition=acquisition, pending=pending))
+    recipes = [*(t.recipe for t in trials), *pending]
+    assert len(set(recipes)) == 11
+    assert all(space.feasible(recipe) for recipe in recipes[4:])
+    assert all(sum(round(1e4 * x) for x in recipe.lam) == 10_000 for recipe in recipes)
+
+
+@choices
+@counts
+@kinds
+def test_four_at_once_are_distinct_and_well_apart(acquisition, count, kind):
+    space = Space.simplex(count, 0.0)
+    trials = searched(space, scores_of(kind, space), 5, acquisition=acquisition)
+    pending = []
+    for _ in range(4):
+        pending.append(ask(space, trials, acquisition=acquisition, seed=2, pending=pending))
+    assert spaced([*(t.recipe for t in trials), *pending]) > nearest(acquisition, kind)
+
+
+@pytest.mark.parametrize("acquisition", ["ei", "pi", "ucb"])
+def test_what_is_pending_is_imagined_to_come_out_as_expected(acquisition):
+    space = Space.pair(0.5)
+    trials = told(space, [(0.0, 0.41), (1.0, 0.47), (0.5, 0.478), (0.7, 0.486)])
+    pending = [space.recipe(0.62), space.recipe(0.8)]
+    means, _ = fit(trials).predict(np.array([recipe.lam for recipe in pending]))
+    imagined = [
+        Trial(4 + i, recipe, Score(float(mean), 0.01))
+        for i, (recipe, mean) in enumerate(zip(pending, means, strict=True))
+    ]
+    asked = ask(space, trials, acquisition=acquisition, pending=pending)
+    assert asked == ask(space, [*trials, *imagined], acquisition=acquisition)
+
+
+def test_what_is_pending_makes_a_landscape_look_elsewhere():
+    space = Space.pair(0.0)
+    apart = []
+    for seed in range(5):
+        quiz = s.Quiz(seed, items=100, wild=0.3)
+        trials = searched(space, quiz.score, 5)
+        first = ask(space, trials)
+        second = ask(space, trials, pending=[first])
+        # where it is merely asked not to ask the same, without imagining that it is measured
+        failed = ask(space, [*trials, Trial(5, first, None)])
+        apart.append((spaced([first, second]), spaced([first, failed])))
+    there, beside = np.array(apart).T
+    assert there.mean() > beside.mean()
+
+
+@counts
+def test_what_is_pending_of_the_start_is_not_waited_for(count):
+    space, pending = Space.simplex(count, 0.0), []
+    for recipe in space.start():
+        assert ask(space, [], pending=pending) == recipe
+        pending.append(recipe)
+    assert ask(space, [], pending=pending) not in pending
+
+
+@choices
+@kinds
+@counts
+def test_a_search_cut_short_goes_on_as_if_it_never_was(acquisition, kind, count):
+    space = Space.simplex(count, 0.5)
+    whole = searched(space, scores_of(kind, space), 8, acquisition=acquisition, seed=3)
+    surrogate._fit.cache_clear()
+    for cut in range(8):
+        assert ask(space, whole[:cut], acquisition=acquisition, seed=3) == whole[cut].recipe
+
+
+def test_another_process_asks_the_same():
+    space = Space.pair(0.5)
+    quiz = s.Quiz(3, items=40, wild=0.3)
+    plain = [(0.0, 0.41), (1.0, 0.47), (0.5, 0.478), (0.64, 0.486), (0.72, None), (0.88, 0.481)]
+    histories = [
+        [(lam, None if y is None else {"value": y, "stderr": 0.01}) for lam, y in plain],
+        [(lam, dataclasses.asdict(quiz.score((1 - lam, lam)))) for lam, _ in plain],
+    ]
+    program = (
+        "import json, sys, numpy\n"
+        "from mlflow_soup.records import Items, Score, Trial\n"
+        "from mlflow_soup.search.ask import ask\n"
+        "from mlflow_soup.search.space import Space\n"
+        "numpy.random.seed(1)\n"
+        "space = Space.pair(0.5)\n"
+        "def score(d):\n"
+        "    items = [{k: tuple(map(tuple, v)) if v and isinstance(v, list) and\n"
+        "              isinstance(v[0], list) else tuple(v) if isinstance(v, list) else v\n"
+        "              for k, v in i.items()} for i in d.get('items', ())]\n"
+        "    return Score(d['value'], d['stderr'], tuple(Items(**i) for i in items))\n"
+        "for history in json.load(sys.stdin):\n"
+        "    trials = [Trial(i, space.recipe(lam), None if d is None else score(d))\n"
+        "              for i, (lam, d) in enumerate(history)]\n"
+        "    print(*(ask(space, trials, seed=seed).lam[-1] for seed in range(10)))"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(histories),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    trials = [
+        told(space, plain),
+        [
+            Trial(i, space.recipe(lam), quiz.score((1 - lam, lam)))
+            for i, (lam, _) in enumerate(plain)
+        ],
+    ]
+    here = [[ask(space, t, seed=seed).lam[-1] for seed in range(10)] for t in trials]
+    assert [list(map(float, line.split())) for line in there.stdout.splitlines()] == here
+
+
+def test_the_seed_matters_to_gp_hedge_alone():
+    space = Space.pair(0.0)
+    trials = searched(space, dome(0.6), 6, acquisition="ei")
+    asked = {
+        name: {ask(space, trials, acquisition=name, seed=seed) for seed in range(20)}
+        for name in CHOICES
+    }
+    assert {name: len(asked[name]) for name in ("ei", "pi", "ucb")} == {"ei": 1, "pi": 1, "ucb": 1}
+    assert 1 < len(asked["gp-hedge"]) <= 3
+    assert asked["gp-hedge"] <= asked["ei"] | asked["pi"] | asked["ucb"]
+
+
+@counts
+def test_the_seed_does_not_matter_where_the_items_tell_of_the_curve(count):
+    space = Space.simplex(count, 0.0)
+    trials = searched(space, scores_of("items", space), 6)
+    assert len({ask(space, trials, seed=seed) for seed in range(5)}) == 1
+
+
+@s.FEW
+@given(drawn=st.data(), seed=st.integers(0, 99))
+def test_without_items_a_landscape_is_searched_by_gp_hedge(drawn, seed):
+    space = drawn.draw(s.spaces(3))
+    trials = [
+        dataclasses.replace(
+            t, held_out=None if t.held_out is None else dataclasses.replace(t.held_out, items=())
+        )
+        for t in drawn.draw(s.histories(space, most=6))
+    ]
+    pending = [space.recipe(space.candidates()[7])] * drawn.draw(st.integers(0, 1))
+    options = {"seed": seed, "pending": pending}
+    hedge = ask(space, trials, acquisition="gp-hedge", **options)
+    assert ask(space, trials, acquisition="landscape", **options) == hedge
+
+
+@choices
+@kinds
+def test_the_search_moves_on_from_an_evaluation_that_failed(acquisition, kind):
+    space = Space.pair(0.5)
+    score = scores_of(kind, space)
+
+    def breaks_in_the_middle(lam):
+        return None if 0.6 < lam[-1] < 0.8 else score(lam)
+
+    trials = searched(space, breaks_in_the_middle, 9, acquisition=acquisition)
+    assert len({t.recipe for t in trials}) == 9
+    measured = [t.recipe for t in trials if t.held_out is not None]
+    assert recommend(space, trials, measured=True) in measured
+
+
+@kinds
+def test_a_failed_trial_tells_the_surrogate_nothing(kind):
+    space = Space.pair(0.5)
+    score = scores_of(kind, space)
+    trials = [Trial(i, space.recipe(x), score((1 - x, x))) for i, x in enumerate((0, 1, 0.5, 0.7))]
+    failed = [*trials, Trial(4, space.recipe(0.9), None)]
+    grid = space.candidates()
+    np.testing.assert_array_equal(fit(trials).predict(grid), fit(failed).predict(grid))
+    before, after = believe(trials), believe(failed)
+    np.testing.assert_array_equal(before.posterior.predict(grid), after.posterior.predict(grid))
+    assert (before.landscape is None) is (kind == "scores")
+
+
+@choices
+@counts
+def test_without_any_score_the_search_goes_on_at_random_within_bounds(acquisition, count):
+    space = Space.simplex(count, 0.5)
+    trials = searched(space, nothing, 8, acquisition=acquisition, seed=1)
+    assert len({t.recipe for t in trials}) == 8
+    assert all(space.feasible(t.recipe) for t in trials[len(space.start()) :])
+    assert searched(space, nothing, 8, acquisition=acquisition, seed=1) == trials
+    assert searched(space, nothing, 8, acquisition=acquisition, seed=2) != trials
+
+
+@choices
+def test_the_search_goes_on_once_a_trial_succeeds_after_a_start_that_failed(acquisition):
+    space = Space.pair(0.5)
+    trials = told(space, [(0.0, None), (1.0, None), (0.5, None), (0.7, 0.5)])
+    recipe = ask(space, trials, acquisition=acquisition)
+    assert space.feasible(recipe)
+    assert recipe not in [t.recipe for t in trials]
+
+
+@choices
+@pytest.mark.parametrize("score", [0.5, None], ids=["scored", "failed"])
+def test_when_nothing_is_left_to_ask_the_request_is_refused(acquisition, score):
+    space = Space.pair(0.9999)
+    trials = told(space, [(lam, score) for lam in (0.0, 1.0, 0.5, 0.9999)])
+    with pytest.raises(SpecError) as refusal:
+        ask(space, trials, acquisition=acquisition)
+    assert "--alpha" in refusal.value.fix
+
+
+@pytest.mark.parametrize("acquisition", ["gp-hedge", "ei", "pi", "ucb"])
+@pytest.mark.parametrize(("alpha", "peak"), [(0.5, 0.6), (0.5, 0.88), (0.0, 0.3), (0.7, 1.0)])
+def test_ten_trials_find_the_top_of_a_dome(acquisition, alpha, peak):
+    space = Space.pair(alpha)
+    trials = searched(space, dome(peak), 10, acquisition=acquisition)
+    assert abs(recommend(space, trials).lam[-1] - peak) <= 0.02
+    assert abs(recommend(space, trials, measured=True).lam[-1] - peak) <= 0.02
+
+
+@pytest.mark.parametrize("acquisition", ["gp-hedge", "ei", "ucb"])
+@pytest.mark.parametrize("peak", [(0.2, 0.3, 0.5), (0.0, 0.5, 0.5)])
+def test_twelve_trials_find_the_top_of_a_dome_over_a_triangle(acquisition, peak):
+    space = Space.simplex(3, 0.0)
+    trials = searched(space, dome(np.array(peak)), 12, acquisition=acquisition)
+    assert distances(np.array([recommend(space, trials).lam]), np.array([peak]))[0, 0] <= 0.05
+
+
+@pytest.mark.parametrize(("count", "alpha"), [(2, 0.0), (2, 0.6), (3, 0.0), (4, 0.0)])
+def test_five_evaluations_find_the_top_where_curves_are_smooth(count, alpha):
+    """Of a pair; one more for each further parent, which is measured too."""
+    space = Space.simplex(count, alpha)
+    for seed in range(4):
+        quiz = s.Quiz(seed, count=count, items=300)
+        trials = searched(space, quiz.score, count + 3)
+        best = max(t.held_out.value for t in trials if space.feasible(t.recipe))
+        start = max(t.held_out.value for t in trials[: count + 1] if space.feasible(t.recipe))
+        top = quiz.accuracy(space.candidates()[:: 3 * count]).max()
+        assert best >= top - 0.004
+        assert start <= best
+
+
+# --- recommend
+
+
+@s.FEW
+@given(drawn=st.data(), space=s.spaces())
+def test_of_the_measured_recipes_the_one_of_largest_expectation_is_recommended(drawn, space):
+    trials = drawn.draw(s.histories(space, least=3))
+    scored = [t for t in trials if t.held_out is not None]
+    feasible = [t for t in scored if space.feasible(t.recipe)]
+    if not feasible:
+        for measured in (True, False):
+            with pytest.raises(SpecError, match="no feasible trial"):
+                recommend(space, trials, measured=measured)
+        return
+    parents = [t.held_out.value for t in feasible if t.recipe in space.parents()]
+    least = max(parents, default=-math.inf)
+    options = [t.recipe for t in feasible if t.held_out.value >= least]
+    chosen = recommend(space, trials, measured=True)
+    assert chosen in options
+    points = np.array([t.recipe.lam for t in scored])
+    belief = believe(trials)
+    if belief.landscape is None:
+        posterior = surrogate.fit(points, np.array([t.held_out.value for t in scored]))
+        means, _ = posterior.predict(np.array([r.lam for r in options]))
+    else:
+        means = landscape.fit(trials).population(np.array([r.lam for r in options]))
+    assert means[options.index(chosen)] == pytest.approx(means.max(), abs=1e-12)
+
+
+@s.FEW
+@given(drawn=st.data(), space=s.spaces(3))
+def test_what_is_recommended_is_feasible_and_no_known_failure_or_loser(drawn, space):
+    trials = drawn.draw(s.histories(space, least=4))
+    values = {t.recipe: t.held_out for t in trials}
+    parents = [values.get(r) for r in space.parents() if space.feasible(r)]
+    if not any(values[r] for r in values if space.feasible(r)):
+        return
+    chosen = recommend(space, trials)
+    assert space.feasible(chosen)
+    if chosen in values:
+        assert values[chosen] is not None
+        assert all(values[chosen].value >= p.value for p in parents if p is not None)
+
+
+def test_what_was_measured_to_be_worse_than_a_parent_is_not_recommended():
+    space = Space.pair(0.5)
+    # so near each other that they are expected to be alike; the soup was the unlucky one
+    trials = told(space, [(0.0, 0.40), (1.0, 0.50), (0.5, 0.44), (0.98, 0.499), (0.99, 0.501)])
+    assert recommend(space, trials, measured=True).lam[-1] in (0.99, 1.0)
+    trials = told(space, [(0.0, 0.40), (1.0, 0.50), (0.5, 0.49), (0.7, 0.4999), (0.8, 0.4999)])
+    assert recommend(space, trials, measured=True) == space.recipe(1.0)
+    # an older parent counts only where it may be recommended itself
+    old = [(0.0, 0.6), (1.0, 0.50), (0.5, 0.52), (0.7, 0.51)]
+    assert recommend(space, told(space, old), measured=True) == space.recipe(0.5)
+    everywhere = Space.pair(0.0)
+    assert recommend(everywhere, told(everywhere, old), measured=True) == space.recipe(0.0)
+
+
+@kinds
+@pytest.mark.parametrize("alpha", [0.5, 0.9])
+def test_the_newest_parent_can_always_be_recommended(kind, alpha):
+    space = Space.pair(alpha)
+    if kind == "items":
+        score = s.Quiz(5, items=200, bend=-0.5, side=1.0).score
+    else:
+        score = dome(1.0, width=0.3)
+    trials = searched(space, score, 7)
+    assert recommend(space, trials) == space.recipe(1.0)
+    assert recommend(space, trials, measured=True) == space.recipe(1.0)
+
+
+@kinds
+def test_without_measured_what_was_never_measured_may_be_recommended(kind):
+    space = Space.pair(0.0)
+    score = s.Quiz(6, items=300, bend=1.0).score if kind == "items" else dome(0.3)
+    lams = (0.0, 1.0, 0.12, 0.9)
+    trials = [Trial(i, space.recipe(x), score((1 - x, x))) for i, x in enumerate(lams)]
+    unmeasured = recommend(space, trials)
+    assert unmeasured.lam[-1] not in lams
+    assert spaced([unmeasured, *(t.recipe for t in trials)]) > 0.01
+    measured = recommend(space, trials, measured=True)
+    assert measured.lam[-1] in lams
+    belief = believe(trials)
+    points = np.array([unmeasured.lam, measured.lam])
+    if kind == "items":
+        mean = belief.landscape.population(points)
+    else:
+        mean = belief.posterior.predict(points)[0]
+    assert mean[0] > mean[1]
+
+
+def test_the_best_trial_is_not_recommended_when_it_lies_outside_alpha():
+    space = Space.pair(0.5)
+    trials = told(space, [(0.0, 0.9), (1.0, 0.5), (0.5, 0.6), (0.75, 0.55)])
+    assert recommend(space, trials, measured=True).lam[-1] == 0.5
+
+
+def test_a_lucky_trial_among_worse_neighbours_is_not_recommended():
+    space = Space.pair(0.0)
+    lams = [0.0, 1.0, 0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.19, 0.21]
+    scores = {lam: dome(0.7)((1 - lam, lam)).value for lam in lams}
+    scores[0.2] = max(scores.values()) + 0.01  # its neighbours at 0.19 and 0.21 are far below
+    trials = told(space, list(scores.items()))
+    assert max(scores, key=scores.get) == 0.2
+    assert recommend(space, trials, measured=True).lam[-1] == 0.7
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("history", [[], [(0.0, 0.5)], [(0.0, 0.5), (1.0, None)]])
+def test_without_a_feasible_score_nothing_is_recommended(history, measured):
+    space = Space.pair(0.5)
+    with pytest.raises(SpecError, match="no feasible trial has a score"):
+        recommend(space, told(space, history), measured=measured)
+
+
+# --- gp-hedge
+
+
+class Hoffman:
+    """Algorithm 2 of Hoffman, Brochu & de Freitas (UAI 2011), played forward and kept simple.
+
+    Nothing is replayed: gains are kept from step to step, each utility is a textbook formula, each
+    maximum a loop. The posterior is the package's, which has tests of its own.
+    """
+
+    def __init__(self, space, start):
+        self.space, self.history = space, list(start)
+        self.gains = {"ei": 0.0, "pi": 0.0, "ucb": 0.0}
+        self.nominate()
+
+    def posterior(self):
+        lams, scores = zip(*((lam, y) for lam, y in self.history if y is not None), strict=True)
+        return surrogate.fit(pairs(lams), np.array(scores)), pairs(lams)
+
+    def nominate(self):
+        posterior, lams = self.posterior()
+        best = posterior.predict(lams)[0].max()
+        candidates = self.space.candidates()
+        self.nominees, utmost = {}, dict.fromkeys(self.gains, -math.inf)
+        for (_, lam), mean, std in zip(candidates, *posterior.predict(candidates), strict=True):
+            if min(abs(lam - known) for known, _ in self.history) <= 0.01 + 1e-9:
+                continue  # ours: so near it would mostly measure the same again
+            z = (mean - best) / std
+            utilities = {
+                "ei": (mean - best) * cdf(z) + std * math.exp(-z * z / 2) / math.sqrt(2 * math.pi),
+                "pi": cdf((mean - best - 0.01 * posterior.scale) / std),
+                "ucb": mean + 1.96 * std,
+            }
+            for name, utility in utilities.items():
+                if utility > utmost[name]:
+                    self.nominees[name], utmost[name] = float(lam), utility
+
+    def probabilities(self):
+        total = sum(math.exp(gain) for gain in self.gains.values())
+        return {name: math.exp(gain) / total for name, gain in self.gains.items()}
+
+    def draw(self, seed):
+        """The nominee of the base in whose share of [0, 1) the seed's first number falls."""
+        u, reached = np.random.default_rng([seed, len(self.history)]).random(), 0.0
+        for name, probability in self.probabilities().items():
+            reached += probability
+            if u < reached:
+                return self.nominees[name]
+        return self.nominees["ucb"]
+
+    def tell(self, lam, score):
+        self.history.append((lam, score))
+        posterior, _ = self.posterior()
+        for name, nominee in self.nominees.items():
+            (mean,), _ = posterior.predict(pairs([nominee]))
+            self.gains[name] += (mean - posterior.mean) / posterior.scale
+        self.nominate()
+
+
+def cdf(z):
+    return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def test_gp_hedge_is_hoffmans_algorithm():
+    space = Space.pair(0.0)
+    slow = Hoffman(space, [(0.0, 0.40), (1.0, 0.43), (0.5, 0.47)])
+    asked = set()
+    for lam, score in [(0.7, 0.46), (0.31, 0.49), (0.2, None), (0.36, 0.485), (0.9, 0.44)]:
+        slow.tell(lam, score)
+        for seed in range(40):
+            recipe = ask(space, told(space, slow.history), acquisition="gp-hedge", seed=seed)
+            assert recipe.lam[-1] == slow.draw(seed)
+            asked.add((len(slow.history), recipe.lam[-1]))
+    # the bases did differ, in what they nominated and in what they gained
+    assert len(asked) >= 10
+    assert max(slow.probabilities().values()) > 1.3 * min(slow.probabilities().values())
+
+
+@choices
+@kinds
+@pytest.mark.parametrize(("count", "alpha"), [(2, 0.5), (3, 0.0)])
+def test_what_is_asked_keeps_its_distance_from_what_is_known(acquisition, kind, count, alpha):
+    space = Space.simplex(count, alpha)
+    trials = []
+    if kind == "items":
+        score = scores_of(kind, space)
+    else:  # the best is where one knows already
+        score = dome(np.array(space.uniform().lam), width=0.3)
+    while len(trials) < 9:
+        recipe = ask(space, trials, acquisition=acquisition, seed=1)
+        if len(trials) >= len({*space.start(), *space.ends()}):
+            apart = spaced([recipe, *(t.recipe for t in trials)])
+            assert apart > nearest(acquisition, kind)
+        trials.append(Trial(len(trials), recipe, score(recipe.lam)))
+
+
+@choices
+def test_where_all_is_near_something_known_the_rest_is_asked(acquisition):
+    space = Space.pair(0.99)
+    known = [(0.0, 0.4), (1.0, 0.5), (0.5, 0.45), (0.99, 0.5), (0.995, 0.5)]
+    lam = ask(space, told(space, known), acquisition=acquisition).lam[-1]
+    assert 0.99 <= lam <= 1.0
+    assert lam not in [x for x, _ in known]
+
+
+# --- belief
+
+
+def loud(items):
+    """A straight curve of scores, but the older parent's log-likelihoods are a thousandfold.
+
+    What is learnt from them drowns all others, so the landscape is worthless.
+    """
+
+    def score(lam):
+        right = np.arange(items) / items < 0.5 + 0.2 * lam[1]
+        size = 1000.0 if lam[1] == 0.0 else 1.0
+        return s.scored(s.choices([[0.0, -size if r else size] for r in right], [0] * items))
+
+    return score
+
+
+def test_a_landscape_that_missed_what_was_left_out_is_not_trusted():
+    space = Space.pair(0.0)
+    lams = (0.0, 1.0, 0.5, 0.7, 0.8, 0.9, 0.2)
+    trials = [Trial(i, space.recipe(x), loud(100)((1 - x, x))) for i, x in enumerate(lams)]
+    scape, process = landscape.fit(trials), fit(trials)
+    assert scape.doubt > 3
+    belief = believe(trials)
+    assert belief.landscape is None
+    grid = space.candidates()
+    np.testing.assert_array_equal(belief.posterior.predict(grid), process.predict(grid))
+    ours = math.sqrt(np.mean(np.square(scape.misses)))
+    theirs = math.sqrt(np.mean(process.misses[2:] ** 2))  # the parents come first
+    assert f"missed by {ours:.4f}" in belief.why
+    assert f"Gaussian process by {theirs:.4f}" in belief.why
+    for seed in range(3):
+        hedge = ask(space, trials, acquisition="gp-hedge", seed=seed)
+        assert ask(space, trials, acquisition="landscape", seed=seed) == hedge
+    options = np.array([t.recipe.lam for t in trials])
+    best = options[process.predict(options)[0].argmax()]
+    assert recommend(space, trials, measured=True) == space.recipe(best)
+
+
+def test_a_landscape_that_doubts_itself_is_trusted_while_it_misses_by_less():
+    space = Space.pair(0.0)
+    trials = searched(space, scores_of("items", space), 6)
+    belief = believe(trials)
+    assert belief.landscape is not None
+    assert belief.posterior is belief.landscape
+    assert belief.why == ""
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_why_there_is_no_landscape_is_said(count):
+    space = Space.pair(0.0)
+    plain = searched(space, dome(0.6), count)
+    belief = believe(plain)
+    assert belief.landscape is None
+    least = "fewer than 3 weights were scored"
+    assert belief.why == (least if count < 3 else "the scores come without items")
+
+
+# --- improvement
+
+
+@s.FEW
+@given(drawn=st.data(), space=s.spaces(3))
+def test_an_improvement_is_never_negative(drawn, space):
+    trials = drawn.draw(s.histories(space, least=3))
+    gain = improvement(space, trials)
+    assert math.isfinite(gain)
+    assert gain >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("alpha", "history"),
+    [
+        (0.0, [(0.0, 0.41), (1.0, 0.47), (0.5, 0.478), (0.64, 0.486)]),
+        # the best of all may not be recommended, so it is not what has to be improved on
+        (0.5, [(0.0, 0.6), (1.0, 0.5), (0.5, 0.52), (0.75, 0.55)]),
+    ],
+)
+def test_the_improvement_is_the_largest_expected_one_of_all_candidates(alpha, history):
+    space = Space.pair(alpha)
+    trials = told(space, history)
+    posterior = fit(trials)
+    done = np.array([t.recipe.lam for t in trials if space.feasible(t.recipe)])
+    best = posterior.predict(done)[0].max()
+    largest = 0.0
+    for (_, lam), mean, std in zip(
+        space.candidates(), *posterior.predict(space.candidates()), strict=True
+    ):
+        if min(abs(lam - t.recipe.lam[-1]) for t in trials) > 0.01:
+            z = (mean - best) / std
+            gain = (mean - best) * cdf(z) + std * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+            largest = max(largest, gain)
+    assert improvement(space, trials) == pytest.approx(largest, rel=1e-9)
+
+
+@counts
+@pytest.mark.parametrize("wild", [0.0, 0.05])
+def test_the_improvement_fades_as_smooth_curves_become_known(count, wild):
+    space = Space.simplex(count, 0.0)
+    score = s.Quiz(7, count=count, items=200, wild=wild).score
+    trials = searched(space, score, count + 6)
+    early, late = (improvement(space, trials[:n]) for n in (count + 1, count + 6))
+    assert early > 1e-3
+    assert late < 0.5 * early
+
+
+def test_where_nothing_is_left_nothing_is_gained():
+    space = Space.pair(0.9999)
+    trials = told(space, [(lam, 0.5) for lam in (0.0, 1.0, 0.5, 0.9999)])
+    assert improvement(space, trials) == 0.0
+
+
+# --- proceed
+
+
+def ended(space, score, trials=(), **options):
+    """The history of a search at its end."""
+    trials = list(trials)
+    while (recipe := proceed(space, trials, **options)) is not None:
+        trials.append(Trial(len(trials), recipe, score(recipe.lam)))
+    return trials
+
+
+@counts
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 1e-2])
+def test_a_search_ends_within_its_budget_and_only_early_where_little_is_gained(
+    count, seed, tolerance
+):
+    space = Space.simplex(count, 0.3)
+    quiz = s.Quiz(seed, count=count, items=100, wild=0.2)
+    budget = count + 6
+    trials = ended(space, quiz.score, budget=budget, tolerance=tolerance)
+    assert len(trials) <= budget
+    assert len({t.recipe for t in trials}) == len(trials)
+    recipes = [t.recipe for t in trials]
+    if tolerance == 0.0:
+        assert len(trials) == budget
+    if len(trials) < budget:
+        assert improvement(space, trials) < tolerance
+        assert recommend(space, trials) in recipes
+    # it did not go on where it should have ended
+    for n in range(count + 2, len(trials)):
+        if improvement(space, trials[:n]) < tolerance:
+            assert trials[n].recipe == recommend(space, trials[:n])
+            assert trials[n].recipe not in recipes[:n]
+    # nor was the last evaluation wasted
+    assert recommend(space, trials[: budget - 1]) in recipes
+
+
+def test_with_a_large_tolerance_a_search_ends_once_its_recommendation_is_measured():
+    space = Space.pair(0.0)
+    quiz = s.Quiz(8, items=200)
+    trials = ended(space, quiz.score, budget=50, tolerance=1.0)
+    assert 4 <= len(trials) <= 6
+    assert recommend(space, trials) in [t.recipe for t in trials]
+
+
+def test_without_a_tolerance_even_curves_that_are_known_exactly_are_searched_on():
+    space = Space.pair(0.0)
+    quiz = s.Quiz(7, items=200)
+    trials = ended(space, quiz.score, budget=9, tolerance=0.0)
+    assert improvement(space, trials) == 0.0
+    assert len(trials) == 9
+
+
+@kinds
+def test_the_last_evaluation_is_the_recommendation_if_that_is_unmeasured(kind):
+    space = Space.pair(0.0)
+    score = s.Quiz(9, items=200, wild=0.2).score if kind == "items" else dome(0.3)
+    for budget in range(5, 9):
+        trials = searched(space, score, budget - 1)
+        recommended = recommend(space, trials)
+        last = proceed(space, trials, budget=budget, tolerance=0.0)
+        if recommended in [t.recipe for t in trials]:
+            assert last == ask(space, trials)
+        else:
+            assert last == recommended
+        assert proceed(space, trials, budget=budget + 1, tolerance=0.0) == ask(space, trials)
+
+
+@choices
+def test_a_larger_budget_continues_with_the_same_trials(acquisition):
+    space = Space.pair(0.4)
+    quiz = s.Quiz(10, items=60, wild=0.3)
+    options = {"acquisition": acquisition, "seed": 5, "tolerance": 0.0}
+    short = ended(space, quiz.score, budget=6, **options)
+    # all but the last, which may have been spent on the recommendation
+    whole = ended(space, quiz.score, budget=8, **options)
+    assert whole[:5] == short[:5]
+    longer = ended(space, quiz.score, short, budget=8, **options)
+    assert longer[:6] == short
+    assert len(longer) == 8
+
+
+@choices
+def test_proceed_asks_what_ask_asks_until_the_end(acquisition):
+    space = Space.pair(0.4)
+    trials = searched(space, dome(0.8), 7, acquisition=acquisition, seed=4)
+    for n in range(7):
+        recipe = proceed(
+            space, trials[:n], acquisition=acquisition, seed=4, budget=20, tolerance=0.0
+        )
+        assert recipe == trials[n].recipe
+
+
+@pytest.mark.parametrize("budget", [0, 1, 3])
+@pytest.mark.parametrize("tolerance", [0.0, 1.0])
+def test_a_budget_smaller_than_the_start_is_spent_on_it(budget, tolerance):
+    space = Space.pair(0.0)
+    trials = ended(space, dome(0.5), budget=budget, tolerance=tolerance)
+    assert tuple(t.recipe for t in trials) == space.start()[:budget]
+    assert proceed(space, trials, budget=budget - 1, tolerance=tolerance) is None
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0])
+def test_a_search_that_never_scores_spends_its_budget(tolerance):
+    space = Space.simplex(3, 0.2)
+    assert len(ended(space, nothing, budget=7, tolerance=tolerance)) == 7
+
+
+def test_a_recommendation_whose_measurement_failed_does_not_end_the_search():
+    space = Space.pair(0.0)
+    quiz = s.Quiz(11, items=200)
+    trials = searched(space, quiz.score, 4)
+    failed = recommend(space, trials)
+    assert failed not in [t.recipe for t in trials]
+    trials.append(Trial(4, failed, None))
+    following = proceed(space, trials, budget=20, tolerance=1.0)
+    assert following is None or following != failed
+    if following is None:
+        assert recommend(space, trials) in [t.recipe for t in trials if t.held_out is not None]
