@@ -274,16 +274,16 @@ def test_more_parents_take_more_trials(named, budget, least):
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
-        ("last", "3", "last is '3', which is no whole number"),
-        ("versions", ["v1", "v2"], r"versions is \['v1', 'v2'\], which is no text"),
-        ("alpha", "0.5", "alpha is '0.5', which is no number"),
-        ("trials", 8.0, "trials is 8.0, which is no whole number"),
+        ("last", "3", "last is '3', which is not a whole number"),
+        ("versions", ["v1", "v2"], r"versions is \['v1', 'v2'\], which is not a text"),
+        ("alpha", "0.5", "alpha is '0.5', which is not a number"),
+        ("trials", 8.0, "trials is 8.0, which is not a whole number"),
         ("margin", 10**400, "--margin of 1329 bits"),
         pytest.param("trials", 10**5000, "--trials of 16610 bits", id="endless"),
-        ("seed", True, "seed is True, which is no whole number"),
-        ("margin", None, "margin is None, which is no number"),
-        ("tasks", None, "tasks is None, which is no text"),
-        ("model", b"m", "model is b'm', which is no text"),
+        ("seed", True, "seed is True, which is not a whole number"),
+        ("margin", None, "margin is None, which is not a number"),
+        ("tasks", None, "tasks is None, which is not a text"),
+        ("model", b"m", "model is b'm', which is not a text"),
     ],
 )
 def test_a_value_of_another_type_is_refused(name, value, what):
@@ -293,10 +293,10 @@ def test_a_value_of_another_type_is_refused(name, value, what):
 
 
 def test_a_pair_and_versions_at_once_are_refused():
-    with pytest.raises(SpecError, match="the versions were named twice") as refusal:
+    with pytest.raises(SpecError, match="the versions are named twice") as refusal:
         Spec(pair="v1,v2", versions="v1,v2,v3")
     assert refusal.value.where.startswith("--pair and --versions")
-    with pytest.raises(SpecError, match="the versions were named twice"):
+    with pytest.raises(SpecError, match="the versions are named twice"):
         Spec(versions="v1,v2,v3", last=3)
 
 
