@@ -380,17 +380,17 @@ def test_a_policy_is_settled_once(named):
 @pytest.mark.parametrize(
     ("name", "text", "kind"),
     [
-        ("trials", "ten", "int"),
-        ("trials", "10.0", "int"),
-        ("alpha", "half", "float"),
-        ("max_length", "", "int"),
-        ("num_fewshot", "None", "int"),
+        ("trials", "ten", "a whole number"),
+        ("trials", "10.0", "a whole number"),
+        ("alpha", "half", "a number"),
+        ("max_length", "", "a whole number"),
+        ("num_fewshot", "None", "a whole number"),
     ],
 )
 def test_a_policy_tag_that_cannot_be_read_is_refused(name, text, kind):
     with pytest.raises(SpecError) as refusal:
         Spec().settle({f"soup.{name}": text})
-    assert refusal.value.what == f"policy tag soup.{name} = {text!r} is no {kind}"
+    assert refusal.value.what == f"policy tag soup.{name} is {text!r}, which is not {kind}"
     assert f"--{name.replace('_', '-')}" in refusal.value.fix
 
 
