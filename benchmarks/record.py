@@ -29,10 +29,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "quickstart"))
 sys.path.append(str(Path(__file__).parent.parent))
 
-from mlflow import MlflowClient
-
 import corpus
 import tasks
+from mlflow import MlflowClient
+
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.suite import load_suite

@@ -1,4 +1,4 @@
-"""The command line: knobs from `Spec`, words and exit codes; everything heavy is imported late."""
+"""The command line: options from `Spec`, words and exit codes. Commands import the rest late."""
 
 import contextlib
 import gc
@@ -12,21 +12,22 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+import cloup
 
 from mlflow_soup.errors import SoupError, SpecError
 from mlflow_soup.files.untrusted import parse_yaml
 from mlflow_soup.redaction import guard_process, purge, redact
 from mlflow_soup.registry.family import FORMATS
-from mlflow_soup.request.knobs import kind
+from mlflow_soup.request.knobs import kind, option
 from mlflow_soup.request.names import parse_uri
 from mlflow_soup.request.spec import STUDIES, Spec
 
 
-class SoupGroup(click.Group):
-    """The one place where a SoupError becomes words; anything else is a bug, with traceback."""
+class SoupGroup(cloup.Group):
+    """The one place where a SoupError becomes words. Any other exception is a bug."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command, turning our errors into their words and exit codes."""
+        """Run a command, and turn our errors into words and exit codes."""
         try:
             return super().invoke(ctx)
         except SoupError as error:
@@ -37,7 +38,7 @@ class SoupGroup(click.Group):
             click.echo("interrupted; the same command continues where it stopped", err=True)
             ctx.exit(128 + signum)
         except click.ClickException as error:
-            purge(error)  # it repeats what was written
+            purge(error)  # it quotes the command line
             raise
 
 
@@ -46,7 +47,7 @@ def _say(words: str) -> None:
 
 
 class Terminated(SystemExit):
-    """A signal that ends the process: runs are to be ended properly on the way out."""
+    """A signal that ends the process, after it has ended its runs in MLflow."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
@@ -54,25 +55,25 @@ class Terminated(SystemExit):
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    for again in (signal.SIGTERM, signal.SIGHUP):  # we are on the way out
+    for again in (signal.SIGTERM, signal.SIGHUP):  # the process is ending already
         signal.signal(again, signal.SIG_IGN)
     raise Terminated(signum)
 
 
 def _use_one_thread() -> None:
-    """Keep torch to one thread: what waits for a disk has no use for more.
+    """Limit torch to one thread: a merge waits for the disk.
 
-    OpenMP's threads spin between two operations, and burn the core that writes or digests.
+    The threads of OpenMP spin between two operations, and take the core that writes or digests.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @contextlib.contextmanager
 def _heavy_imports() -> Iterator[None]:
-    """Import without looking for garbage among what will live as long as the process.
+    """Import without garbage collection.
 
-    torch makes so many objects that collecting them, then and at the end, takes as long as
-    importing it.
+    torch makes so many objects that collecting them takes as long as importing it. They live as
+    long as the process.
     """
     gc.disable()
     try:
@@ -83,29 +84,29 @@ def _heavy_imports() -> Iterator[None]:
 
 
 def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-    """`--spec FILE`: knobs from YAML, which options on the command line override."""
+    """Read `--spec FILE`: options in YAML. The command line overrides them."""
     if path is None:
         return
     try:
         content = parse_yaml(path.read_bytes()) or {}
     except (OSError, ValueError) as error:
         raise SpecError(
-            f"{path} cannot be read: {error}", where="--spec", fix="name a YAML file of knobs"
+            f"{path} cannot be read: {error}", where="--spec", fix="name a YAML file of options"
         ) from error
     known = {f.name for f in fields(Spec)}
     unknown = sorted(set(content) - known) if isinstance(content, dict) else [str(content)]
     if unknown:
         raise SpecError(
-            f"{path} sets {', '.join(map(repr, unknown))}, which is no knob",
+            f"{path} sets {', '.join(map(repr, unknown))}, which is not an option",
             where="--spec",
-            fix=f"known knobs: {', '.join(sorted(known))}",
+            fix=f"set only options of this list: {', '.join(sorted(known))}",
         )
     odd = [name for name, value in content.items() if isinstance(value, dict | list | set)]
     if odd:
         raise SpecError(
             f"{path} sets {odd[0]} to {content[odd[0]]!r}",
             where="--spec",
-            fix="write one text or number, as the option takes it: pair: v12,v13",
+            fix="write one text or number, as on the command line: pair: v12,v13",
         )
     said = {name: str(value) for name, value in content.items() if value is not None}
     ctx.default_map = {**(ctx.default_map or {}), **said}
@@ -116,9 +117,9 @@ def _option(knob: Field[Any]) -> Callable[[Any], Any]:
     words = knob.metadata["help"]
     if knob.default not in ("", None):
         words += f"  [default: {knob.default}]"
-    # no default: what is not said may come from the model's policy tags
-    return click.option(
-        "--" + knob.name.replace("_", "-"),
+    # no default: a policy tag of the model may set what the command line does not
+    return cloup.option(
+        option(knob),
         knob.name,
         type=click.Choice(choices) if choices else kind(knob),
         metavar=None if choices else kind(knob).__name__.upper().replace("STR", "TEXT"),
@@ -127,12 +128,11 @@ def _option(knob: Field[Any]) -> Callable[[Any], Any]:
 
 
 def _knobs(command: str) -> Callable[[Any], Any]:
-    """All options of a command, in the order of the fields."""
+    """All options of a command in their groups, in the order of the fields."""
 
     def decorate(function: Any) -> Any:
-        for knob in reversed([f for f in fields(Spec) if command in f.metadata["commands"]]):
-            function = _option(knob)(function)
-        return click.option(
+        knobs = [f for f in fields(Spec) if command in f.metadata["commands"]]
+        function = cloup.option(
             "--spec",
             type=click.Path(path_type=Path),
             callback=_read_spec,
@@ -140,56 +140,76 @@ def _knobs(command: str) -> Callable[[Any], Any]:
             expose_value=False,
             help="YAML file with any of these options.",
         )(function)
+        groups = dict.fromkeys(knob.metadata["group"] for knob in knobs)
+        for group in reversed(groups):
+            options = [_option(knob) for knob in knobs if knob.metadata["group"] == group]
+            function = cloup.option_group(group, *options)(function)
+        return function
 
     return decorate
 
 
 def _spec(said: dict[str, Any]) -> Spec:
-    """A Spec of what was said; an empty text (MLproject's way of leaving out) says nothing."""
+    """The Spec of the options that were given; MLproject passes an empty text for the others."""
     return Spec(**{name: value for name, value in said.items() if value not in (None, "")})
 
 
-@click.group(
+MAIN = cloup.Section("The main job")
+STEPS = cloup.Section("Its steps, one by one")
+SOUPS = cloup.Section("Soups and their lineage")
+OTHER = cloup.Section("Before and after")
+
+
+@cloup.group(
     cls=SoupGroup,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
+    sections=[MAIN, STEPS, SOUPS, OTHER],
+    context_settings=cloup.Context.settings(
+        help_option_names=["-h", "--help"],
         # MLflow Projects turn `-P ood_tasks=…` into `--ood_tasks …`
-        "token_normalize_func": lambda token: token.replace("_", "-"),
-    },
+        token_normalize_func=lambda token: token.replace("_", "-"),
+        formatter_settings=cloup.HelpFormatter.settings(max_width=100, row_sep=None),
+    ),
 )
 @click.version_option(package_name="mlflow-soup")
 def main() -> None:
-    """Merge registered checkpoints into a better version; promote it only if it holds."""
+    """Merge registered checkpoints into a better version, and promote it only if it holds.
+
+    Shell completion: `_MLFLOW_SOUP_COMPLETE=bash_source mlflow-soup` prints the script for bash,
+    zsh_source and fish_source those for zsh and fish.
+    """
     guard_process()
     # `mlflow run` passes a SIGTERM on to nobody, and a closed terminal says SIGHUP
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _terminate)
 
 
-@main.command()
+@main.command(section=MAIN)
 @_knobs("run")
 @click.pass_context
 def run(ctx: click.Context, /, **said: Any) -> None:
-    """Search the merge weights λ, register the soup, check it out of domain, promote it.
+    """Search λ, register the soup, judge it, promote it.
+
+    The gate compares the soup with its parents and the champion on out-of-domain tasks.
 
     Exit codes: 0 done, 2 bad request, 3 refused by the gate, 4 parent missing or damaged,
     5 overtaken by another promotion or process, 6 store unreachable or disk full, 1 anything else.
     """
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup.workflows import run as pipeline
+        from mlflow_soup.workflows import run as workflow
 
-    outcome = pipeline.run(spec)
+    outcome = workflow.run(spec)
     _say(outcome.summary)
     ctx.exit(outcome.exit_code)
 
 
-@main.group()
+@main.group(section=OTHER)
 def study() -> None:
-    """The paper's pilot experiments on one's own versions; nothing is registered.
+    """The paper's experiments on your own versions.
 
-    Each leaves its runs, a table (CSV and Markdown) and a figure in MLflow. What has been evaluated
-    before is not evaluated again, so the same command goes on where it was cut short.
+    Nothing is registered. Each study leaves its runs, a table (CSV and Markdown) and a figure
+    in MLflow. The same command
+    continues an interrupted study: finished evaluations are not repeated.
     """
 
 
@@ -208,10 +228,10 @@ for _name, _words in STUDIES.items():
     _add_study(_name, _words)
 
 
-@main.command()
+@main.command(section=STEPS)
 @_knobs("evaluate")
 def evaluate(**said: Any) -> None:
-    """Score a registered soup, its parents and the champion out of domain."""
+    """Score a soup, its parents and the champion."""
     spec = _spec(said)
     with _heavy_imports():
         from mlflow_soup.reporting import report
@@ -220,11 +240,11 @@ def evaluate(**said: Any) -> None:
     _say(report.ood_table(release.evaluate(spec)))
 
 
-@main.command()
+@main.command(section=STEPS)
 @_knobs("gate")
 @click.pass_context
 def gate(ctx: click.Context, /, **said: Any) -> None:
-    """Judge a soup by its newest evaluation. Exit code 0 when it passes, 3 when it is refused."""
+    """Judge a soup by its newest evaluation. Exit code: 0 passed, 3 refused."""
     spec = _spec(said)
     with _heavy_imports():
         from mlflow_soup.reporting import report
@@ -237,10 +257,13 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
     ctx.exit(0 if verdict.passed else 3)
 
 
-@main.command()
+@main.command(section=STEPS)
 @_knobs("promote")
 def promote(**said: Any) -> None:
-    """Point an alias, a stage or another model's alias at a soup that passed the gate."""
+    """Point an alias or a stage at a soup.
+
+    The soup must have passed the gate. The alias may be that of another registered model.
+    """
     spec = _spec(said)
     with _heavy_imports():
         from mlflow_soup.workflows import release
@@ -249,7 +272,47 @@ def promote(**said: Any) -> None:
     _say(f"{target} → {version}")
 
 
-@main.command()
+@main.command(section=OTHER)
+@cloup.option("--model", default="quickstart-llm", show_default=True, help="Registered model.")
+@cloup.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="quickstart-data",
+    show_default=True,
+    help="Folder for the evaluation tasks.",
+)
+@cloup.option("--seed", default=0, show_default=True, help="Seed of the pretraining.")
+@cloup.option("--steps", type=int, help="Optimizer steps of the pretraining, for a quick try.")
+@cloup.option("--items", type=int, help="Questions for each task, for a quick try.")
+@cloup.option("--trials", type=int, help="Largest number of evaluations.")
+@cloup.option(
+    "--promote", default="alias:champion", show_default=True, help="Target if the gate passes."
+)
+@click.pass_context
+def quickstart(ctx: click.Context, /, promote: str, trials: int | None, **options: Any) -> None:
+    """Pretrain a small model, merge two checkpoints.
+
+    The command registers 13 checkpoints, does the main job on the last two, and promotes the
+    soup. It needs no network and no GPU: four minutes on two cores, 1 GB of memory.
+    """
+    # nothing here is on the hub; the Hugging Face libraries read these when they are imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    with _heavy_imports():
+        from mlflow_soup.quickstart import steps
+        from mlflow_soup.workflows import run as workflow
+
+    for words in steps.prepare(**options):
+        _say(words)
+    spec = _spec(
+        {"model": options["model"], "pair": "v12,v13", "promote": promote, "trials": trials}
+    )
+    outcome = workflow.run(spec)
+    _say(outcome.summary)
+    ctx.exit(outcome.exit_code)
+
+
+@main.command(section=SOUPS)
 @click.argument("uri")
 @click.option(
     "--format",
@@ -257,12 +320,13 @@ def promote(**said: Any) -> None:
     type=click.Choice(list(FORMATS)),
     default="text",
     show_default=True,
-    help="A tree for people, a graph for programs, a drawing for Markdown pages.",
+    help="text: a tree for people; json: a graph for programs; mermaid: a drawing for Markdown.",
 )
 def lineage(uri: str, form: str) -> None:
-    """Print the family tree of a version, models:/my-llm/14 or models:/my-llm@champion.
+    """Print the family tree of a version.
 
-    Soups of soups are followed down to trained checkpoints; nothing is pulled.
+    Name it as models:/my-llm/14 or models:/my-llm@champion. The tree ends at the trained
+    checkpoints. No file is downloaded.
     """
     name, ref = parse_uri(uri)
     with _heavy_imports():
@@ -274,39 +338,40 @@ def lineage(uri: str, form: str) -> None:
     _say(FORMATS[form](trace(client, version)))
 
 
-@main.command()
+@main.command(section=SOUPS)
 @click.argument("parents", nargs=-1, required=True, metavar="PARENT PARENT [PARENT]...")
 @click.option(
     "--weights",
     required=True,
-    help="Weight λ of each parent, in their order, comma-separated: 0.3,0.7 or 1/3,2/3.",
+    help="Weight λ of each parent, in their order, separated by commas: 0.3,0.7 or 1/3,2/3.",
 )
 @click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder of the soup, not there yet.",
+    help="Folder for the soup; it must not exist.",
 )
 @click.option(
     "--digests",
     type=bool,
     default=False,
     metavar="YES|NO",
-    help="Record SHA-256 of all files and tensors; takes longer than the merge.  [default: no]",
+    help="Record the SHA-256 of all files and tensors; slower than the merge.  [default: no]",
 )
 def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> None:
-    """Merge folders or versions (models:/my-llm/12) with given weights; no search, no registry.
+    """Merge checkpoints with given weights.
 
-    The soup has the files, names and dtypes of the last parent, and a manifest from which
-    `mlflow-soup verify OUT` can make it again.
+    A parent is a folder or a version, models:/my-llm/12. The soup has the files, names and
+    dtypes of the last parent. `mlflow-soup verify OUT` checks it
+    against its manifest.
     """
     try:
         lam = [float(Fraction(weight.strip())) for weight in weights.split(",")]
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise SpecError(
-            f"{weights!r} is no list of weights",
+            f"{weights!r} is not a list of weights",
             where="--weights",
-            fix="numbers from 0 to 1 that sum to 1, one for each parent: 0.3,0.7",
+            fix="give one number for each parent, from 0 to 1, that sum to 1: 0.3,0.7",
         ) from error
     _use_one_thread()
     with _heavy_imports():
@@ -318,12 +383,12 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
 
 
 def _printable(line: str) -> str:
-    """One line for the terminal: what others named cannot pretend to be more lines, or colours."""
+    """One line for the terminal: a name in it cannot add lines or colours."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
-@main.command()
-@click.option("--model", default="", help="Registered model; default: as of run.")
+@main.command(section=OTHER)
+@click.option("--model", default="", help="Registered model. Default: as for run.")
 @click.option(
     "--fix",
     type=bool,
@@ -331,20 +396,23 @@ def _printable(line: str) -> str:
     flag_value=True,
     default=False,
     metavar="[YES|NO]",
-    help="Repair what can be repaired without a decision.  [default: no]",
+    help="Repair whatever needs no decision of yours.  [default: no]",
 )
 @click.option(
     "--digests",
     type=bool,
     default=True,
     metavar="YES|NO",
-    help="Read the bytes of all soups, too.  [default: yes]",
+    help="Also read the files of all soups.  [default: yes]",
 )
 @click.pass_context
 def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
-    """Compare ledger, aliases, versions, runs and bytes of a model; explain what disagrees.
+    """Find what disagrees about a model; repair it.
 
-    Exit codes: 0 nothing disagrees (any more), 3 something does, 4 there is no such model, 6 store
+    The command compares the ledger, aliases, versions, runs and files of a registered model, and
+    explains each difference.
+
+    Exit codes: 0 everything agrees, 3 something still disagrees, 4 no such model, 6 store
     unreachable or disk full, 1 anything else.
     """
     with _heavy_imports():
@@ -364,27 +432,30 @@ def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
     ctx.exit(3 if left else 0)
 
 
-@main.command()
+@main.command(section=SOUPS)
 @click.argument("soup", metavar="SOUP")
 @click.pass_context
 def verify(ctx: click.Context, soup: str) -> None:
-    """Check whether a soup is what it says: models:/my-llm/14, or a folder.
+    """Check a soup against its manifest.
 
-    It and its parents are pulled, compared with its manifest, mixed again and compared once more.
-    Exit codes: 0 it is what its manifest says, 3 it is not, 4 it or a parent is missing.
+    SOUP is a version, models:/my-llm/14, or a folder. The command pulls the soup and its
+    parents, compares files and digests with the manifest, and
+    mixes the parents again.
+    Exit codes: 0 the soup is what its manifest says, 3 it is not, 4 the soup or a parent is
+    missing.
     """
     _use_one_thread()
     with _heavy_imports():
-        from mlflow_soup.workflows import verify as verification
+        from mlflow_soup.workflows import verify as checks
 
     verdicts, again = set(), False
-    for finding in verification.verify(soup):
+    for finding in checks.verify(soup):
         first, *others = finding.details
         _say(_printable(f"{finding.verdict:<8}  {finding.what}: {first}"))
         for line in others:
             _say(_printable(f"{'':<10}{line}"))
         verdicts.add(finding.verdict)
-        again = (finding.what, finding.verdict) == ("merged again", "ok")  # what comes last
+        again = (finding.what, finding.verdict) == ("merged again", "ok")  # the last finding
     if "MISMATCH" in verdicts:
         _say(f"{soup}: NOT what its manifest says")
         ctx.exit(3)
@@ -392,6 +463,6 @@ def verify(ctx: click.Context, soup: str) -> None:
         _say(f"{soup}: not verified, a parent is missing")
         ctx.exit(4)
     if not again:
-        _say(f"{soup}: files, tags and parents are as recorded; it was not mixed again")
+        _say(f"{soup}: files, tags and parents are as recorded; the parents were not mixed again")
     else:
         _say(f"{soup}: verified")

@@ -69,18 +69,18 @@ def test_a_refusal_exits_with_3(client):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["run"], 2, "no pair was named"),
+        (["run"], 2, "the request names no versions"),
         (["run", "--pair", "v1"], 2, "a pair is two versions"),
         (["run", "--pair", "v1,1"], 2, "v1 is named twice"),
-        (["run", "--pair", "v1,x"], 2, "'x' names no version"),
+        (["run", "--pair", "v1,x"], 2, "'x' is not a version"),
         (["run", "--pair", "v1,v2", "--alpha", "1"], 2, "--alpha 1.0 is out of range"),
-        (["run", "--pair", "v1,v2", "--promote", "stage:Live"], 2, "'Live' is no stage"),
+        (["run", "--pair", "v1,v2", "--promote", "stage:Live"], 2, "'Live' is not a stage"),
         (["run", "--pair", "v1,v7"], 4, "toy-llm has no v7"),
         (["run", "--pair", "v1,v2", "--model", "none"], 4, "no registered model 'none'"),
         (["promote", "--version", "v1", "--promote", "champion"], 2, "is no soup"),
         (["gate"], 2, "no version was named"),
-        (["lineage", "toy-llm/1"], 2, "'toy-llm/1' names no registered version"),
-        (["lineage", "models:/toy-llm/Production"], 2, "stages and latest move"),
+        (["lineage", "toy-llm/1"], 2, "'toy-llm/1' is not the URI of a registered version"),
+        (["lineage", "models:/toy-llm/Production"], 2, "because stages and latest move"),
         (["lineage", "models:/toy-llm/9"], 4, "toy-llm has no v9"),
         (["lineage", "models:/toy-llm@champion"], 4, "toy-llm has no alias @champion"),
         (["lineage", "models:/none/1"], 4, "no registered model 'none'"),
@@ -137,7 +137,7 @@ def test_knobs_can_stand_in_a_file_which_the_command_line_overrides(client, tmp_
     path.write_text(yaml.safe_dump({"pear": "v1,v2"}))
     done = command("run", "--spec", str(path))
     assert done.returncode == 2
-    assert "'pear', which is no knob" in done.stderr
+    assert "'pear', which is not an option" in done.stderr
 
 
 def test_options_may_be_spelt_with_underscores_as_mlflow_projects_pass_them(client):
@@ -173,7 +173,7 @@ def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, m
 @pytest.mark.parametrize(
     ("words", "code", "complaint"),
     [
-        (("--weights", "a,b"), 2, "no list of weights"),
+        (("--weights", "a,b"), 2, "is not a list of weights"),
         (("--weights", "0.3,0.3"), 2, "the weights sum to 0.6"),
         (("--weights", "0.5,0.5", "--out", "."), 2, "is there already"),
         (("--weights", "0.5,0.5", "--out", "/proc/soup"), 2, "cannot be written"),

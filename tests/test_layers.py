@@ -31,16 +31,24 @@ ROOMS: dict[str, set[str]] = {
     "reporting": {"decision", "search"},
 }
 ROOMS["workflows"] = set(ROOMS)
+ROOMS["quickstart"] = set()
 FACE = {"cli", "__main__", "__init__"}  # may import everything; nothing imports it
 
 # the only rooms, or modules, that import a heavy library
 HOMES = {
-    "mlflow": {"registry", "workflows.trials", "workflows.doctor"},
+    "mlflow": {
+        "registry",
+        "quickstart",
+        "workflows.trials",
+        "workflows.publication",
+        "workflows.doctor",
+    },
     "lm_eval": {"evaluation"},
-    "transformers": {"evaluation.live", "statistics.passes"},
+    "transformers": {"quickstart", "evaluation.live", "statistics.passes"},
     "safetensors": {"weights", "statistics"},
-    "torch": {"files.writer", "weights", "evaluation", "statistics"},
+    "torch": {"files.writer", "weights", "evaluation", "statistics", "quickstart"},
     "click": {"cli"},
+    "cloup": {"cli"},
 }
 
 

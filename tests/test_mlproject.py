@@ -46,7 +46,7 @@ def test_every_parameter_is_an_option_and_is_passed_on():
 def test_what_is_left_out_is_not_said():
     done = CliRunner().invoke(main, ["run", "--model=", "--pair="])
     assert done.exit_code == 2
-    assert "no pair was named" in done.stderr
+    assert "the request names no versions" in done.stderr
 
 
 def test_conda_pins_an_exact_python_and_the_tested_set():

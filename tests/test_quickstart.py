@@ -1,8 +1,11 @@
-"""The quickstart, small: what a newcomer runs first must not break."""
+"""What a newcomer runs first must not break: the built wheel, and a small quickstart with it."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import mlflow
@@ -10,15 +13,30 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from mlflow_soup.quickstart import corpus, tasks
+
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "26", "--items", "60", "--trials", "4"]
 
 
-def quickstart(tmp_path, *words, example="quickstart"):
-    """`python examples/quickstart` on a store of its own; nothing of it depends on this process."""
-    env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The wheel and the sdist, built from a copy of the tree: wheel from sdist, as pip does it."""
+    tree = tmp_path_factory.mktemp("built") / "tree"
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "site", "mlruns", "*.db")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    out = tree.parent / "dist"
+    command = [sys.executable, "-m", "build", "--outdir", str(out), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def start(tmp_path, *command, **more):
+    """A command on a store of its own; it depends on nothing in this process."""
+    env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"} | more
     env.pop("MLFLOW_EXPERIMENT_ID", None)  # where another test's set_experiment left it
-    command = [sys.executable, str(ROOT / "examples" / example), *words]
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
@@ -26,8 +44,51 @@ def quickstart(tmp_path, *words, example="quickstart"):
     return done
 
 
-def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice(tmp_path):
-    first = quickstart(tmp_path, *QUICK)
+@pytest.fixture(scope="module")
+def site(built, tmp_path_factory):
+    """A folder that holds nothing but what the wheel installs."""
+    folder = tmp_path_factory.mktemp("site")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(folder)]
+    subprocess.run([*install, str(built[0])], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def quickstart(tmp_path, site):
+    """`mlflow-soup quickstart` of the built wheel, outside of the checkout."""
+
+    def run(*words):
+        command = [sys.executable, "-m", "mlflow_soup", "quickstart", *words]
+        return start(tmp_path, *command, PYTHONPATH=str(site))
+
+    return run
+
+
+def test_the_sdist_holds_what_a_checkout_needs(built):
+    with tarfile.open(built[1]) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    needed = {name for name in tracked if not name.startswith(".")}
+    assert needed <= held
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    with zipfile.ZipFile(built[0]) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    package = ROOT / "mlflow_soup"
+    assert held == {
+        str(path.relative_to(ROOT))
+        for path in package.rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
+    }
+
+
+def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice(
+    tmp_path, quickstart
+):
+    first = quickstart(*QUICK)
     assert first.returncode in (0, 3), first.stderr  # after 26 steps the gate may well refuse
     assert "registered as models:/quickstart-llm/14" in first.stdout
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
@@ -42,39 +103,26 @@ def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice
     assert Path(policy["soup.include_path"]).is_dir()
     assert "it/s" not in first.stderr
 
-    again = quickstart(tmp_path, *QUICK)
+    again = quickstart(*QUICK)
     assert again.returncode == first.returncode
     assert "has its 13 versions already" in again.stdout
     assert "was registered before as models:/quickstart-llm/14" in again.stdout
     assert len(client.search_model_versions("name='quickstart-llm'")) == 14
 
     words = ("--only", "landscape-early", "--limit", "8")
-    studied = quickstart(tmp_path, *words, example="reproduction")
+    example = str(ROOT / "examples" / "reproduction")
+    studied = start(tmp_path, sys.executable, example, *words)
     assert studied.returncode == 0, studied.stderr
     assert "Landscape of v3,v4" in studied.stdout
     results = tmp_path / "reproduction" / "landscape-early"
     assert {file.suffix for file in results.iterdir()} == {".csv", ".md", ".png"}
 
-    other = quickstart(tmp_path, *QUICK, "--seed", "1")
-    assert other.returncode == 1
+    other = quickstart(*QUICK, "--seed", "1")
+    assert other.returncode == 2
     assert "is not from this pretraining" in other.stderr
 
 
-@pytest.fixture(scope="module")
-def parts():
-    """The example's own modules, as `python examples/quickstart` sees them."""
-    sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
-    try:
-        import corpus
-        import tasks
-
-        yield corpus, tasks
-    finally:
-        sys.path.pop(0)
-
-
-def test_what_is_evaluated_on_was_not_trained_on(parts):
-    corpus, _ = parts
+def test_what_is_evaluated_on_was_not_trained_on():
     documents = corpus.read()
     trained = {p for d in documents if d.use is corpus.Use.TRAIN for p in d.prose + d.code}
     evaluated = [d for d in documents if d.use is not corpus.Use.TRAIN]
@@ -83,8 +131,7 @@ def test_what_is_evaluated_on_was_not_trained_on(parts):
     assert corpus.read() == documents
 
 
-def test_the_tasks_share_no_document_and_the_right_answer_is_anywhere(parts, tmp_path):
-    corpus, tasks = parts
+def test_the_tasks_share_no_document_and_the_right_answer_is_anywhere(tmp_path):
     folder = tasks.write(corpus.read(), tmp_path / "tasks", tasks.Sizes(items=200, code_items=200))
     rows = {}
     for file in folder.glob("*.yaml"):
@@ -102,10 +149,15 @@ def test_the_tasks_share_no_document_and_the_right_answer_is_anywhere(parts, tmp
 
 
 @pytest.mark.slow
-def test_the_whole_quickstart_ends_with_a_promoted_soup_that_beats_both_parents(tmp_path):
-    done = quickstart(tmp_path)
+def test_the_wheel_does_the_whole_quickstart_in_an_empty_environment(built, tmp_path):
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    install = [str(environment / "bin" / "pip"), "install", "-q", "-c", "constraints.txt"]
+    subprocess.run([*install, str(built[0])], cwd=ROOT, check=True, capture_output=True)
+    (tmp_path / "elsewhere").mkdir()
+    done = start(tmp_path / "elsewhere", str(environment / "bin" / "mlflow-soup"), "quickstart")
     assert done.returncode == 0, done.stdout + done.stderr
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere/mlflow.db")
     client = MlflowClient()
     version = client.get_model_version_by_alias("quickstart-llm", "champion")
     assert int(version.version) == 14

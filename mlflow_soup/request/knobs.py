@@ -39,6 +39,7 @@ def finite(unit: str = "") -> Range:
 
 
 def knob(
+    group: str,
     default: Any,
     help: str,
     commands: str,
@@ -50,6 +51,7 @@ def knob(
     """A field of a spec that is an option of some commands.
 
     Args:
+        group: the group of options in `--help`.
         default: its value when nobody names it.
         help: one sentence for `--help`.
         commands: the commands that have the option, separated by spaces.
@@ -58,6 +60,7 @@ def knob(
         range: the numbers that it may be; None for any.
     """
     metadata = {
+        "group": group,
         "help": help,
         "commands": frozenset(commands.split()),
         "policy": policy,

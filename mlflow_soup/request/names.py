@@ -1,4 +1,4 @@
-"""What a user may name: versions, models, and where a soup is promoted to."""
+"""Names that a user writes: of versions, models and promotion targets."""
 
 import re
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ _PROMOTE = re.compile(
     r"(?:(?P<kind>alias|stage):)?(?P<name>[A-Za-z0-9_-]+)"
     r"|model:(?P<model>[A-Za-z0-9][A-Za-z0-9_. -]{0,127})@(?P<alias>[A-Za-z0-9_-]+)"
 )
-STAGES = ("Staging", "Production")  # Archived is where the others go
+STAGES = ("Staging", "Production")  # MLflow moves what they replace to Archived
 
 
 @dataclass(frozen=True)
 class VersionRef:
-    """A version as the user names it: a number or an alias."""
+    """A version as a user names it: by number or by alias."""
 
     number: int | None
     alias: str | None
@@ -27,15 +27,19 @@ class VersionRef:
 
 
 def parse_version(text: str, where: str = "--version") -> VersionRef:
-    """`v12`, `12` or `@champion`; `where` says for errors which option it came from.
+    """The version that `v12`, `12` or `@champion` means.
+
+    Args:
+        text: what the user wrote.
+        where: the option that it came from, for errors.
 
     Raises:
-        SpecError: it is none of them.
+        SpecError: the text is neither a number nor an alias.
     """
     match = _VERSION.fullmatch(text.strip())
     if match is None:
         raise SpecError(
-            f"{text.strip()!r} names no version",
+            f"{text.strip()!r} is not a version",
             where=where,
             fix="write a version as v12, 12 or @alias",
         )
@@ -47,70 +51,73 @@ def parse_uri(text: str, where: str = "argument URI") -> tuple[str, VersionRef]:
     """Model and version of `models:/my-llm/14`, `models:/my-llm/v14` or `models:/my-llm@champion`.
 
     Raises:
-        SpecError: it is none of them; a logged model and a stage are not.
+        SpecError: the text is not such a URI. A logged model or a stage is not a version.
     """
     text = text.strip()
     match = _URI.fullmatch(text)
     if match is None:
         fix = "write models:/my-llm/14 or models:/my-llm@champion"
         if re.fullmatch(r"models:/m-[0-9a-f]+", text):
-            fix = f"it is a logged model: register it, then {fix}"
+            fix = f"this is a logged model: register it, then {fix}"
         elif re.fullmatch(r"(?i)models:/[^/]+/(none|staging|production|archived|latest)", text):
-            fix = f"stages and latest move from version to version: {fix}"
-        raise SpecError(f"{text!r} names no registered version", where=where, fix=fix)
+            fix = f"name one version, because stages and latest move: {fix}"
+        raise SpecError(f"{text!r} is not the URI of a registered version", where=where, fix=fix)
     check_name(match["name"], where)
     return match["name"], parse_version(match["version"], where)
 
 
 def parse_pair(text: str, where: str = "--pair") -> tuple[VersionRef, ...]:
-    """`older,newer`, two different versions.
+    """The two versions of `older,newer`.
 
     Raises:
-        SpecError: there are not two, or they are the same.
+        SpecError: the text does not name two different versions.
     """
     refs = _parse_refs(text, where)
     if len(refs) != 2:
         raise SpecError(
-            f"a pair is two versions, and {text!r} names {len(refs)}",
+            f"a pair is two versions, but {text!r} names {len(refs)}",
             where=where,
-            fix="name the older, then the newer: --pair v12,v13; more than two: --versions",
+            fix="name the older version, then the newer: --pair v12,v13; for more than two use "
+            "--versions",
         )
     return refs
 
 
 def parse_versions(text: str) -> tuple[VersionRef, ...]:
-    """`v11,v12,v13`: two or more different versions, the newest last.
+    """The two or more versions of `v11,v12,v13`, the newest last.
 
     Raises:
-        SpecError: there are fewer, or one is named twice.
+        SpecError: there is only one, or one is named twice.
     """
     refs = _parse_refs(text, "--versions")
     if len(refs) < 2:
         raise SpecError(
-            f"a soup needs two versions at least, and {text!r} names {len(refs)}",
+            f"a soup needs at least two versions, but {text!r} names {len(refs)}",
             where="--versions",
-            fix="name them by age, the newest last: --versions v11,v12,v13",
+            fix="name the versions by age, the newest last: --versions v11,v12,v13",
         )
     return refs
 
 
 def parse_pairs(text: str) -> tuple[tuple[VersionRef, ...], ...]:
-    """`v11,v12 v12,v13`: one pair or more, as `parse_pair` reads them.
+    """The pairs of `v11,v12 v12,v13`.
 
     Raises:
-        SpecError: one of them is no pair, or is named twice.
+        SpecError: one is not a pair, or is named twice.
     """
     for part in text.split():
         if len([ref for ref in part.split(",") if ref.strip()]) != 2:
             raise SpecError(
-                f"{part!r} is no pair",
+                f"{part!r} is not a pair",
                 where="--pairs",
-                fix="two versions by a comma, pairs by spaces, in quotes: 'v11,v12 v12,v13'",
+                fix="write each pair with a comma, and a space between pairs: 'v11,v12 v12,v13'",
             )
     pairs = tuple(parse_pair(part, "--pairs") for part in text.split())
     if len(set(pairs)) < len(pairs):
         raise SpecError(
-            f"{text!r} names a pair twice", where="--pairs", fix="name each once: 'v11,v12 v12,v13'"
+            f"{text!r} names a pair twice",
+            where="--pairs",
+            fix="name each pair once: 'v11,v12 v12,v13'",
         )
     return pairs
 
@@ -141,12 +148,12 @@ def parse_target(text: str) -> Target:
     """`alias:champion` (or just `champion`), `stage:Production`, `model:prod-llm@champion`.
 
     Raises:
-        SpecError: it is none of them, the stage is not one of MLflow's, or the alias is reserved.
+        SpecError: the text is not a target, MLflow has no such stage, or the alias is reserved.
     """
     match = _PROMOTE.fullmatch(text.strip())
     if match is None:
         raise SpecError(
-            f"{text!r} is nowhere a version can be promoted to",
+            f"{text!r} is not a promotion target",
             where="--promote",
             fix="write alias:champion, stage:Production or model:prod-llm@champion",
         )
@@ -158,29 +165,29 @@ def parse_target(text: str) -> Target:
         stage = match["name"].capitalize()
         if stage not in STAGES:
             raise SpecError(
-                f"{match['name']!r} is no stage to promote to",
+                f"{match['name']!r} is not a stage that a version can be promoted to",
                 where="--promote",
-                fix=f"one of {', '.join(STAGES)}; or an alias: alias:champion",
+                fix=f"write one of {', '.join(STAGES)}, or name an alias: alias:champion",
             )
         return Target("stage", stage)
     return Target("alias", match["name"])
 
 
 def check_alias(alias: str, where: str) -> None:
-    """Refuse what MLflow does not take as an alias."""
+    """Refuse a text that MLflow does not accept as an alias."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", alias) or re.fullmatch(r"(?i)latest|v\d+", alias):
         raise SpecError(
             f"{alias!r} cannot be an alias",
             where=where,
-            fix="letters, digits, _ and -, up to 255; MLflow reserves latest and v1, v2, …",
+            fix="use up to 255 letters, digits, _ and -; MLflow reserves latest and v1, v2, …",
         )
 
 
 def check_name(model: str, where: str = "--model, or MLFLOW_SOUP_MODEL") -> None:
-    """Refuse names of registered models that cannot be put into MLflow's search filters."""
+    """Refuse names of registered models that MLflow's search filters cannot hold."""
     if model and not _MODEL.fullmatch(model):
         raise SpecError(
-            f"{model!r} is not taken as the name of a registered model",
+            f"{model!r} cannot be the name of a registered model here",
             where=where,
-            fix="letters, digits, spaces and _.- only, a letter or digit first",
+            fix="use letters, digits, spaces and _.- only, with a letter or digit first",
         )

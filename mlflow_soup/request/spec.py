@@ -25,173 +25,270 @@ from mlflow_soup.request.names import (
     parse_versions,
 )
 
-# in step with `search.CHOICES`, which a test compares; importing it here would cost a second
+# a test compares this with `search.belief.CHOICES`; to import that here would cost a second
 ACQUISITIONS = ("landscape", "gp-hedge", "ei", "pi", "ucb")
 MOST = 8  # versions: the simplex has 2ⁿ faces
 PARENTS_IN = ("mmap", "memory")
 EVALUATORS = ("prepared", "lm-eval")
-# in step with `methods.METHODS`, which a test compares
+# a test compares this with `search.methods.METHODS`
 METHODS = ("bayesopt", "uniform", "greedy", "fisher", "regmean", "grid", "random", "best")
 TIES = ("add", "drop")
 ESTIMATORS = ("empirical", "sampled")
 STUDIES = {
     "pairs": "Which pairs gain? All pairs of the versions, as a heat map.",
     "count": "How many parents? Soups of the last 2, 3, 4 … of the versions.",
-    "landscape": "Which λ? Equally spaced ones from 0 to 1, with a paired band.",
-    "heldout": "How many held-out items are enough? What shares of them would have chosen.",
-    "alpha": "Which space? Searches in [α, 1].",
-    "ood": "What does a soup lose on tasks it was not found on? By every method.",
-    "methods": "Which method? All of them on all tasks, with paired intervals.",
+    "landscape": "Which λ? Equally spaced λ from 0 to 1, with a paired band.",
+    "heldout": "How many held-out items are enough? The λ that shares of the items would choose.",
+    "alpha": "Which search space? Searches in [α, 1] for several α.",
+    "ood": "What does a soup lose on tasks that did not choose it? Each method.",
+    "methods": "Which method? Each method on all tasks, with paired intervals.",
 }
 _ALL = " ".join(STUDIES)
+# groups of options, in the order of `--help`
+MERGE, SEARCH, SCORE = "What to merge", "How to search", "How to score"
+GATE, MACHINE = "Gate and promotion", "Machine"
 _STEPS = 10_000  # of λ from 0 to 1
 _SEARCHING = "run pairs count alpha ood methods"  # commands that search by some method
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One request. What the caller does not name may come from the model's policy tags.
+    """One request. Policy tags of the registered model may set the knobs that it does not name.
 
     Raises:
         SpecError: a value is out of its range or cannot be read.
     """
 
     model: str = knob(
+        MERGE,
         "",
-        "Registered model; default: MLFLOW_SOUP_MODEL, or the only model with these versions.",
+        "Registered model. Default: MLFLOW_SOUP_MODEL, or the only model that has these versions.",
         f"run evaluate gate promote {_ALL}",
     )
     pair: str = knob(
-        "", "Two versions, older first: v12,v13 or @champion,v13.", "run landscape heldout alpha"
+        MERGE,
+        "",
+        "Two versions, the older first: v12,v13 or @champion,v13.",
+        "run landscape heldout alpha",
     )
     versions: str = knob(
+        MERGE,
         "",
-        "Two versions or more, the newest last: v11,v12,v13; a search takes eight at most.",
+        "Two or more versions, the newest last: v11,v12,v13. A search takes at most eight.",
         "run pairs count",
     )
     last: int | None = knob(
+        MERGE,
         None,
-        "Instead of naming them, the last k versions that are no soups.",
+        "The last k versions that are not soups, instead of named versions.",
         "run pairs count",
         range=whole(2),
     )
-    pairs: str = knob("", "One pair or more: 'v11,v12 v12,v13'.", "ood methods")
+    pairs: str = knob(
+        MERGE,
+        "",
+        "One or more pairs: 'v11,v12 v12,v13'.",
+        "ood methods",
+    )
     method: str = knob(
+        MERGE,
         "bayesopt",
-        "How one model is made of several; in studies of pairs and count: uniform, unless named.",
+        "How one model is made of several. The studies pairs and count use uniform by default.",
         "run pairs count",
         policy=True,
         choices=METHODS,
     )
     methods: str = knob(
-        ",".join(METHODS[:-1]), "Methods to compare, comma-separated.", "ood methods"
+        MERGE,
+        ",".join(METHODS[:-1]),
+        "The methods to compare, separated by commas.",
+        "ood methods",
     )
-    version: str = knob("", "The soup: v14 or @alias.", "evaluate gate promote")
-    tasks: str = knob(
+    version: str = knob(
+        MERGE,
         "",
-        "Held-out lm-eval tasks, comma-separated, each task[:metric[,filter]].",
-        f"run evaluate {_ALL}",
-        policy=True,
-    )
-    ood_tasks: str = knob(
-        "",
-        "Out-of-domain lm-eval tasks for the gate, as --tasks.",
-        "run evaluate heldout ood methods",
-        policy=True,
-    )
-    include_path: str = knob(
-        "", "Folder with lm-eval task YAMLs of your own.", f"run evaluate {_ALL}", policy=True
-    )
-    allow_task_code: str = knob(
-        "",
-        "SHA-256 of task folders whose Python code may run, comma-separated; a refusal names it.",
-        f"run evaluate {_ALL}",
+        "The version of the soup: v14 or @alias.",
+        "evaluate gate promote",
     )
     alpha: float | None = knob(
+        SEARCH,
         None,
-        "Smallest weight λ of the newest version; default: 0.5 for a pair, 1/n for n versions.",
+        "Smallest weight λ of the newest version. Default: 0.5 for a pair, 1/n for n versions.",
         "run pairs count ood methods",
         policy=True,
         range=Range(lambda value: 0.0 <= value < 1.0, "give a number from 0 to below 1"),
     )
     trials: int | None = knob(
+        SEARCH,
         None,
-        "Evaluations at most, parents and uniform soup included; default: 8 for a pair, 4 more for "
-        "each further version.",
+        "Largest number of evaluations, with those of the parents and of the uniform soup. "
+        "Default: 8 for a pair, 4 more for each further version.",
         _SEARCHING,
         policy=True,
         range=whole(4),
     )
     stop: float = knob(
+        SEARCH,
         0.02,
-        "End when one more evaluation is expected to gain less than this share of the paired "
-        "standard error; 0: never early.",
+        "End the search when one more evaluation is expected to gain less than this share of the "
+        "paired standard error. 0 uses all trials.",
         _SEARCHING,
         policy=True,
         range=finite(),
     )
     acquisition: str = knob(
-        "landscape", "How the next λ is chosen.", _SEARCHING, policy=True, choices=ACQUISITIONS
+        SEARCH,
+        "landscape",
+        "How the search chooses the next λ.",
+        _SEARCHING,
+        policy=True,
+        choices=ACQUISITIONS,
     )
     seed: int = knob(
+        SEARCH,
         0,
-        "Seed of all that is drawn.",
+        "Seed of all random draws.",
         f"heldout {_SEARCHING}",
         range=whole(0),
     )
     greedy_tie: str = knob(
+        SEARCH,
         "add",
-        "What the greedy soup does with a parent that makes it neither better nor worse.",
+        "Whether greedy adds or drops a parent that makes the soup neither better nor worse.",
         "run pairs count ood methods",
         policy=True,
         choices=TIES,
     )
     calibration: str = knob(
+        SEARCH,
         "",
-        "File of text for Fisher and RegMean, .jsonl with a field text or plain; default: the "
-        "held-out items.",
+        "Text file for Fisher and RegMean: .jsonl with a field text, or plain text. "
+        "Default: the held-out items.",
         "run pairs count ood methods",
         policy=True,
     )
     calibration_tokens: int = knob(
+        SEARCH,
         65536,
-        "How much of that text is read, at most.",
+        "Largest number of calibration tokens that are read.",
         "run pairs count ood methods",
         policy=True,
         range=whole(1),
     )
     fisher_estimator: str = knob(
+        SEARCH,
         "empirical",
-        "Gradients of the text as it is, or of tokens that the parent itself draws.",
+        "Fisher information of the text itself, or of tokens that the parent samples.",
         "run pairs count ood methods",
         policy=True,
         choices=ESTIMATORS,
     )
     regmean_scale: float = knob(
+        SEARCH,
         0.9,
-        "What RegMean multiplies the off-diagonal elements of Gram matrices by.",
+        "Factor on the off-diagonal elements of RegMean's Gram matrices.",
         "run pairs count ood methods",
         policy=True,
         range=Range(lambda value: 0.0 <= value <= 1.0, "give a number from 0 to 1"),
     )
     points: int = knob(
+        SEARCH,
         21,
-        "How many λ from 0 to 1 are evaluated.",
+        "Number of λ from 0 to 1 that are evaluated.",
         "landscape heldout",
         range=whole(4, _STEPS + 1),
     )
-    alphas: str = knob("0,0.5,0.7,0.9", "Lower ends of the spaces to search.", "alpha")
-    fractions: str = knob("1/4,1/2,3/4,1", "Shares of the held-out items.", "heldout")
+    alphas: str = knob(
+        SEARCH,
+        "0,0.5,0.7,0.9",
+        "Lower ends α of the search spaces.",
+        "alpha",
+    )
+    fractions: str = knob(
+        SEARCH,
+        "1/4,1/2,3/4,1",
+        "Shares of the held-out items.",
+        "heldout",
+    )
+    tasks: str = knob(
+        SCORE,
+        "",
+        "Held-out lm-eval tasks, separated by commas, each task[:metric[,filter]].",
+        f"run evaluate {_ALL}",
+        policy=True,
+    )
+    ood_tasks: str = knob(
+        SCORE,
+        "",
+        "Out-of-domain lm-eval tasks for the gate, in the form of --tasks.",
+        "run evaluate heldout ood methods",
+        policy=True,
+    )
+    include_path: str = knob(
+        SCORE,
+        "",
+        "Folder with your own lm-eval task YAMLs.",
+        f"run evaluate {_ALL}",
+        policy=True,
+    )
+    allow_task_code: str = knob(
+        SCORE,
+        "",
+        "SHA-256 of the task folders whose Python code may run, separated by commas. A refusal "
+        "prints the digest.",
+        f"run evaluate {_ALL}",
+    )
+    num_fewshot: int | None = knob(
+        SCORE,
+        None,
+        "Number of few-shot examples, where the task does not fix it.",
+        f"run evaluate {_ALL}",
+        policy=True,
+        range=whole(0),
+    )
+    evaluator: str = knob(
+        SCORE,
+        "prepared",
+        "Who batches the requests: mlflow-soup once for all λ, or lm-eval as its command does.",
+        f"run evaluate {_ALL}",
+        policy=True,
+        choices=EVALUATORS,
+    )
+    batch_size: int = knob(
+        SCORE,
+        32,
+        "Largest evaluation batch size.",
+        f"run evaluate {_ALL}",
+        policy=True,
+        range=whole(1),
+    )
+    max_length: int | None = knob(
+        SCORE,
+        None,
+        "Longest input in tokens. Default: that of the model.",
+        f"run evaluate {_ALL}",
+        policy=True,
+        range=whole(2),
+    )
+    limit: int | None = knob(
+        SCORE,
+        None,
+        "Use only the first items of each task, for a quick try. Such a run cannot promote.",
+        f"run evaluate {_ALL}",
+        range=whole(1),
+    )
     margin: float = knob(
+        GATE,
         0.01,
-        "Loss allowed on each OOD task, in the metric's units (0.01 = one accuracy point).",
+        "Allowed loss on each OOD task, in units of its metric (0.01 = one accuracy point).",
         "run gate",
         policy=True,
         range=finite(),
     )
     confidence: float = knob(
+        GATE,
         0.95,
-        "Confidence of the gate's one-sided bounds.",
+        "Confidence of the one-sided bounds of the gate.",
         "run gate",
         policy=True,
         range=Range(
@@ -199,71 +296,54 @@ class Spec:
         ),
     )
     champion: str = knob(
-        "champion", "Alias the soup must not fall behind.", "run evaluate gate", policy=True
+        GATE,
+        "champion",
+        "Alias of the version that the soup must not be worse than.",
+        "run evaluate gate",
+        policy=True,
     )
     promote: str = knob(
+        GATE,
         "",
         "Where to promote when the gate passes: alias:NAME, stage:NAME or model:NAME@ALIAS.",
         "run evaluate gate promote",
     )
-    num_fewshot: int | None = knob(
-        None,
-        "Few-shot examples, where the task does not fix them.",
-        f"run evaluate {_ALL}",
-        policy=True,
-        range=whole(0),
-    )
-    evaluator: str = knob(
-        "prepared",
-        "How the model is asked: requests batched beforehand, or as the lm_eval command does it.",
-        f"run evaluate {_ALL}",
-        policy=True,
-        choices=EVALUATORS,
-    )
-    batch_size: int = knob(
-        32,
-        "Evaluation batch size, at most.",
-        f"run evaluate {_ALL}",
-        policy=True,
-        range=whole(1),
-    )
-    max_length: int | None = knob(
-        None,
-        "Longest input in tokens; default: the model's own.",
-        f"run evaluate {_ALL}",
-        policy=True,
-        range=whole(2),
-    )
-    limit: int | None = knob(
-        None,
-        "First items of each task only, for a quick try.",
-        f"run evaluate {_ALL}",
-        range=whole(1),
-    )
     device: str = knob(
-        "auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", f"run evaluate {_ALL}"
+        MACHINE,
+        "auto",
+        "cpu, cuda, cuda:1 … auto uses a GPU if there is one.",
+        f"run evaluate {_ALL}",
     )
     parents_in: str = knob(
+        MACHINE,
         "mmap",
-        "Where parents stay during the search: mapped from their files, or read into memory.",
+        "Whether the parents are mapped from their files during the search, or read into memory.",
         f"run {_ALL}",
         choices=PARENTS_IN,
     )
     experiment: str = knob(
+        MACHINE,
         "",
-        "MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, or Default.",
+        "MLflow experiment. Default: MLFLOW_EXPERIMENT_NAME, or the experiment Default.",
         f"run evaluate {_ALL}",
     )
     store_patience: float = knob(
+        MACHINE,
         30.0,
-        "Minutes that MLflow's store may be away before the run gives up; it continues later.",
+        "Minutes to wait for an MLflow store that does not answer. The same command continues "
+        "later.",
         f"run evaluate gate promote {_ALL}",
         range=finite("minutes"),
     )
-    out: str = knob("", "Folder for table and figure, besides MLflow.", _ALL)
+    out: str = knob(
+        MACHINE,
+        "",
+        "Folder for copies of the table and the figure.",
+        _ALL,
+    )
 
     def __new__(cls, **named: Any) -> Self:
-        """Note which knobs the caller named: the others are the policy's to set."""
+        """Remember which knobs the caller named: policy tags may set the others."""
         self = super().__new__(cls)
         object.__setattr__(self, "_named", frozenset(named))
         return self
@@ -365,19 +445,19 @@ class Spec:
 
     @property
     def least(self) -> float:
-        """How much the newest version weighs at least: α, or that of the uniform soup."""
+        """The smallest weight of the newest version: α, or its weight in the uniform soup."""
         return 1.0 / max(len(self.parents), 2) if self.alpha is None else self.alpha
 
     @property
     def budget(self) -> int:
-        """How many evaluations a search may take."""
+        """The largest number of evaluations of a search."""
         return 4 * len(self.parents) if self.trials is None else self.trials
 
     def settle(self, policy: Mapping[str, str]) -> "Spec":
-        """The spec with what its caller left open taken from a registered model's policy tags.
+        """The spec, with the knobs that the caller did not name set by policy tags.
 
         Args:
-            policy: the model's tags; only `soup.<knob>` are read.
+            policy: the tags of the registered model; only `soup.<knob>` are read.
 
         Raises:
             SpecError: a policy tag cannot be read.

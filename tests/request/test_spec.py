@@ -59,7 +59,7 @@ def test_a_version_may_be_a_bare_number():
     ],
 )
 def test_what_names_no_version_is_refused(text):
-    with pytest.raises(SpecError, match="names no version") as refusal:
+    with pytest.raises(SpecError, match="is not a version") as refusal:
         parse_version(text)
     assert repr(text) in refusal.value.what
     assert "v12, 12 or @alias" in refusal.value.fix
@@ -87,13 +87,13 @@ def test_a_uri_reads_back_as_mlflow_writes_it(version, alias):
         ("models:/my-llm/14/config.json", "write models:/my-llm/14"),
         ("models:/@champion", "write models:/my-llm/14"),
         ("runs:/0123456789abcdef/model", "write models:/my-llm/14"),
-        ("models:/m-0123456789abcdef0123456789abcdef", "it is a logged model"),
-        ("models:/my-llm/Production", "stages and latest move"),
-        ("models:/my-llm/latest", "stages and latest move"),
+        ("models:/m-0123456789abcdef0123456789abcdef", "this is a logged model"),
+        ("models:/my-llm/Production", "because stages and latest move"),
+        ("models:/my-llm/latest", "because stages and latest move"),
     ],
 )
 def test_a_uri_of_no_version_is_refused_with_one_that_is(uri, fix):
-    with pytest.raises(SpecError, match="names no registered version") as refusal:
+    with pytest.raises(SpecError, match="is not the URI of a registered version") as refusal:
         parse_uri(uri)
     assert refusal.value.where == "argument URI"
     assert fix in refusal.value.fix
@@ -103,12 +103,12 @@ def test_a_uri_of_no_version_is_refused_with_one_that_is(uri, fix):
 @pytest.mark.parametrize(
     ("uri", "why"),
     [
-        ("models:/my-llm/0", "'0' names no version"),
-        ("models:/my-llm/012", "'012' names no version"),
-        ("models:/my-llm/1.5", "'1.5' names no version"),
-        ("models:/my-llm@a b", "'@a b' names no version"),
-        ("models:/a'b/1", "not taken as the name of a registered model"),
-        ("models:/-a/1", "not taken as the name of a registered model"),
+        ("models:/my-llm/0", "'0' is not a version"),
+        ("models:/my-llm/012", "'012' is not a version"),
+        ("models:/my-llm/1.5", "'1.5' is not a version"),
+        ("models:/my-llm@a b", "'@a b' is not a version"),
+        ("models:/a'b/1", "cannot be the name of a registered model"),
+        ("models:/-a/1", "cannot be the name of a registered model"),
     ],
 )
 def test_the_parts_of_a_uri_are_checked(uri, why):
@@ -136,7 +136,7 @@ def test_a_pair_reads_back_in_its_order_unless_it_is_one_version_twice(older, ne
         ("v1,v2,v3", "names 3"),
         ("v12,12", "v12 is named twice"),
         ("@champion,@champion", "@champion is named twice"),
-        ("v1,champion", "'champion' names no version"),
+        ("v1,champion", "'champion' is not a version"),
     ],
 )
 def test_what_is_no_pair_is_refused(text, why):
@@ -172,13 +172,13 @@ def test_targets_say_where_they_point():
     "text", ["", "@champion", "alias:", "model:prod", "model:@a", "model:a@", "to:x", "a/b", "a b"]
 )
 def test_where_nothing_can_be_promoted_to_is_refused(text):
-    with pytest.raises(SpecError, match="nowhere a version can be promoted to") as refusal:
+    with pytest.raises(SpecError, match="is not a promotion target") as refusal:
         parse_target(text)
     assert "alias:champion" in refusal.value.fix
 
 
 def test_a_stage_that_mlflow_lacks_is_refused_with_those_it_has():
-    with pytest.raises(SpecError, match="'prod' is no stage") as refusal:
+    with pytest.raises(SpecError, match="'prod' is not a stage") as refusal:
         parse_target("stage:prod")
     assert "Staging, Production" in refusal.value.fix
 

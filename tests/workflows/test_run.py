@@ -424,7 +424,7 @@ WRONG = [
     ({"pair": "@gone,v1"}, errors.ParentError, "no alias @gone", "its aliases: none"),
     ({"pair": "v1,v2", "model": "nope"}, errors.ParentError, "no registered model 'nope'", MODEL),
     ({"pair": "v1,v2", "limit": 2, "promote": "x"}, errors.SpecError, "no grounds", "drop one"),
-    ({}, errors.SpecError, "no pair was named", "--pair v12,v13"),
+    ({}, errors.SpecError, "the request names no versions", "--pair v12,v13"),
     ({"pair": "v1,v2", "tasks": "toy_leters"}, errors.SpecError, "no task", "toy_letters"),
     ({"pair": "v1,v2", "tasks": "toy_letters:ac"}, errors.SpecError, "no metric 'ac'", "acc"),
     (

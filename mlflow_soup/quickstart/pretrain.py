@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import click
 import mlflow
 import torch
 from mlflow import MlflowClient
@@ -20,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-import tasks
-from corpus import Document, Use
+from mlflow_soup.errors import SpecError
+from mlflow_soup.quickstart import tasks
+from mlflow_soup.quickstart.corpus import Document, Use
 
 END = "<|endoftext|>"
 LOG_EVERY = 25  # steps, near two seconds
@@ -230,9 +230,10 @@ def count_registered(client: MlflowClient, name: str, settings: Settings, seed: 
             break
         there += 1
     if there < settings.checkpoints and max(found, default=0) > there:
-        raise click.ClickException(
-            f"version {there + 1} of registered model {name!r} is not from this pretraining "
-            f"(seed {seed}, {settings.steps} steps): choose another --model, or delete that one"
+        raise SpecError(
+            f"version {there + 1} of registered model {name!r} is not from this pretraining",
+            where=f"models:/{name}/{there + 1}; asked for seed {seed}, {settings.steps} steps",
+            fix="choose another --model, or delete that registered model",
         )
     return there
 

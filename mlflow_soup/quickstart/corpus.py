@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-import click
+from mlflow_soup.errors import SpecError
 
 # What Linux distributions package apart, and tables that are neither prose nor code.
 LEFT_OUT = {
@@ -56,13 +56,14 @@ def read() -> list[Document]:
     that is evaluated on was trained on word for word under another name.
 
     Raises:
-        ClickException: this Python was installed without the sources of its standard library.
+        SpecError: this Python was installed without the sources of its standard library.
     """
     documents = sorted((*_topics(), *_modules()), key=lambda d: (list(Use).index(d.use), d.name))
     if not any(d.code for d in documents if d.use is Use.CODE_EVAL):
-        raise click.ClickException(
-            f"no standard-library sources in {sysconfig.get_path('stdlib')}: "
-            "use a Python that was installed with its .py files"
+        raise SpecError(
+            "this Python has no sources of its standard library, which the quickstart learns from",
+            where=sysconfig.get_path("stdlib"),
+            fix="use a Python that was installed with its .py files",
         )
     seen: set[str] = set()
 

@@ -21,9 +21,8 @@ from math import log2
 from pathlib import Path
 from typing import Any, TypeVar
 
-import click
-
-from corpus import Document, Use
+from mlflow_soup.errors import SpecError
+from mlflow_soup.quickstart.corpus import Document, Use
 
 T = TypeVar("T")
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -151,8 +150,10 @@ def _chunks(text: str, length: int) -> list[str]:
 def _sample(items: Sequence[T], count: int) -> list[T]:
     """`count` of the items, in an order that depends on nothing but what they say."""
     if len(items) < count:
-        raise click.ClickException(
-            f"this Python's library gives {len(items)} items of {count}: ask for fewer with --items"
+        raise SpecError(
+            f"the standard library of this Python gives only {len(items)} items",
+            where=f"--items {count}",
+            fix=f"ask for {len(items)} items or fewer",
         )
     return sorted(items, key=_digest)[:count]
 

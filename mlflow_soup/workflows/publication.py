@@ -1,0 +1,127 @@
+"""Publish a finished run in MLflow: metrics, figures, the report, and the version's page."""
+
+from collections.abc import Sequence
+
+from mlflow.entities import Metric
+
+from mlflow_soup.decision import pairing
+from mlflow_soup.records import Distance, Soup, Trial, Version
+from mlflow_soup.redaction import redact
+from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry.evaluations import score_metrics
+from mlflow_soup.registry.links import how_to_look, link, run_path, share_view, version_path
+from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.versions import describe
+from mlflow_soup.reporting import geometry, report, tables
+from mlflow_soup.search.belief import LANDSCAPE, believe
+from mlflow_soup.workflows.job import Job
+
+# MLflow's limit of a version's description, on databases that enforce it
+DESCRIPTION_LIMIT = 5000
+
+
+def names_of(versions: Sequence[Version]) -> list[str]:
+    """Short names, `v12`, for tables and figures."""
+    return [f"v{version.number}" for version in versions]
+
+
+def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> list[str]:
+    """Sentences that a reader needs to judge the scores."""
+    client, spec = job.client, job.spec
+    notes = [
+        f"No merge was found that is better than {parent.version}: the soup is a copy of it."
+        if job.method.merges
+        else f"Nothing was merged: the new version is a copy of {parent.version}."
+        for parent in soup.parents
+        if parent.digest == soup.digest
+    ]
+    if spec.method == "bayesopt":
+        if len(trials) < spec.budget:
+            notes.append(
+                f"The search ended after {len(trials)} of {spec.budget} evaluations: one more was "
+                f"expected to gain less than {spec.stop:g} of the paired standard error."
+            )
+        belief = believe(trials)
+        if spec.acquisition == LANDSCAPE and belief.landscape is None:
+            notes.append(f"The curve was not reconstructed from the items: {belief.why}.")
+    measured = [(t.recipe, t.held_out) for t in trials if t.held_out is not None]
+    if job.method.searches:
+        notes += [
+            f"{recipe.label} scores {score.value:.4f}, but gives the newest version less than the "
+            f"smallest weight allowed, --alpha {job.space.alpha:g}."
+            for recipe, score in measured
+            if not job.space.feasible(recipe) and score.value > soup.held_out.value
+        ]
+        measured = [(recipe, score) for recipe, score in measured if job.space.feasible(recipe)]
+    if job.method.chooses and len(measured) > 1:
+        optimism = pairing.optimism([score for _, score in measured])
+        notes.append(
+            f"The best of {len(measured)} scores on the same items is expected to be "
+            f"{optimism:.4f} too high."
+        )
+    if job.method.needs:
+        notes += job.statistics_notes
+    names = names_of(job.versions)
+    distances = [geometry.words(apart, names), geometry.caution(apart, names)]
+    distances += [geometry.barrier(job.space, trials)]
+    if soup.recipe.method == "linear":
+        distances += [geometry.theory(apart, soup.recipe)]
+    notes += filter(None, distances)
+    first = next(t for t in trials if t.held_out is not None)
+    if cut := int(client.get_run(first.run_id).data.metrics.get(naming.TRUNCATED, 0)):
+        notes.append(f"{cut} held-out requests were longer than the longest input, and were cut.")
+    return notes
+
+
+def publish(client: Store, run_id: str, story: report.Story) -> str:
+    """Write metrics, report, figures and the version's description. Returns the summary."""
+    soup = story.soup
+    run_page, view = run_path(client, run_id), share_view(client, run_id)
+    links = {"run": f"#{run_page}", "trials": f"#{view}"}
+    links |= {str(parent.version): f"#{version_path(parent.version)}" for parent in soup.parents}
+    text = redact(report.markdown(story, links))
+    names = names_of([parent.version for parent in soup.parents])
+    layers = tables.markdown(geometry.table(story.distance, names))
+    whole = redact(f"{text}{report.trials_table(story)}\n## Distance of the parents\n\n{layers}\n")
+    version = f"{soup.version.name}/{soup.version.number}"
+    tags = {"mlflow.note.content": whole[: tracking.NOTE_LIMIT], naming.VERSION: version}
+    if story.verdict is not None:
+        tags[naming.GATE] = naming.PASSED if story.verdict.passed else naming.REFUSED
+    tracking.log(client, run_id, metrics=_metrics(story), tags=tags)
+    client.log_text(run_id, whole, naming.REPORT)
+    figure = report.landscape(story)
+    for suffix in ("png", "svg"):
+        client.log_figure(run_id, figure, f"{naming.LANDSCAPE}.{suffix}")
+    client.log_figure(run_id, geometry.distances(story.distance, names), naming.DISTANCES)
+    describe(client, soup.version, text[:DESCRIPTION_LIMIT])
+    pages = [
+        f"version: {link(version_path(soup.version))}",
+        f"run: {link(run_page)}",
+        f"all λ: {link(view)}",
+    ]
+    if command := how_to_look():
+        pages.append(f"to open these, run: {command}")
+    return report.summary(story, pages)
+
+
+def _metrics(story: report.Story) -> list[Metric]:
+    """The metrics of the search run."""
+    soup, apart = story.soup, story.distance
+    numbers = {
+        "search/gain": story.gain.value,
+        "search/gain_stderr": story.gain.stderr,
+        "search/chosen_lambda": soup.recipe.lam[-1],
+        "search/kl_ratio": geometry.kl_ratio(apart.whole, soup.recipe.lam),
+        "distance/relative_l2": apart.whole.relative(0, -1),
+        "distance/cosine": apart.whole.cosine(0, -1),
+    }
+    metrics = score_metrics(soup.held_out, "dev")
+    metrics += [tracking.metric(key, value) for key, value in numbers.items()]
+    metrics += [
+        tracking.metric("curve/objective", t.held_out.value, round(1000 * t.recipe.lam[-1]))
+        for t in story.trials
+        if t.held_out is not None and story.space.count == 2
+    ]
+    for _, score in story.roles["soup"].ood if story.roles else ():
+        metrics += [tracking.metric(f"ood/{m.key}", m.value) for m in score.metrics]
+    return metrics

@@ -1,0 +1,109 @@
+"""Write the soup that a search chose, and register it as a version."""
+
+from collections.abc import Sequence
+
+from mlflow_soup.errors import ObjectiveError, ParentError
+from mlflow_soup.files.durable import scratch
+from mlflow_soup.records import Manifest, Recipe, Trial, Version
+from mlflow_soup.registry import naming
+from mlflow_soup.registry.register import register_soup
+from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.versions import origin_of
+from mlflow_soup.weights import provenance
+from mlflow_soup.weights.compatibility import check_compatible
+from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.workflows.bench import Opened, check_digest
+from mlflow_soup.workflows.job import Job
+
+
+def register(job: Job, run_id: str, recipe: Recipe, trials: Sequence[Trial]) -> Version:
+    """The version of a soup, once it is written, uploaded and read back from the store.
+
+    Raises:
+        ParentError: a parent changed during the search, or its files are gone.
+        ObjectiveError: the statistics gave other weights than those that were scored.
+        StoreError: a disk is full, or the store holds other bytes than were uploaded.
+    """
+    client = job.client
+    versions = job.versions
+    origins = [
+        provenance.Origin(o.parent.folder, v.uri, *origin_of(client, v))
+        for o, v in zip(job.opened, versions, strict=True)
+    ]
+    search = {
+        "key": job.key,
+        "run_id": run_id,
+        "evaluator": job.bench.held_out.settings(),
+        "held_out": {
+            ",".join(weight.hex() for weight in t.recipe.lam): t.held_out.value
+            for t in trials
+            if t.held_out is not None
+        },
+    }
+    # the search may have taken hours
+    parents_now = [find_checkpoint(o.parent.folder, o.parent.version.uri) for o in job.opened]
+    check_compatible(parents_now)
+    with scratch() as folder:
+        manifest = provenance.make(
+            parents_now,
+            origins,
+            recipe.lam,
+            folder,
+            method=recipe.method,
+            model=job.session.name,
+            search=search,
+            blend=job.blend(recipe),
+        )
+        assert manifest.digests is not None
+        _check_unchanged(job.opened, manifest)
+        digest = manifest.digests.canonical
+        _check_scored(client, recipe, trials, digest)
+        parents = naming.format_parents(job.session.name, versions)
+        tags = naming.version_tags(parents, recipe, job.key, job.request, run_id, digest)
+        tags |= {
+            naming.METHOD: job.spec.method,
+            naming.EVALUATOR: job.bench.held_out.fingerprint,
+        }
+        return register_soup(
+            client,
+            folder,
+            name=job.session.name,
+            run_id=run_id,
+            parents=versions,
+            tags=tags,
+            description=f"Soup of {' and '.join(map(str, versions))}, {recipe.label}.",
+            check=lambda tree: check_digest(tree, "the uploaded soup", digest),
+        )
+
+
+def _check_unchanged(parents: Sequence[Opened], manifest: Manifest) -> None:
+    """Refuse a soup of other weights than the search scored.
+
+    Raises:
+        ParentError: the weights of a parent changed during the search.
+    """
+    for opened, source in zip(parents, manifest.sources, strict=True):
+        assert source.digests is not None
+        if source.digests.canonical != opened.parent.digest:
+            raise ParentError(
+                f"the weights of {opened.parent.version} were changed during the search",
+                where=f"{opened.parent.folder}: {source.digests.canonical}, "
+                f"{opened.parent.digest} before",
+                fix="do not write into registered versions; run the same command again",
+            )
+
+
+def _check_scored(client: Store, recipe: Recipe, trials: Sequence[Trial], digest: str) -> None:
+    """Refuse a soup if its statistics give other weights than those that were scored.
+
+    Raises:
+        ObjectiveError: the statistics were measured again, and the soup has another digest.
+    """
+    run_id = next(trial.run_id for trial in trials if trial.recipe == recipe)
+    before = client.get_run(run_id).data.tags.get(naming.DIGEST, digest)
+    if before != digest:
+        raise ObjectiveError(
+            "the statistics of the parents give another soup than the one that was scored",
+            where=f"{digest}, and {before} in run {run_id}",
+            fix=f"delete run {run_id}, then run the same command again: it scores the soup anew",
+        )
