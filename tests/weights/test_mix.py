@@ -142,7 +142,7 @@ MIX_AND_DIGEST = """
 import hashlib, sys
 import torch
 from safetensors.torch import load_file
-from mlflow_soup.merge import bits, mix
+from mlflow_soup.weights.mix import bits, mix
 print(torch.backends.cpu.get_cpu_capability())
 tensors = load_file(sys.argv[1])
 for name in sorted({name[:-1] for name in tensors}):
