@@ -646,10 +646,10 @@ NO_VERSIONS = [
 ]
 WRONG = [
     *NO_VERSIONS,
-    (["methods", "--pairs", "v1"], 2, "--pairs", "pairs by spaces, in quotes"),
-    (["ood", "--pairs", "v1,v2 v3"], 2, "--pairs", "pairs by spaces, in quotes"),
-    (["landscape", "--pair", "v1,v2,v3"], 2, "--pair", "name the older, then the newer"),
-    (["count", "--versions", "v1"], 2, "--versions", "name them by age"),
+    (["methods", "--pairs", "v1"], 2, "--pairs", "a space between pairs"),
+    (["ood", "--pairs", "v1,v2 v3"], 2, "--pairs", "a space between pairs"),
+    (["landscape", "--pair", "v1,v2,v3"], 2, "--pair", "name the older version, then the newer"),
+    (["count", "--versions", "v1"], 2, "--versions", "name the versions by age"),
     (["pairs", "--last", "1"], 2, "--last", "a whole number, 2 or more"),
     (["pairs", "--versions", "v1,v2", "--last", "2"], 2, "--versions and --last", "keep only one"),
     (["methods", "--pairs", "v1,v2", "--methods", "ours"], 2, "--methods", "regmean"),
