@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from mlflow_soup.errors import SpecError
 from mlflow_soup.registry.outages import where
 
@@ -11,14 +13,20 @@ CACHE_ENV = "MLFLOW_SOUP_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where pulled versions and what was measured of them are kept on this machine."""
+    """The folder for pulled versions and their measurements.
+
+    `MLFLOW_SOUP_CACHE` names it; otherwise it is `mlflow-soup` in the user's cache folder.
+
+    Raises:
+        SpecError: the user has no home directory.
+    """
     if named := os.environ.get(CACHE_ENV):
         return Path(named)
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mlflow-soup")
-    except RuntimeError as error:  # a container's user without a home
+        return user_cache_path("mlflow-soup")
+    except RuntimeError as error:  # a container's user may have no home
         raise SpecError(
-            f"there is no folder for what is kept on this machine: {error}",
+            f"the cache has no folder: {error}",
             where=f"{CACHE_ENV} is not set",
             fix=f"name one: {CACHE_ENV}=/var/cache/mlflow-soup",
         ) from error
