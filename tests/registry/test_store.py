@@ -103,6 +103,20 @@ def test_a_hiccup_is_outlasted_and_a_refusal_is_not_repeated(client):
     assert refusing.calls == 1
 
 
+def test_ctrl_c_is_not_repeated_though_it_chains_an_outage(client):
+    def interrupted():
+        calls.append("one")
+        try:
+            raise answered(503)
+        except requests.HTTPError:
+            raise KeyboardInterrupt  # noqa: B904  # it comes while the error is handled
+
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        Store(30.0).persist(interrupted, "ask")
+    assert calls == ["one"]
+
+
 def test_patience_ends_with_what_was_tried(client):
     begin = time.monotonic()
     with pytest.raises(errors.StoreError, match="did not answer while trying to ask") as caught:
