@@ -1,4 +1,4 @@
-"""Folders on this machine: the cache of pulled versions, and the leases of running requests."""
+"""Folders on this machine: the cache of pulled versions, and the locks of running requests."""
 
 import hashlib
 import os
@@ -33,10 +33,10 @@ def cache_folder() -> Path:
 
 
 def lease_folder() -> Path:
-    """Where processes on this machine see which requests are worked on."""
+    """The folder whose locks show which requests processes on this machine work on."""
     return cache_folder() / "lease" / store_id()
 
 
 def store_id() -> str:
-    """A name for the tracking store, for folders that belong to it."""
+    """A name for the tracking store's folders: a digest of its URI."""
     return hashlib.sha256(where().encode()).hexdigest()[:16]

@@ -158,7 +158,7 @@ def test_parents_that_cannot_be_read_are_a_problem_of_the_soup(told):
     member = read(llm(7), {"soup.parents": told})
     assert (member.kind, member.parents) == (SOUP, ())
     (problem,) = member.problems
-    assert re.fullmatch(r"soup\.parents = '.*' names no parents", problem)
+    assert re.fullmatch(r"soup\.parents = '.*' does not name parents", problem)
     assert problem.isprintable()
     assert len(problem) < 80
     assert family.text(tree(member)) == f"my-llm v7: soup, not judged; {problem}"
@@ -168,7 +168,7 @@ def test_parents_that_cannot_be_read_are_a_problem_of_the_soup(told):
 def test_a_weight_that_is_none_is_not_shown(told):
     member = soup(3, "1,2", told)
     assert member.parents == ((llm(1), None), (llm(2), None))
-    assert member.problems == (f"soup.lambda = {told!r} is no weight",)
+    assert member.problems == (f"soup.lambda = {told!r} does not give the parents' weights",)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,9 @@ def test_every_weight_of_more_parents_is_told(told, shown):
     member = read(llm(7), {"soup.parents": "1,2,3", "soup.weights": told})
     assert tuple(weight for _, weight in member.parents) == shown
     wrong = told == "0.5,0.5"
-    assert member.problems == (("soup.weights = '0.5,0.5' is no weight",) if wrong else ())
+    assert member.problems == (
+        ("soup.weights = '0.5,0.5' does not give the parents' weights",) if wrong else ()
+    )
 
 
 def test_a_gate_that_is_no_verdict_of_ours_is_quoted():
@@ -189,7 +191,7 @@ def test_a_gate_that_is_no_verdict_of_ours_is_quoted():
 def test_a_version_made_of_itself_is_told_so():
     shown = tree(soup(3, "2,3"), read(llm(2), {}))
     assert family.text(shown).splitlines() == [
-        "my-llm v3: soup, gate passed; its parent my-llm v3 is made of it: a cycle",
+        "my-llm v3: soup, gate passed; its parent my-llm v3 is made of it, which is a cycle",
         "├─ 0.5 × my-llm v2: checkpoint",
         "└─ 0.5 × my-llm v3: see above",
     ]
@@ -198,7 +200,9 @@ def test_a_version_made_of_itself_is_told_so():
 def test_the_member_that_closes_a_cycle_is_told_so_in_every_format():
     shown = tree(soup(3, "1,2"), read(llm(1), {}), soup(2, "1,3"))
     assert shown.members[llm(3)].problems == ()
-    assert shown.members[llm(2)].problems == ("its parent my-llm v3 is made of it: a cycle",)
+    assert shown.members[llm(2)].problems == (
+        "its parent my-llm v3 is made of it, which is a cycle",
+    )
     for form in family.FORMATS.values():
         assert form(shown).count("a cycle") == 1
 

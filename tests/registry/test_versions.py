@@ -65,7 +65,7 @@ def test_a_version_that_was_never_uploaded_completely_is_refused(client, checkpo
     logged = mlflow.initialize_logged_model(name="half")
     client.log_model_artifacts(logged.model_id, str(checkpoints[0]))
     client.create_model_version(MODEL, f"models:/{logged.model_id}", model_id=logged.model_id)
-    with pytest.raises(errors.ParentError, match="never uploaded completely"):
+    with pytest.raises(errors.ParentError, match="was never completed"):
         pull(client, Version(MODEL, 4))
 
 
