@@ -34,7 +34,7 @@ def open_run(
     params: Mapping[str, str] | None = None,
     resumable: Sequence[Run] = (),
 ) -> Iterator[str]:
-    """Open the run of the work, yield its id, and end it as FINISHED, FAILED or KILLED.
+    """Open the run that logs the work, yield its id, and end it as FINISHED, FAILED or KILLED.
 
     It is the run that `mlflow run` made, or else the newest run that may be resumed, or else a new
     run, which is a child of the active run if there is one.
@@ -78,7 +78,7 @@ def open_run(
 
 
 def differing(run: Run, params: Mapping[str, str]) -> list[str]:
-    """The params under `cfg.` in which a run differs from a request, in words."""
+    """The params in which a run differs from a request, each as `cfg.margin 0.05, now 0.1`."""
     begun = {key: value for key, value in run.data.params.items() if key.startswith("cfg.")}
     if not begun:
         return []
