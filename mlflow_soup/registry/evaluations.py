@@ -62,7 +62,7 @@ def find_score(client: Store, measured: str) -> Known | None:
 
 
 def _read_items(client: Store, run: Run) -> Score | None:
-    """A trial's score; None if its items are gone, which another run may hold."""
+    """A trial's score, from its own items or those of the run it reuses; None if they are gone."""
     source = run.data.tags.get(naming.ITEMS_RUN, run.info.run_id)
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -52,7 +52,7 @@ def register_soup(
         name: the registered model.
         run_id: the search run; the parents become its input models, the soup its output model.
         parents: the versions that the soup was made of.
-        tags: the version's tags, with `soup.request`; one transaction creates both.
+        tags: the version's tags, with `soup.request`; one transaction writes them and it.
         description: Markdown for the version's page.
         check: raises an error if the files that the store returns are not the uploaded ones.
 
