@@ -77,7 +77,7 @@ def test_a_refusal_exits_with_3(client):
         (["run", "--pair", "v1,v2", "--promote", "stage:Live"], 2, "'Live' is not a stage"),
         (["run", "--pair", "v1,v7"], 4, "toy-llm has no v7"),
         (["run", "--pair", "v1,v2", "--model", "none"], 4, "no registered model 'none'"),
-        (["promote", "--version", "v1", "--promote", "champion"], 2, "is no soup"),
+        (["promote", "--version", "v1", "--promote", "champion"], 2, "is not a soup"),
         (["gate"], 2, "no version was named"),
         (["lineage", "toy-llm/1"], 2, "'toy-llm/1' is not the URI of a registered version"),
         (["lineage", "models:/toy-llm/Production"], 2, "because stages and latest move"),

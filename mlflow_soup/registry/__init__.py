@@ -1,1 +1,1 @@
-"""MLflow: a patient client, runs, versions, promotions, and every name that we write there."""
+"""MLflow: a patient client; runs, versions and promotions; every name that we write there."""

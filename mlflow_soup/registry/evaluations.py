@@ -1,6 +1,6 @@
-"""Scores and evidence in MLflow runs: written with their items, and read back.
+"""Write scores and evidence with their items to MLflow runs, and read them back.
 
-A FINISHED trial run with a score is a committed evaluation.
+An evaluation is committed when its trial run is FINISHED and has a score.
 """
 
 import json
@@ -21,19 +21,19 @@ from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.tracking import fetch, find_runs, log, metric
 
 _HELD_OUT = "held-out"
-# artifacts that are lost or damaged
+# what reading a lost or damaged artifact raises
 _UNREADABLE = (MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]:
-    """A score's numbers under a prefix: its mean and each task's metric as lm-eval prints it."""
+    """A score as metrics under a prefix: its mean, and each task's metric as lm-eval prints it."""
     numbers = {f"{prefix}/objective": score.value}
     numbers |= {f"{prefix}/{m.key}": m.value for m in score.metrics}
     return [metric(key, value, **about) for key, value in numbers.items()]
 
 
 def log_scores(client: Store, run_id: str, measured: Scores, file: str) -> None:
-    """Keep scores with their item rows as an artifact."""
+    """Log scores with their item rows as an artifact."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, PurePosixPath(file).name)
         scores.write(measured, path)
@@ -43,14 +43,14 @@ def log_scores(client: Store, run_id: str, measured: Scores, file: str) -> None:
 
 @dataclass(frozen=True)
 class Known:
-    """A score that some trial measured, and the run of that trial."""
+    """Scores that a trial measured, and the run of that trial."""
 
     run_id: str
     scores: Scores
 
 
 def find_score(client: Store, measured: str) -> Known | None:
-    """What any trial has measured of the same weights in the same way; None if there is none."""
+    """The scores of any trial that evaluated the same weights in the same way, or None."""
     for run in find_runs(client, {naming.MEASURED: measured}):
         if run.info.status == RunStatus.to_string(RunStatus.FINISHED):
             score = _read_items(client, run)
@@ -62,7 +62,7 @@ def find_score(client: Store, measured: str) -> Known | None:
 
 
 def _read_items(client: Store, run: Run) -> Score | None:
-    """A trial's score; None where its items are gone, or the run that it took them over from."""
+    """A trial's score, from its own items or those of the run it reuses; None if they are gone."""
     source = run.data.tags.get(naming.ITEMS_RUN, run.info.run_id)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -72,7 +72,7 @@ def _read_items(client: Store, run: Run) -> Score | None:
 
 
 def read_trials(client: Store, key: str) -> list[Trial]:
-    """The committed trials of a search, in order: those with a score and those that failed."""
+    """The committed trials of a search, by number: those with a score and those that failed."""
     trials: dict[int, Trial] = {}
     for run in find_runs(client, {naming.KEY: key, naming.ROLE: "trial"}):
         tags, number = run.data.tags, int(run.data.tags[naming.NUMBER])
@@ -96,16 +96,16 @@ def log_evidence(
     model_ids: Mapping[str, str | None],
     datasets: Mapping[str, str],
 ) -> None:
-    """Keep what the gate will read, and show it on MLflow's Models page.
+    """Log the evidence that the gate reads, and show it on MLflow's Models page.
 
-    One Parquet file per model, and metrics that name their logged model and dataset.
+    Each model has one Parquet file, and metrics that name its logged model and the dataset.
 
     Args:
-        client: of the store.
+        client: the store's client.
         run_id: the OOD run.
         roles: `soup`, `parent 0`, `parent 1` …, `champion` → evidence.
-        model_ids: role → logged model; a parent without one has no metrics, since they would pass
-            for the soup's.
+        model_ids: role → logged model; a parent without one gets no metrics, since the run would
+            show them as the soup's.
         datasets: `dev` and `ood` → digest of the items.
     """
     index: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def log_evidence(
                     metric(
                         f"{prefix}/{m.key}",
                         m.value,
-                        step=int(role == "soup"),  # a run shows its last step: the soup's
+                        step=int(role == "soup"),  # a run shows its last step: the soup
                         model_id=model_ids[role],
                         dataset_name="out-of-domain" if position else "held-out",
                         dataset_digest=datasets[prefix][:12],
@@ -139,7 +139,7 @@ def log_evidence(
 
 
 def read_evidence(client: Store, run_id: str) -> dict[str, Evidence]:
-    """What `log_evidence` kept, by role; nothing where any of it is lost or damaged."""
+    """Role → evidence, as `log_evidence` wrote it; empty if any of it is lost or damaged."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         roles = {}

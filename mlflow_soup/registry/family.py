@@ -6,8 +6,8 @@
        ├─ 0.5 × my-llm v12: see above
        └─ 0.5 × my-llm v11: missing from the registry
 
-Anyone may write a registry's tags. What they say is shown, never trusted: a tag that cannot be
-read, or a version that is made of itself, is a problem told of its member, and no error.
+Anyone may write the registry's tags. They are shown, never trusted: an unreadable tag, or a version
+that is made of itself, becomes a problem of its member and does not raise an error.
 """
 
 import json
@@ -26,17 +26,18 @@ SOUP, CHECKPOINT, MISSING = "soup", "checkpoint", "missing"
 
 @dataclass(frozen=True)
 class Member:
-    """One version of a family, as its tags tell; None is what they do not.
+    """One version of a family, as its tags describe it; None where a tag is missing.
 
     Attributes:
-        version: which one.
-        kind: `soup`, `checkpoint` (no parents are told of it) or `missing` from the registry.
-        parents: versions it is made of, oldest first, each with its merge weight λ.
-        gate: `passed`, `refused`, or what somebody wrote there.
+        version: the version.
+        kind: `soup`, `checkpoint` (a version without the tag of parents) or `missing`.
+        parents: the versions it is made of, oldest first, each with its merge weight λ.
+        gate: `passed`, `refused`, or any other text that someone wrote there.
         digest: canonical digest of its tensors.
-        promoted_to: where it was promoted to, `alias champion`; it may have moved on since.
-        aliases: those that point to it now.
-        problems: why it cannot all be told.
+        promoted_to: the target it was promoted to, such as `alias champion`; the target may point
+            elsewhere now.
+        aliases: the aliases that point to it now.
+        problems: what is wrong with its tags.
     """
 
     version: Version
@@ -51,24 +52,24 @@ class Member:
 
 @dataclass(frozen=True)
 class Family:
-    """A version and all that it is made of; every parent of a member is a member."""
+    """A version and its ancestors; every parent of a member is a member."""
 
     root: Version
     members: Mapping[Version, Member]
 
 
 def read(version: Version, tags: Mapping[str, str], aliases: tuple[str, ...] = ()) -> Member:
-    """What a version's tags tell of it; what cannot be read there is a problem of the member."""
+    """The member that a version's tags describe; unreadable tags become its problems."""
     problems = []
     told = tags.get(naming.PARENTS)
     parents = _parents(version.name, told) if told is not None else ()
     if told is not None and not parents:
-        problems.append(f"{naming.PARENTS} = {reprlib.repr(told)} names no parents")
+        problems.append(f"{naming.PARENTS} = {reprlib.repr(told)} does not name parents")
     tag = naming.WEIGHTS if naming.WEIGHTS in tags else naming.LAMBDA
     written = tags.get(tag)
     weights = _weights(written, parents) if written is not None else None
     if parents and written is not None and weights is None:
-        problems.append(f"{tag} = {reprlib.repr(written)} is no weight")
+        problems.append(f"{tag} = {reprlib.repr(written)} does not give the parents' weights")
     return Member(
         version,
         SOUP if told is not None else CHECKPOINT,
@@ -82,19 +83,19 @@ def read(version: Version, tags: Mapping[str, str], aliases: tuple[str, ...] = (
 
 
 def _parents(name: str, told: str) -> tuple[Version, ...]:
-    """The parents a tag names; none when it cannot be read."""
+    """The parents that a tag names; empty if the tag is unreadable."""
     try:
         parents = naming.parse_parents(name, told)
         for parent in parents:
             check_name(parent.name)
-    except ValueError:  # a SpecError is one, too
+    except ValueError:  # a SpecError is a ValueError, too
         return ()
     # 2³¹: MLflow keeps the number in a 32-bit column
     return parents if all(0 < parent.number < 2**31 for parent in parents) else ()
 
 
 def _weights(told: str, parents: tuple[Version, ...]) -> tuple[float | None, ...] | None:
-    """Each parent's weight, as far as a tag tells: λ of the newest tells it of two."""
+    """Each parent's weight; of two parents, the tag may hold the newer one's alone."""
     try:
         weights = naming.parse_weights(told)
     except ValueError:
@@ -109,19 +110,19 @@ def _weights(told: str, parents: tuple[Version, ...]) -> tuple[float | None, ...
 
 
 def gather(root: Version, members: Mapping[Version, Member]) -> Family:
-    """The family of a version; a member with a parent that is made of it has that as a problem."""
+    """The family of a version; a cycle becomes a problem of the member that closes it."""
     told = dict(members)
     for step in _walk(Family(root, members)):
         if step.cycle:
             member = told[step.soup]
-            problem = f"its parent {step.parent} is made of it: a cycle"
+            problem = f"its parent {step.parent} is made of it, which is a cycle"
             told[step.soup] = replace(member, problems=(*member.problems, problem))
     return Family(root, told)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """From a soup to one of its parents; `again` when the parent was met before."""
+    """A step from a soup to one of its parents; `again` if the walk met the parent before."""
 
     soup: Version
     parent: Version
@@ -132,7 +133,7 @@ class _Step:
 
 
 def _walk(family: Family) -> Iterator[_Step]:
-    """Every edge once, depth first; no recursion, since soups of soups have no end."""
+    """Every edge once, depth first; without recursion, since families may be of any depth."""
     met, way = {family.root}, {family.root}
     stack = [(family.root, "", deque(family.members[family.root].parents))]
     while stack:
@@ -151,7 +152,7 @@ def _walk(family: Family) -> Iterator[_Step]:
 
 
 def _words(member: Member) -> str:
-    """What is to be said of a member in one line."""
+    """One line about a member: its kind, gate, aliases and problems."""
     if member.kind == MISSING:
         return "missing from the registry"
     words = [member.kind]
@@ -166,7 +167,7 @@ def _words(member: Member) -> str:
 
 
 def text(family: Family) -> str:
-    """A tree for the terminal, each soup above its parents; a version met again is not repeated."""
+    """A tree for the terminal, each soup above its parents; a repeated version says `see above`."""
     lines = [f"{family.root}: {_words(family.members[family.root])}"]
     for step in _walk(family):
         share = "" if step.weight is None else f"{step.weight:g} × "
@@ -176,7 +177,7 @@ def text(family: Family) -> str:
 
 
 def as_json(family: Family) -> str:
-    """A graph for programs: each version once, under the URI that MLflow knows it by."""
+    """A JSON graph for programs; each version is one node, named by its MLflow URI."""
     nodes = [
         {
             "uri": version.uri,
@@ -200,7 +201,7 @@ def as_json(family: Family) -> str:
 
 
 def mermaid(family: Family) -> str:
-    """A Mermaid graph, for Markdown pages that draw it; parents above, soups below."""
+    """A Mermaid graph for Markdown pages; each parent above its soups."""
     ids = {version: f"n{i}" for i, version in enumerate(family.members)}
     lines = ["graph TD"]
     for version, member in family.members.items():
@@ -214,7 +215,7 @@ def mermaid(family: Family) -> str:
 
 
 def _entities(label: str) -> str:
-    """The label with all that Mermaid, Markdown or HTML could read as syntax as `#code;`."""
+    """The label; characters that Mermaid, Markdown or HTML read as syntax become `#code;`."""
     return re.sub(r"[^\w .,:@/=-]", lambda match: f"#{ord(match[0])};", label)
 
 

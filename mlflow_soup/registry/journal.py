@@ -1,7 +1,8 @@
-"""Evaluations that MLflow does not hold yet, on this machine: they outlive store and process.
+"""Evaluations on this machine that MLflow does not hold yet; they survive outages and crashes.
 
-An entry is named by what was scored and how (`lineage.MEASURED`), so that it is found again by
-whoever asks for the same. It is written before MLflow is told, and dropped once MLflow has it.
+The name of an entry is the digest of the weights and of the way they were scored
+(`naming.MEASURED`), so that any request for the same evaluation finds it. It is written before
+MLflow is told, and deleted once MLflow has it.
 """
 
 import contextlib
@@ -14,41 +15,41 @@ from mlflow_soup.files.durable import check_space, on_disk, replace
 from mlflow_soup.registry import scores
 from mlflow_soup.registry.scores import Scores
 
-ROOM = 64 << 20  # bytes that must be free before an evaluation begins: its rows have to be kept
+ROOM = 64 << 20  # bytes that must be free before an evaluation begins, for its rows
 _FORGOTTEN_S = 90 * 24 * 3600
 
 
 @dataclass(frozen=True)
 class Journal:
-    """A folder of entries, each complete or not there."""
+    """A folder of entries; each is complete or absent."""
 
     folder: Path
 
     def open(self) -> None:
-        """Make the folder, and sweep what was written three months ago and never told.
+        """Make the folder, and delete entries that MLflow never got within three months.
 
         Raises:
-            StoreError: it cannot be made.
+            StoreError: the folder cannot be made.
         """
         with on_disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # dropped by another just now
+                with contextlib.suppress(FileNotFoundError):  # another process deleted it just now
                     if time.time() - path.stat().st_mtime > _FORGOTTEN_S:
                         path.unlink()
 
     def read(self, measured: str) -> Scores | None:
-        """An entry; None if there is none, or it is damaged."""
+        """An entry; None if it is absent or damaged."""
         try:
             return scores.read(self._path(measured))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def recall(self, measured: str, evaluate: Callable[[], Scores]) -> Scores:
-        """An entry, evaluated and written before it is returned where there was none.
+        """An entry; if there is none, evaluate, and write the result before it is returned.
 
         Raises:
-            StoreError: the disk has no room for it; said before anything is evaluated.
+            StoreError: the disk has no room; this is checked before the evaluation.
         """
         found = self.read(measured)
         if found is None:
@@ -58,7 +59,7 @@ class Journal:
         return found
 
     def drop(self, measured: str) -> None:
-        """Forget an entry that MLflow has by now."""
+        """Delete an entry that MLflow has by now."""
         self._path(measured).unlink(missing_ok=True)
 
     def _path(self, measured: str) -> Path:

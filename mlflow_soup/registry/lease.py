@@ -1,7 +1,7 @@
-"""One process at a time works on a request; whoever asks for the same waits, or takes over.
+"""One process at a time works on a request; another one waits for it, or takes over if it is dead.
 
-A lease spares work and guards nothing: two that hold it at once, because one was taken for dead,
-still register one version (`registry.register`) and promote once (`ledger`).
+A lease saves work, and nothing depends on it. If two processes hold it at once, because one was
+taken for dead, they still register one version (`registry.register`) and promote once (`ledger`).
 """
 
 import contextlib
@@ -22,40 +22,40 @@ from mlflow_soup.registry.store import Store
 
 logger = logging.getLogger("mlflow_soup")
 BEAT_S = 15.0
-GRACE_S = 90.0  # without a beat before a holder on another machine counts as dead
-LOOK_S = 2.0  # between two looks of one who waits
+GRACE_S = 90.0  # a holder on another machine counts as dead after so long without a beat
+LOOK_S = 2.0  # between two looks of a waiting process
 _ENDED = "ended"
 
 
 class Lease:
-    """A lease that is held."""
+    """A lease that this process holds."""
 
     def __init__(self, ledger: Ledger, series: str, number: int) -> None:
         self._ledger, self._series, self._number = ledger, series, number
         self._stopped, self._lost = threading.Event(), ""
-        self._seen = time.time()  # it goes on while the machine sleeps
+        self._seen = time.time()  # not monotonic: that stands still while the machine sleeps
 
     def check(self) -> None:
-        """Stop when another took over meanwhile: it found no sign of life for too long.
+        """Stop if another process took over because it saw no beat of this one for too long.
 
-        Who was asleep and has just woken up asks the store; else the last beat tells.
+        Each beat looks for that. After a pause, such as a laptop's sleep, `check` looks itself.
 
         Raises:
-            OvertakenError: another works on the same request now.
+            OvertakenError: another process works on the same request now.
         """
         if not self._lost and time.time() - self._seen > 2.0 * BEAT_S:
             self._look("beat after a pause")
         if self._lost:
             raise OvertakenError(
-                "another process took over, since this one gave no sign of life",
-                where=self._lost,
-                fix="wait for it; the same command then finds its result",
+                "another process took over the request, because this one gave no sign of life",
+                where=f"the other process runs on {self._lost}",
+                fix="wait for that process, then run the same command again: it finds the result",
             )
 
     def _look(self, beat: str) -> None:
-        """Give a sign of life, and see whether another has the lease by now."""
+        """Write a beat, and see whether another process has the lease by now."""
         hasty = self._ledger.hasty
-        with contextlib.suppress(SoupError):  # a store that is away is away for all
+        with contextlib.suppress(SoupError):  # while the store is away, nobody can take over
             hasty.mark(self._series, self._number, beat)
             last = hasty.read(self._series)[-1]
             self._seen = time.time()
@@ -63,7 +63,7 @@ class Lease:
                 self._lost = str(last.told.get("host", "unknown"))
 
     def _beat(self) -> None:
-        """A sign of life every few seconds, in a thread of its own."""
+        """Write a beat every few seconds; this runs in a thread of its own."""
         beats = 0
         while not self._lost and not self._stopped.wait(BEAT_S):
             beats += 1
@@ -71,7 +71,7 @@ class Lease:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Give signs of life while the block runs, and say when it ends."""
+        """Write beats while the block runs, and end the lease afterwards."""
         thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         thread.start()
         try:
@@ -79,24 +79,25 @@ class Lease:
         finally:
             self._stopped.set()
             thread.join(BEAT_S)
-            with contextlib.suppress(SoupError):  # who waits will see that the beats have ended
+            # without the mark, a waiting process sees that the beats stopped
+            with contextlib.suppress(SoupError):
                 self._ledger.hasty.mark(self._series, self._number, _ENDED)
 
 
 @contextlib.contextmanager
 def hold(client: Store, name: str, key: str, folder: Path) -> Iterator[Callable[[], None]]:
-    """Work on a request alone, after whoever does it now.
+    """Wait until no other process works on a request, then hold its lease.
 
-    Who may not write to the ledger works without a lease: it only spares work.
+    A user who may not write to the ledger works without a lease, because it only saves work.
 
     Args:
-        client: of the store.
+        client: the store's client.
         name: the registered model.
-        key: of the request.
-        folder: on this machine, where processes see each other at once; made if not there.
+        key: the request's key.
+        folder: the folder for locks on this machine; it is made if it does not exist.
 
     Yields:
-        A check that raises an OvertakenError when another took over meanwhile.
+        A check that raises an OvertakenError if another process took over.
     """
     said = False
     while True:
@@ -111,8 +112,8 @@ def hold(client: Store, name: str, key: str, folder: Path) -> Iterator[Callable[
                 return
         if not said:
             logger.warning(
-                "another process on this machine works on the same request: waiting for it "
-                "(lsof %s tells which)",
+                "another process on this machine works on the same request; this process "
+                "waits (lsof %s shows which it is)",
                 _lock_of(folder, key),
             )
         said = True
@@ -120,23 +121,25 @@ def hold(client: Store, name: str, key: str, folder: Path) -> Iterator[Callable[
 
 
 def _begin(client: Store, name: str, key: str, folder: Path) -> Lease | None:
-    """A lease; None where the store refuses one."""
+    """A new lease; None if the store refuses it."""
     try:
         return _claim(open_ledger(client, name), key, folder)
     except StoreError:
         raise
     except RegistryError as error:
-        logger.warning("%s; others may do the same work meanwhile", error.what)
+        logger.warning("%s; other processes may do the same work at the same time", error.what)
         return None
 
 
 def held(ledger: Ledger, keys: set[str], folder: Path) -> set[str]:
-    """The requests that anybody works on now; listens once for signs of life from other machines.
+    """The keys of the requests that a process works on now, on any machine.
+
+    This waits up to `GRACE_S` seconds, once for all of them, for beats from other machines.
 
     Args:
-        ledger: of the registered model.
-        keys: of the requests that are asked about.
-        folder: as of `hold`.
+        ledger: the registered model's ledger.
+        keys: the keys of the requests in question.
+        folder: the folder for locks on this machine, as in `hold`.
     """
     found, silent = set[str](), dict[str, Entry]()
     for key in sorted(keys):
@@ -150,18 +153,16 @@ def held(ledger: Ledger, keys: set[str], folder: Path) -> set[str]:
                 silent[key] = last
     if silent:
         hosts = sorted({str(last.told.get("host", "unknown")) for last in silent.values()})
-        logger.warning(
-            "listening to %s for up to %.0f s: are they still at work?", ", ".join(hosts), GRACE_S
-        )
+        logger.warning("waiting up to %.0f s for signs of life from %s", GRACE_S, ", ".join(hosts))
     heard = _listen(ledger, silent)
     return found | {key for key, newest in heard.items() if newest.mark != _ENDED}
 
 
 def _listen(ledger: Ledger, lasts: Mapping[str, Entry]) -> dict[str, Entry]:
-    """What each request's lease shows anew, until all have or grace is over.
+    """Request → the newest entry of its lease, for each lease that changes before grace is over.
 
-    Clocks of other machines are not trusted: what counts is how long we see no beat, while the
-    store is there; when it was away for us it was so for the holder.
+    Clocks of other machines are not trusted: we count the seconds in which we see no beat. The
+    count starts again after an outage of the store, in which the holder could not write beats.
     """
     heard: dict[str, Entry] = {}
     quiet = 0.0
@@ -187,8 +188,9 @@ def _lock_of(folder: Path, key: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(folder: Path, key: str) -> Iterator[bool]:
-    """Whether we have a lock that goes with the process, however it ends."""
+    """Whether we got the lock, which the system releases however the process ends."""
     path = _lock_of(folder, key)
+    # not filelock: it cannot lock another user's file, and fails on a file system without locks
     with on_disk(path):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -198,7 +200,7 @@ def _locked(folder: Path, key: str) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             ours = False
-        except OSError as error:  # a file system without locks
+        except OSError as error:  # the file system has no locks
             logger.warning("%s cannot be locked: %s", path, error.strerror)
         yield ours
     finally:
@@ -206,15 +208,15 @@ def _locked(folder: Path, key: str) -> Iterator[bool]:
 
 
 def _claim(ledger: Ledger, key: str, folder: Path) -> Lease:
-    """The next lease of a request, once the last one has ended or its holder is dead."""
+    """The next lease of a request, after the last one has ended or its holder is dead."""
     series, here, said = _series(key), _identity(folder), False
     while True:
         last = next(iter(ledger.read(series)[::-1]), None)
         if last is not None and last.mark != _ENDED:
             if not said and last.told.get("cache") != here:
                 logger.warning(
-                    "%s works on the same request: waiting for it, or until it gives no sign of "
-                    "life for %.0f s",
+                    "a process on %s works on the same request; this process waits until it ends, "
+                    "or gives no sign of life for %.0f s",
                     *(last.told.get("host", "another machine"), GRACE_S),
                 )
                 said = True
@@ -228,17 +230,18 @@ def _claim(ledger: Ledger, key: str, folder: Path) -> Lease:
 
 
 def _is_dead(ledger: Ledger, key: str, last: Entry, here: str) -> bool:
-    """Whether the holder of a lease gives no sign of life; False as soon as anything happens."""
+    """Whether the holder of a lease writes no beat during grace; False once its entry changes."""
     if last.told.get("cache") == here:
-        return True  # else it would have the lock that we have
+        return True  # a live holder would have the lock that we have
     if _listen(ledger, {key: last}):
         return False
-    logger.warning("no sign of life from %s", last.told.get("host", "its holder"))
+    host = last.told.get("host", "another machine")
+    logger.warning("the process on %s gave no sign of life: this one takes over", host)
     return True
 
 
 def _identity(folder: Path) -> str:
-    """A name for this folder, that processes which share it have in common."""
+    """A random name for the folder, the same for all processes that share it."""
     path = folder / "identity"
     if not path.is_file():
         replace(path, lambda partial: partial.write_text(secrets.token_hex(16)))

@@ -1,9 +1,10 @@
-"""What happened to a registered model, in order: entries that nobody can write twice.
+"""The ledger of a registered model: what happened to it, in numbered entries that are written once.
 
-MLflow has one operation that only the first of several callers wins: a run's param is written once.
-So entry n + 1 of a series is a param of one run, and whoever writes it knows that nothing came
-between. The run is alone in an experiment named after the model, which is made aside and then
-renamed, as names of experiments are unique.
+MLflow has one operation in which only the first of several callers succeeds: a run's param cannot
+be changed. So entry n + 1 of a series is a param of the ledger's run, and the process that writes
+it knows that no other entry followed entry n. The run is the only one of its experiment, which is
+named after the model. Names of experiments are unique: of several new ledgers, each made under a
+name of its own, the first to be renamed stays.
 """
 
 import json
@@ -22,12 +23,12 @@ from mlflow_soup.registry.store import Store, pages
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that happened.
+    """One entry of a series.
 
     Attributes:
         number: from 1, without gaps.
-        told: what was written.
-        mark: what its writer noted on it later, and may note anew; empty for nothing.
+        told: its content, which is written once.
+        mark: a note that its writer added later and may replace; empty for none.
     """
 
     number: int
@@ -37,7 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger of one registered model: series of entries, each under a name."""
+    """The ledger of one registered model: several named series of entries."""
 
     client: Store
     name: str
@@ -45,7 +46,7 @@ class Ledger:
 
     @property
     def hasty(self) -> "Ledger":
-        """The same ledger, asked once: for what can be done later."""
+        """The same ledger without retries, for calls that may fail."""
         return replace(self, client=self.client.hasty)
 
     def read(self, series: str) -> list[Entry]:
@@ -67,12 +68,12 @@ class Ledger:
         return sorted(name for name in names if name.startswith(kind))
 
     def append(self, series: str, number: int, told: Mapping[str, Any]) -> bool:
-        """Write an entry; False when another has written one of this number before.
+        """Append an entry; False if another process appended one of this number first.
 
         Args:
-            series: its name.
-            number: one more than the last that was read.
-            told: what happened; it should say by whom, so that no two entries are equal.
+            series: the name of the series.
+            number: the number of the last entry that was read, plus one.
+            told: its content; it must be unique, for example by a nonce.
         """
         text = json.dumps(told, sort_keys=True)
         with asking(f"write to the ledger of {self.name}"):
@@ -82,11 +83,11 @@ class Ledger:
                 if "Changing param values is not allowed" in str(error.message):
                     return False
                 raise
-            # an answer of the store is not needed to know who was first
+            # the answer may be lost, so the ledger says which entry came first
             return self.client.get_run(self.run_id).data.params[_key(series, number)] == text
 
     def mark(self, series: str, number: int, text: str) -> None:
-        """Note something on an entry; the last note counts."""
+        """Mark an entry; a new mark replaces the old one."""
         with asking(f"write to the ledger of {self.name}"):
             self.client.set_tag(self.run_id, _key(series, number), text)
 
@@ -96,7 +97,7 @@ def _key(series: str, number: int) -> str:
 
 
 def _read(text: str) -> dict[str, Any]:
-    """An entry as it was written; what somebody else wrote there is shown as it is."""
+    """An entry's content; text that is not ours is kept under `unreadable`."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -105,10 +106,10 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def open_ledger(client: Store, name: str) -> Ledger:
-    """The ledger of a registered model; made when it is asked for first.
+    """The ledger of a registered model; the first call makes it.
 
     Raises:
-        RegistryError: somebody deleted it.
+        RegistryError: the ledger was deleted, or its experiment is not a ledger.
     """
     found = find_ledger(client, name)
     if found is None:
@@ -120,10 +121,10 @@ def open_ledger(client: Store, name: str) -> Ledger:
 
 
 def find_ledger(client: Store, name: str) -> Ledger | None:
-    """The ledger of a registered model; None when nothing was ever written.
+    """The ledger of a registered model, or None if it was never made.
 
     Raises:
-        RegistryError: somebody deleted it.
+        RegistryError: the ledger was deleted, or its experiment is not a ledger.
     """
     title = naming.ledger_name(name)
     with asking(f"open the ledger of {name}"):
@@ -132,16 +133,16 @@ def find_ledger(client: Store, name: str) -> Ledger | None:
         return None
     if experiment.lifecycle_stage != "active" or naming.LEDGER not in experiment.tags:
         raise RegistryError(
-            f"the ledger of {name} was deleted, or is none",
+            f"the ledger of {name} was deleted, or its experiment is not a ledger",
             where=f"{where()}, experiment {title!r} ({experiment.experiment_id})",
             fix="restore it: mlflow experiments restore --experiment-id "
-            f"{experiment.experiment_id}; or rename it, to begin a new one",
+            f"{experiment.experiment_id}; or rename the experiment, and a new ledger begins",
         )
     return Ledger(client, name, experiment.tags[naming.LEDGER])
 
 
 def leftovers(client: Store, name: str) -> list[tuple[str, str]]:
-    """Id and name of the experiments that were to become this ledger and did not."""
+    """Id and name of the experiments that were made for this ledger and never became it."""
     aside = f"{naming.ledger_name(name)}/"
     with asking(f"look for ledgers of {name}"):
         found = pages(client.search_experiments)
@@ -149,7 +150,7 @@ def leftovers(client: Store, name: str) -> list[tuple[str, str]]:
 
 
 def _make(client: Store, name: str) -> None:
-    """An experiment with the ledger's run, under a name of its own first; the first rename wins."""
+    """Make an experiment with the ledger's run under a unique name; the first rename wins."""
     title = naming.ledger_name(name)
     aside = f"{title}/{uuid.uuid4().hex}"
 
@@ -160,14 +161,14 @@ def _make(client: Store, name: str) -> None:
     experiment = client.once(look, lambda: str(client.create_experiment(aside)), "make a ledger")
     tags = {naming.ROLE: "ledger", "mlflow.note.content": _NOTE.format(name=name)}
     run_id = client.begin_run(experiment, f"ledger of {name}", tags)
-    client.set_terminated(run_id)  # nothing runs; params may be written all the same
+    client.set_terminated(run_id)  # MLflow still writes params to a run that has ended
     client.set_experiment_tag(experiment, naming.LEDGER, run_id)
     try:
         client.rename_experiment(experiment, title)
     except MlflowException:
         if client.get_experiment_by_name(title) is None:
             raise
-    if client.get_experiment(experiment).name != title:  # another was quicker
+    if client.get_experiment(experiment).name != title:  # another process was first
         client.discard(lambda: client.delete_experiment(experiment), "delete a ledger")
 
 

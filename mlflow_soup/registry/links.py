@@ -1,4 +1,4 @@
-"""Pages of the MLflow UI: of a version, a run, and the comparison of a search's trials."""
+"""Links to pages of the MLflow UI: a version, a run, the comparison of a search's trials."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from mlflow_soup.registry.store import Store
 
 
 def link(path: str) -> str:
-    """Where the UI shows something: on the tracking server, else where `mlflow ui` starts one."""
+    """The URL of a page: on the tracking server, or on the one that `mlflow ui` would start."""
     server = where().rstrip("/") if _on_server() else "http://127.0.0.1:5000"
     return f"{server}/#{path}"
 
 
 def how_to_look() -> str:
-    """The command that opens the UI on the store at hand; empty where it is a server already."""
+    """The command that starts the UI on this store; empty if the store is a server."""
     return "" if _on_server() else f"mlflow ui --backend-store-uri {where()}"
 
 
@@ -28,16 +28,17 @@ def _on_server() -> bool:
 
 
 def run_path(client: Store, run_id: str) -> str:
-    """The UI's path of a run, in the mode that shows models and metrics."""
+    """The path of a run's page, in the mode that shows models and metrics."""
     experiment = client.get_run(run_id).info.experiment_id
     return f"/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
 
 
 def share_view(client: Store, run_id: str) -> str:
-    """Prepare the UI's comparison of a search's trials; its path.
+    """Prepare the UI's comparison of a search's trials, and return its path.
 
-    A table of λ and scores, a scatter of score over λ and parallel coordinates. How MLflow stores a
-    shared view is not documented; where a UI does not know it, the link shows the plain run list.
+    It shows a table of λ and scores, a scatter plot of the score over λ, and parallel coordinates.
+    MLflow does not document how it stores a shared view. A UI that does not know the view shows the
+    plain list of runs.
     """
     run = client.get_run(run_id)
     key, experiment = run.data.tags[naming.KEY], run.info.experiment_id
@@ -65,7 +66,7 @@ def share_view(client: Store, run_id: str) -> str:
         ],
     }
     share = key[:16]
-    with contextlib.suppress(MlflowException):  # who may not tag the experiment has no view
+    with contextlib.suppress(MlflowException):  # a user who may not tag the experiment gets no view
         client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{share}", json.dumps(state))
     return (
         f"/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
@@ -74,5 +75,5 @@ def share_view(client: Store, run_id: str) -> str:
 
 
 def version_path(version: Version) -> str:
-    """The UI's path of a version."""
+    """The path of a version's page."""
     return f"/models/{version.name}/versions/{version.number}"

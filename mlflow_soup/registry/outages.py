@@ -1,4 +1,4 @@
-"""What happens when a store is away or refuses, or a disk is full: each becomes our error."""
+"""Tell passing errors of stores and disks from lasting ones, and turn both into our errors."""
 
 import contextlib
 import errno
@@ -15,25 +15,25 @@ from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from mlflow_soup.errors import AwayError, RegistryError, StoreError
 from mlflow_soup.redaction import redact
 
-_SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S3's words
-# what MLflow calls "temporarily unavailable" and stays so; and why a download is refused
+_SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S3's error codes
+# reasons that do not pass, though MLflow may call the store "temporarily unavailable"
 _DENIED = re.compile(
     r"read-?\s?only|no such (table|column)|denied|unable to open|forbidden|\b40[13]\b", re.I
 )
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
-# of SQLite and PostgreSQL, MySQL
+# messages of SQLite, Python and PostgreSQL, MySQL
 _FULL = ("disk is full", "No space left", "could not extend file", "The table is full")
-# of a disk that fails, or that nobody may write to
+# errors of a disk that fails or must not be written to
 _BROKEN = (errno.EIO, errno.EROFS, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.EACCES)
 
 
 def where() -> str:
-    """The tracking store, for errors."""
+    """The tracking store's URI without secrets, for errors."""
     return redact(str(mlflow.get_tracking_uri()))
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it came from."""
+    """An exception, its cause, the cause of that, and so on."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -41,7 +41,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a disk has no space left, ours or the database's."""
+    """Whether our disk or the database's has no space left."""
     return any(
         (isinstance(e, OSError) and e.errno == errno.ENOSPC)
         or (isinstance(e, MlflowException) and any(word in str(e.message) for word in _FULL))
@@ -50,12 +50,12 @@ def is_full(error: BaseException) -> bool:
 
 
 def is_denied(error: MlflowException) -> bool:
-    """Whether it says that somebody may not, which waiting does not change."""
+    """Whether the store denies access, which does not change with time."""
     return _DENIED.search(str(error.message)) is not None
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may work later: the store is away, overloaded, or broke down in it."""
+    """Whether the same call may succeed later: the store is away, overloaded, or has failed."""
     if is_full(error):
         return False
     for cause in chain(error):
@@ -70,7 +70,7 @@ def is_transient(error: BaseException) -> bool:
                 return True
             status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             return status == 429 or status >= 500
-        # a server whose connections are all in use says BAD_REQUEST
+        # a server answers BAD_REQUEST when all its database connections are in use
         if isinstance(cause, MlflowException) and (
             cause.error_code in _BUSY or "QueuePool limit" in str(cause.message)
         ):
@@ -80,15 +80,18 @@ def is_transient(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Turn what MLflow raises into our errors, with what was being done; also a decorator.
+    """Turn errors of MLflow into ours, which say what the program tried; also a decorator.
+
+    Args:
+        what: completes "while trying to …".
 
     Raises:
-        StoreError: the store went away, or a disk is full or fails.
+        StoreError: the store was away too long, or a disk is full or fails.
         RegistryError: MLflow refused.
     """
     try:
         yield
-    except AwayError as error:  # of the one call that it was
+    except AwayError as error:  # it names only the one call
         raise away(what, error.__cause__) from error.__cause__
     except (MlflowException, OSError, BotoCoreError, ClientError, Boto3Error) as error:
         place = next(filter(None, (getattr(e, "filename", "") for e in chain(error))), "")
@@ -96,7 +99,7 @@ def asking(what: str) -> Iterator[None]:
             raise StoreError(
                 f"no space left while trying to {what}",
                 where=str(place or where()),
-                fix="make room, then run the same command again: it continues",
+                fix="free some space, then run the same command again: it continues",
             ) from error
         if is_transient(error):
             raise away(what, error) from error
@@ -104,29 +107,29 @@ def asking(what: str) -> Iterator[None]:
             raise StoreError(
                 f"the artifact store refused to {what}: {error}",
                 where=where(),
-                fix="check its credentials, then run the same command again: it continues",
+                fix="check the store's credentials, then run the same command again: it continues",
             ) from error
         if isinstance(error, OSError) and error.errno in _BROKEN:
             raise StoreError(
                 f"a disk refused to {what}: {error.strerror}",
                 where=str(place or where()),
-                fix="mend it or its permissions, then run the same command again: it continues",
+                fix="repair the disk or its permissions, then run the same command again",
             ) from error
         if not isinstance(error, MlflowException | RequestException):
             raise
         raise RegistryError(
             f"MLflow refused to {what}: {error}",
             where=where(),
-            fix="check the store and your permissions there, then run the same command again",
+            fix="check the store and your permissions in it, then run the same command again",
         ) from error
 
 
 def away(what: str, error: BaseException | None) -> AwayError:
-    """The error for a store that did not answer."""
-    # before it is cut: half a password would pass
+    """The error for a store that did not answer in time."""
+    # redacted before it is cut: the filter would not know half a password
     reason = (redact(str(error)).splitlines() or [""])[0][:300]
     return AwayError(
         f"the MLflow store did not answer while trying to {what}: {reason}",
         where=where(),
-        fix="once it is back, run the same command again: it continues",
+        fix="wait until the store answers, then run the same command again: it continues",
     )

@@ -1,10 +1,10 @@
-"""Move an alias, a stage or another model's alias: who was first is settled before anything moves.
+"""Move an alias, a stage or another model's alias, after the ledger decides which process may.
 
-A promotion is an entry in the ledger of the registered model that owns the target, then the move
-itself, then a mark on the entry that it was made. Of several at once one writes the next entry; the
-others are overtaken. Only who wrote an entry moves by it: where a process was killed in between,
-nobody was told that its promotion succeeded, and the same command makes it anew. A target that was
-moved by hand, past the ledger, stays where it was put.
+A promotion takes three steps: it appends an entry to the ledger of the model that owns the target,
+it moves the target, and it marks the entry as made. Of several simultaneous promotions, one appends
+the next entry and the others are overtaken. Only the process that appended an entry moves the
+target for it. If that process is killed before it moves the target, nobody was told of a success,
+and the same command promotes again. If someone moved the target by hand, it stays where it is.
 """
 
 import getpass
@@ -26,17 +26,17 @@ from mlflow_soup.request.names import Target
 
 MADE, VOID = "made", "void"  # marks on entries
 SERIES = "promotion/"
-# a promotion takes a second; clocks of two machines may differ by more
+# a promotion takes a second, but the clocks of two machines may differ by more
 UNDER_WAY_S = 600.0
 
 
 def series_of(target: Target) -> str:
-    """The ledger's name for all that happened to a target."""
+    """The name of the series of entries about a target."""
     return f"{SERIES}{'stage' if target.kind == 'stage' else 'alias'} {target.name}"
 
 
 def target_of(series: str) -> Target:
-    """The target that a series is about, as the model that owns it sees it."""
+    """The target that a series is about, as its owner names it: without a model."""
     kind, _, name = series.removeprefix(SERIES).partition(" ")
     return Target(kind, name)
 
@@ -47,82 +47,144 @@ def promote(
     target: Target,
     check: Callable[[Version], None] = lambda _: None,
 ) -> Version:
-    """Point the target at a version whose gate passed; tags first, the pointer last, then look.
+    """Point the target at a version that passed the gate, and return what it then points to.
+
+    The order of the last three steps survives a crash: the ledger's entry, the move, the mark.
 
     Args:
-        client: of the store.
-        version: the soup; its bytes were verified by the caller.
-        target: alias, stage, or alias of another registered model (which gets a copy).
+        client: the store's client.
+        version: the soup; the caller has verified its bytes.
+        target: an alias, a stage, or an alias of another registered model, which gets a copy.
         check: raises a GateError for a version that the soup was not judged against.
 
     Returns:
-        The version the target points to: `version`, or its copy in the other model.
+        `version`, or its copy in the other model.
 
     Raises:
-        GateError: the gate has not passed it, or not against what stands there.
-        OvertakenError: another promotion came between; what it put there stays.
+        GateError: the gate did not pass the version, or judged it against another version than
+            the one at the target.
+        OvertakenError: another promotion came first; the target keeps what it put there.
     """
     tags = tags_of(client, version)
-    if tags.get(naming.GATE) != naming.PASSED:
-        raise GateError(
-            f"{version} has not passed the gate, so it is not promoted",
-            where=f"{version.uri}, tag {naming.GATE}",
-            fix=f"mlflow-soup evaluate and mlflow-soup gate --model {version.name} "
-            f"--version v{version.number} decide",
-        )
-    owner = target.model or version.name
+    _require_passed(version, tags)
     with asking(f"promote {version} to {target}"):
+        owner = target.model or version.name
         if target.model:
             version = _copy(client, version, target.model)
-        ledger, series = open_ledger(client, owner), series_of(target)
-        entries = ledger.read(series)
-        if entries and not entries[-1].mark:
-            if entries[-1].told.get("to") != version.number and is_under_way(entries[-1]):
-                raise _overtaken(target, version, version_at(client, owner, target))
-            entries[-1] = settle(ledger, series, entries[-1])
+        ledger = open_ledger(client, owner)
+        entries = _settle_last(ledger, target, version)
         previous = version_at(client, owner, target)
-        if previous is not None and previous != version:
-            try:
-                check(previous)
-            except GateError as error:
-                last = last_made(ledger.read(series))
-                if last is None or last.told.get("to") != previous.number:
-                    raise  # it was put there by hand
-                raise _overtaken(target, version, previous) from error
-        before = last_made(entries)
-        if previous == version and before is not None and before.told.get("to") == version.number:
+        _check_previous(ledger, target, version, previous, check)
+        if previous == version and _was_made(entries, version):
             return version
-        told = {
-            "to": version.number,
-            "from": previous.number if previous else None,
-            "digest": tags.get(naming.DIGEST),
-            "gate_run": tags.get(naming.GATE_RUN),
-            "verdict": tags[naming.GATE],
-            "target": str(target),
-            **signature(),
-        }
-        number = len(entries) and entries[-1].number
-        if not ledger.append(series, number + 1, told):
+        told = _announcement(version, previous, target, tags)
+        ours = Entry(entries[-1].number + 1 if entries else 1, told)
+        if not ledger.append(series_of(target), ours.number, told):
             raise _overtaken(target, version, previous)
-        newest = ledger.read(series)[-1]
-        found = version_at(client, owner, target)
-        # who was held up for so long that others settled the entry, or went on, moves nothing
-        if newest.number == number + 1 and not newest.mark and found in (previous, version):
-            _move(client, version, target, told)
-            found = version_at(client, owner, target)
-        ledger.mark(series, number + 1, MADE if found == version else VOID)
+        found = _move_unless_overtaken(ledger, target, ours, version, previous)
+        ledger.mark(series_of(target), ours.number, MADE if found == version else VOID)
     if found != version:
         raise _overtaken(target, version, found)
     return version
 
 
+def _require_passed(version: Version, tags: Mapping[str, str]) -> None:
+    """Refuse a version that the gate has not passed.
+
+    Raises:
+        GateError: its tag `soup.gate` is not `passed`.
+    """
+    if tags.get(naming.GATE) != naming.PASSED:
+        raise GateError(
+            f"{version} has not passed the gate, so it is not promoted",
+            where=f"{version.uri}, tag {naming.GATE}",
+            fix=f"run mlflow-soup evaluate and then mlflow-soup gate --model {version.name} "
+            f"--version v{version.number}",
+        )
+
+
+def _settle_last(ledger: Ledger, target: Target, version: Version) -> list[Entry]:
+    """The target's entries, after an entry without a mark was settled.
+
+    Raises:
+        OvertakenError: another process may still be at work on the last entry.
+    """
+    series = series_of(target)
+    entries = ledger.read(series)
+    if entries and not entries[-1].mark:
+        if entries[-1].told.get("to") != version.number and is_under_way(entries[-1]):
+            raise _overtaken(target, version, version_at(ledger.client, ledger.name, target))
+        entries[-1] = settle(ledger, series, entries[-1])
+    return entries
+
+
+def _check_previous(
+    ledger: Ledger,
+    target: Target,
+    version: Version,
+    previous: Version | None,
+    check: Callable[[Version], None],
+) -> None:
+    """Check the version at the target; another one than the gate judged against may be there.
+
+    Raises:
+        GateError: someone put it there by hand, and the soup was not judged against it.
+        OvertakenError: another promotion put it there.
+    """
+    if previous is None or previous == version:
+        return
+    try:
+        check(previous)
+    except GateError as error:
+        if not _was_made(ledger.read(series_of(target)), previous):
+            raise
+        raise _overtaken(target, version, previous) from error
+
+
+def _was_made(entries: Sequence[Entry], version: Version) -> bool:
+    """Whether the last promotion that was made moved the target to this version."""
+    last = last_made(entries)
+    return last is not None and last.told.get("to") == version.number
+
+
+def _announcement(
+    version: Version, previous: Version | None, target: Target, tags: Mapping[str, str]
+) -> dict[str, Any]:
+    """The content of a promotion's entry."""
+    return {
+        "to": version.number,
+        "from": previous.number if previous else None,
+        "digest": tags.get(naming.DIGEST),
+        "gate_run": tags.get(naming.GATE_RUN),
+        "verdict": tags[naming.GATE],
+        "target": str(target),
+        **signature(),
+    }
+
+
+def _move_unless_overtaken(
+    ledger: Ledger, target: Target, ours: Entry, version: Version, previous: Version | None
+) -> Version | None:
+    """Move the target for our entry, and return the version that the target then points to.
+
+    A process may be held up between its entry and its move. It moves nothing if others settled its
+    entry, appended a newer one or moved the target meanwhile.
+    """
+    newest = ledger.read(series_of(target))[-1]
+    found = version_at(ledger.client, ledger.name, target)
+    if newest.number == ours.number and not newest.mark and found in (previous, version):
+        _move(ledger.client, version, target, ours.told)
+        found = version_at(ledger.client, ledger.name, target)
+    return found
+
+
 def last_made(entries: Sequence[Entry]) -> Entry | None:
-    """The last promotion that was made; None for none."""
+    """The last entry that is marked as made, or None."""
     return next((entry for entry in reversed(entries) if entry.mark == MADE), None)
 
 
 def is_under_way(entry: Entry) -> bool:
-    """Whether the process that wrote an entry may still be at it."""
+    """Whether the process that appended an entry may still be at work on it."""
     try:
         age = datetime.now(UTC) - datetime.fromisoformat(str(entry.told.get("at")))
     except (ValueError, TypeError):
@@ -131,10 +193,10 @@ def is_under_way(entry: Entry) -> bool:
 
 
 def signature() -> dict[str, str]:
-    """By whom and when; no two are equal."""
+    """Who promotes and when; a nonce makes each signature unique."""
     try:
         user = getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
+    except (OSError, KeyError):  # a container's user may have no name
         user = "unknown"
     return {
         "by": f"{user}@{socket.gethostname()}",
@@ -145,18 +207,18 @@ def signature() -> dict[str, str]:
 
 def _overtaken(target: Target, version: Version, found: Version | None) -> OvertakenError:
     return OvertakenError(
-        f"{version} was overtaken: another promotion to {target} came between",
-        where=f"{where()}, {target}: {found or 'nothing'} stood there, "
-        f"experiment {naming.ledger_name(version.name)} tells by whom",
-        fix="look which one you want; mlflow-soup evaluate, gate and promote decide anew; if the "
-        f"other was killed meanwhile, {UNDER_WAY_S / 60:.0f} minutes later at the earliest",
+        f"{version} was overtaken: another promotion to {target} came first",
+        where=f"{where()}: {target} pointed to {found or 'nothing'}; "
+        f"experiment {naming.ledger_name(version.name)} says who promoted",
+        fix="choose the version that you want, and run mlflow-soup evaluate, gate and promote for "
+        f"it; if the other process was killed, wait {UNDER_WAY_S / 60:.0f} minutes first",
     )
 
 
 def settle(ledger: Ledger, series: str, entry: Entry) -> Entry:
-    """Mark an entry whose writer is gone: made where its version stands, else void.
+    """Mark an entry whose process is gone: made if the target points to its version, else void.
 
-    Nothing is moved: whoever has moved the target since then had reasons.
+    The target is not moved: someone may have moved it on purpose since.
 
     Returns:
         The entry with its mark.
@@ -169,7 +231,7 @@ def settle(ledger: Ledger, series: str, entry: Entry) -> Entry:
 
 
 def _move(client: Store, version: Version, target: Target, told: Mapping[str, Any]) -> None:
-    """Tags first, the pointer last."""
+    """Tag the version, then move the target to it."""
     tags = {
         naming.PROMOTED_TO: str(told["target"]),
         naming.PROMOTED_AT: str(told["at"]),
@@ -186,7 +248,7 @@ def _move(client: Store, version: Version, target: Target, told: Mapping[str, An
 
 
 def _copy(client: Store, version: Version, model: str) -> Version:
-    """The version's copy in another registered model, made when it is not there yet."""
+    """The version's copy in another registered model; the first call makes it."""
     tags = tags_of(client, version)
     digest = tags.get(naming.DIGEST, "")
     made: list[Version] = []
@@ -200,9 +262,9 @@ def _copy(client: Store, version: Version, model: str) -> Version:
 
     client.once(look, create, f"copy {version} to {model}")
     copy = find_copies(client, version, model, digest)[0]
-    if made and made[-1] != copy:  # another was quicker
+    if made and made[-1] != copy:  # another process made its copy first
         unregister(client, made[-1])
-    # the bare numbers that MLflow copied would name versions of the copy's model
+    # MLflow copied bare numbers, which would mean versions of the copy's model
     parents = tuple(parent for parent, _ in family.read(version, tags).parents)
     if parents:
         set_tags(client, copy, {naming.PARENTS: naming.format_parents(model, parents)})

@@ -1,4 +1,4 @@
-"""Fetch the files of a registered version, and check them before they are used again."""
+"""Fetch the files of a registered version; check cached files before they are used again."""
 
 import contextlib
 import hashlib
@@ -22,7 +22,7 @@ from mlflow_soup.registry.versions import model_id
 
 
 def _tree_digest(folder: Path) -> str:
-    """Digest of every file below a folder with its name."""
+    """One digest of all files below a folder, names included."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
@@ -32,26 +32,27 @@ def _tree_digest(folder: Path) -> str:
 
 
 def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
-    """A version's artifact tree on this machine; never to be written into.
+    """The folder of a version's files on this machine; callers must not write into it.
 
-    In a local store it is the tree itself, without a copy. From elsewhere it is downloaded once
-    into a cache whose entries are named by their content and checked before they are used again.
+    For a local store it is the store's own folder. From a remote store the files are downloaded
+    once into the cache, where each folder is named by the digest of its content, which is checked
+    before each use.
 
     Args:
-        client: of the store.
-        version: what to pull.
-        fresh: download it even if it is cached, to see what the store holds now.
+        client: the store's client.
+        version: the version to pull.
+        fresh: download the files even if they are cached, to see what the store holds now.
 
     Raises:
-        ParentError: its files are not there.
-        StoreError: they could not be fetched.
+        ParentError: the version's files are gone or incomplete.
+        StoreError: the files could not be fetched.
     """
     try:
         if logged_id := model_id(client, version):
             status = client.get_logged_model(logged_id).status
-            if status != LoggedModelStatus.READY:  # MLflow serves it all the same
+            if status != LoggedModelStatus.READY:  # MLflow serves its files all the same
                 raise ParentError(
-                    f"{version} was never uploaded completely: its logged model is {status}",
+                    f"the upload of {version} was never completed: its logged model is {status}",
                     where=f"{where()}, {logged_id}",
                     fix="register the checkpoint again",
                 )
@@ -60,28 +61,30 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
             folder = Path(local_file_uri_to_path(source))
             if not folder.is_dir():
                 raise ParentError(
-                    f"the files of {version} are gone", where=str(folder), fix="register it again"
+                    f"the files of {version} are gone",
+                    where=str(folder),
+                    fix="register the checkpoint again",
                 )
             return folder
         return _pull_remote(client, version, source, fresh)
     except SoupError:
         raise
-    except Exception as error:  # each artifact store has its own, for sources of any kind
+    except Exception as error:  # each artifact store raises errors of its own
         raise StoreError(
-            f"{version} could not be fetched: {error}",
+            f"the files of {version} could not be fetched: {error}",
             where=where(),
             fix="check the artifact store and its credentials, then run the same command again",
         ) from error
 
 
 def download_tree(client: Store, uri: str, folder: Path) -> Path:
-    """All artifacts below a `models:/` URI, into an empty folder, which is returned."""
+    """Download all artifacts below a `models:/` URI into an empty folder, and return the folder."""
 
     def download() -> str:
         return str(download_artifacts(uri, dst_path=str(folder)))
 
     client.download(download, lambda: bool(_listing_of(client, uri)), f"fetch {uri}")
-    (folder / "registered_model_meta").unlink(missing_ok=True)  # written by MLflow as it serves
+    (folder / "registered_model_meta").unlink(missing_ok=True)  # MLflow writes it as it downloads
     return folder
 
 
@@ -94,7 +97,7 @@ def _pull_remote(client: Store, version: Version, source: str, fresh: bool) -> P
         folder = cache / "content" / pointer.read_text()
         if folder.is_dir() and _tree_digest(folder) == folder.name:
             return folder
-        shutil.rmtree(folder, ignore_errors=True)  # spoilt
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
     for below in ("source", "content", "temporary"):
         (cache / below).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache / "temporary") as temporary:

@@ -1,4 +1,4 @@
-"""Upload a soup and register it as a version: exactly one for each request."""
+"""Upload a soup and register it; each request gets exactly one version."""
 
 import json
 import uuid
@@ -41,28 +41,28 @@ def register_soup(
     description: str,
     check: Callable[[Path], None],
 ) -> Version:
-    """Upload a soup and register it as a new version with native lineage to its parents.
+    """Upload a soup and register it as a new version with MLflow's own lineage to its parents.
 
-    One request has one version, however many ask for it at once: MLflow numbers versions in the
-    order in which they are created, and the lowest stays.
+    One request gets one version, even if several processes register it at once: MLflow numbers
+    versions in the order in which they are created, and the lowest number stays.
 
     Args:
-        client: of the store.
-        folder: the artifact tree, in its parents' layout; an MLmodel file in it is rewritten.
+        client: the store's client.
+        folder: the soup's files, in the layout of its parents; an MLmodel file in it is rewritten.
         name: the registered model.
-        run_id: the search run; parents become its input models, the soup its output model.
-        parents: the versions it was made of.
-        tags: created together with the version, in one transaction; with the request.
+        run_id: the search run; the parents become its input models, the soup its output model.
+        parents: the versions that the soup was made of.
+        tags: the version's tags, with `soup.request`; one transaction writes them and it.
         description: Markdown for the version's page.
-        check: refuses a tree, read back from the store, that does not hold what was uploaded.
+        check: raises an error if the files that the store returns are not the uploaded ones.
 
     Returns:
-        The version of the request: ours, or that of a quicker one.
+        The version of the request: ours, or the one that another process registered first.
     """
     with asking(f"register a soup of {name}"):
         experiment = client.get_run(run_id).info.experiment_id
         for left in uploads(client, experiment, {naming.REQUEST: tags[naming.REQUEST]}):
-            if left.status == LoggedModelStatus.PENDING:  # cut short; nobody else is at it
+            if left.status == LoggedModelStatus.PENDING:  # an earlier upload that was cut short
                 client.finalize_logged_model(left.model_id, LoggedModelStatus.FAILED)
         shown = {k: v for k, v in tags.items() if k in (naming.PARENTS, naming.LAMBDA)}
         params = {k.removeprefix("soup."): v for k, v in shown.items()}
@@ -93,18 +93,18 @@ def register_soup(
 
 
 def _settle_upload(client: Store, logged_id: str, version: Version) -> None:
-    """Make a logged model say that it is complete, and of which version it is."""
+    """Make a logged model show that it is complete, and which version it belongs to."""
     found = client.get_logged_model(logged_id)
-    if found.status != LoggedModelStatus.READY:  # another took it for cut short, just before
+    if found.status != LoggedModelStatus.READY:  # another process took it for cut short just now
         client.finalize_logged_model(logged_id, LoggedModelStatus.READY)
-    # a server writes this link itself, a database does not
+    # a server writes this link itself; MLflow on a database does not
     if "mlflow.modelVersions" not in found.tags:
         shown_at = json.dumps([{"name": version.name, "version": version.number}])
         client.set_logged_model_tags(logged_id, {"mlflow.modelVersions": shown_at})
 
 
 def _link_output(client: Store, run_id: str, logged_id: str) -> None:
-    """Make a logged model an output of a run; MLflow refuses to do so twice."""
+    """Make a logged model an output of a run, once: MLflow refuses a second time."""
 
     def look() -> bool | None:
         outputs = client.get_run(run_id).outputs
@@ -125,7 +125,7 @@ def uploads(client: Store, experiment: str, tags: Mapping[str, str]) -> list[Log
 
 
 def find_upload(client: Store, logged_id: str) -> LoggedModel | None:
-    """A logged model, or None when it is gone."""
+    """A logged model, or None if it is gone."""
     with asking(f"look up {logged_id}"):
         try:
             return client.get_logged_model(logged_id)
@@ -136,13 +136,13 @@ def find_upload(client: Store, logged_id: str) -> LoggedModel | None:
 
 
 def is_registered(client: Store, logged_id: str) -> bool:
-    """Whether a version of any model is made of a logged model."""
+    """Whether a logged model is the source of a version of any registered model."""
     with asking(f"look for versions of {logged_id}"):
         return bool(pages(client.search_model_versions, f"source_path = 'models:/{logged_id}'"))
 
 
 def _read_back(client: Store, logged: LoggedModel, temporary: Path) -> Path:
-    """What the store holds of a logged model by now."""
+    """A folder with the files that the store holds of a logged model."""
     if is_local_uri(logged.artifact_location):
         return Path(local_file_uri_to_path(logged.artifact_location))
     uri = f"models:/{logged.model_id}"
@@ -157,7 +157,7 @@ def _register_once(
     tags: Mapping[str, str],
     description: str,
 ) -> Version:
-    """The one version of a request; what we have made in vain is taken back."""
+    """The one version of a request; ours is deleted if another process registered first."""
     request = {naming.REQUEST: tags[naming.REQUEST]}
 
     def create() -> Version:
@@ -176,7 +176,7 @@ def _register_once(
     first, *others = find_soups(client, name, request)
     for version in others:
         found = find_version(client, name, VersionRef(version.number, None))
-        # where there is none, another has taken theirs back meanwhile
+        # a version may be gone: its own process deletes it, too
         if found is not None and found.source == f"models:/{logged_id}":
             unregister(client, version)
     if model_id(client, first) != logged_id:
@@ -185,24 +185,24 @@ def _register_once(
 
 
 def _check_upload(folder: Path) -> None:
-    """Refuse links in what is uploaded: MLflow would upload what they point to.
+    """Refuse links in the soup's folder: MLflow would upload the files that they point to.
 
     Raises:
-        StoreError: somebody put one there after the soup was written.
+        StoreError: someone put a link or a special file there after the soup was written.
     """
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise StoreError(
-                f"{path.name} came into the soup's folder, and is no plain file",
+                f"the soup's folder holds {path.name}, which is not a plain file",
                 where=str(path),
-                fix="nobody else may write to the folder of temporary files: set TMPDIR",
+                fix="set TMPDIR to a folder that only you may write to",
             )
 
 
 def _rewrite_mlmodel(
     folder: Path, logged_id: str, run_id: str, location: str, params: Mapping[str, Any]
 ) -> None:
-    """Make a copied MLmodel speak of the soup; flavours and signature stay the parents'."""
+    """Make a copied MLmodel file describe the soup; flavours and signature stay the parents'."""
     model = Model.load(str(folder))
     model.model_id = model.model_uuid = logged_id
     model.run_id, model.artifact_path = run_id, location

@@ -1,4 +1,4 @@
-"""Scores with their item rows ↔ one Parquet file."""
+"""Write scores with their item rows to one Parquet file, and read them back."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _COLUMNS = pa.schema(
         ("value", pa.float64()),
         ("share", pa.float64()),
         ("log_likelihoods", pa.list_(pa.float64())),
-        ("gold", pa.int32()),  # null where nothing is known
+        ("gold", pa.int32()),  # null if unknown
         ("sizes", pa.list_(pa.float64())),  # null for 1
     ]
 )
@@ -32,12 +32,12 @@ _COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Scores:
-    """What one evaluation gave.
+    """The result of one evaluation.
 
     Attributes:
-        of: name → score; a mean over tasks alone has the empty name.
-        about: numbers that go with them, such as seconds.
-        failed: why there is no score; empty where there is.
+        of: name → score; if the mean over tasks is the only score, its name is empty.
+        about: numbers about the evaluation, such as its seconds.
+        failed: the reason why there is no score; empty if there is one.
     """
 
     of: Mapping[str, Score]
@@ -46,20 +46,20 @@ class Scores:
 
     @property
     def mean(self) -> Score:
-        """The score without a name.
+        """The score with the empty name.
 
         Raises:
-            NonFiniteError: there is none.
+            NonFiniteError: the evaluation failed.
         """
         if self.failed:
             raise NonFiniteError(
-                self.failed, where="a score that was measured before", fix="leave these weights out"
+                self.failed, where="an earlier evaluation", fix="leave these weights out"
             )
         return self.of[""]
 
 
 def write(scores: Scores, path: Path) -> None:
-    """Scores with their item rows as one Parquet file, with a digest; `read` is its inverse."""
+    """Write scores with their item rows and a digest to a Parquet file; `read` is its inverse."""
     items = [i for score in scores.of.values() for i in score.items]
     rows = [
         (position, i.task, i.metric, i.weight, *row)
@@ -92,15 +92,15 @@ def write(scores: Scores, path: Path) -> None:
 
 
 def _digest(about: Any, table: pa.Table) -> str:
-    """Of all that a file says: neither disks nor artifact stores tell of a bit that flipped."""
+    """Digest of a file's content: neither disks nor artifact stores report a flipped bit."""
     return hashlib.sha256(json.dumps([about, table.to_pydict()]).encode()).hexdigest()
 
 
 def read(path: Path) -> Scores:
-    """Scores as `write` wrote them.
+    """The scores that `write` wrote to a file.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it is no such file, or damaged.
+        OSError, ValueError, KeyError, TypeError: the file is damaged, or `write` did not write it.
     """
     table = pq.read_table(path)
     head = json.loads(table.schema.metadata[b"soup"])

@@ -1,8 +1,9 @@
-"""MLflow's client, for stores that are away, answer with errors or lose their answers.
+"""An MLflow client for stores that may be away, answer with errors, or lose their answers.
 
-MLflow repeats a request whose answer was lost, and so makes two runs or versions of one: its own
-retries are off here. What may be repeated is repeated, with jitter, as long as patience lasts; what
-creates goes through `Store.once`, which looks before every attempt.
+MLflow repeats a request whose answer was lost, and so makes two runs or versions instead of one.
+So MLflow's own retries are off here. The client repeats harmless calls, with jitter, as long as its
+patience lasts. Calls that create something go through `Store.once`, which looks for the result of
+earlier attempts before each new one.
 """
 
 import contextlib
@@ -30,18 +31,18 @@ from mlflow_soup.registry.outages import away, is_denied, is_transient, where
 
 logger = logging.getLogger("mlflow_soup")
 T = TypeVar("T")
-# how long is waited at first and at most between two attempts, in seconds, before jitter
+# the first and the longest wait between two attempts, in seconds, before jitter
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
-_SAID_S = 20.0  # between two words about a store that is away
-_HICCUP_S = 3.0  # a store that is away for longer when it is asked first is not there
+_SAID_S = 20.0  # between two warnings about a store that is away
+_HICCUP_S = 3.0  # if the first call fails for longer, there is no store
 _PROBE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _HASTY = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-_BROKEN_S = 300.0  # for a server that answers "internal error"
+_BROKEN_S = 300.0  # patience with a server that answers "internal error"
 _OUR_OWN_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
 class _Environment:
-    """Environment variables that are set while any thread is inside; the user's come back after."""
+    """Sets environment variables while any thread is inside; the last one restores the user's."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables, self._before = variables, dict[str, str | None]()
@@ -69,11 +70,11 @@ _ALONE, _QUICK = _Environment(_OUR_OWN_RETRIES), _Environment(_HASTY)
 
 
 class Store(MlflowClient):
-    """MLflow's client; every call but those that create is repeated as long as patience lasts.
+    """MLflow's client; it repeats all calls except those that create something.
 
     Args:
-        patience_s: how long a store may be away, in seconds; 0 for one quick attempt.
-        tracking_uri: of the store; MLflow's current one where it is not said.
+        patience_s: how long the store may be away, in seconds; 0 allows one quick attempt.
+        tracking_uri: the store's URI; MLflow's current one by default.
 
     All calls raise:
         StoreError: the store was away for longer.
@@ -85,15 +86,20 @@ class Store(MlflowClient):
 
     @cached_property
     def hasty(self) -> "Store":
-        """The same store, asked once: for what can be done later."""
+        """The same store without patience, for calls that may fail."""
         return Store(tracking_uri=self.tracking_uri)
 
     def persist(self, call: Callable[[], T], what: str) -> T:
-        """The result of a call that may be repeated.
+        """Repeat a call while the store is away, and return its result.
+
+        Args:
+            call: has the same effect when it is repeated.
+            what: completes "while trying to …" in errors.
 
         Raises:
             StoreError: the store was away for longer than patience lasts.
         """
+        # not tenacity: its stop rules end patience too early or too late, and it repeats a Ctrl-C
         begin = said = time.monotonic()
         wait = _FIRST_WAIT_S
         while True:
@@ -103,28 +109,30 @@ class Store(MlflowClient):
             except Exception as error:
                 if not is_transient(error):
                     raise
-                patience = self.patience_s
-                if "too many 500 error" in str(error):  # a hiccup, or the same again and again
-                    patience = min(patience, _BROKEN_S)
-                left = begin + patience - time.monotonic()
+                left = begin + self._patience_after(error) - time.monotonic()
                 if left <= 0:
                     raise away(what, error) from error
-                if time.monotonic() - said > _SAID_S:  # a hiccup is nobody's concern
+                if time.monotonic() - said > _SAID_S:  # a hiccup passes in silence
                     logger.warning(
-                        "%s does not answer while trying to %s; trying on for %.1f min",
+                        "%s does not answer while we try to %s; retrying for %.1f more minutes",
                         *(where(), what, left / 60.0),
                     )
                     said = time.monotonic()
             time.sleep(min(left, wait * random.uniform(0.5, 1.5)))
             wait = min(2.0 * wait, _LONGEST_WAIT_S)
 
+    def _patience_after(self, error: Exception) -> float:
+        """Seconds of patience; fewer for a server that answers "internal error", maybe for good."""
+        broken = "too many 500 error" in str(error)
+        return min(self.patience_s, _BROKEN_S) if broken else self.patience_s
+
     def once(self, look: Callable[[], T | None], create: Callable[[], T], what: str) -> T:
-        """What `look` finds, or else what `create` makes; `create` is never repeated blindly.
+        """What `look` finds, or else what `create` makes; each attempt looks before it creates.
 
         Args:
-            look: finds what an attempt has made, by what it was created with.
-            create: one attempt; it carries what `look` looks for, in the same transaction.
-            what: is done, for errors.
+            look: finds the result of an earlier attempt, by a tag that it was created with.
+            create: one attempt; it writes that tag in the same transaction.
+            what: completes "while trying to …" in errors.
 
         Raises:
             StoreError: the store was away for longer than patience lasts.
@@ -137,7 +145,7 @@ class Store(MlflowClient):
         return self.persist(attempt, what)
 
     def discard(self, call: Callable[[], object], what: str) -> None:
-        """Delete something; gone is gone, where the answer was lost."""
+        """Delete something; it may be gone already, if the answer of an attempt was lost."""
         try:
             self.persist(call, what)
         except MlflowException as error:
@@ -145,16 +153,19 @@ class Store(MlflowClient):
                 raise
 
     def download(self, call: Callable[[], T], there: Callable[[], bool], what: str) -> T:
-        """What a download gives; MLflow tells in words only why one failed.
+        """Repeat a download while the store is away, and return its result.
+
+        MLflow's error does not say whether a file is missing or the store is away, so this lists
+        the store.
 
         Args:
             call: downloads.
-            there: whether the store lists what was asked for.
-            what: is done, for errors.
+            there: whether the store lists the files.
+            what: completes "while trying to …" in errors.
 
         Raises:
-            MlflowException, OSError: it is not there.
-            StoreError: it is there, and the store was away for longer than patience lasts.
+            MlflowException, OSError: the files are not in the store.
+            StoreError: they are, but the store was away for longer than patience lasts.
         """
 
         def attempt() -> T:
@@ -170,9 +181,9 @@ class Store(MlflowClient):
     def begin_run(
         self, experiment_id: str, name: str, tags: Mapping[str, str], start_time: int | None = None
     ) -> str:
-        """A new run, exactly one even where the answer was lost; its id.
+        """Create exactly one run, even if an answer is lost, and return its id.
 
-        Who may have to begin it again later names the attempt in its tags.
+        A caller that may repeat this call names the attempt in the tags.
         """
         all_tags = {naming.ATTEMPT: uuid.uuid4().hex, **tags}
         query = f"tags.`{naming.ATTEMPT}` = '{all_tags[naming.ATTEMPT]}'"
@@ -196,7 +207,7 @@ def _patient(name: str) -> Any:
     return call
 
 
-# they are not to be repeated, but called through `once`
+# these must not be repeated; call them through `once`
 _CREATE = ("create_", "copy_", "log_outputs")
 
 
@@ -206,39 +217,44 @@ for _name in dir(MlflowClient):
 
 
 def connect(patience_s: float = 0.0) -> Store:
-    """A client of the tracking store, which is asked whether it is there; for a moment only.
+    """A client of the tracking store, after a short check that the store answers.
 
     Args:
-        patience_s: how long it may be away later on, in seconds.
+        patience_s: how long the store may be away in later calls, in seconds.
 
     Raises:
-        StoreError: it is not. (MLflow's own retries would take four minutes to say so.)
+        StoreError: the store does not answer. (MLflow's own retries would take four minutes.)
     """
-    # no link to the run in MLflow's own words: they print a password the URI may hold
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    bars = "true" if sys.stderr.isatty() else "false"
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", bars)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    # it prints a traceback of what we handle
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    _quieten_mlflow()
     try:
         client = Store(patience_s)
         with _Environment({k: v for k, v in _PROBE.items() if k not in os.environ}):
             Store(min(patience_s, _HICCUP_S)).search_experiments(max_results=1)
-    # SQLAlchemy's own, or no module: a database that it or this machine does not know
+    # ImportError, SQLAlchemyError: an unknown kind of database, or one without a driver here
     except (MlflowException, ImportError, StoreError, SQLAlchemyError, OSError) as error:
-        # before it is cut: half a password would pass
+        # redacted before it is cut: the filter would not know half a password
         reason = redact(str(error.__cause__ if isinstance(error, StoreError) else error))
         raise StoreError(
             f"the MLflow tracking store does not answer: {reason.splitlines()[0][:300]}",
             where=where(),
-            fix="start it, or point MLFLOW_TRACKING_URI to the one you mean",
+            fix="start the store, or set MLFLOW_TRACKING_URI to the one that you mean",
         ) from error
     return client
 
 
+def _quieten_mlflow() -> None:
+    """Keep MLflow from printing passwords, and what we report ourselves."""
+    # its link to a run shows the password of the tracking URI
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    bars = "true" if sys.stderr.isatty() else "false"
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", bars)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # it prints the tracebacks of errors that we handle
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
 def pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """Everything that one of MLflow's paged searches finds."""
+    """All results of one of MLflow's paged searches."""
     page = search(*args, **kwargs)
     found = list(page)
     while page.token:

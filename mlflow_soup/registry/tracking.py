@@ -1,4 +1,4 @@
-"""MLflow runs: begin, resume and end them; their params, metrics and artifacts."""
+"""Begin, resume, find and end MLflow runs; log params and metrics, and fetch artifacts."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming
 from mlflow_soup.registry.store import Store, pages
 
-NOTE_LIMIT = 8000  # MLflow's, of a run tag, on databases that enforce it
+NOTE_LIMIT = 8000  # MLflow's limit for a run's tag, which some databases enforce
 _RUN_ENV = "MLFLOW_RUN_ID"
 
 
@@ -34,20 +34,21 @@ def open_run(
     params: Mapping[str, str] | None = None,
     resumable: Sequence[Run] = (),
 ) -> Iterator[str]:
-    """The run the work is logged to; FINISHED when the block ends well, else FAILED or KILLED.
+    """Open the run that logs the work, yield its id, and end it as FINISHED, FAILED or KILLED.
 
-    It is the one that `mlflow run` made; or the newest of those that may be resumed; or a new one,
-    below the active run if there is one. Yields its id.
+    It is the run that `mlflow run` made, or else the newest run that may be resumed, or else a new
+    run, which is a child of the active run if there is one.
 
     Args:
-        client: of the store.
-        experiment: by name; empty for MLflow's choice.
+        client: the store's client.
+        experiment: the experiment's name; empty for MLflow's choice.
         tags: set on the run.
-        params: under `cfg.`, of the request: a run that has others is not gone on with.
-        resumable: runs of the same request that were cut short; those elsewhere do not count.
+        params: the request's params, under `cfg.`; a run with other params is not continued.
+        resumable: runs of the same request that were cut short; only those of this experiment
+            count.
 
     Raises:
-        SpecError: the run that `mlflow run` was given has other params; it is left as it is.
+        SpecError: the run that `mlflow run` was given has other params; it stays unchanged.
     """
     run_id = os.environ.pop(_RUN_ENV, "")
     if run_id and params is not None:
@@ -77,7 +78,7 @@ def open_run(
 
 
 def differing(run: Run, params: Mapping[str, str]) -> list[str]:
-    """Under `cfg.`, which params a run was begun with and a request has otherwise; in words."""
+    """The params in which a run differs from a request, each as `cfg.margin 0.05, now 0.1`."""
     begun = {key: value for key, value in run.data.params.items() if key.startswith("cfg.")}
     if not begun:
         return []
@@ -92,14 +93,14 @@ def differing(run: Run, params: Mapping[str, str]) -> list[str]:
 def _check_begun(run: Run, params: Mapping[str, str]) -> None:
     if other := differing(run, params):
         raise SpecError(
-            f"run {run.info.run_id} was begun with another request: {'; '.join(other)}",
-            where="the run that `mlflow run` was given",
-            fix="ask for the same again, or leave out --run-id",
+            f"run {run.info.run_id} began with another request: {'; '.join(other)}",
+            where="the option --run-id of `mlflow run`",
+            fix="repeat the request of that run, or leave out --run-id",
         )
 
 
 def unfinished(client: Store, key: str) -> list[Run]:
-    """The search runs of a key that were cut short, oldest first; not those within studies."""
+    """The search runs of a key that were cut short, oldest first, except those of studies."""
     found = find_runs(client, {naming.KEY: key, naming.ROLE: "search"})
     return [
         run
@@ -111,7 +112,7 @@ def unfinished(client: Store, key: str) -> list[Run]:
 
 @contextlib.contextmanager
 def open_child(client: Store, parent: str, name: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """A run below another one; FINISHED when the block ends well, else FAILED or KILLED."""
+    """Open a child run, yield its id, and end it as FINISHED, FAILED or KILLED."""
     run_id = begin_child(client, parent, name, tags)
     with _ending(client, run_id):
         yield run_id
@@ -120,7 +121,7 @@ def open_child(client: Store, parent: str, name: str, tags: Mapping[str, str]) -
 def begin_child(
     client: Store, parent: str, name: str, tags: Mapping[str, str], start_time: int | None = None
 ) -> str:
-    """A new run below another one; its id."""
+    """Create a child run and return its id."""
     experiment = client.get_run(parent).info.experiment_id
     return client.begin_run(experiment, name, {"mlflow.parentRunId": parent, **tags}, start_time)
 
@@ -129,33 +130,33 @@ def begin_child(
 def _ending(
     client: Store, run_id: str, forget: Callable[[str], None] = lambda _: None
 ) -> Iterator[None]:
-    """End a run as the block ends; `forget` is told how, and may do it again."""
+    """End a run with the status of the block; `forget` gets that status, and may end it again."""
     status = "FINISHED"
     try:
         yield
         client.set_terminated(run_id, status)
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        with contextlib.suppress(MlflowException, SoupError):  # what happened is said first
+        with contextlib.suppress(MlflowException, SoupError):  # the block's error matters more
             found = client.hasty.get_run(run_id).info.status
             if isinstance(error, OvertakenError) and found != "RUNNING":
-                status = found  # whoever took over has ended it
+                status = found  # the process that took over has ended the run
             client.hasty.set_terminated(run_id, status)
             _end_below(client.hasty, run_id)
         raise
     finally:
-        # once, and without MLflow's own retries: a server that is away would hold us up for minutes
+        # one attempt, without MLflow's retries: a server that is away would delay us for minutes
         with contextlib.suppress(MlflowException, SoupError):
             client.hasty.persist(lambda: forget(status), "end the run")
 
 
 def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:
-    """End runs that nobody works on any more, and what is running below them.
+    """End runs that were cut short, and their running children.
 
     Args:
-        client: of the store.
-        runs: were cut short.
-        heir: the run that goes on; it is left alone.
+        client: the store's client.
+        runs: the runs that were cut short.
+        heir: the run that continues them; it stays unchanged.
     """
     for run in runs:
         if run.info.run_id != heir:
@@ -166,7 +167,7 @@ def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:
 
 
 def _end_below(client: Store, run_id: str, *, but: str = "") -> None:
-    """End what is running below a run that was cut short; one of them is left alone."""
+    """End the running children of a run that was cut short, except one."""
     for left in find_runs(client, {"mlflow.parentRunId": run_id}, status="RUNNING"):
         if left.info.run_id != but:
             client.set_terminated(left.info.run_id, "KILLED")
@@ -180,7 +181,7 @@ def log(
     metrics: Sequence[MlflowMetric] = (),
     tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Log everything at once: one round trip. Numbers that are not finite stay out of MLflow."""
+    """Log everything in one request, except metrics that are not finite."""
     client.log_batch(
         run_id,
         metrics=[m for m in metrics if math.isfinite(m.value)],
@@ -190,15 +191,15 @@ def log(
 
 
 def metric(key: str, value: float, step: int = 0, **about: Any) -> MlflowMetric:
-    """A metric of now; `about` may name a model_id and a dataset."""
+    """A metric with the current time; `about` may name a model_id and a dataset."""
     return MlflowMetric(redact(key), float(value), int(time.time() * 1000), step, **about)
 
 
 def fetch(client: Store, run_id: str, file: str, folder: Path) -> Path:
-    """One artifact of a run, on this machine.
+    """Download one artifact of a run and return its path.
 
     Raises:
-        MlflowException, OSError: it is not there.
+        MlflowException, OSError: the run has no such artifact.
         StoreError: the store is away.
     """
     parent = str(PurePosixPath(file).parent)
@@ -217,8 +218,8 @@ def find_runs(client: Store, tags: Mapping[str, str], *, status: str = "") -> li
     """All runs with these tags, in any experiment, oldest first.
 
     Args:
-        client: of the store.
-        tags: to be equal; none of ours holds a quote or a backslash, so that no run has what does.
+        client: the store's client.
+        tags: must be equal; our tags hold no quote or backslash, so no run has one that does.
         status: RUNNING, FINISHED …; empty for any.
     """
     if any(mark in value for value in tags.values() for mark in "'\\"):
@@ -228,4 +229,4 @@ def find_runs(client: Store, tags: Mapping[str, str], *, status: str = "") -> li
     experiments = [e.experiment_id for e in pages(client.search_experiments)]
     order = ["attributes.start_time ASC"]
     found = pages(client.search_runs, experiments, " and ".join(clauses), order_by=order)
-    return [run for run in found if tags.items() <= run.data.tags.items()]  # some take `A` for `a`
+    return [run for run in found if tags.items() <= run.data.tags.items()]  # some ignore case

@@ -1,4 +1,4 @@
-"""Registered models and their versions: look up, search, read and write tags."""
+"""Look up registered models and their versions; search them, read and write their tags."""
 
 import os
 import re
@@ -21,16 +21,16 @@ NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 
 
 def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
-    """The registered model that a request means.
+    """The name of the registered model of a request.
 
     Args:
-        client: of the store.
-        named: what the user wrote; may be empty.
-        refs: the versions asked for; without a name, the only model that has them all is meant.
+        client: the store's client.
+        named: the name that the user wrote; may be empty.
+        refs: the requested versions; without a name, the only model that has them all is meant.
 
     Raises:
-        ParentError: no such model, or none at all.
-        SpecError: no name, and not exactly one model has these versions.
+        ParentError: the store has no such model, or no model at all.
+        SpecError: no model was named, and not exactly one model has these versions.
     """
     named = named or os.environ.get(MODEL_ENV, "")
     check_name(named)
@@ -40,15 +40,15 @@ def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
         raise ParentError(
             "the store holds no registered model",
             where=where(),
-            fix="point MLFLOW_TRACKING_URI to the store that does",
+            fix="set MLFLOW_TRACKING_URI to the store that holds your models",
         )
     if named:
         if named not in models:
             raise ParentError(
                 f"there is no registered model {named!r}",
                 where=where(),
-                fix=f"registered models: {', '.join(sorted(models)[:10])}; "
-                "another store: set MLFLOW_TRACKING_URI",
+                fix=f"name one of {', '.join(sorted(models)[:10])}, "
+                "or set MLFLOW_TRACKING_URI to another store",
             )
         return named
     if len(models) == 1:
@@ -56,7 +56,7 @@ def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
         return models[0]
     having = [m for m in models if all(find_version(client, m, ref) is not None for ref in refs)]
     if len(having) != 1:
-        wanted = " and ".join(map(str, refs)) or "versions"  # with --last, none is named
+        wanted = " and ".join(map(str, refs)) or "versions"  # --last names no version
         found = f"{', '.join(sorted(having))} have" if having else "no registered model has"
         raise SpecError(
             f"no model was named, and {found} {wanted}",
@@ -69,10 +69,10 @@ def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
 
 
 def find_version(client: Store, name: str, ref: VersionRef) -> ModelVersion | None:
-    """MLflow's record of a version, or None when there is none."""
+    """MLflow's record of a version, or None if there is no such version or alias."""
     try:
         number = ref.number
-        if ref.alias:  # asking for a missing alias gives no error code of its own
+        if ref.alias:  # MLflow has no error code for a missing alias
             number = client.get_registered_model(name).aliases.get(ref.alias)
         return client.get_model_version(name, str(number)) if number else None
     except MlflowException as error:
@@ -82,24 +82,24 @@ def find_version(client: Store, name: str, ref: VersionRef) -> ModelVersion | No
 
 
 def look_up(client: Store, version: Version) -> ModelVersion | None:
-    """MLflow's record of a version, or None when it is gone."""
+    """MLflow's record of a version, or None if it is gone."""
     with asking(f"look up {version}"):
         return find_version(client, version.name, VersionRef(version.number, None))
 
 
 def versions_of(client: Store, name: str, more: str = "") -> list[ModelVersion]:
-    """The versions of a model that a filter finds; some databases take `A` for `a`.
+    """The versions of a model that a filter finds.
 
     Raises:
-        SpecError: the name, which a store may hold whatever it is, would be more than a name there.
+        SpecError: the name contains characters that have a meaning in a filter.
     """
     check_name(name, f"registered model in {where()}")
     found = pages(client.search_model_versions, f"name='{name}'{more}")
-    return [version for version in found if version.name == name]
+    return [version for version in found if version.name == name]  # some databases ignore case
 
 
 def resolve(client: Store, name: str, ref: VersionRef) -> Version:
-    """The version a reference means; an alias is resolved now and never again.
+    """The version that a reference names; an alias is resolved now and never again.
 
     Raises:
         ParentError: there is no such version or alias.
@@ -112,32 +112,34 @@ def resolve(client: Store, name: str, ref: VersionRef) -> Version:
         raise ParentError(
             f"{name} has no {'alias ' if ref.alias else ''}{ref}",
             where=where(),
-            fix=f"its versions: {', '.join(map(str, numbers)) or 'none'}; "
-            f"its aliases: {', '.join(aliases) or 'none'}",
+            fix=f"choose one of its versions: {', '.join(map(str, numbers)) or 'none'}; "
+            f"or of its aliases: {', '.join(aliases) or 'none'}",
         )
     return Version(name, int(found.version))  # int on a database, str over HTTP
 
 
 def last(client: Store, name: str, count: int) -> list[Version]:
-    """The newest versions that are no soups, oldest first.
+    """The newest versions that are not soups, oldest first.
 
     Raises:
-        SpecError: there are fewer.
+        SpecError: the model has fewer.
     """
     with asking(f"list the versions of {name}"):
         found = versions_of(client, name)
     numbers = sorted(int(v.version) for v in found if naming.DIGEST not in v.tags)
     if len(numbers) < count:
         raise SpecError(
-            f"{name} has only {len(numbers)} versions that are no soups",
+            f"{name} has only {len(numbers)} versions that are not soups",
             where=f"--last {count}",
-            fix=f"at most --last {len(numbers)}" if len(numbers) > 1 else "register checkpoints",
+            fix=f"ask for at most --last {len(numbers)}"
+            if len(numbers) > 1
+            else "register more checkpoints",
         )
     return [Version(name, number) for number in numbers[-count:]]
 
 
 def holder(client: Store, name: str, alias: str) -> Version | None:
-    """The version an alias points to, or None."""
+    """The version that an alias points to, or None."""
     with asking(f"look up {name}@{alias}"):
         found = find_version(client, name, VersionRef(None, alias)) if alias else None
     return Version(name, int(found.version)) if found is not None else None
@@ -156,15 +158,15 @@ def tags_of(client: Store, version: Version) -> dict[str, str]:
 
 
 def soup_tags(client: Store, version: Version) -> dict[str, str]:
-    """The tags of a soup, each of those that it was registered with still there and readable.
+    """A soup's tags, after a check that the tags it was registered with are still readable.
 
     Raises:
-        SpecError: it is no soup, or somebody changed or deleted one.
+        SpecError: the version is not a soup, or someone changed or deleted such a tag.
     """
     tags = tags_of(client, version)
     if naming.DIGEST not in tags:
         raise SpecError(
-            f"{version} is no soup: it has no tag {naming.DIGEST}",
+            f"{version} is not a soup: it has no tag {naming.DIGEST}",
             where=version.uri,
             fix="name a version that mlflow-soup run registered",
         )
@@ -184,18 +186,18 @@ def soup_tags(client: Store, version: Version) -> dict[str, str]:
             spoilt.append(tag)
     if spoilt:
         raise SpecError(
-            f"somebody changed the tags of {version}: {', '.join(dict.fromkeys(spoilt))}",
+            f"someone changed the tags of {version}: {', '.join(dict.fromkeys(spoilt))}",
             where=version.uri,
-            fix=f"mlflow-soup verify {version.uri} tells what its manifest says: set them so, or "
-            "delete the version and run its request again",
+            fix=f"set them to the values that mlflow-soup verify {version.uri} finds in the "
+            "manifest, or delete the version and run its request again",
         )
     return tags
 
 
 def trace(client: Store, version: Version) -> family.Family:
-    """A version and all that it is made of, generation by generation; each is looked up once.
+    """The family tree of a version, down to its first parents; each version is looked up once.
 
-    Deleted parents are members of kind `missing`.
+    A deleted parent is a member of kind `missing`.
     """
     members: dict[Version, family.Member] = {}
     generation = [version]
@@ -213,14 +215,14 @@ def trace(client: Store, version: Version) -> family.Family:
 
 
 def set_tags(client: Store, version: Version, tags: Mapping[str, str]) -> None:
-    """Write a version's tags, one by one: MLflow has no other way."""
+    """Write a version's tags, one by one, because MLflow cannot write several at once."""
     with asking(f"tag {version}"):
         for key, value in tags.items():
             client.set_model_version_tag(version.name, str(version.number), key, value)
 
 
 def model_id(client: Store, version: Version) -> str | None:
-    """The logged model behind a version; MLflow tells it in the version's source only."""
+    """The id of the logged model that is a version's source; None if the source is another."""
     with asking(f"look up {version}"):
         source = client.get_model_version(version.name, str(version.number)).source
     match = _MODEL_ID.fullmatch(source or "")
@@ -228,7 +230,7 @@ def model_id(client: Store, version: Version) -> str | None:
 
 
 def origin_of(client: Store, version: Version) -> tuple[str, str]:
-    """The run that logged a version, and where its files are."""
+    """The id of the run that logged a version, and the location of its files."""
     with asking(f"look up {version}"):
         run_id = client.get_model_version(version.name, str(version.number)).run_id
         location = client.get_model_version_download_uri(version.name, str(version.number))
@@ -236,7 +238,7 @@ def origin_of(client: Store, version: Version) -> tuple[str, str]:
 
 
 def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Version]:
-    """The versions that were registered with these tags, by number."""
+    """The versions with these tags, by number."""
     query = "".join(f" and tags.`{key}`='{value}'" for key, value in tags.items())
     with asking(f"search the versions of {name}"):
         found = versions_of(client, name, query)
@@ -244,7 +246,7 @@ def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Versio
 
 
 def find_soup(client: Store, name: str, tags: Mapping[str, str]) -> Version | None:
-    """The version that was registered with these tags; the lowest, should there be several."""
+    """The version with these tags, or None; the lowest number if there are several."""
     return next(iter(find_soups(client, name, tags)), None)
 
 
@@ -261,7 +263,7 @@ def describe(client: Store, version: Version, description: str) -> None:
 
 
 def version_at(client: Store, name: str, target: Target) -> Version | None:
-    """What a target points to now."""
+    """The version that a target points to now, or None."""
     if target.kind != "stage":
         return holder(client, name, target.name)
     found = versions_of(client, name)
@@ -270,7 +272,7 @@ def version_at(client: Store, name: str, target: Target) -> Version | None:
 
 
 def find_copies(client: Store, version: Version, model: str, digest: str) -> list[Version]:
-    """A version's copies in another registered model, by number."""
+    """The copies of a version in another registered model, by number."""
     with asking(f"search the versions of {model}"):
         found = versions_of(client, model)
     return sorted(

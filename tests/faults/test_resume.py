@@ -109,7 +109,7 @@ def test_a_run_that_mlflow_run_made_goes_on_where_another_stopped(client, count,
     assert (again.run_id, again.soup.version) == (made, outcome.soup.version)
     monkeypatch.setenv("MLFLOW_RUN_ID", made)
     before = client.get_run(made)
-    with pytest.raises(errors.SpecError, match=r"begun with another request: cfg\.margin 0\.05"):
+    with pytest.raises(errors.SpecError, match=r"began with another request: cfg\.margin 0\.05"):
         run_soup(Spec(pair="v1,v2", margin=0.02))
     monkeypatch.setenv("MLFLOW_RUN_ID", made)
     with pytest.raises(errors.SpecError, match=r"cfg\.limit not set, now 50"):

@@ -71,7 +71,7 @@ def test_of_two_same_searches_at_once_one_waits_and_says_so(
         "repeated evaluations": place.repeated(),
     }
     assert codes == [0, 0], place.said()
-    assert "waiting for it" in place.said()
+    assert "this process waits" in place.said()
     assert checker.problems(place.database, expected) == []
     assert place.repeated() == 0
 
@@ -95,7 +95,7 @@ def test_who_was_paused_finds_that_another_took_over(place, prepared, expected, 
         "repeated evaluations": place.repeated(),
     }
     assert codes[0] == 0, place.said()
-    assert "no sign of life from" in place.said()
+    assert "gave no sign of life" in place.said()
     assert codes[1] == 5, place.said()
     assert statuses(place, "search") == ["FINISHED"]  # it was theirs both
     assert after_takeover == []

@@ -1,4 +1,4 @@
-"""Family trees: hand-worked ones, and what holds of any, however hostile the registry's tags."""
+"""Family trees: worked examples, and laws that hold for any tags, however hostile."""
 
 import graphlib
 import json
@@ -28,13 +28,13 @@ def llm(number):
 
 
 def soup(number, parents, lam="0.5", *, gate="passed", aliases=()):
-    """A version's member, from such tags as `mlflow-soup run` writes."""
+    """The member for tags as `mlflow-soup run` writes them."""
     tags = {"soup.parents": parents, "soup.lambda": lam, "soup.gate": gate}
     return read(llm(number), tags, aliases)
 
 
 def tree(*members):
-    """The family of the first."""
+    """The family of the first member."""
     return gather(members[0].version, {member.version: member for member in members})
 
 
@@ -73,7 +73,7 @@ def test_a_tree_shows_each_soup_above_its_parents():
     ]
 
 
-def test_rails_lead_past_a_branch_to_the_next_parent():
+def test_lines_lead_past_a_branch_to_the_next_parent():
     shown = tree(soup(5, "4,3"), soup(4, "1,2"), read(llm(3), {}), read(llm(1), {}), soup(2, "1,3"))
     assert family.text(shown).splitlines() == [
         "my-llm v5: soup, gate passed",
@@ -135,7 +135,7 @@ def test_the_weights_of_a_pair_are_those_of_its_recipe(lam):
     assert len(f"{rest:g}") <= len("0.0001")
 
 
-def test_of_three_parents_the_tags_tell_the_newest_ones_weight_only():
+def test_an_old_tag_gives_only_the_newest_weight_of_three_parents():
     assert soup(4, "1,2,3", "0.2").parents == ((llm(1), None), (llm(2), None), (llm(3), 0.2))
     shown = tree(soup(4, "1,2,3", "0.2"), *(read(llm(i), {}) for i in (1, 2, 3)))
     assert family.text(shown).splitlines()[1:] == [
@@ -158,53 +158,57 @@ def test_parents_that_cannot_be_read_are_a_problem_of_the_soup(told):
     member = read(llm(7), {"soup.parents": told})
     assert (member.kind, member.parents) == (SOUP, ())
     (problem,) = member.problems
-    assert re.fullmatch(r"soup\.parents = '.*' names no parents", problem)
+    assert re.fullmatch(r"soup\.parents = '.*' does not name parents", problem)
     assert problem.isprintable()
     assert len(problem) < 80
     assert family.text(tree(member)) == f"my-llm v7: soup, not judged; {problem}"
 
 
 @pytest.mark.parametrize("told", ["", "banana", "nan", "inf", "-0.1", "1.01"])
-def test_a_weight_that_is_none_is_not_shown(told):
+def test_text_that_is_not_a_weight_is_not_shown(told):
     member = soup(3, "1,2", told)
     assert member.parents == ((llm(1), None), (llm(2), None))
-    assert member.problems == (f"soup.lambda = {told!r} is no weight",)
+    assert member.problems == (f"soup.lambda = {told!r} does not give the parents' weights",)
 
 
 @pytest.mark.parametrize(
     ("told", "shown"),
     [("0.2,0.3,0.5", (0.2, 0.3, 0.5)), ("0.5", (None, None, 0.5)), ("0.5,0.5", (None,) * 3)],
 )
-def test_every_weight_of_more_parents_is_told(told, shown):
+def test_the_weights_of_more_than_two_parents_are_shown(told, shown):
     member = read(llm(7), {"soup.parents": "1,2,3", "soup.weights": told})
     assert tuple(weight for _, weight in member.parents) == shown
     wrong = told == "0.5,0.5"
-    assert member.problems == (("soup.weights = '0.5,0.5' is no weight",) if wrong else ())
+    assert member.problems == (
+        ("soup.weights = '0.5,0.5' does not give the parents' weights",) if wrong else ()
+    )
 
 
-def test_a_gate_that_is_no_verdict_of_ours_is_quoted():
+def test_a_gate_tag_that_is_not_a_verdict_is_quoted():
     assert "gate 'passed\\n'" in family.text(tree(read(llm(1), {"soup.gate": "passed\n"})))
 
 
-def test_a_version_made_of_itself_is_told_so():
+def test_a_version_made_of_itself_is_a_problem():
     shown = tree(soup(3, "2,3"), read(llm(2), {}))
     assert family.text(shown).splitlines() == [
-        "my-llm v3: soup, gate passed; its parent my-llm v3 is made of it: a cycle",
+        "my-llm v3: soup, gate passed; its parent my-llm v3 is made of it, which is a cycle",
         "├─ 0.5 × my-llm v2: checkpoint",
         "└─ 0.5 × my-llm v3: see above",
     ]
 
 
-def test_the_member_that_closes_a_cycle_is_told_so_in_every_format():
+def test_every_format_names_the_member_that_closes_a_cycle():
     shown = tree(soup(3, "1,2"), read(llm(1), {}), soup(2, "1,3"))
     assert shown.members[llm(3)].problems == ()
-    assert shown.members[llm(2)].problems == ("its parent my-llm v3 is made of it: a cycle",)
+    assert shown.members[llm(2)].problems == (
+        "its parent my-llm v3 is made of it, which is a cycle",
+    )
     for form in family.FORMATS.values():
         assert form(shown).count("a cycle") == 1
 
 
 @given(shown=families())
-def test_every_version_is_told_once_and_every_edge_is_drawn(shown):
+def test_every_version_is_described_once_and_every_edge_is_drawn(shown):
     edges = [(v, p) for v, member in shown.members.items() for p, _ in member.parents]
     lines = family.text(shown).splitlines()
     assert len(lines) == 1 + len(edges)
@@ -219,7 +223,7 @@ def test_every_version_is_told_once_and_every_edge_is_drawn(shown):
 
 
 @given(shown=families())
-def test_a_cycle_is_told_exactly_where_there_is_one(shown):
+def test_a_cycle_is_reported_exactly_if_there_is_one(shown):
     graph = {v: [p for p, _ in member.parents] for v, member in shown.members.items()}
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -237,7 +241,7 @@ def test_two_thousand_generations_take_a_line_each():
 
 
 def tags():
-    """What anyone may write into a registry."""
+    """Tags that anyone may write into a registry."""
     names = st.sampled_from([naming.PARENTS, naming.LAMBDA, naming.GATE, naming.PROMOTED_TO])
     syntax = st.text(st.sampled_from("\"`'#;&<>[]{}|%\\\n\r\x1b\u2028,/12") | st.characters())
     return st.dictionaries(names, syntax)

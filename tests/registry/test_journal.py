@@ -23,15 +23,15 @@ def never():
     raise AssertionError("it was evaluated again")
 
 
-def test_an_evaluation_is_made_once_until_it_is_dropped(kept):
+def test_an_evaluation_is_not_repeated_until_its_entry_is_dropped(kept):
     assert kept.recall("k", lambda: SCORES) == SCORES
     assert Journal(kept.folder).recall("k", never) == SCORES
     kept.drop("k")
     assert kept.read("k") is None
-    kept.drop("k")  # twice is as good as once
+    kept.drop("k")  # a second time does no harm
 
 
-def test_an_entry_that_is_damaged_is_none(kept):
+def test_a_damaged_entry_is_not_read(kept):
     kept.recall("k", lambda: SCORES)
     (file,) = kept.folder.iterdir()
     content = bytearray(file.read_bytes())
@@ -54,14 +54,14 @@ def test_an_evaluation_that_fails_leaves_nothing(kept):
     assert list(kept.folder.iterdir()) == []
 
 
-def test_room_is_asked_for_before_anything_is_evaluated(kept, monkeypatch):
+def test_free_space_is_checked_before_anything_is_evaluated(kept, monkeypatch):
     monkeypatch.setattr(journal, "ROOM", 1 << 62)
     with pytest.raises(errors.StoreError, match="MB are needed") as caught:
         kept.recall("k", never)
     assert caught.value.exit_code == 6
 
 
-def test_a_folder_of_a_full_disk_is_said(mount):
+def test_a_full_disk_is_reported_with_its_folder(mount):
     full = mount("tmpfs", "size=16k,nr_inodes=3")
     for i in range(2):
         (full / str(i)).touch()
@@ -69,7 +69,7 @@ def test_a_folder_of_a_full_disk_is_said(mount):
         Journal(full / "journal").open()
 
 
-def test_what_nobody_asked_for_in_months_is_swept(kept, monkeypatch):
+def test_old_entries_are_deleted(kept, monkeypatch):
     kept.recall("old", lambda: SCORES)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 100 * 24 * 3600)

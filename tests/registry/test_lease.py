@@ -33,7 +33,7 @@ def entries(book):
     return book.read(f"lease/{KEY[:32]}")
 
 
-def test_a_lease_ends_with_its_work_however_it_ends(book, tmp_path):
+def test_a_lease_ends_when_its_work_ends_or_fails(book, tmp_path):
     with lease.hold(book.client, MODEL, KEY, tmp_path):
         assert lease.held(book, {KEY}, tmp_path) == {KEY}
     assert lease.held(book, {KEY}, tmp_path) == set()
@@ -42,7 +42,7 @@ def test_a_lease_ends_with_its_work_however_it_ends(book, tmp_path):
     assert [(e.number, e.mark) for e in entries(book)] == [(1, "ended"), (2, "ended")]
 
 
-def test_other_requests_are_not_waited_for(book, tmp_path):
+def test_a_process_does_not_wait_for_other_requests(book, tmp_path):
     with (
         lease.hold(book.client, MODEL, KEY, tmp_path),
         lease.hold(book.client, MODEL, "other" + KEY, tmp_path),
@@ -51,7 +51,7 @@ def test_other_requests_are_not_waited_for(book, tmp_path):
 
 
 @pytest.mark.parametrize("machines", ["one", "two"])
-def test_who_asks_for_the_same_waits_and_says_so(book, tmp_path, caplog, machines):
+def test_a_second_process_waits_for_the_same_request_and_says_so(book, tmp_path, caplog, machines):
     order = []
     inside = threading.Event()
 
@@ -68,7 +68,7 @@ def test_who_asks_for_the_same_waits_and_says_so(book, tmp_path, caplog, machine
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
-    words = "on this machine" if machines == "one" else "until it gives no sign of life"
+    words = "on this machine" if machines == "one" else "gives no sign of life"
     (said,) = [r.message for r in caplog.records if "works on the same request" in r.message]
     assert words in said
 
@@ -96,7 +96,7 @@ def holder(folder):
         process.join()
 
 
-def test_a_killed_holder_on_this_machine_is_followed_at_once(book, tmp_path):
+def test_another_process_takes_over_at_once_from_a_killed_one_on_this_machine(book, tmp_path):
     with holder(tmp_path) as process:
         process.kill()
         process.join()
@@ -106,7 +106,7 @@ def test_a_killed_holder_on_this_machine_is_followed_at_once(book, tmp_path):
     assert [e.mark == "ended" for e in entries(book)] == [False, True]
 
 
-def test_a_killed_holder_elsewhere_is_followed_after_grace(book, tmp_path, caplog):
+def test_another_process_takes_over_after_grace_from_a_killed_one_elsewhere(book, tmp_path, caplog):
     with holder(tmp_path / "there") as process:
         process.kill()
         process.join()
@@ -116,14 +116,14 @@ def test_a_killed_holder_elsewhere_is_followed_after_grace(book, tmp_path, caplo
     assert "no sign of life" in caplog.text
 
 
-def test_a_holder_that_was_paused_learns_that_it_was_followed(book, tmp_path):
+def test_a_paused_process_learns_that_another_took_over(book, tmp_path):
     with lease.hold(book.client, MODEL, KEY, tmp_path) as held:
         held()
         assert book.append(f"lease/{KEY[:32]}", 2, {"host": "elsewhere", "cache": "other"})
         with pytest.raises(errors.OvertakenError, match="took over") as caught:
             check_for(30.0, held)
     assert caught.value.exit_code == 5
-    assert caught.value.where == "elsewhere"
+    assert caught.value.where == "the other process runs on elsewhere"
 
 
 def check_for(seconds, held):
@@ -133,7 +133,7 @@ def check_for(seconds, held):
         time.sleep(0.05)
 
 
-def test_a_stopped_process_is_taken_for_dead_and_does_no_harm(book, tmp_path):
+def test_a_stopped_process_counts_as_dead_and_does_no_harm(book, tmp_path):
     with holder(tmp_path / "there") as process:
         os.kill(process.pid, signal.SIGSTOP)
         with lease.hold(book.client, MODEL, KEY, tmp_path / "here"):
@@ -143,8 +143,8 @@ def test_a_stopped_process_is_taken_for_dead_and_does_no_harm(book, tmp_path):
     assert entries(book)[-1].mark == "ended"
 
 
-def test_who_wakes_up_asks_before_it_goes_on(book, tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_S", 30.0)  # no beat will tell
+def test_a_process_that_wakes_up_checks_its_lease_before_it_continues(book, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 30.0)  # no beat looks in time
     with lease.hold(book.client, MODEL, KEY, tmp_path) as held:
         assert book.append(f"lease/{KEY[:32]}", 2, {"host": "elsewhere", "cache": "other"})
         held()
@@ -153,11 +153,11 @@ def test_who_wakes_up_asks_before_it_goes_on(book, tmp_path, monkeypatch):
             held()
 
 
-def test_who_may_not_write_to_the_ledger_works_without_a_lease(book, tmp_path, caplog):
+def test_a_user_who_may_not_write_to_the_ledger_works_without_a_lease(book, tmp_path, caplog):
     book.client.delete_experiment(book.client.get_run(book.run_id).info.experiment_id)
     with lease.hold(book.client, MODEL, KEY, tmp_path) as check:
         check()
-    assert "others may do the same work meanwhile" in caplog.text
+    assert "other processes may do the same work" in caplog.text
 
 
 def test_a_holder_is_not_dead_because_the_store_was_away(book, tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_a_holder_is_not_dead_because_the_store_was_away(book, tmp_path, monkeyp
     def away(self, series):
         reads.append(series)
         if len(reads) == 3:
-            time.sleep(2.0 * lease.GRACE_S)  # patiently: the store does not answer
+            time.sleep(2.0 * lease.GRACE_S)  # like a patient client whose store does not answer
         return read(self, series)
 
     assert book.append(f"lease/{KEY[:32]}", 1, {"host": "there", "cache": "there"})
@@ -176,7 +176,7 @@ def test_a_holder_is_not_dead_because_the_store_was_away(book, tmp_path, monkeyp
         assert time.monotonic() - begin > 3.0 * lease.GRACE_S
 
 
-def test_holders_elsewhere_are_listened_to_once_for_all_and_it_is_said(book, tmp_path, caplog):
+def test_one_wait_covers_all_holders_elsewhere_and_is_reported(book, tmp_path, caplog):
     for name in "abc":
         told = {"host": f"pod-{name}", "cache": "of another machine"}
         assert book.append(f"lease/{name * 32}", 1, told)
@@ -188,10 +188,10 @@ def test_holders_elsewhere_are_listened_to_once_for_all_and_it_is_said(book, tmp
     begin = time.monotonic()
     assert lease.held(book, keys, tmp_path) == {"c" * 64}
     assert time.monotonic() - begin < 2 * lease.GRACE_S
-    assert "listening to pod-a, pod-b, pod-c" in caplog.text
+    assert "signs of life from pod-a, pod-b, pod-c" in caplog.text
 
 
-def test_where_nobody_has_a_lease_nobody_is_listened_to(book, tmp_path):
+def test_without_leases_nothing_is_waited_for(book, tmp_path):
     begin = time.monotonic()
     assert lease.held(book, {KEY}, tmp_path / "new") == set()
     assert lease.held(book, set(), tmp_path / "newer") == set()

@@ -34,20 +34,20 @@ def test_an_entry_is_written_once(client):
     assert [entry.told for entry in book.read("a")] == [{"by": "me"}]
 
 
-def test_what_others_wrote_there_is_shown(client):
+def test_text_that_is_not_ours_is_shown(client):
     book = open_ledger(client, MODEL)
     client.log_param(book.run_id, "a/00001", "not json")
     client.log_param(book.run_id, "a/x", "no number")
     assert [entry.told for entry in book.read("a")] == [{"unreadable": "not json"}]
 
 
-def test_nothing_is_made_by_looking(client):
+def test_looking_makes_no_ledger(client):
     before = len(client.search_experiments())
     assert find_ledger(client, MODEL) is None
     assert len(client.search_experiments()) == before
 
 
-def test_a_deleted_ledger_is_refused_with_the_way_back(client):
+def test_the_error_about_a_deleted_ledger_says_how_to_restore_it(client):
     book = open_ledger(client, MODEL)
     experiment = client.get_run(book.run_id).info.experiment_id
     client.delete_experiment(experiment)
@@ -59,7 +59,7 @@ def test_a_deleted_ledger_is_refused_with_the_way_back(client):
 
 
 def race(client, count, work):
-    """Run `work(i)` in so many threads at once; what they returned."""
+    """Run `work(i)` in several threads at once; return their results."""
     barrier, found = threading.Barrier(count), [None] * count
 
     def one(i):

@@ -1,4 +1,4 @@
-"""What MLflow and the checkpoint folder say of a soup can be read back."""
+"""Texts about a soup, in MLflow and in its folder, can be read back."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_the_order_of_parents_matters_to_a_key():
     )
 
 
-def test_a_key_is_that_of_the_plain_text():
+def test_a_key_is_the_digest_of_the_plain_text():
     # searches made by an earlier release must be found again
     text = '{"alpha":0.5,"parents":["sha256:a"],"seed":0}'
     request = {"seed": 0, "parents": ["sha256:a"], "alpha": 0.5}
@@ -85,7 +85,7 @@ def test_a_manifest_has_its_weights_to_the_last_bit(manifest):
 
 
 @pytest.mark.parametrize("content", [None, [], {}, {"schema": 2}, {"schema": 1, "parents": [{}]}])
-def test_what_is_no_manifest_cannot_be_read(content):
+def test_other_content_is_not_read_as_a_manifest(content):
     with pytest.raises((KeyError, TypeError, ValueError)):
         parse_manifest(content)
 
@@ -105,8 +105,8 @@ def test_the_tags_of_a_version_say_what_it_is_made_of(recipe):
 
 
 @pytest.mark.parametrize("text", ["", "0.3,", "a,b", "nan,1", "1.2,-0.2", "inf"])
-def test_what_are_no_weights_is_refused(text):
-    with pytest.raises(ValueError, match=r"could not convert|no merge weights"):
+def test_text_that_is_not_weights_is_refused(text):
+    with pytest.raises(ValueError, match=r"could not convert|not a list of merge weights"):
         parse_weights(text)
 
 

@@ -1,4 +1,4 @@
-"""Who moves an alias, when several want to, or one was killed half-way."""
+"""Promotions: simultaneous ones, interrupted ones, and targets that someone moved by hand."""
 
 import threading
 from dataclasses import replace
@@ -31,7 +31,7 @@ def at(client, alias="champion", name=MODEL):
     return standing.number if standing else None
 
 
-def test_a_promotion_is_told_in_the_ledger(client, outcome):
+def test_a_promotion_is_an_entry_of_the_ledger(client, outcome):
     (entry,) = told(client)
     assert entry.mark == promotion.MADE
     version = client.get_model_version(MODEL, "4")
@@ -48,19 +48,19 @@ def test_a_promotion_is_told_in_the_ledger(client, outcome):
     assert version.tags["soup.promoted_at"] == entry.told["at"]
 
 
-def test_what_stands_there_already_is_no_new_promotion(client, outcome):
+def test_promoting_the_current_version_writes_no_entry(client, outcome):
     assert promotion.promote(client, outcome.soup.version, CHAMPION) == outcome.soup.version
     assert len(told(client)) == 1
 
 
 def soup(client, **tags):
-    """A version that passed its gate, of tags only."""
+    """A version without files, whose tags say that it passed its gate."""
     tags = {"soup.gate": "passed", "soup.digest": "sha256:x", **tags}
     return Version(MODEL, int(client.create_model_version(MODEL, "s3://x/y", tags=tags).version))
 
 
 def begun(client, to, minutes_ago):
-    """An entry whose writer was killed before the move."""
+    """An entry of a process that was killed before the move."""
     at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
     number = told(client)[-1].number + 1
     entry = {
@@ -72,7 +72,7 @@ def begun(client, to, minutes_ago):
     assert open_ledger(client, MODEL).append(SERIES, number, entry)
 
 
-def test_who_meets_a_promotion_under_way_is_overtaken(client, outcome):
+def test_a_promotion_during_another_one_is_overtaken(client, outcome):
     begun(client, soup(client).number, minutes_ago=1)
     with pytest.raises(errors.OvertakenError) as caught:
         promotion.promote(client, soup(client), CHAMPION)
@@ -81,7 +81,7 @@ def test_who_meets_a_promotion_under_way_is_overtaken(client, outcome):
     assert [entry.mark for entry in told(client)] == ["made", ""]
 
 
-def test_a_promotion_that_was_cut_short_is_made_by_the_same_command(client, outcome):
+def test_the_same_command_completes_a_promotion_that_was_cut_short(client, outcome):
     other = soup(client)
     begun(client, other.number, minutes_ago=0)
     assert promotion.promote(client, other, CHAMPION) == other
@@ -89,7 +89,7 @@ def test_a_promotion_that_was_cut_short_is_made_by_the_same_command(client, outc
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
 
 
-def test_a_promotion_that_was_cut_short_long_ago_is_void_for_others(client, outcome):
+def test_others_void_a_promotion_that_was_cut_short_long_ago(client, outcome):
     other = soup(client)
     begun(client, soup(client).number, minutes_ago=30)
     assert promotion.promote(client, other, CHAMPION) == other
@@ -101,7 +101,7 @@ def test_a_rollback_by_hand_after_a_crash_is_not_undone(client, outcome):
     bad, other = soup(client), soup(client)
     begun(client, bad.number, minutes_ago=30)
     client.set_registered_model_alias(MODEL, "champion", str(bad.number))  # killed before the mark
-    client.set_registered_model_alias(MODEL, "champion", "4")  # a person
+    client.set_registered_model_alias(MODEL, "champion", "4")  # someone moves it by hand
 
     def judged_against_four_only(version):
         if version.number != 4:
@@ -111,7 +111,7 @@ def test_a_rollback_by_hand_after_a_crash_is_not_undone(client, outcome):
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
 
 
-def test_an_entry_whose_move_was_made_is_marked_so(client, outcome):
+def test_an_entry_is_marked_as_made_if_the_target_was_moved(client, outcome):
     other = soup(client)
     begun(client, other.number, minutes_ago=30)
     client.set_registered_model_alias(MODEL, "champion", str(other.number))
@@ -119,7 +119,7 @@ def test_an_entry_whose_move_was_made_is_marked_so(client, outcome):
     assert [entry.mark for entry in told(client)] == ["made", "made"]
 
 
-def test_who_was_held_up_until_others_went_on_moves_nothing(client, outcome, monkeypatch):
+def test_a_process_that_was_overtaken_before_its_move_moves_nothing(client, outcome, monkeypatch):
     slow, quick = soup(client), soup(client)
     append = Ledger.append
 
@@ -137,7 +137,7 @@ def test_who_was_held_up_until_others_went_on_moves_nothing(client, outcome, mon
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
 
 
-def test_what_a_person_put_there_is_written_down_when_it_is_promoted(client, outcome):
+def test_promoting_a_version_that_someone_put_there_by_hand_writes_an_entry(client, outcome):
     other = soup(client)
     client.set_registered_model_alias(MODEL, "champion", str(other.number))
     assert promotion.promote(client, other, CHAMPION) == other
@@ -146,14 +146,14 @@ def test_what_a_person_put_there_is_written_down_when_it_is_promoted(client, out
     assert len(told(client)) == 2
 
 
-def test_what_was_moved_by_hand_stays_and_is_said_otherwise(client, outcome):
+def test_a_target_that_was_moved_by_hand_stays_and_is_a_gate_error(client, outcome):
     client.set_registered_model_alias(MODEL, "champion", "3")
     with pytest.raises(errors.GateError, match="was not examined"):
         release.promote(Spec(version="v4", promote="champion"))
     assert at(client) == 3
 
 
-def test_a_copy_is_told_in_the_ledger_of_its_own_model(client, outcome):
+def test_the_promotion_of_a_copy_is_in_the_ledger_of_its_own_model(client, outcome):
     target = parse_target("model:prod@champion")
     assert promotion.promote(client, outcome.soup.version, target) == Version("prod", 1)
     (entry,) = told(client, "prod")
@@ -161,7 +161,7 @@ def test_a_copy_is_told_in_the_ledger_of_its_own_model(client, outcome):
     assert len(told(client)) == 1
 
 
-def test_a_stage_is_told_under_its_own_name(client, outcome):
+def test_a_stage_has_a_series_of_its_own(client, outcome):
     with pytest.warns(FutureWarning, match="stages"):
         promotion.promote(client, outcome.soup.version, Target("stage", "Production"))
     (entry,) = open_ledger(client, MODEL).read("promotion/stage Production")
@@ -187,7 +187,7 @@ def candidates(client, champion, count):
 
 
 def one_round(client, count):
-    """So many promotions at once; who won, and the errors of the others."""
+    """Promote several soups at once; the winners, and the errors of the others."""
     champion = at(client)
     racers = candidates(client, champion, count)
     barrier, results = threading.Barrier(count), [None] * count
@@ -225,7 +225,7 @@ def test_of_eight_promotions_at_once_one_wins_and_the_ledger_is_complete(
         print(f"\n8 promotion racers x {rounds} rounds: one winner each, ledger complete")
 
 
-def test_the_verdict_that_a_promotion_rests_on_is_the_gates(client, outcome):
+def test_a_promotion_records_the_verdict_of_the_gate(client, outcome):
     roles = read_evidence(client, told(client)[0].told["gate_run"])
     parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
     rules = gate.Rules(0.05, 0.95)

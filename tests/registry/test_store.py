@@ -1,4 +1,4 @@
-"""What is repeated, what never is, and what is said when patience ends."""
+"""Which calls are repeated, which never are, and the errors at the end of patience."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ from mlflow_soup.registry.store import Store
 
 
 def away():
-    """What MLflow raises when nobody listens."""
+    """The error of MLflow when no server listens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         with pytest.raises(MlflowException) as caught:
@@ -62,18 +62,18 @@ def without_s3():
         (lambda: ValueError("ours"), False),
     ],
 )
-def test_what_may_pass_is_told_from_what_stays(make, transient):
+def test_transient_errors_are_told_from_lasting_ones(make, transient):
     assert is_transient(make()) is transient
 
 
-def test_a_cause_counts_as_what_it_caused():
+def test_an_error_is_transient_if_its_cause_is():
     error = MlflowException("upload failed")
     error.__cause__ = answered(502)
     assert is_transient(error)
 
 
 class Shaky:
-    """Fails so many times, then answers."""
+    """A call that fails several times, then answers."""
 
     def __init__(self, times, error=None):
         self.left, self.calls, self.error = times, 0, error or answered(503)
@@ -86,7 +86,7 @@ class Shaky:
 
 
 @pytest.mark.parametrize("uri", ["mysql+nothing://h/d", "oracle://h/d", "sqlite:////proc/no/m.db"])
-def test_a_database_that_cannot_be_opened_is_said(client, monkeypatch, uri):
+def test_a_database_that_cannot_be_opened_is_reported(client, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     mlflow.set_tracking_uri(uri)
     with pytest.raises(errors.StoreError, match="does not answer"):
@@ -103,7 +103,21 @@ def test_a_hiccup_is_outlasted_and_a_refusal_is_not_repeated(client):
     assert refusing.calls == 1
 
 
-def test_patience_ends_with_what_was_tried(client):
+def test_ctrl_c_is_not_repeated_though_it_chains_an_outage(client):
+    def interrupted():
+        calls.append("one")
+        try:
+            raise answered(503)
+        except requests.HTTPError:
+            raise KeyboardInterrupt  # noqa: B904  # it comes while the error is handled
+
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        Store(30.0).persist(interrupted, "ask")
+    assert calls == ["one"]
+
+
+def test_the_error_at_the_end_of_patience_says_what_was_tried(client):
     begin = time.monotonic()
     with pytest.raises(errors.StoreError, match="did not answer while trying to ask") as caught:
         Store(0.5).persist(Shaky(1000), "ask")
@@ -115,7 +129,7 @@ def test_patience_ends_with_what_was_tried(client):
     assert once.calls == 1
 
 
-def test_what_was_made_though_its_answer_was_lost_is_found_and_not_made_again(client):
+def test_an_object_is_found_and_not_created_again_if_the_answer_was_lost(client):
     made = []
 
     def create():
@@ -126,12 +140,12 @@ def test_what_was_made_though_its_answer_was_lost_is_found_and_not_made_again(cl
     assert made == ["it"]
 
 
-def test_what_was_not_made_is_made_again(client):
+def test_creating_is_repeated_if_nothing_was_created(client):
     shaky = Shaky(2)
     assert Store(30.0).once(lambda: None, shaky, "make") == "answer"
 
 
-def test_a_run_is_begun_once_where_the_answer_is_lost(client, monkeypatch):
+def test_only_one_run_is_created_if_the_answer_is_lost(client, monkeypatch):
     experiment = client.get_experiment_by_name("soups").experiment_id
     create = Store.create_run
     calls = []
@@ -149,7 +163,7 @@ def test_a_run_is_begun_once_where_the_answer_is_lost(client, monkeypatch):
     assert len(client.search_runs([experiment], "tags.`soup.role` = 'look'")) == 1
 
 
-def test_mlflows_own_retries_are_off_inside_and_the_users_again_outside(client, monkeypatch):
+def test_mlflows_own_retries_are_off_inside_a_call_and_restored_after_it(client, monkeypatch):
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     monkeypatch.setenv(name, "5")
     seen, ready, go = [], threading.Event(), threading.Event()
@@ -164,7 +178,7 @@ def test_mlflows_own_retries_are_off_inside_and_the_users_again_outside(client, 
     thread.start()
     ready.wait(10)
     Store().persist(lambda: seen.append(os.environ[name]), "pass")
-    assert os.environ[name] == "0"  # another thread is inside still
+    assert os.environ[name] == "0"  # another thread is still inside
     go.set()
     thread.join()
     assert seen == ["0", "0", "0"]
@@ -174,14 +188,14 @@ def test_mlflows_own_retries_are_off_inside_and_the_users_again_outside(client, 
     assert name not in os.environ
 
 
-def test_every_call_that_changes_or_reads_is_patient_and_none_that_creates():
+def test_calls_that_read_or_change_are_repeated_and_those_that_create_are_not():
     for name in ("log_batch", "search_runs", "set_terminated", "delete_run", "log_artifact"):
         assert getattr(Store, name) is not getattr(Store.__bases__[0], name), name
     for name in ("create_run", "create_model_version", "create_logged_model", "copy_model_version"):
         assert getattr(Store, name) is getattr(Store.__bases__[0], name), name
 
 
-def test_a_download_is_tried_again_only_where_the_store_lists_it(client):
+def test_a_download_is_repeated_only_if_the_store_lists_the_file(client):
     failing = Shaky(2, MlflowException("The following failures occurred while downloading"))
     assert Store(30.0).download(failing, lambda: True, "fetch") == "answer"
     failing = Shaky(2, MlflowException("The following failures occurred while downloading"))
@@ -190,7 +204,7 @@ def test_a_download_is_tried_again_only_where_the_store_lists_it(client):
     assert failing.calls == 1
 
 
-def test_a_database_that_may_only_be_read_is_not_waited_for(client, tmp_path):
+def test_a_read_only_database_is_not_waited_for(client, tmp_path):
     experiment = client.get_experiment_by_name("soups").experiment_id
     uri = f"sqlite:///file:{tmp_path}/mlflow.db?mode=ro&uri=true"
     begin = time.monotonic()
@@ -210,18 +224,18 @@ def test_a_database_that_may_only_be_read_is_not_waited_for(client, tmp_path):
         ("run 4034f401 failed", False),
     ],
 )
-def test_a_refusal_is_told_by_its_words(words, denied):
+def test_a_denial_is_recognised_by_its_message(words, denied):
     assert is_denied(MlflowException(words)) is denied
 
 
-def test_internal_errors_are_waited_for_less_long(client, monkeypatch):
+def test_patience_with_internal_errors_is_shorter(client, monkeypatch):
     monkeypatch.setattr(store, "_BROKEN_S", 0.5)
     broken = requests.exceptions.RetryError("too many 500 error responses")
     with pytest.raises(errors.StoreError, match="too many 500"):
         Store(60.0).persist(Shaky(1000, broken), "ask")
 
 
-def test_an_outage_says_what_was_done_and_why(client):
+def test_the_error_of_an_outage_says_what_was_tried_and_why_it_failed(client):
     refused = requests.ConnectionError("connection refused by http://u:hunter2@h")
     with pytest.raises(errors.StoreError) as caught, asking("register a soup"):
         Store().persist(Shaky(1, refused), "call log_batch")
@@ -231,7 +245,7 @@ def test_an_outage_says_what_was_done_and_why(client):
     )
 
 
-def test_what_is_gone_already_is_deleted(client):
+def test_deleting_what_is_gone_succeeds(client):
     client.discard(lambda: client.delete_model_version("toy-llm", "99"), "delete")
     with pytest.raises(MlflowException):
         client.discard(lambda: client.delete_model_version("toy-llm", "x"), "delete")

@@ -39,7 +39,7 @@ def test_a_score_survives_its_file(tmp_path):
         ("exact_match,strict-match", "piqa/exact_match.strict-match"),
     ],
 )
-def test_metric_names_are_such_as_mlflow_takes(client, metric, key):
+def test_mlflow_accepts_our_metric_names(client, metric, key):
     shown = Metric("piqa", metric, 0.5, 0.1, higher_is_better=True)
     assert shown.key == key
     with mlflow.start_run() as run:
@@ -49,7 +49,7 @@ def test_metric_names_are_such_as_mlflow_takes(client, metric, key):
     assert logged == {"dev/objective": 0.5, f"dev/{key}": 0.5}
 
 
-def test_a_child_ends_as_its_work_ended(client):
+def test_a_child_run_ends_with_the_status_of_its_work(client):
     with mlflow.start_run() as run:
         parent = run.info.run_id
         with tracking.open_child(client, parent, "well", {}) as well:
@@ -68,7 +68,7 @@ def test_a_child_ends_as_its_work_ended(client):
     assert found == ["FINISHED", "FAILED", "KILLED"]
 
 
-def test_a_run_that_another_has_taken_over_stays_as_they_ended_it(client):
+def test_a_run_that_another_process_ended_keeps_its_status(client):
     for found, left in (("FINISHED", "FINISHED"), ("RUNNING", "FAILED")):
         work = contextlib.ExitStack()
         run_id = work.enter_context(tracking.open_run(client, "soups", {}))
@@ -101,7 +101,7 @@ def test_an_experiment_can_be_named(client):
     assert client.get_experiment(experiment).name == "elsewhere"
 
 
-def test_mlflows_refusal_is_ours_with_its_reason():
+def test_a_refusal_of_mlflow_becomes_our_error_with_its_reason():
     with (
         pytest.raises(errors.RegistryError, match="refused to do this: because") as caught,
         asking("do this"),
@@ -120,7 +120,7 @@ def test_all_pages_of_a_search_are_read(client):
 
 
 class MlflowClientWithSmallPages:
-    """The real client, asked for two runs at a time."""
+    """The real client, with two runs per page."""
 
     def __init__(self, client):
         self.search_experiments = client.search_experiments
@@ -142,7 +142,7 @@ def test_a_store_that_goes_away_is_told_apart_from_one_that_refuses(client, monk
     assert refused.value.exit_code == 1
 
 
-def test_a_server_that_went_away_does_not_hold_up_who_leaves(server, server_client):
+def test_a_server_that_went_away_does_not_delay_the_exit(server, server_client):
     between = proxy.Proxy(int(server.rpartition(":")[2]))
     mlflow.set_tracking_uri(between.uri)
     began = time.monotonic()
@@ -156,7 +156,7 @@ def test_a_server_that_went_away_does_not_hold_up_who_leaves(server, server_clie
     assert time.monotonic() - began < 20  # MLflow's own retries take four minutes
 
 
-def test_a_hiccup_as_the_store_is_asked_first_is_nobodys_concern(server, server_client):
+def test_connecting_outlasts_a_hiccup(server, server_client):
     answers = iter([proxy.LOST, proxy.BUSY])
     between = proxy.Proxy(int(server.rpartition(":")[2]), lambda *_: next(answers, None))
     mlflow.set_tracking_uri(between.uri)
@@ -164,7 +164,7 @@ def test_a_hiccup_as_the_store_is_asked_first_is_nobodys_concern(server, server_
     between.close()
 
 
-def test_a_full_disk_is_said_with_its_name():
+def test_the_error_of_a_full_disk_names_the_file():
     with (
         pytest.raises(errors.StoreError, match="no space left") as caught,
         asking("log"),
@@ -174,11 +174,11 @@ def test_a_full_disk_is_said_with_its_name():
     assert caught.value.exit_code == 6
 
 
-def test_a_disk_that_fails_is_said_with_its_name():
+def test_the_error_of_a_failing_disk_names_the_file():
     with pytest.raises(errors.StoreError, match="a disk refused to log: Input") as caught:
         asking("log")(_read_badly)()
     assert caught.value.where == "/data/model"
-    with pytest.raises(FileNotFoundError), asking("log"):  # that would be our own
+    with pytest.raises(FileNotFoundError), asking("log"):  # our own fault
         Path("/no/such/file").read_text()
 
 
@@ -187,7 +187,7 @@ def _read_badly():
 
 
 @pytest.mark.parametrize("value", ["a'b", "' or '", "a\\", "'"])
-def test_nothing_is_found_by_what_would_end_the_filter(client, value):
+def test_no_run_is_found_by_a_value_that_would_end_the_filter(client, value):
     experiment = client.get_experiment_by_name("soups").experiment_id
     client.begin_run(experiment, "x", {"soup.digest": value})
     assert tracking.find_runs(client, {"soup.digest": value}) == []

@@ -30,7 +30,7 @@ from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 
 
-def test_a_local_store_is_read_where_it_lies(client):
+def test_files_of_a_local_store_are_not_copied(client):
     folder = pull(client, Version(MODEL, 1))
     source = client.get_model_version(MODEL, "1").source.removeprefix("models:/")
     assert str(folder) in client.get_logged_model(source).artifact_location
@@ -50,7 +50,7 @@ def test_a_remote_store_is_downloaded_once(server_client, checkpoints, tmp_path,
     assert sorted(p.name for p in (tmp_path / "cache" / "temporary").iterdir()) == []
 
 
-def test_a_spoilt_cache_entry_is_fetched_again(server_client, checkpoints):
+def test_a_damaged_cache_entry_is_fetched_again(server_client, checkpoints):
     server_client.create_registered_model("spoilt")
     register(server_client, checkpoints[1], "spoilt")
     folder = pull(server_client, Version("spoilt", 1))
@@ -65,7 +65,7 @@ def test_a_version_that_was_never_uploaded_completely_is_refused(client, checkpo
     logged = mlflow.initialize_logged_model(name="half")
     client.log_model_artifacts(logged.model_id, str(checkpoints[0]))
     client.create_model_version(MODEL, f"models:/{logged.model_id}", model_id=logged.model_id)
-    with pytest.raises(errors.ParentError, match="never uploaded completely"):
+    with pytest.raises(errors.ParentError, match="was never completed"):
         pull(client, Version(MODEL, 4))
 
 
@@ -136,13 +136,13 @@ def test_the_model_may_come_from_the_environment(client, monkeypatch):
     assert find_model(client, "other", [VersionRef(1, None)]) == "other"
 
 
-def test_the_only_model_with_the_versions_is_meant(client):
+def test_a_request_without_a_name_means_the_only_model_with_its_versions(client):
     client.create_registered_model("other")
     assert find_model(client, "", [VersionRef(1, None), VersionRef(2, None)]) == MODEL
 
 
 def add(client, name, parents=None, **tags):
-    """A version that has tags only."""
+    """A version without files."""
     tags |= {} if parents is None else {"soup.parents": parents}
     created = client.create_model_version(name, "s3://bucket/checkpoint", tags=tags)
     return Version(name, int(created.version))
@@ -199,7 +199,7 @@ def test_a_copy_in_another_model_names_its_parents_with_their_model(client, outc
     assert copied.members[copy].parents == original.members[outcome.soup.version].parents
     client.set_model_version_tag("prod", "1", "soup.parents", "1,2")
     assert promotion.promote(client, outcome.soup.version, target) == copy
-    assert tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"  # mended
+    assert tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"  # repaired
 
 
 def test_a_copy_among_its_parents_names_them_by_their_numbers(client, outcome):
@@ -211,7 +211,7 @@ def test_a_copy_among_its_parents_names_them_by_their_numbers(client, outcome):
     assert tags_of(client, copy)["soup.parents"] == "1,2"
 
 
-def test_models_of_other_shape_are_no_pair(client, tmp_path, trained):
+def test_models_of_different_shape_are_refused(client, tmp_path, trained):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(**{**trained.config.to_dict(), "vocab_size": 26})
@@ -221,7 +221,7 @@ def test_models_of_other_shape_are_no_pair(client, tmp_path, trained):
 
 
 @pytest.mark.parametrize("name", ["a' or name like '%", "both ' and \"", "-rf", "a`b", "a%b"])
-def test_a_name_that_is_more_than_a_name_comes_into_no_filter(client, name):
+def test_a_name_with_filter_syntax_is_refused(client, name):
     client.create_registered_model(name)
     for ask in (
         lambda: last(client, name, 2),
@@ -255,7 +255,7 @@ def test_only_plain_files_are_uploaded(client, checkpoints, tmp_path, put):
     assert last(client, MODEL, 2)[-1] == Version(MODEL, 3)
 
 
-def test_a_soup_is_linked_with_its_run_once_however_often_that_is_tried(client, checkpoints):
+def test_a_soup_is_linked_with_its_run_once_though_the_call_is_repeated(client, checkpoints):
     with mlflow.start_run() as run:
         logged = mlflow.initialize_logged_model(name="soup")
     for _ in range(2):
@@ -265,7 +265,7 @@ def test_a_soup_is_linked_with_its_run_once_however_often_that_is_tried(client, 
 
 
 class Between(Store):
-    """A client that lets another act before a call of its own, once."""
+    """A client that lets another process act before one of its calls."""
 
     def __init__(self, name, act):
         super().__init__()
@@ -280,7 +280,7 @@ class Between(Store):
 
 
 def soup_of(client, folder, request):
-    """What `register` is called with for a soup."""
+    """The arguments of `register_soup` for a soup."""
     experiment = client.get_experiment_by_name("soups").experiment_id
     return {
         "folder": folder,
@@ -293,7 +293,7 @@ def soup_of(client, folder, request):
     }
 
 
-def test_a_version_that_another_takes_back_just_now_is_no_concern_of_ours(client, folder):
+def test_a_version_that_another_process_deletes_meanwhile_does_no_harm(client, folder):
     first, vain = (add(client, MODEL, **{"soup.request": "r"}) for _ in range(2))
     other = MlflowClient()
     acting = Between("get_model_version", lambda: other.delete_model_version(MODEL, "5"))
@@ -301,7 +301,7 @@ def test_a_version_that_another_takes_back_just_now_is_no_concern_of_ours(client
     assert register_soup(acting, **soup_of(client, folder, "r")) == first
 
 
-def test_an_upload_that_another_took_for_cut_short_is_complete_in_the_end(client, folder):
+def test_an_upload_that_another_process_took_for_cut_short_is_completed(client, folder):
     other = MlflowClient()
 
     def declare_failed():

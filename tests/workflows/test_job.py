@@ -169,8 +169,8 @@ def test_a_budget_must_cover_the_parents_and_two_more(client):
 
 def test_there_must_be_as_many_versions_as_are_asked_for(client):
     what, where, fix = refused(client, "--last", "4")
-    assert what == "toy-llm has only 3 versions that are no soups"
-    assert (where, fix) == ("--last 4", "at most --last 3")
+    assert what == "toy-llm has only 3 versions that are not soups"
+    assert (where, fix) == ("--last 4", "ask for at most --last 3")
 
 
 def test_with_several_models_the_last_versions_are_of_one_that_is_named(client, checkpoints):
