@@ -309,8 +309,9 @@ def _answers(task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answe
     if task.OUTPUT_TYPE != "multiple_choice":
         return (), ()
     docs = [(row["doc"], len(row["resps"])) for row in rows]
-    gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
-    return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
+    with _templates_kept():
+        gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
+        return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
 
 
 def _items(
