@@ -1,9 +1,12 @@
+# ruff: noqa: E402 (what comes before an import is for that import)
 import contextlib
+import gc
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,8 +24,11 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # models of a few thousand parameters are slower on two threads
 )
 
+gc.disable()  # as the commands do: looking for garbage takes as long as importing torch
+
 import mlflow
 import pytest
+import sqlalchemy
 import torch
 from mlflow import MlflowClient
 
@@ -30,6 +36,9 @@ import mlflow_soup
 import toy
 from mlflow_soup import Outcome, Spec
 from mlflow_soup.registry.store import Store
+
+gc.freeze()
+gc.enable()
 
 if TYPE_CHECKING:  # they import this module
     import checker
@@ -39,6 +48,13 @@ torch.set_num_threads(1)
 
 MODEL = "toy-llm"
 FIGURES = pytest.StashKey[dict[str, object]]()
+
+
+@sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+def _do_not_wait_for_the_disk(connection: object, _: object) -> None:
+    """Commit without fsync: a killed process loses nothing so, and no test cuts the power."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=OFF")
 
 
 def pytest_configure(config: pytest.Config) -> None:
