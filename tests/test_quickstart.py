@@ -10,24 +10,29 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+import warm
+
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "26", "--items", "60", "--trials", "4"]
 
 
-def quickstart(tmp_path, *words, example="quickstart"):
-    """`python examples/quickstart` on a store of its own; nothing of it depends on this process."""
+def started(program, *words, cwd, env):
+    """What a newcomer types: `python examples/quickstart`."""
+    command = [sys.executable, program, *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def quickstart(tmp_path, *words, example="quickstart", run=warm.play):
+    """The example on a store of its own; nothing of it depends on this process."""
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     env.pop("MLFLOW_EXPERIMENT_ID", None)  # where another test's set_experiment left it
-    command = [sys.executable, str(ROOT / "examples" / example), *words]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
+    done = run(str(ROOT / "examples" / example), *words, cwd=tmp_path, env=env)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
 def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice(tmp_path):
-    first = quickstart(tmp_path, *QUICK)
+    first = quickstart(tmp_path, *QUICK, run=started)
     assert first.returncode in (0, 3), first.stderr  # after 26 steps the gate may well refuse
     assert "registered as models:/quickstart-llm/14" in first.stdout
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
@@ -103,7 +108,7 @@ def test_the_tasks_share_no_document_and_the_right_answer_is_anywhere(parts, tmp
 
 @pytest.mark.slow
 def test_the_whole_quickstart_ends_with_a_promoted_soup_that_beats_both_parents(tmp_path):
-    done = quickstart(tmp_path)
+    done = quickstart(tmp_path, run=started)
     assert done.returncode == 0, done.stdout + done.stderr
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     client = MlflowClient()

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 import mlflow_soup
+import warm
 from conftest import MODEL, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.decision import pairing
@@ -539,16 +540,12 @@ def test_a_study_cut_short_goes_on_to_the_same_table(client, told, monkeypatch, 
 
 def test_a_study_that_is_terminated_goes_on_when_it_is_called_again(client, told):
     words = ["study", "landscape", "--pair", "v1,v2", "--points", "41"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow_soup", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = warm.Play("mlflow_soup", *words)
     while len(evaluated(client)) < 3 and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, complaint.decode()
+    done = process.finish(60)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
     before = evaluated(client)
     assert 3 <= len(before) < 41
     assert not all_runs(client, "attributes.status = 'RUNNING'")
