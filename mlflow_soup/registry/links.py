@@ -65,6 +65,7 @@ def share_view(client: Store, run_id: str) -> str:
         ],
     }
     share = key[:16]
+    # private door: mlflow.sharedViewState
     with contextlib.suppress(MlflowException):  # who may not tag the experiment has no view
         client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{share}", json.dumps(state))
     return (

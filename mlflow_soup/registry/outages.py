@@ -17,6 +17,7 @@ from mlflow_soup.redaction import redact
 
 _SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S3's words
 # what MLflow calls "temporarily unavailable" and stays so; and why a download is refused
+# private door: sqlite: words of a full disk and of denials
 _DENIED = re.compile(
     r"read-?\s?only|no such (table|column)|denied|unable to open|forbidden|\b40[13]\b", re.I
 )
@@ -72,6 +73,7 @@ def is_transient(error: BaseException) -> bool:
             return status == 429 or status >= 500
         # a server whose connections are all in use says BAD_REQUEST
         if isinstance(cause, MlflowException) and (
+            # private door: sqlalchemy: QueuePool limit
             cause.error_code in _BUSY or "QueuePool limit" in str(cause.message)
         ):
             return not is_denied(cause)

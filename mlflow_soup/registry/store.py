@@ -34,6 +34,7 @@ T = TypeVar("T")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
 _SAID_S = 20.0  # between two words about a store that is away
 _HICCUP_S = 3.0  # a store that is away for longer when it is asked first is not there
+# private door: mlflow: variables are read at each request
 _PROBE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _HASTY = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 _BROKEN_S = 300.0  # for a server that answers "internal error"
@@ -104,6 +105,7 @@ class Store(MlflowClient):
                 if not is_transient(error):
                     raise
                 patience = self.patience_s
+                # private door: urllib3: too many 500 error responses
                 if "too many 500 error" in str(error):  # a hiccup, or the same again and again
                     patience = min(patience, _BROKEN_S)
                 left = begin + patience - time.monotonic()
@@ -220,6 +222,7 @@ def connect(patience_s: float = 0.0) -> Store:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", bars)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # it prints a traceback of what we handle
+    # private door: mlflow.store.db.utils logs the errors that it raises
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     try:
         client = Store(patience_s)
