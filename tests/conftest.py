@@ -47,6 +47,12 @@ if TYPE_CHECKING:  # they import this module
 torch.set_num_threads(1)
 
 MODEL = "toy-llm"
+# they take minutes each: begun first, so that no worker is left with one when all else is done
+COSTLY = (
+    *("workflows/test_study.py", "workflows/test_run.py", "faults/test_resume.py"),
+    *("test_quickstart.py", "hostile/test_secrets.py", "workflows/test_trials.py"),
+    *("test_mlproject.py", "faults/test_faults.py", "registry/test_lease.py", "test_cli.py"),
+)
 FIGURES = pytest.StashKey[dict[str, object]]()
 
 
@@ -59,6 +65,12 @@ def _do_not_wait_for_the_disk(connection: object, _: object) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    rank = {here / name: number for number, name in enumerate(COSTLY)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
