@@ -177,11 +177,22 @@ def filled(tmp_path_factory, checkpoints, tasks) -> Path:
 @pytest.fixture(scope="session")
 def finished(filled, tmp_path_factory) -> tuple[Path, Outcome]:
     """A copy of that database in which v1,v2 were merged and promoted."""
-    database = tmp_path_factory.mktemp("finished") / "mlflow.db"
+    spec = Spec(pair="v1,v2", promote="alias:champion")
+    return _run(spec, filled, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def examined(filled, tmp_path_factory) -> tuple[Path, Outcome]:
+    """A copy of that database in which v1,v2 were merged, and passed the gate."""
+    return _run(Spec(pair="v1,v2"), filled, tmp_path_factory.mktemp("examined"))
+
+
+def _run(spec: Spec, filled: Path, folder: Path) -> tuple[Path, Outcome]:
+    database = folder / "mlflow.db"
     shutil.copy(filled, database)
     mlflow.set_tracking_uri(f"sqlite:///{database}")
     mlflow.set_experiment("soups")
-    return database, mlflow_soup.run(Spec(pair="v1,v2", promote="alias:champion"))
+    return database, mlflow_soup.run(spec)
 
 
 @pytest.fixture
@@ -194,6 +205,14 @@ def client(filled, tmp_path, monkeypatch) -> MlflowClient:
 def outcome(finished, client, tmp_path, monkeypatch) -> Outcome:
     """What the main job returned; `client` then sees the store as it left it."""
     database, returned = finished
+    use(database, tmp_path, monkeypatch)
+    return returned
+
+
+@pytest.fixture
+def merged(examined, client, tmp_path, monkeypatch) -> Outcome:
+    """The same for the job without a promotion; its artifacts are shared, and not to be spoilt."""
+    database, returned = examined
     use(database, tmp_path, monkeypatch)
     return returned
 
