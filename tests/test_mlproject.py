@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-import warm
+import forked
 from conftest import MODEL
 from mlflow_soup.cli import main
 
@@ -72,7 +72,7 @@ def mlflow_run(manager, *words):
     """`mlflow run .` on the store of this test."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"PATH": path}  # set_experiment put the experiment's id there
-    return warm.play("mlflow", "run", str(ROOT), "--env-manager", manager, *words, env=env)
+    return forked.play("mlflow", "run", str(ROOT), "--env-manager", manager, *words, env=env)
 
 
 def test_the_main_job_as_a_project_finds_its_model_and_logs_to_the_run_mlflow_made(client):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-import warm
+import forked
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "26", "--items", "60", "--trials", "4"]
@@ -22,7 +22,7 @@ def started(program, *words, cwd, env):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
-def quickstart(tmp_path, *words, example="quickstart", run=warm.play):
+def quickstart(tmp_path, *words, example="quickstart", run=forked.play):
     """The example on a store of its own; nothing of it depends on this process."""
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     env.pop("MLFLOW_EXPERIMENT_ID", None)  # where another test's set_experiment left it

@@ -11,9 +11,9 @@ import mlflow
 import pytest
 import yaml
 
+import forked
 import mlflow_soup
 import toy
-import warm
 from conftest import register
 from mlflow_soup import Spec
 from mlflow_soup.errors import StoreError
@@ -48,7 +48,7 @@ def process(*words, uri, program=("-m", "mlflow_soup")):
 
 def quick_process(*words, uri, **more):
     """The same, but for what it says while it imports."""
-    done = warm.play("mlflow_soup", *words, env=planted(uri) | more)
+    done = forked.play("mlflow_soup", *words, env=planted(uri) | more)
     check(done.stdout + done.stderr)
     return done
 

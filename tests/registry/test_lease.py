@@ -7,7 +7,7 @@ import time
 import mlflow
 import pytest
 
-import warm
+import forked
 from conftest import MODEL
 from mlflow_soup import errors
 from mlflow_soup.registry import lease
@@ -84,9 +84,9 @@ def _hold(uri, folder, inside):
 @contextlib.contextmanager
 def holder(folder):
     """Another process that holds the lease."""
-    inside = warm.context.Event()
+    inside = forked.context.Event()
     args = (os.environ["MLFLOW_TRACKING_URI"], folder, inside)
-    process = warm.context.Process(target=_hold, args=args)
+    process = forked.context.Process(target=_hold, args=args)
     process.start()
     assert inside.wait(120)
     try:

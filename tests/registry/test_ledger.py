@@ -4,7 +4,7 @@ import threading
 import mlflow
 import pytest
 
-import warm
+import forked
 from conftest import MODEL
 from mlflow_soup import errors
 from mlflow_soup.registry import ledger
@@ -98,9 +98,9 @@ def _make_a_ledger(uri, barrier, made):
 
 
 def test_of_several_processes_one_makes_the_ledger(client):
-    barrier, made = warm.context.Barrier(3), warm.context.Queue()
+    barrier, made = forked.context.Barrier(3), forked.context.Queue()
     args = (os.environ["MLFLOW_TRACKING_URI"], barrier, made)
-    processes = [warm.context.Process(target=_make_a_ledger, args=args) for _ in range(3)]
+    processes = [forked.context.Process(target=_make_a_ledger, args=args) for _ in range(3)]
     for process in processes:
         process.start()
     found = {made.get(timeout=120) for _ in processes}

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+import forked
 import mlflow_soup
-import warm
 from conftest import MODEL, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.decision import pairing
@@ -540,7 +540,7 @@ def test_a_study_cut_short_goes_on_to_the_same_table(client, told, monkeypatch, 
 
 def test_a_study_that_is_terminated_goes_on_when_it_is_called_again(client, told):
     words = ["study", "landscape", "--pair", "v1,v2", "--points", "41"]
-    process = warm.Play("mlflow_soup", *words)
+    process = forked.Play("mlflow_soup", *words)
     while len(evaluated(client)) < 3 and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
