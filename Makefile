@@ -1,10 +1,27 @@
-.PHONY: check slow bench fmt
+.PHONY: check lowest slow bench fmt
+
+# files in the order of conftest.py, the costly ones first: none is left for the end
+SPREAD = -n auto --dist loadfile --no-loadscope-reorder
+FAST = tests/test_private_doors.py $(addprefix tests/,request files weights decision search) \
+	$(addprefix tests/,evaluation registry reporting) tests/workflows/test_job.py \
+	tests/workflows/test_run.py::test_the_soup_is_a_new_version_with_its_lineage \
+	tests/workflows/test_run.py::test_the_search_run_tells_the_story
 
 check:
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest -n auto --dist loadfile
+	pytest $(SPREAD)
+
+# about two minutes of tests, a main job among them, with the lowest versions that we allow
+lowest: .venv-lowest/installed
+	.venv-lowest/bin/pytest $(SPREAD) $(FAST)
+
+.venv-lowest/installed: constraints-lowest.txt pyproject.toml
+	rm -rf .venv-lowest
+	python3 -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	touch $@
 
 slow:
 	pytest -m slow

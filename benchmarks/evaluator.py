@@ -139,6 +139,7 @@ class Listener(HFLM):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.heard: set[tuple[int, ...]] = set()
 
+    # private door: lm_eval.models.huggingface.HFLM._loglikelihood_tokens
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         self.heard |= {tuple((c + k)[-(self.max_length + 1) : -1]) for _, c, k in requests}
         return super()._loglikelihood_tokens(requests, *args, **kwargs)

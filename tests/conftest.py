@@ -1,9 +1,12 @@
+# ruff: noqa: E402 (what comes before an import is for that import)
 import contextlib
+import gc
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,8 +24,11 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # models of a few thousand parameters are slower on two threads
 )
 
+gc.disable()  # as the commands do: looking for garbage takes as long as importing torch
+
 import mlflow
 import pytest
+import sqlalchemy
 import torch
 from mlflow import MlflowClient
 
@@ -31,6 +37,9 @@ import toy
 from mlflow_soup import Outcome, Spec
 from mlflow_soup.registry.store import Store
 
+gc.freeze()
+gc.enable()
+
 if TYPE_CHECKING:  # they import this module
     import checker
     import episodes
@@ -38,11 +47,30 @@ if TYPE_CHECKING:  # they import this module
 torch.set_num_threads(1)
 
 MODEL = "toy-llm"
+# they take minutes each: begun first, so that no worker is left with one when all else is done
+COSTLY = (
+    *("workflows/test_study.py", "workflows/test_run.py", "faults/test_resume.py"),
+    *("test_quickstart.py", "hostile/test_secrets.py", "workflows/test_trials.py"),
+    *("test_mlproject.py", "faults/test_faults.py", "registry/test_lease.py", "test_cli.py"),
+)
 FIGURES = pytest.StashKey[dict[str, object]]()
+
+
+@sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+def _do_not_wait_for_the_disk(connection: object, _: object) -> None:
+    """Commit without fsync: a killed process loses nothing so, and no test cuts the power."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=OFF")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    rank = {here / name: number for number, name in enumerate(COSTLY)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -149,11 +177,22 @@ def filled(tmp_path_factory, checkpoints, tasks) -> Path:
 @pytest.fixture(scope="session")
 def finished(filled, tmp_path_factory) -> tuple[Path, Outcome]:
     """A copy of that database in which v1,v2 were merged and promoted."""
-    database = tmp_path_factory.mktemp("finished") / "mlflow.db"
+    spec = Spec(pair="v1,v2", promote="alias:champion")
+    return _run(spec, filled, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def examined(filled, tmp_path_factory) -> tuple[Path, Outcome]:
+    """A copy of that database in which v1,v2 were merged, and passed the gate."""
+    return _run(Spec(pair="v1,v2"), filled, tmp_path_factory.mktemp("examined"))
+
+
+def _run(spec: Spec, filled: Path, folder: Path) -> tuple[Path, Outcome]:
+    database = folder / "mlflow.db"
     shutil.copy(filled, database)
     mlflow.set_tracking_uri(f"sqlite:///{database}")
     mlflow.set_experiment("soups")
-    return database, mlflow_soup.run(Spec(pair="v1,v2", promote="alias:champion"))
+    return database, mlflow_soup.run(spec)
 
 
 @pytest.fixture
@@ -166,6 +205,14 @@ def client(filled, tmp_path, monkeypatch) -> MlflowClient:
 def outcome(finished, client, tmp_path, monkeypatch) -> Outcome:
     """What the main job returned; `client` then sees the store as it left it."""
     database, returned = finished
+    use(database, tmp_path, monkeypatch)
+    return returned
+
+
+@pytest.fixture
+def merged(examined, client, tmp_path, monkeypatch) -> Outcome:
+    """The same for the job without a promotion; its artifacts are shared, and not to be spoilt."""
+    database, returned = examined
     use(database, tmp_path, monkeypatch)
     return returned
 

@@ -1,7 +1,6 @@
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import forked
 from conftest import MODEL
 from mlflow_soup.cli import main
 
@@ -70,10 +70,9 @@ def test_the_tested_set_pins_everything_we_depend_on():
 
 def mlflow_run(manager, *words):
     """`mlflow run .` on the store of this test."""
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", manager, *words]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"PATH": path}  # set_experiment put the experiment's id there
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return forked.play("mlflow", "run", str(ROOT), "--env-manager", manager, *words, env=env)
 
 
 def test_the_main_job_as_a_project_finds_its_model_and_logs_to_the_run_mlflow_made(client):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+import forked
 from mlflow_soup.quickstart import corpus, tasks
 
 ROOT = Path(__file__).parent.parent
@@ -33,10 +34,16 @@ def built(tmp_path_factory):
     return wheel, sdist
 
 
-def start(tmp_path, *command, **more):
-    """A command on a store of its own; it depends on nothing in this process."""
+def environment(tmp_path, **more):
+    """The variables of a process with a store of its own; it depends on nothing in this one."""
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"} | more
     env.pop("MLFLOW_EXPERIMENT_ID", None)  # where another test's set_experiment left it
+    return env
+
+
+def start(tmp_path, *command, **more):
+    """What a command, started in a folder of its own, has printed and how it has ended."""
+    env = environment(tmp_path, **more)
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
@@ -111,13 +118,14 @@ def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice
 
     words = ("--only", "landscape-early", "--limit", "8")
     example = str(ROOT / "examples" / "reproduction")
-    studied = start(tmp_path, sys.executable, example, *words)
+    studied = forked.play(example, *words, cwd=tmp_path, env=environment(tmp_path))
     assert studied.returncode == 0, studied.stderr
     assert "Landscape of v3,v4" in studied.stdout
     results = tmp_path / "reproduction" / "landscape-early"
     assert {file.suffix for file in results.iterdir()} == {".csv", ".md", ".png"}
 
-    other = quickstart(*QUICK, "--seed", "1")
+    words = ("quickstart", *QUICK, "--seed", "1")
+    other = forked.play("mlflow_soup", *words, cwd=tmp_path, env=environment(tmp_path))
     assert other.returncode == 2
     assert "is not from this pretraining" in other.stderr
 

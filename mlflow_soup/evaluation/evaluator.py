@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2.exceptions import SecurityError
-from lm_eval.api.utils import maybe_delimit
+from lm_eval.api.utils import maybe_delimit  # private door
 from lm_eval.evaluator import evaluate
 
 from mlflow_soup.errors import ObjectiveError
@@ -48,6 +48,7 @@ FEWSHOT_SEED = 1234
 def _quiet_copy(tokenizer: Any) -> Any:
     """A copy that HFLM may set a pad token on, and that does not warn of documents it will cut."""
     copied = copy.deepcopy(tokenizer)
+    # private door: transformers: deprecation_warnings of a tokenizer
     copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return copied
 
@@ -222,6 +223,7 @@ class Evaluator:
         rows = {
             task.config.task: [
                 row
+                # private door: lm_eval.evaluator.evaluate: samples
                 for row in results["samples"][task.config.task]
                 if row["filter"] == filter_name and metric in row["metrics"]
             ]
@@ -282,6 +284,7 @@ def _reference(task: Any, doc: Any) -> str:
 
 def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
     """Build a task's requests once; lm-eval would draw other few-shot examples at every call."""
+    # private door: lm_eval.api.task.Task
     fixed = task.get_config("num_fewshot")
     if num_fewshot is not None and fixed != 0:  # as lm-eval: 0 in a YAML is meant
         task.set_config("num_fewshot", num_fewshot)
@@ -309,8 +312,9 @@ def _answers(task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answe
     if task.OUTPUT_TYPE != "multiple_choice":
         return (), ()
     docs = [(row["doc"], len(row["resps"])) for row in rows]
-    gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
-    return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
+    with _templates_kept():
+        gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
+        return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
 
 
 def _items(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import revert_weight_conversion  # private door
 
 from mlflow_soup.errors import NonFiniteError, ParentError, SpecError
 from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint

@@ -49,12 +49,14 @@ class FrozenLM(HFLM):  # type: ignore[misc]
     def prepare(self, requests: Mapping[str, Sequence[Any]]) -> None:
         """Nothing: the first evaluation tokenises."""
 
+    # private door: lm_eval.models.huggingface.HFLM._encode_pair
     def _encode_pair(self, context: str, continuation: str) -> Any:
         key = (context, continuation)
         if key not in self._pairs:
             self._pairs[key] = super()._encode_pair(context, continuation)
         return self._pairs[key]
 
+    # private door: lm_eval.models.huggingface.HFLM.tok_encode
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
         """As lm-eval's, each text once."""
         key = (string, add_special_tokens, *sorted(kwargs.items()))
@@ -62,6 +64,7 @@ class FrozenLM(HFLM):  # type: ignore[misc]
             self._encoded[key] = super().tok_encode(string, add_special_tokens, **kwargs)
         return list(self._encoded[key])
 
+    # private door: lm_eval.models.huggingface.HFLM._loglikelihood_tokens
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         self.truncated += sum(self._cuts(context, asked) for _, context, asked in requests)
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
@@ -70,6 +73,7 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         # the last token is only predicted, never read
         return bool(len(context) + len(continuation) - 1 > self.max_length)
 
+    # private door: lm_eval.models.huggingface.HFLM.tok_batch_encode
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
     ) -> Any:
@@ -80,6 +84,7 @@ class FrozenLM(HFLM):  # type: ignore[misc]
             strings, *args, left_truncate_len=left_truncate_len, **kwargs
         )
 
+    # private door: lm_eval.models.huggingface.HFLM._model_generate
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         """As lm-eval's; text would not tell that what it was chosen by is no number."""
         return super()._model_generate(*args, logits_processor=[_check_logits], **kwargs)
@@ -169,6 +174,7 @@ class PreparedLM(FrozenLM):
             except torch.OutOfMemoryError:
                 if not self._probes or self.batch_size == 1:
                     raise
+                # private door: lm_eval.models.huggingface.HFLM.batch_size_per_gpu
                 self.batch_size_per_gpu //= 2
             self._plans = {}
             # torch.accelerator can do this from torch 2.9 on
@@ -359,6 +365,7 @@ class PreparedLM(FrozenLM):
         """What the model makes of the positions that are read, shape (N, V)."""
         if self.selects:
             return self._select(batch, self._fork(cache, batch))
+        # private door: lm_eval.models.huggingface.HFLM._model_call
         logits: Tensor = self._model_call(batch.tokens)
         return logits.flatten(0, 1)[batch.reads]
 
@@ -390,6 +397,7 @@ class PreparedLM(FrozenLM):
         """A copy of the cache with a row for each sequence of the batch."""
         if cache is None:
             return None
+        # private door: transformers: a cache can be copied and its rows selected
         forked = copy.deepcopy(cache)
         forked.batch_select_indices(batch.prefix)
         return forked

@@ -23,8 +23,8 @@ import jinja2
 import lm_eval.utils
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from lm_eval.api import metrics as aggregations
-from lm_eval.api.group import Group
+from lm_eval.api import metrics as aggregations  # private door
+from lm_eval.api.group import Group  # private door
 from lm_eval.tasks import TaskManager
 
 from mlflow_soup.errors import ObjectiveError, SpecError
@@ -36,6 +36,7 @@ _PIECE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))
 
 def _sandboxed(env: jinja2.Environment) -> ImmutableSandboxedEnvironment:
     """The same environment, in which templates see what they are given and nothing behind it."""
+    # private door: jinja2: an environment has its options as attributes
     options = inspect.signature(jinja2.Environment).parameters.keys() - {"extensions"}
     sandbox = ImmutableSandboxedEnvironment(
         **{name: getattr(env, name) for name in options if hasattr(env, name)},
@@ -47,6 +48,7 @@ def _sandboxed(env: jinja2.Environment) -> ImmutableSandboxedEnvironment:
 
 
 # lm-eval's own runs whatever a task's templates say, as soon as it is loaded
+# private door: lm_eval.utils.env
 TEMPLATES = lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
 
 
@@ -101,6 +103,7 @@ def _folders(names: Sequence[str]) -> list[str]:
     spec = find_spec("lm_eval")
     assert spec is not None
     assert spec.submodule_search_locations is not None
+    # private door: lm_eval: a folder of its library is named as its tasks begin
     root = Path(spec.submodule_search_locations[0]) / "tasks"
     return [
         str(folder)
@@ -114,6 +117,7 @@ def _open_manager(names: Sequence[str], include_path: str) -> TaskManager:
     """lm-eval's index of tasks; complete only where the names do not say which folder is theirs."""
     own = [path for path in include_path.split(os.pathsep) if path]
     manager = TaskManager(include_defaults=False, include_path=[*_folders(names), *own])
+    # private door: lm_eval.tasks.TaskManager.task_index
     if all(name in manager.task_index for name in names):
         return manager
     return TaskManager(include_path=own)
@@ -224,8 +228,10 @@ def _untag(manager: TaskManager, name: str) -> list[str]:
 def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str, Any]:
     try:
         with quiet():
+            # private door: lm_eval.tasks.TaskManager.load
             loaded: Mapping[str, Any] = manager.load(list(names))
             return loaded
+    # private door: datasets: errors for data that is not there are OSErrors
     except OSError as error:  # datasets' errors for what is neither on disk nor reachable
         raise ObjectiveError(
             f"the data of {', '.join(names)} could not be loaded: {error}",
@@ -234,6 +240,7 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
             "of the Hugging Face Hub: allow access to it, or load it once into the local cache",
         ) from error
     except Exception as error:  # a task is its author's YAML and code: anything can happen
+        # private door: lm_eval: Duplicate task
         if str(error).startswith("Duplicate task"):  # a group and its own member
             raise SpecError(str(error), where=where, fix="name each task once") from error
         raise broken(", ".join(names), "could not be loaded", where, error) from error

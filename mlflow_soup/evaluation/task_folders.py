@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.api.metrics  # fills the registry
-import lm_eval.api.registry
+import lm_eval.api.metrics  # private door; fills the registry
+import lm_eval.api.registry  # private door
 
 from mlflow_soup.errors import SpecError
 from mlflow_soup.files.untrusted import LARGEST_YAML, Function, parse_yaml, read_regular

@@ -66,6 +66,7 @@ def share_view(client: Store, run_id: str) -> str:
         ],
     }
     share = key[:16]
+    # private door: mlflow.sharedViewState
     with contextlib.suppress(MlflowException):  # a user who may not tag the experiment gets no view
         client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{share}", json.dumps(state))
     return (

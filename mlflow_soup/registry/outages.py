@@ -15,6 +15,7 @@ from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from mlflow_soup.errors import AwayError, RegistryError, StoreError
 from mlflow_soup.redaction import redact
 
+# private door: sqlite: words of a full disk and of denials
 _SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S3's error codes
 # reasons that do not pass, though MLflow may call the store "temporarily unavailable"
 _DENIED = re.compile(
@@ -72,6 +73,7 @@ def is_transient(error: BaseException) -> bool:
             return status == 429 or status >= 500
         # a server answers BAD_REQUEST when all its database connections are in use
         if isinstance(cause, MlflowException) and (
+            # private door: sqlalchemy: QueuePool limit
             cause.error_code in _BUSY or "QueuePool limit" in str(cause.message)
         ):
             return not is_denied(cause)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import LoggedModelStatus
-from mlflow.utils.file_utils import local_file_uri_to_path
-from mlflow.utils.uri import is_local_uri
+from mlflow.utils.file_utils import local_file_uri_to_path  # private door
+from mlflow.utils.uri import is_local_uri  # private door
 
 from mlflow_soup.errors import ParentError, SoupError, StoreError
 from mlflow_soup.records import Version
@@ -84,6 +84,7 @@ def download_tree(client: Store, uri: str, folder: Path) -> Path:
         return str(download_artifacts(uri, dst_path=str(folder)))
 
     client.download(download, lambda: bool(_listing_of(client, uri)), f"fetch {uri}")
+    # private door: mlflow: registered_model_meta
     (folder / "registered_model_meta").unlink(missing_ok=True)  # MLflow writes it as it downloads
     return folder
 

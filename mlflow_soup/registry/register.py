@@ -9,8 +9,8 @@ from typing import Any
 from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
-from mlflow.utils.file_utils import local_file_uri_to_path
-from mlflow.utils.uri import is_local_uri
+from mlflow.utils.file_utils import local_file_uri_to_path  # private door
+from mlflow.utils.uri import is_local_uri  # private door
 
 from mlflow_soup.errors import StoreError
 from mlflow_soup.files.durable import scratch
@@ -97,6 +97,7 @@ def _settle_upload(client: Store, logged_id: str, version: Version) -> None:
     found = client.get_logged_model(logged_id)
     if found.status != LoggedModelStatus.READY:  # another process took it for cut short just now
         client.finalize_logged_model(logged_id, LoggedModelStatus.READY)
+    # private door: mlflow.modelVersions
     # a server writes this link itself; MLflow on a database does not
     if "mlflow.modelVersions" not in found.tags:
         shown_at = json.dumps([{"name": version.name, "version": version.number}])

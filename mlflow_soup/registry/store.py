@@ -35,6 +35,7 @@ T = TypeVar("T")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
 _SAID_S = 20.0  # between two warnings about a store that is away
 _HICCUP_S = 3.0  # if the first call fails for longer, there is no store
+# private door: mlflow: variables are read at each request
 _PROBE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _HASTY = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 _BROKEN_S = 300.0  # patience with a server that answers "internal error"
@@ -123,6 +124,7 @@ class Store(MlflowClient):
 
     def _patience_after(self, error: Exception) -> float:
         """Seconds of patience; fewer for a server that answers "internal error", maybe for good."""
+        # private door: urllib3: too many 500 error responses
         broken = "too many 500 error" in str(error)
         return min(self.patience_s, _BROKEN_S) if broken else self.patience_s
 
@@ -225,6 +227,7 @@ def connect(patience_s: float = 0.0) -> Store:
     Raises:
         StoreError: the store does not answer. (MLflow's own retries would take four minutes.)
     """
+    # private door: mlflow.store.db.utils logs the errors that it raises
     _quieten_mlflow()
     try:
         client = Store(patience_s)

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.tracking.fluent import _get_experiment_id
+from mlflow.tracking.fluent import _get_experiment_id  # private door
 
 from mlflow_soup.errors import OvertakenError, SoupError, SpecError
 from mlflow_soup.redaction import redact

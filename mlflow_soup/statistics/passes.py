@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
+from transformers.pytorch_utils import Conv1D  # private door
 
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.statistics.calibration import Calibration
@@ -162,6 +162,7 @@ def _owners(model: nn.Module, layers: Mapping[str, Any], window: Sequence[int]) 
     def meet(name: str, inputs: Tensor) -> None:
         calls[name] += 1
         for tensor, version, first in given:
+            # private door: torch.Tensor._version
             if tensor is inputs and version == inputs._version:
                 owner[name] = first
                 return

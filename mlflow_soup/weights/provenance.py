@@ -16,6 +16,7 @@ from mlflow_soup.weights.manifest import CARD, MANIFEST, card, format_manifest
 
 _LIBRARIES = ("mlflow-soup", "mlflow", "torch", "transformers", "safetensors", "lm-eval")
 # written when a version is registered or served: not what the newest parent had
+# private door: mlflow: registered_model_meta
 _OF_MLFLOW = ("MLmodel", "registered_model_meta")
 
 

@@ -197,8 +197,10 @@ def test_two_that_ask_for_the_same_at_once_get_one_soup(client, count, monkeypat
     assert len(client.search_model_versions(f"name='{MODEL}'")) == 4
 
 
-def test_of_two_that_registered_the_lower_number_stays(client, monkeypatch, tmp_path, checkpoints):
-    first = run_soup(Spec(pair="v1,v2"))
+def test_of_two_that_registered_the_lower_number_stays(
+    client, merged, monkeypatch, tmp_path, checkpoints
+):
+    first = merged
     tags = tags_of(client, first.soup.version)
     folder = shutil.copytree(checkpoints[0], tmp_path / "soup")
     find = find_soup
@@ -244,8 +246,8 @@ def test_who_was_followed_meanwhile_stops(client, count, monkeypatch):
     assert trials(client) == []  # whoever followed writes them
 
 
-def test_methods_share_what_was_scored(client, count):
-    run_soup(Spec(pair="v1,v2"))
+@pytest.mark.usefixtures("client", "merged")
+def test_methods_share_what_was_scored(count):
     before = count.made
     run_soup(Spec(pair="v1,v2", method="uniform"))
     assert count.made == before
@@ -285,10 +287,9 @@ def test_the_score_of_a_champion_that_was_kept_serves_a_search(client, count, mo
     assert count.made == before + len(outcome.trials) - 2  # v1 was kept, v2 scored by a search
 
 
-def test_parents_registered_meanwhile_do_not_matter(client, count, checkpoints):
-    first = run_soup(Spec(pair="v1,v2"))
+def test_parents_registered_meanwhile_do_not_matter(client, merged, checkpoints):
     register(client, checkpoints[2])
-    assert run_soup(Spec(pair="v1,v2")).soup.version == first.soup.version
+    assert run_soup(Spec(pair="v1,v2")).soup.version == merged.soup.version
 
 
 def test_evidence_that_is_damaged_is_measured_anew_and_promotes_nothing(client):

@@ -1,5 +1,4 @@
 import contextlib
-import multiprocessing
 import os
 import signal
 import threading
@@ -8,6 +7,7 @@ import time
 import mlflow
 import pytest
 
+import forked
 from conftest import MODEL
 from mlflow_soup import errors
 from mlflow_soup.registry import lease
@@ -84,9 +84,9 @@ def _hold(uri, folder, inside):
 @contextlib.contextmanager
 def holder(folder):
     """Another process that holds the lease."""
-    spawn = multiprocessing.get_context("spawn")
-    inside = spawn.Event()
-    process = spawn.Process(target=_hold, args=(os.environ["MLFLOW_TRACKING_URI"], folder, inside))
+    inside = forked.context.Event()
+    args = (os.environ["MLFLOW_TRACKING_URI"], folder, inside)
+    process = forked.context.Process(target=_hold, args=args)
     process.start()
     assert inside.wait(120)
     try:

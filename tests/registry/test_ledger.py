@@ -1,10 +1,10 @@
-import multiprocessing
 import os
 import threading
 
 import mlflow
 import pytest
 
+import forked
 from conftest import MODEL
 from mlflow_soup import errors
 from mlflow_soup.registry import ledger
@@ -98,10 +98,9 @@ def _make_a_ledger(uri, barrier, made):
 
 
 def test_of_several_processes_one_makes_the_ledger(client):
-    fork = multiprocessing.get_context("spawn")
-    barrier, made = fork.Barrier(3), fork.Queue()
+    barrier, made = forked.context.Barrier(3), forked.context.Queue()
     args = (os.environ["MLFLOW_TRACKING_URI"], barrier, made)
-    processes = [fork.Process(target=_make_a_ledger, args=args) for _ in range(3)]
+    processes = [forked.context.Process(target=_make_a_ledger, args=args) for _ in range(3)]
     for process in processes:
         process.start()
     found = {made.get(timeout=120) for _ in processes}

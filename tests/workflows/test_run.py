@@ -130,8 +130,8 @@ def test_the_same_request_registers_nothing_and_evaluates_nothing_again(client, 
     assert again.verdict.passed
 
 
-def test_a_search_cut_short_continues_to_the_same_soup(client, monkeypatch):
-    whole = run_soup(Spec(pair="v1,v2"))
+def test_a_search_cut_short_continues_to_the_same_soup(client, merged):
+    whole = merged
     client.delete_model_version(MODEL, "4")
     for run in trial_runs(client, whole):
         if int(run.data.tags["soup.number"]) >= 3:
@@ -178,16 +178,15 @@ def test_a_gate_that_refuses_moves_no_alias(client):
         assert f"{check.bound:+.4f}" in client.get_model_version(MODEL, "4").description
 
 
-def test_the_stages_can_be_run_one_by_one(client):
-    first = run_soup(Spec(pair="v1,v2"))
+def test_the_stages_can_be_run_one_by_one(client, merged):
     client.delete_model_version_tag(MODEL, "4", "soup.gate")
     with pytest.raises(errors.GateError, match="has not passed the gate"):
         release.promote(Spec(version="v4", promote="champion"))
     roles = release.evaluate(Spec(version="v4"))
     assert set(roles) == {"soup", "parent 0", "parent 1"}
-    assert roles["soup"].held_out == first.soup.held_out
+    assert roles["soup"].held_out == merged.soup.held_out
     _, verdict = release.gate(Spec(version="v4"))
-    assert verdict == first.verdict
+    assert verdict == merged.verdict
     _, strict = release.gate(Spec(version="v4", margin=0.0, confidence=0.999999))
     assert not strict.passed
     with pytest.raises(errors.GateError):
@@ -197,8 +196,8 @@ def test_the_stages_can_be_run_one_by_one(client):
     assert version.number == 4
 
 
+@pytest.mark.usefixtures("merged")
 def test_a_verdict_is_void_once_the_champion_has_moved(client):
-    run_soup(Spec(pair="v1,v2"))
     client.set_registered_model_alias(MODEL, "champion", "3")
     for step in (release.gate, release.promote):
         with pytest.raises(errors.GateError, match="was not examined"):
@@ -225,8 +224,8 @@ def test_a_second_call_keeps_the_checks_against_the_champion_it_replaced(client)
     assert children(client, again.run_id) == []
 
 
+@pytest.mark.usefixtures("merged")
 def test_a_soup_that_was_deleted_is_registered_and_examined_under_its_new_number(client):
-    run_soup(Spec(pair="v1,v2"))
     client.delete_model_version(MODEL, "4")
     again = run_soup(Spec(pair="v1,v2"))
     assert again.soup.version.number == 5

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+import forked
 import mlflow_soup
 from conftest import MODEL, use
 from mlflow_soup import Spec, errors
@@ -539,16 +540,12 @@ def test_a_study_cut_short_goes_on_to_the_same_table(client, told, monkeypatch, 
 
 def test_a_study_that_is_terminated_goes_on_when_it_is_called_again(client, told):
     words = ["study", "landscape", "--pair", "v1,v2", "--points", "41"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow_soup", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = forked.Play("mlflow_soup", *words)
     while len(evaluated(client)) < 3 and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, complaint.decode()
+    done = process.finish(60)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
     before = evaluated(client)
     assert 3 <= len(before) < 41
     assert not all_runs(client, "attributes.status = 'RUNNING'")
@@ -653,7 +650,12 @@ WRONG = [
     (["pairs", "--last", "1"], 2, "--last", "a whole number, 2 or more"),
     (["pairs", "--versions", "v1,v2", "--last", "2"], 2, "--versions and --last", "keep only one"),
     (["methods", "--pairs", "v1,v2", "--methods", "ours"], 2, "--methods", "regmean"),
-    (["ood", "--pairs", "v1,v2", "--methods", "uniform,uniform"], 2, "--methods", "each method once"),
+    (
+        ["ood", "--pairs", "v1,v2", "--methods", "uniform,uniform"],
+        2,
+        "--methods",
+        "each method once",
+    ),
     (["pairs", "--last", "3", "--method", "ours"], 2, "--method", "greedy"),
     (["landscape", "--pair", "v1,v2", "--points", "3"], 2, "--points", "a whole number from 4"),
     (["landscape", "--pair", "v1,v2", "--points", "20000"], 2, "--points", "from 4 to 10001"),
