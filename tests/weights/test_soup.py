@@ -471,7 +471,7 @@ def test_a_parent_written_to_while_it_is_read_is_refused_by_name(pair, tmp_path,
 
 def test_a_disk_too_small_is_told_before_anything_is_written(pair, mount):
     disk = mount("tmpfs", "size=4k")
-    with pytest.raises(StoreError, match=r"MB are needed and 0\.0 MB are free"):
+    with pytest.raises(StoreError, match=r"MB are needed, but only 0\.0 MB are free"):
         write(opened(pair), (0.5, 0.5), disk / "soup")
     assert list((disk / "soup").iterdir()) == []
 
