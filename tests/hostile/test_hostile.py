@@ -242,8 +242,8 @@ CHECKPOINTS = {
     "a shard is a link": (in_shards(replace_by(link, SECOND)), f"{SECOND} of .* is a link"),
     "a shard is a pipe": (in_shards(replace_by(pipe, SECOND)), f"{SECOND} of .* neither a file"),
     "a shard above": (in_index("../elsewhere/secret.jsonl"), "names '../elsewhere/secret.jsonl'"),
-    "a shard by its path": (in_index("{secret}"), "names '/.*secret.jsonl', which is no file"),
-    "a shard is the folder above": (in_index(".."), r"names '\.\.', which is no file"),
+    "a shard by its path": (in_index("{secret}"), "names '/.*secret.jsonl', which is not a weight file"),
+    "a shard is the folder above": (in_index(".."), r"names '\.\.', which is not a weight file"),
     "an index nested": (
         in_shards(replace_by(text(b'{"weight_map":' + b"[" * 9999), INDEX)),
         f"{INDEX} of .* nested too deep",
@@ -303,8 +303,8 @@ CHECKPOINTS = {
     "MLmodel nested": (mlmodel("a: " + "[" * 100_000), "MLmodel of .* nested too deep"),
     "MLmodel of 1 GB": (replace_by(long(1 << 30), "MLmodel"), "MLmodel of .* longer than"),
     "MLmodel is a link": (replace_by(link, "MLmodel"), "MLmodel of .* is a link"),
-    "a link in the tree": (below(link, "notes.txt"), "holds a link, notes.txt"),
-    "a pipe in the tree": (below(pipe, "notes.txt"), "neither a file nor a folder, notes.txt"),
+    "a link in the tree": (below(link, "notes.txt"), "holds a link: notes.txt"),
+    "a pipe in the tree": (below(pipe, "notes.txt"), "neither a file nor a folder: notes.txt"),
 }
 
 
