@@ -242,7 +242,10 @@ CHECKPOINTS = {
     "a shard is a link": (in_shards(replace_by(link, SECOND)), f"{SECOND} of .* is a link"),
     "a shard is a pipe": (in_shards(replace_by(pipe, SECOND)), f"{SECOND} of .* neither a file"),
     "a shard above": (in_index("../elsewhere/secret.jsonl"), "names '../elsewhere/secret.jsonl'"),
-    "a shard by its path": (in_index("{secret}"), "names '/.*secret.jsonl', which is not a weight file"),
+    "a shard by its path": (
+        in_index("{secret}"),
+        "names '/.*secret.jsonl', which is not a weight file",
+    ),
     "a shard is the folder above": (in_index(".."), r"names '\.\.', which is not a weight file"),
     "an index nested": (
         in_shards(replace_by(text(b'{"weight_map":' + b"[" * 9999), INDEX)),
