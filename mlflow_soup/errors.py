@@ -1,27 +1,27 @@
-"""Everything that can go wrong, and how a pipeline tells it apart.
+"""Every error that the package raises, with the exit code of the command.
 
-    SoupError                        exit 1: anything without a code of its own
-    ├── SpecError (also ValueError)  exit 2: the request is wrong, nothing was touched
-    ├── GateError                    exit 3: a promotion that no passed gate stands behind
-    ├── MismatchError                exit 3: a soup is not what its manifest says
-    ├── ParentError                  exit 4: a parent is missing, damaged, or of another shape
-    ├── OvertakenError               exit 5: another run moved the target meanwhile
+    SoupError                        exit 1: any error without an exit code of its own
+    ├── SpecError (also ValueError)  exit 2: the request is wrong; nothing was changed
+    ├── GateError                    exit 3: no passed gate supports the promotion
+    ├── MismatchError                exit 3: a soup does not match its manifest
+    ├── ParentError                  exit 4: a parent is missing, damaged or unlike the others
+    ├── OvertakenError               exit 5: another run moved the target in the meantime
     ├── ObjectiveError               exit 1: an evaluation failed or gave no finite score
-    └── RegistryError                exit 1: MLflow refused; its exception is chained
-        └── StoreError               exit 6: a store cannot be reached, or has no space
-            └── AwayError            exit 6: it did not answer for as long as patience lasts
+    └── RegistryError                exit 1: MLflow refused a request; its exception is chained
+        └── StoreError               exit 6: a store or disk cannot be reached, fails, or is full
+            └── AwayError            exit 6: a store did not answer before the time limit
 
-    `NonFiniteError` is the one ObjectiveError that belongs to a λ rather than to the machine: the
-    search keeps it as a failed trial and moves on.
+    `NonFiniteError` is an ObjectiveError that is caused by a λ and not by the machine. The search
+    records it as a failed trial and continues.
 
-A gate that refuses is a `Verdict`, not an exception; the commands turn it into exit code 3.
+A gate that refuses returns a `Verdict` and raises nothing; the commands then exit with code 3.
 """
 
 from mlflow_soup.redaction import redact
 
 
 class SoupError(Exception):
-    """What went wrong, where, and what to do about it; never with a password."""
+    """What went wrong, where, and how to fix it. Passwords are redacted."""
 
     exit_code = 1
 
@@ -35,31 +35,31 @@ class SoupError(Exception):
 
 
 class SpecError(SoupError, ValueError):
-    """The request is wrong; nothing was touched."""
+    """The request is wrong; nothing was changed."""
 
     exit_code = 2
 
 
 class GateError(SoupError):
-    """A promotion was asked for that no passed gate stands behind."""
+    """The user asked for a promotion that no passed gate supports."""
 
     exit_code = 3
 
 
 class MismatchError(SoupError):
-    """A soup is not what its manifest says."""
+    """A soup does not match its manifest."""
 
     exit_code = 3
 
 
 class ParentError(SoupError):
-    """A parent is missing, damaged, or of another shape than its sibling."""
+    """A parent is missing, damaged, or does not fit the other parents."""
 
     exit_code = 4
 
 
 class OvertakenError(SoupError):
-    """Another run moved the target while this one was about to."""
+    """Another run moved the target before this run could."""
 
     exit_code = 5
 
@@ -69,18 +69,18 @@ class ObjectiveError(SoupError):
 
 
 class NonFiniteError(ObjectiveError):
-    """A λ whose log-likelihoods or scores are not finite."""
+    """The log-likelihoods or scores of one λ are not finite."""
 
 
 class RegistryError(SoupError):
-    """MLflow refused; its exception is chained."""
+    """MLflow refused a request; its exception is chained."""
 
 
 class StoreError(RegistryError):
-    """A store cannot be reached, or has no space left."""
+    """A store or disk cannot be reached, fails, or is full."""
 
     exit_code = 6
 
 
 class AwayError(StoreError):
-    """A store did not answer for as long as patience lasts."""
+    """A store did not answer before the time limit (`--store-patience`)."""

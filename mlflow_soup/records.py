@@ -1,7 +1,7 @@
-"""The nouns: frozen records that the stages hand to each other.
+"""The records that the stages pass to each other; all are frozen.
 
-Held-out and OOD scores live in different records (`Trial`, `Evidence`), so that no
-out-of-domain number can reach the search.
+`Trial` has no out-of-domain (OOD) score, so no OOD score can reach the search. Only `Evidence`,
+which the gate reads, has them.
 """
 
 import math
@@ -13,14 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True, order=True)
 class Version:
-    """One registered model version; aliases are resolved already."""
+    """One version of a registered model, by number; aliases are already resolved."""
 
     name: str
     number: int
 
     @property
     def uri(self) -> str:
-        """MLflow's name for it, `models:/name/12`."""
+        """The version's MLflow URI, `models:/name/12`."""
         return f"models:/{self.name}/{self.number}"
 
     def __str__(self) -> str:
@@ -29,13 +29,13 @@ class Version:
 
 @dataclass(frozen=True)
 class Parent:
-    """A registered version whose files are at hand.
+    """A registered version with its files on this machine.
 
     Attributes:
         version: the registered version.
-        digest: canonical digest of its tensors, `sha256:…`.
-        folder: its artifact tree on this machine; read only.
-        model_id: its MLflow logged model, or None for versions registered without one.
+        digest: the canonical digest of its tensors, `sha256:…`.
+        folder: its artifact tree on this machine; read-only.
+        model_id: the ID of its MLflow logged model; None if it was registered without one.
     """
 
     version: Version
@@ -46,15 +46,16 @@ class Parent:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A proposal. Trial = recipe + held-out score; Soup = recipe + checkpoint + lineage."""
+    """How to merge the parents. A trial adds a held-out score; a soup adds the merged files."""
 
-    method: str  # how tensors are mixed: linear, or by statistics that refine equal weights
-    lam: tuple[float, ...]  # merge weights λ, one per parent, in parent order, oldest first; sum 1
+    method: str  # how tensors are mixed: `linear`, or the statistics `fisher` or `regmean`
+    lam: tuple[float, ...]  # merge weights λ, one per parent, oldest parent first; they sum to 1
 
     def __str__(self) -> str:
-        """As people read it: λ of a pair, which the newer weighs; all weights of more parents.
+        """The recipe for people.
 
-        Where statistics decide the weights, what statistics.
+        For a pair, λ, the weight of the newer parent; for more parents, all weights. A method other
+        than `linear` is shown by its name.
         """
         if self.method != "linear":
             return self.method
@@ -63,17 +64,17 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """The recipe with its name, `λ = 0.7` or `fisher`."""
+        """The recipe as a label, `λ = 0.7` or `fisher`."""
         return f"λ = {self}" if self.method == "linear" else str(self)
 
 
 @dataclass(frozen=True)
 class Digests:
-    """What identifies a checkpoint's bytes.
+    """The digests that identify the bytes of a checkpoint.
 
     Attributes:
-        canonical: of all tensors, however they are laid out in files; `sha256:…`.
-        tensors: name on disk → SHA-256 of its bytes.
+        canonical: one digest over all tensors, independent of the files' layout; `sha256:…`.
+        tensors: tensor name on disk → SHA-256 of the tensor's bytes.
         files: weight file → SHA-256.
     """
 
@@ -84,13 +85,13 @@ class Digests:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor of a soup that is not what its parents give.
+    """A tensor of a soup that differs from the mix of the parents.
 
     Attributes:
         tensor: its name.
-        count: how many of its elements differ; 0 where dtype or shape do.
-        index: of the first of them.
-        expected, found: that element's bits; or dtype and shape.
+        count: how many of its elements differ; 0 if the dtype or the shape differs.
+        index: the index of the first element that differs; empty if the dtype or the shape differs.
+        expected, found: the bits of that element, or the dtype and the shape.
     """
 
     tensor: str
@@ -102,13 +103,15 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class LayerDistance:
-    """How parents lie to each other in one layer: all that distances and angles follow from.
+    """The squared norms and squared distances of n parents in one layer.
+
+    All distances and angles between the parents follow from them.
 
     Attributes:
-        name: `layer 7`, `embedding`, `head`, `other`; `whole` for all of them together.
+        name: `layer 7`, `embedding`, `head` or `other`; `whole` for all layers together.
         norms: ‖Θ_i‖² of each parent, oldest first.
-        squares: ‖Θ_j − Θ_i‖², n × n, symmetric. Measured on the differences: from inner products
-            they could not be told where parents are close, as neighbours are.
+        squares: ‖Θ_j − Θ_i‖², n × n, symmetric. They are computed from the differences; from inner
+            products, the distances of close parents would be lost to rounding.
     """
 
     name: str
@@ -116,28 +119,34 @@ class LayerDistance:
     squares: tuple[tuple[float, ...], ...]
 
     def relative(self, i: int, j: int) -> float:
-        """Relative L2 distance ‖Θ_j − Θ_i‖ / ‖Θ_i‖; infinite from a Θ_i of zeros."""
+        """Relative L2 distance ‖Θ_j − Θ_i‖ / ‖Θ_i‖; infinite if only Θ_i is zero."""
         if not self.squares[i][j]:
             return 0.0
         return math.sqrt(self.squares[i][j] / self.norms[i]) if self.norms[i] else math.inf
 
     def cosine(self, i: int, j: int) -> float:
-        """Cosine between Θ_i and Θ_j; 0 where only one of them is zeros."""
+        """Cosine between Θ_i and Θ_j; 0 if only one of them is zero."""
         if not self.squares[i][j]:
             return 1.0
         return -_turn(self.norms[i], self.norms[j], self.squares[i][j])
 
     def delta_cosine(self, i: int, j: int) -> float:
-        """Cosine between Θ_i and the delta Θ_j − Θ_i: below 0 where it shrinks the weights."""
+        """Cosine between Θ_i and the delta Θ_j − Θ_i; negative if the delta shrinks the weights."""
         return _turn(self.norms[i], self.squares[i][j], self.norms[j])
 
     def turn(self, i: int, j: int, k: int) -> float:
-        """Cosine between the deltas Θ_j − Θ_i and Θ_k − Θ_j: 1 straight on, −1 straight back."""
+        """Cosine between the deltas Θ_j − Θ_i and Θ_k − Θ_j: 1 is straight on, −1 straight back."""
         return _turn(self.squares[i][j], self.squares[j][k], self.squares[i][k])
 
 
 def _turn(first: float, second: float, both: float) -> float:
-    """Cosine between two steps by the law of cosines, from squared lengths; 0 where one is none."""
+    """Cosine between two steps, by the law of cosines; 0 if a step has length 0.
+
+    Args:
+        first: the squared length of the first step.
+        second: the squared length of the second step.
+        both: the squared length of their sum.
+    """
     if not first or not second:
         return 0.0
     cosine = (both - first - second) / (2.0 * math.sqrt(first) * math.sqrt(second))
@@ -146,7 +155,7 @@ def _turn(first: float, second: float, both: float) -> float:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart parents are, layer by layer in the order of the network."""
+    """How far apart the parents are, layer by layer from input to output."""
 
     layers: tuple[LayerDistance, ...]
 
@@ -164,14 +173,14 @@ class Distance:
 
 @dataclass(frozen=True)
 class Source:
-    """A parent as a soup's manifest tells of it.
+    """A parent as described in a soup's manifest.
 
     Attributes:
-        uri: `models:/name/12`, or a folder.
-        lam: its weight λ.
-        digests: of its files and tensors; None when none were taken.
+        uri: `models:/name/12`, or the path of a folder.
+        lam: its merge weight λ.
+        digests: the digests of its files and tensors; None if they were not computed.
         run_id: the MLflow run that logged it.
-        location: where the registry said that its files are.
+        location: where its files are, according to the registry.
     """
 
     uri: str
@@ -183,16 +192,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a soup is made of, and how: all that is needed to make it again.
+    """The parents of a soup and how they were mixed: everything needed to mix them again.
 
     Attributes:
-        model: the registered model it was made for; empty for a merge without search.
-        method: how the weights enter, `linear`.
+        model: the registered model that the soup was made for; empty for a merge without search.
+        method: how the tensors were mixed: `linear`, `fisher` or `regmean`.
         sources: the parents, oldest first.
-        digests: the soup's own; None when none were taken.
-        inherited: file of the newest parent → SHA-256, for configs and tokenizer.
-        search: key, run, evaluator and scores of the search that chose λ; empty without one.
-        versions: of the libraries that made it.
+        digests: the soup's own digests; None if they were not computed.
+        inherited: file copied from the newest parent (configs, tokenizer) → SHA-256.
+        search: key, run, evaluator and scores of the search that chose λ; empty without a search.
+        versions: library → its version when the soup was made.
     """
 
     model: str
@@ -206,12 +215,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that `verify` looked at.
+    """The result of one check by `verify`.
 
     Attributes:
-        what: was looked at.
-        verdict: `ok`, `MISMATCH`, `missing`, or `skipped` where there is nothing to compare with.
-        details: what was found, in lines.
+        what: the thing that was checked.
+        verdict: `ok`, `MISMATCH`, `missing`, or `skipped` if there was nothing to compare with.
+        details: the findings, one line each.
     """
 
     what: str
@@ -220,29 +229,29 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        """Whether the soup may still be what it says."""
+        """True unless the check found something wrong or missing."""
         return self.verdict in ("ok", "skipped")
 
 
 @dataclass(frozen=True)
 class Items:
-    """What one lm-eval task said of one model, item by item.
+    """The results of one model on one lm-eval task, item by item.
 
-    The task's value as lm-eval prints it is Σ share·value; a score is Σ weight·(task's value).
+    The task's value, as lm-eval prints it, is Σ share·value. A score is Σ weight·(task's value).
 
     Attributes:
         task: lm-eval's name of the leaf task.
         metric: lm-eval's key, `acc,none`.
-        weight: of this task in the score; negative where smaller is better.
-        ids: N identities (hash of document and prompt), the key for pairing.
-        values: N contributions in the metric's own units.
+        weight: the weight of this task in the score; negative if a smaller value is better.
+        ids: N hashes of document and prompt; items of two models are paired by them.
+        values: N values, one per item, in the metric's own units.
         shares: N shares of the items in the task's value; they sum to 1.
         log_likelihoods: N tuples, one number per choice; empty tuples for generation.
-        gold: N indices of the choice that is right, where the choice with the largest
-            log-likelihood per size decides; -1 where none or several are. Empty where nothing is
-            known.
-        sizes: N tuples of what each log-likelihood is divided by before choices are compared, such
-            as their lengths for `acc_norm`; empty for 1.
+        gold: N indices of the right choice, for metrics that pick the choice with the largest
+            log-likelihood per size; −1 if no choice or several choices are right. Empty if the
+            right choices are not known.
+        sizes: N tuples, one number per choice: the log-likelihood is divided by it before choices
+            are compared. For `acc_norm` it is the length of the choice. Empty if all sizes are 1.
     """
 
     task: str
@@ -268,7 +277,7 @@ class Metric:
 
     @property
     def key(self) -> str:
-        """Its MLflow name, `piqa/acc` or `gsm8k/exact_match.strict-match` (MLflow refuses `,`)."""
+        """MLflow's name of it, `piqa/acc` or `gsm8k/exact_match.strict-match` (`,` is refused)."""
         metric, _, filter_name = self.metric.partition(",")
         suffix = "" if filter_name in ("", "none") else f".{filter_name}"
         return f"{self.task}/{metric}{suffix}".replace("::", "/")
@@ -276,13 +285,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Score:
-    """The mean over tasks, each oriented so that larger is better.
+    """The mean over tasks; each task counts so that larger is better.
 
     Attributes:
         value: the score, in metric units (1.0 = 100 accuracy points).
-        stderr: its marginal standard error; errors of different λ are highly correlated.
-        items: per-task item rows, for paired comparison; may be empty.
-        metrics: the lm-eval numbers the value is made of.
+        stderr: its marginal standard error. The errors of different λ are highly correlated.
+        items: the items of each task, for paired comparison; may be empty.
+        metrics: the lm-eval numbers that the score is computed from.
     """
 
     value: float
@@ -293,7 +302,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Trial:
-    """A recipe and what the held-out set says of it; None when its evaluation failed."""
+    """A recipe and its held-out score; the score is None if the evaluation failed."""
 
     number: int
     recipe: Recipe
@@ -303,15 +312,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """What a method makes of some parents: a soup that is not written yet.
+    """The recipe that a method chose for some parents; the soup is not written yet.
 
     Attributes:
-        method: its name.
+        method: the method's name.
         versions: the parents, oldest first.
-        recipe: what it chose.
-        score: of that, held-out.
-        alone: of each parent.
-        trials: all that was evaluated, in order.
+        recipe: the chosen recipe.
+        score: its held-out score.
+        alone: the held-out score of each parent alone.
+        trials: all trials, in order.
     """
 
     method: str
@@ -324,7 +333,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Soup:
-    """A merged checkpoint that is a registered version."""
+    """A merged checkpoint, registered as a version."""
 
     version: Version
     recipe: Recipe
@@ -335,7 +344,7 @@ class Soup:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the gate may read of one model: its held-out score and one score per OOD task."""
+    """The scores of one model that the gate reads: its held-out score and one per OOD task."""
 
     version: Version
     digest: str
@@ -348,9 +357,9 @@ class Difference:
     """A paired difference between two models on the same items.
 
     Attributes:
-        value: first minus second, larger is better for the first.
+        value: the first model's score minus the second's; positive if the first is better.
         stderr: its paired standard error.
-        count: how many items it rests on.
+        count: the number of items.
     """
 
     value: float
@@ -360,40 +369,42 @@ class Difference:
 
 @dataclass(frozen=True)
 class Check:
-    """One rule of the gate, with its numbers, also when it passes."""
+    """One rule of the gate, with its numbers; passed rules are kept too."""
 
     name: str
     against: Version
     difference: Difference
-    bound: float  # lower confidence bound of the difference where the rule is non-inferiority
+    bound: float  # OOD: lower confidence bound of the difference; held-out: the difference itself
     required: float  # the rule: `bound` must not be below this
     passed: bool
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate decided, and every check it rests on."""
+    """The gate's decision: its checks."""
 
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
-        """True when every check passed, and there was at least one."""
+        """True if there is at least one check and every check passed."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
 
-Cell = str | float | int | None  # None where there is no number, such as a failed evaluation
+Cell = str | float | int | None  # None: there is no number, for example a failed evaluation
 
 
 @dataclass(frozen=True)
 class Table:
-    """What an experiment found.
+    """The result of an experiment as a table.
 
     Attributes:
-        columns: their names; differences are called `Δ…` or `gain…` and shown with their sign.
-        rows: each with one cell per column.
-        best: column → whether larger is better, for columns whose best numbers are to stand out.
-        group: column within whose equal cells the best is sought; empty for the whole table.
+        columns: the names of the columns. A name `Δ…` or `gain…` marks differences; their cells are
+            printed with a sign.
+        rows: the rows, with one cell per column.
+        best: column → True if larger is better. The best numbers of these columns are highlighted.
+        group: a column. Rows with equal cells in it form a group, and each group has its own best
+            numbers; empty if the whole table is one group.
     """
 
     columns: tuple[str, ...]
@@ -404,16 +415,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of the main job did; `exit_code` and `summary` are what its command says.
+    """The result of one run of the main job.
 
     Attributes:
         soup: the registered soup.
-        trials: the whole search, in order.
-        gain: paired held-out difference between the soup and its better parent.
-        verdict: the gate's decision, or None when no OOD tasks were given.
-        promoted: what was moved to the soup, e.g. `alias champion`; empty when nothing was.
+        trials: all trials of the search, in order.
+        gain: the paired held-out difference between the soup and the better parent.
+        verdict: the gate's decision; None if no OOD tasks were given.
+        promoted: what was moved to the soup, e.g. `alias champion`; empty if nothing was.
         run_id: the search run.
-        summary: what happened, in words, with links.
+        summary: the text that the command prints, with links.
     """
 
     soup: Soup
@@ -426,5 +437,5 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 done, 3 refused by the gate."""
+        """The command's exit code: 0 for done, 3 if the gate refused."""
         return 3 if self.verdict is not None and not self.verdict.passed else 0

@@ -1,7 +1,8 @@
-"""One filter for secrets, before anything is shown, logged, raised or stored.
+"""One filter that removes secrets from text before it is shown, logged, raised or stored.
 
-Three things are known of a secret, from sure to likely: its value, where an environment variable
-holds it; its place, as in `://user:password@` or `password=…`; its looks, as of an AWS key's id.
+It finds a secret in three ways, from certain to likely: by its value, if an environment variable
+holds it; by its place, as in `://user:password@` or `password=…`; by its looks, as for the ID of an
+AWS key.
 """
 
 import contextlib
@@ -20,20 +21,20 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 GONE = "…"
-_CLOSERS = ",.:)]}'\"\\`"  # what follows a value in prose, Markdown, JSON and Python
+_CLOSERS = ",.:)]}'\"\\`"  # characters that follow a value in prose, Markdown, JSON and Python
 
-# of environment variables; TOKENIZERS_PARALLELISM and MAX_TOKENS are none
+# names of environment variables that hold secrets; not TOKENIZERS_PARALLELISM or MAX_TOKENS
 _SECRET_NAME = re.compile(
     r"PASSW|PASSPHRASE|PASS$|SECRET|CREDENTIAL|TOKEN(?!I|S)|KEY(_?ID)?$", re.IGNORECASE
 )
-# of passwords with a slash, too, which SQLAlchemy takes; `host:5000/a@b` has a port.
-# Lengths are bounded: a hostile text of nothing but :// would take minutes
+# `odd` finds passwords with a slash, which SQLAlchemy accepts; the `:5000` of `host:5000/a@b` is a
+# port. Lengths are bounded: without a bound, a hostile text of many :// would take minutes.
 _USER = re.compile(
     r"""://(?: (?P<plain> [^/?#\s"<>]{0,999} )
              | (?P<odd> [^/?#\s@:\[]{0,99} : (?!\d+[/?#]) [^\s@"<>]{0,999} ) )@""",
     re.X,
 )
-# what follows a # is no query: the UI's links keep theirs
+# text after a # is not a query: it stays, because MLflow's UI uses it in links
 _QUERY = re.compile(r"""(?P<head>://[^\s?#"<>]{0,1999}\?)(?P<bare>[^\s"<>]+)""")
 _PAIR = re.compile(
     r"""(?P<head> (?: passw(?:or)?d | passphrase | pwd | secret | token | credentials?
@@ -62,10 +63,10 @@ _LOOKS = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text without secrets: their values, and what has the place or the looks of one.
+    """The text with each secret replaced: by its value, its place or its looks.
 
-    Of URIs, user names, passwords and queries go; what follows a # stays. `redact(redact(text))` is
-    `redact(text)`.
+    In URIs, user names, passwords and queries are removed; the part after a # stays.
+    `redact(redact(text))` equals `redact(text)`.
     """
     known = _known(_held())
     before = None
@@ -83,7 +84,7 @@ def redact(text: str) -> str:
 
 
 def _hide(match: re.Match[str]) -> str:
-    """A value hidden, but not what closes the sentence or the bracket that it stands in."""
+    """The match with its value hidden; punctuation and brackets after the value stay."""
     groups = match.groupdict()
     if groups["bare"] is not None:
         value = groups["bare"].rstrip(_CLOSERS)
@@ -94,10 +95,10 @@ def _hide(match: re.Match[str]) -> str:
 
 
 def _held() -> frozenset[str]:
-    """The secrets that the environment holds, as they are there and percent-decoded.
+    """The secrets in the environment variables, as they are and percent-decoded.
 
-    Words too short or too common to be told from others are left out: a password `mlflow` would
-    blank every mention of MLflow's tags.
+    Short values and short plain words are left out: the password `mlflow` would hide every mention
+    of MLflow.
     """
     found = set()
     for name, value in os.environ.items():
@@ -115,13 +116,13 @@ def _held() -> frozenset[str]:
 
 
 def _is_file(value: str) -> bool:
-    """Whether a variable holds where a secret is, and not the secret."""
+    """True if the value is the path of a file (which may hold a secret), not a secret itself."""
     return os.path.isabs(value) and os.path.exists(value)
 
 
 @lru_cache(maxsize=8)
 def _known(secrets: frozenset[str]) -> re.Pattern[str] | None:
-    """Finds the secrets however they are quoted or encoded; longer ones first."""
+    """A pattern that finds the secrets in any quoting or encoding; longer secrets first."""
     if not secrets:
         return None
     ordered = sorted(secrets, key=lambda secret: (-len(secret), secret))
@@ -130,7 +131,7 @@ def _known(secrets: frozenset[str]) -> re.Pattern[str] | None:
 
 @lru_cache(maxsize=1024)
 def _forms(letter: str) -> str:
-    """A letter as it is, and as it stands in URIs, JSON, Python's `repr` and HTML."""
+    """A pattern for one letter: plain, or as written in URIs, JSON, Python's `repr` and HTML."""
     if letter.isascii() and letter.isalnum():
         return letter
     encoded = quote(letter, safe="", errors="surrogatepass")
@@ -145,26 +146,26 @@ def _forms(letter: str) -> str:
 
 @contextlib.contextmanager
 def redacting() -> Iterator[None]:
-    """Redact what leaves as an exception, with all that it chains; also a decorator."""
+    """Redact an exception that leaves the block, with its chained ones; also a decorator."""
     try:
         yield
     except BaseException as error:
         clean = purge(error)
         if clean is error:
             raise
-        raise clean from clean.__cause__  # and not from what it stands for
+        raise clean from clean.__cause__  # not from `error`, which holds the secret
 
 
 def purge(error: BaseException) -> BaseException:
-    """Redact an exception and all that it chains, in place: types and tracebacks stay.
+    """Redact an exception and its chained exceptions in place; types and tracebacks stay.
 
     Returns:
-        The exception; for one that cannot be changed, an `Exception` with its redacted words.
+        The same exception; if it cannot be changed, a new `Exception` with the redacted message.
     """
     return _purge(error, {})
 
 
-# what traceback prints and is no entry of an exception's __dict__
+# attributes that traceback prints but that are not in an exception's __dict__
 _SLOTS = ("filename", "filename2", "strerror", "msg", "text", "reason", "code", "name", "path")
 
 
@@ -195,7 +196,7 @@ def _purge(error: BaseException, done: dict[int, BaseException]) -> BaseExceptio
 
 
 def _clean(value: Any, done: dict[int, BaseException], depth: int = 4) -> Any:
-    """A value redacted; what is none of the usual kinds is returned as it is."""
+    """The value with its texts redacted; a value of an unknown type is returned unchanged."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, bytes):
@@ -210,10 +211,10 @@ def _clean(value: Any, done: dict[int, BaseException], depth: int = 4) -> Any:
 
 
 def redact_record(record: logging.LogRecord) -> bool:
-    """Redact a log record, its exception included; as a `logging` filter it lets all pass."""
+    """Redact a log record and its exception; always True, so that it is also a `logging` filter."""
     try:
         record.msg, record.args = redact(record.getMessage()), None
-    except Exception:  # logging tells of a wrong format itself, and shows it
+    except Exception:  # a wrong format; logging reports it later and prints it
         record.msg, record.args = redact(f"{record.msg} {record.args}"), None
     if record.exc_info and record.exc_info[0] is not None:
         record.exc_text = redact("".join(traceback.format_exception(*record.exc_info))).rstrip("\n")
@@ -227,9 +228,9 @@ _format_warning = warnings.formatwarning
 
 
 def guard_process() -> None:
-    """Redact this process's log lines, warnings and tracebacks, whichever library they come from.
+    """Redact all log lines, warnings and tracebacks of this process, from any library.
 
-    For a command: a library leaves its host's logging alone.
+    Only commands call it: a library must not change the logging of its host.
     """
     logging.setLogRecordFactory(_redacted_record)
     warnings.formatwarning = _redacted_warning
@@ -249,8 +250,8 @@ def _redacted_warning(*args: Any, **kwargs: Any) -> str:
 
 
 def _print_failed(failed: Any) -> None:
-    """What a thread or a destructor raised."""
-    if not issubclass(failed.exc_type, SystemExit):  # a thread just ends by it
+    """Print the exception that a thread or a destructor raised."""
+    if not issubclass(failed.exc_type, SystemExit):  # SystemExit ends a thread silently
         _print_exception(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 

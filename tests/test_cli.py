@@ -175,7 +175,7 @@ def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, m
     [
         (("--weights", "a,b"), 2, "is not a list of weights"),
         (("--weights", "0.3,0.3"), 2, "the weights sum to 0.6"),
-        (("--weights", "0.5,0.5", "--out", "."), 2, "is there already"),
+        (("--weights", "0.5,0.5", "--out", "."), 2, "exists already"),
         (("--weights", "0.5,0.5", "--out", "/proc/soup"), 2, "cannot be written"),
     ],
 )

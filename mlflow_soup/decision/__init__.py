@@ -1,1 +1,1 @@
-"""Whether a soup may be promoted: paired statistics, and the gate."""
+"""The decision whether a soup may be promoted: paired statistics, and the gate."""

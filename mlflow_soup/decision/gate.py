@@ -1,8 +1,8 @@
-"""May this soup be promoted? Paired, one-sided, with every number written down.
+"""The gate: it decides from scores whether a soup may be promoted, and records every number.
 
-Non-inferiority: on each OOD task the soup must not be worse than the reference by more than the
-margin, at the chosen confidence. The items are the same for both, so they are compared pair by
-pair; that is three times sharper than comparing the two standard errors.
+The rule is non-inferiority: on each OOD task the soup must not be worse than the reference by more
+than the margin, at the chosen confidence. Both models answer the same items, so the gate compares
+them item by item (see `pairing`).
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,12 @@ from mlflow_soup.records import Check, Evidence, Verdict
 
 @dataclass(frozen=True)
 class Rules:
-    """What the gate demands.
+    """The rules of the gate.
 
     Attributes:
-        margin: allowed loss on each OOD task, in the metric's units (0.01 = one accuracy point).
-        confidence: of the one-sided bounds, in (0.5, 1).
+        margin: the allowed loss on each OOD task, in the metric's units (0.01 = one accuracy
+            point).
+        confidence: the confidence of the one-sided bounds, in (0.5, 1).
     """
 
     margin: float
@@ -31,18 +32,22 @@ def judge(
 ) -> Verdict:
     """Decide from scores alone whether the soup may be promoted.
 
-    Against the better parent (by held-out score: what would be shipped without a soup) and each
-    current champion: held-out score better or equal, and on each OOD task
+    The soup is compared with the parent of the best held-out score, which would be used without a
+    soup, and with each current champion. Its held-out score must be at least as good, and on each
+    OOD task
 
         Δ − t·se ≥ −margin
 
-    A reference with the soup's own weights (λ = 1) is equal, whatever the number of items.
+    A reference with the same bytes as the soup (λ = 1) counts as equal, for any number of items.
 
     Args:
-        soup: its evidence.
-        parents: theirs, at least one.
-        champions: that of the versions that stand where the soup would stand; may be empty.
+        soup: the soup's evidence.
+        parents: the parents' evidence, at least one.
+        champions: the evidence of the versions that the soup would replace; may be empty.
         rules: margin and confidence.
+
+    Raises:
+        ObjectiveError: two models were not scored on the same tasks and items.
     """
     references = [parents[better([parent.held_out for parent in parents])]]
     for champion in champions:
@@ -64,8 +69,8 @@ def judge(
         if [name for name, _ in soup.ood] != [name for name, _ in reference.ood]:
             raise ObjectiveError(
                 f"{soup.version} and {reference.version} were not scored on the same OOD tasks",
-                where="their evidence",
-                fix="evaluate both again with the same tasks",
+                where="the OOD scores of both versions",
+                fix="evaluate both versions again with the same OOD tasks",
             )
         for (task, ours), (_, theirs) in zip(soup.ood, reference.ood, strict=True):
             difference = paired(ours, theirs)

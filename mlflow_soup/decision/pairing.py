@@ -1,6 +1,6 @@
-"""Paired statistics: two models scored on the same items are compared item by item.
+"""Paired statistics: two models that were scored on the same items are compared item by item.
 
-This is about three times sharper than a comparison of the two standard errors.
+The paired standard error is about a third of the one that ignores the pairing.
 """
 
 import math
@@ -12,22 +12,23 @@ from scipy.stats import t as student
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Difference, Items, Score
 
-# a tie of scores that are sums of different items may be off by their last digits
+# equal scores that are sums over different items may differ in their last digits
 ROUNDING = 1e-12
 
 
 def _paired_task(ours: Items, theirs: Items) -> Difference:
-    """Difference on one task: value Σ s_i·d_i, standard error of that weighted mean."""
+    """The difference on one task: Σ s_i·d_i, with the standard error of this weighted mean."""
     difference = np.array(ours.values) - np.array(theirs.values)
     shares = np.array(ours.shares)
     count = len(difference)
     value = math.fsum(shares * difference)
     said = [(items.values, items.log_likelihoods) for items in (ours, theirs)]
     if any(ours.log_likelihoods) and said[0] == said[1]:
-        variance = 0.0  # one model in all it says
+        variance = 0.0  # all values and log-likelihoods are equal: it is the same model
     elif {*ours.values, *theirs.values} <= {0.0, 1.0}:
-        # right or wrong: one item more won and one more lost, so that few items without a
-        # discordant pair do not look like certainty (Bonett & Price 2012, J. Educ. Behav. Stat. 37)
+        # each item is right or wrong. Count one more won and one more lost item: otherwise a few
+        # items without a difference would look like certainty (Bonett & Price 2012, J. Educ. Behav.
+        # Stat. 37)
         won, lost = (difference > 0).sum() + 1.0, (difference < 0).sum() + 1.0
         total = count + 2.0
         variance = (won + lost - (won - lost) ** 2 / total) / total**2
@@ -39,7 +40,7 @@ def _paired_task(ours: Items, theirs: Items) -> Difference:
 
 
 def paired(ours: Score, theirs: Score) -> Difference:
-    """The paired difference of two scores on the same items, larger is better for `ours`.
+    """The paired difference of two scores on the same items; positive if `ours` is better.
 
         Δ = Σ_k w_k·Δ_k,   se² = Σ_k w_k²·se_k²,   k over tasks
 
@@ -51,8 +52,8 @@ def paired(ours: Score, theirs: Score) -> Difference:
         unlike = [f"{a[0]} {a[1]}" for a, b in zip(ours_on, theirs_on, strict=False) if a != b]
         raise ObjectiveError(
             "two models were not scored on the same items",
-            where=", ".join(unlike) or "one of them on more tasks",
-            fix="evaluate both again with the same tasks and settings",
+            where=", ".join(unlike) or "one of them was scored on more tasks",
+            fix="evaluate both models again with the same tasks and settings",
         )
     tasks = [(a.weight, _paired_task(a, b)) for a, b in zip(ours.items, theirs.items, strict=True)]
     return Difference(
@@ -63,16 +64,17 @@ def paired(ours: Score, theirs: Score) -> Difference:
 
 
 def optimism(scores: Sequence[Score], *, seed: int = 0, draws: int = 200) -> float:
-    """By how much the best of several scores on the same items looks better than it is.
+    """How much the score of the best of several models overstates its quality, in score units, ≥ 0.
 
-    The bootstrap's estimate (Efron 1983, J. Am. Stat. Assoc. 78): how much more the winner of a
-    resample scores there than on all items, compared with the model that wins on all items, whose
-    luck is none on average. In score units, ≥ 0.
+    The bootstrap estimate (Efron 1983, J. Am. Stat. Assoc. 78). In each resample of the items, a
+    model's luck is its score on the resample minus its score on all items. The estimate is the mean
+    luck of the resample's winner, minus the luck of the model that wins on all items, which is zero
+    on average.
 
     Args:
-        scores: of the models chosen from, at least one, each with its items.
-        seed: of the resamples.
-        draws: how many of them.
+        scores: the scores of all models that were compared, at least one, each with its items.
+        seed: the seed of the resamples.
+        draws: the number of resamples.
     """
     random = np.random.default_rng(seed)
     resampled = np.zeros((draws, len(scores)))
@@ -87,7 +89,12 @@ def optimism(scores: Sequence[Score], *, seed: int = 0, draws: int = 200) -> flo
 
 
 def interval(difference: Difference, confidence: float) -> tuple[float, float]:
-    """Two-sided confidence interval of a paired difference, Student's t with n − 1 freedom."""
+    """Two-sided confidence interval of a paired difference: Student's t, n − 1 degrees of freedom.
+
+    Args:
+        difference: the paired difference.
+        confidence: the confidence, in (0, 1).
+    """
     half = difference.stderr * float(
         student.ppf(0.5 + confidence / 2, max(difference.count - 1, 1))
     )
@@ -95,11 +102,11 @@ def interval(difference: Difference, confidence: float) -> tuple[float, float]:
 
 
 def better(scores: Sequence[Score]) -> int:
-    """Which of some models one would ship by held-out score; the last, the newest, among equals."""
+    """The index of the largest score; among equal scores the last, which is the newest model."""
     return max(range(len(scores)), key=lambda i: (scores[i].value, i))
 
 
 def lower_bound(difference: Difference, confidence: float) -> float:
-    """One-sided lower confidence bound."""
+    """One-sided lower confidence bound of a paired difference, by Student's t."""
     quantile = float(student.ppf(confidence, max(difference.count - 1, 1)))
     return difference.value - quantile * difference.stderr

@@ -1,1 +1,1 @@
-"""Files on disk: ours are complete or absent; those that others wrote are read only as data."""
+"""Files on disk. Our files are complete or absent; files of others are read only as data."""

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, and survive a power cut once they are there."""
+"""Files and folders that are complete or absent, and that survive a power cut once they exist."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from mlflow_soup.errors import SpecError, StoreError
 
 
 def sync(path: Path) -> None:
-    """Make a file or a folder's entries survive a power cut."""
+    """Flush a file, or the entries of a folder, to the disk, so that a power cut loses nothing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,23 +25,23 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
-    """A folder to write into that becomes `folder` when all is in it, and is dropped on an error.
+    """A temporary folder that is renamed to `folder` at the end, and deleted on an error.
 
-    It lies beside `folder` under a hidden name. One that a killed process left there is removed
-    by the next that writes to the same place.
+    It lies beside `folder` under a hidden name. The next call for the same `folder` removes a
+    temporary folder that a killed process left.
 
     Args:
-        folder: must not exist, or be empty.
-        where: how errors name it.
+        folder: the folder to make; must not exist, or must be empty.
+        where: the option or place that errors name.
 
     Raises:
-        SpecError: there is something at `folder`, or it cannot be written there.
+        SpecError: `folder` exists and is not empty, or cannot be written.
     """
     folder = Path(os.path.abspath(folder))
     taken = SpecError(
-        f"{folder} is there already",
+        f"{folder} exists already",
         where=where,
-        fix="name a folder that does not exist, or delete this one",
+        fix="name a folder that does not exist, or delete this one first",
     )
     try:
         there = folder.is_symlink() or folder.exists()
@@ -60,7 +60,7 @@ def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
                 sync(path)
         try:
             partial.rename(folder)
-        except OSError as error:  # another was quicker
+        except OSError as error:  # another process made the folder first
             raise taken from error
         sync(folder.parent)
     finally:
@@ -70,9 +70,9 @@ def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder for what is as large as a model; it is dropped in the end.
+    """A temporary folder that may hold a whole model; it is deleted at the end.
 
-    One that a killed process left is removed by the next that asks for one.
+    The next call removes a folder that a killed process left.
     """
     partial, lock = _claim(Path(tempfile.gettempdir(), "mlflow-soup"), mode=0o700)
     try:
@@ -83,10 +83,11 @@ def scratch() -> Iterator[Path]:
 
 
 def _claim(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
-    """A hidden folder beside `folder`, and the lock that keeps others from sweeping it."""
+    """A hidden folder beside `folder`, and the lock that keeps other processes from removing it."""
     pattern = f".{folder.name}.partial-"
     for left in folder.parent.glob(f"{glob.escape(pattern)}*"):
-        with contextlib.suppress(OSError):  # not ours to sweep, or swept by another just now
+        # another process holds the lock, or removed the folder just now
+        with contextlib.suppress(OSError):
             lock = _lock(left)
             try:
                 shutil.rmtree(left)
@@ -95,7 +96,7 @@ def _claim(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
     while True:
         partial = folder.parent / (pattern + secrets.token_hex(4))
         partial.mkdir(mode)
-        # another may sweep it before it is locked
+        # another process may remove the folder before it is locked
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             lock = _lock(partial)
             if partial.exists():
@@ -104,10 +105,10 @@ def _claim(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
 
 
 def _lock(folder: Path) -> int:
-    """A descriptor that holds a lock on a folder; it goes with the process.
+    """A descriptor that holds a lock on a folder; the lock ends with the process.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -120,7 +121,7 @@ def _lock(folder: Path) -> int:
 
 @contextlib.contextmanager
 def on_disk(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is written into words.
+    """Turn an OSError while a file is written into a StoreError.
 
     Raises:
         StoreError: the disk is full or fails.
@@ -129,21 +130,21 @@ def on_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "free some space" if full else "mend the disk or its permissions"
+        way_out = "free some space" if full else "repair the disk or its permissions"
         raise StoreError(
             f"{path.name} cannot be written: {error.strerror}",
             where=str(path),
-            fix=f"{way_out}, or choose another place (temporary files: TMPDIR; what is kept: "
-            "MLFLOW_SOUP_CACHE), then run the same command again",
+            fix=f"{way_out}, or choose another folder (set TMPDIR for temporary files, "
+            "MLFLOW_SOUP_CACHE for the cache), then run the same command again",
         ) from error
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is complete or not there, and survives a power cut once it is.
+    """Write a file that is complete or absent, and that survives a power cut once it exists.
 
     Args:
-        path: the file; what was there before is replaced.
-        write: writes all of it to another path, beside it.
+        path: the file; an existing file is replaced.
+        write: writes the whole content to the path that it gets, a temporary one beside `path`.
 
     Raises:
         StoreError: the disk is full or fails.
@@ -168,14 +169,14 @@ def _unwritable(folder: Path, where: str, error: OSError) -> SpecError:
 
 
 def check_writable(folder: Path, where: str = "--out") -> None:
-    """Refuse a folder that could not be made and written to, and leave nothing there.
+    """Refuse a folder that cannot be made or written to; the check leaves nothing behind.
 
     Args:
-        folder: may be there already.
-        where: how errors name it.
+        folder: the folder; may exist already.
+        where: the option or place that errors name.
 
     Raises:
-        SpecError: it is a file, below one, or no place to write.
+        SpecError: `folder` is a file, lies below a file, or is read-only.
     """
     folder = Path(os.path.abspath(folder))
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -186,19 +187,19 @@ def check_writable(folder: Path, where: str = "--out") -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what the file system has no room for.
+    """Refuse to start a write that the file system has no space for.
 
     Args:
-        folder: the one to fill; exists.
-        needed: bytes.
+        folder: the folder to write into; exists.
+        needed: the number of bytes to write.
 
     Raises:
-        StoreError: there is less.
+        StoreError: fewer bytes are free.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StoreError(
-            f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free",
+            f"{needed / 1e6:,.1f} MB are needed, but only {free / 1e6:,.1f} MB are free",
             where=str(folder),
-            fix="free some space, or write elsewhere (temporary files: TMPDIR)",
+            fix="free some space, or write to another disk (set TMPDIR for temporary files)",
         )

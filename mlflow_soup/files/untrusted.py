@@ -1,10 +1,10 @@
-"""What others wrote, read without trusting it: files, JSON, YAML and headers of safetensors.
+"""Readers for files of unknown origin: plain files, JSON, YAML and the headers of safetensors.
 
-A registry takes anything that anybody uploads. Nothing here runs code, follows a link, waits for a
-pipe, or takes more time and memory than its limits allow. What is refused is a ValueError that says
-why; whoever reads the file says which it was.
+A registry accepts whatever its users upload. Nothing here runs code, follows a link, waits for a
+pipe, or uses more time and memory than the limits below allow. A refused file raises a ValueError
+that gives the reason; the caller adds the name of the file.
 
-A file with several hard links is as good as any: a store may well link equal files.
+Files with several hard links are accepted: a store may link files that are equal.
 """
 
 import json
@@ -19,50 +19,51 @@ from typing import Any, BinaryIO
 
 import yaml
 
-DEEPEST = 64  # levels of JSON and YAML
-MOST_NODES = 100_000  # of YAML, with what its aliases stand for: nine lines can stand for billions
-LARGEST_YAML = 1 << 20
-LARGEST_HEADER = 8 << 20  # of safetensors
+DEEPEST = 64  # nested levels of JSON and YAML
+MOST_NODES = 100_000  # YAML values, aliases expanded: nine lines can expand to billions of values
+LARGEST_YAML = 1 << 20  # bytes
+LARGEST_HEADER = 8 << 20  # bytes of a safetensors header
 MOST_TENSORS = 20_000  # in one file
-_LARGEST_TENSOR = 1 << 56  # elements: so many bits still are a 64-bit number
+_LARGEST_TENSOR = 1 << 56  # elements; their number of bits still fits into 64 bits
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Function(str):
-    """What stands after `!function` in YAML: the name of code, and nothing that was run."""
+    """The name after `!function` in YAML; the function is not loaded or run."""
 
 
 class _Loader(_SafeLoader):  # type: ignore[misc]
-    """PyYAML's safe loader, to which `!function` is known."""
+    """PyYAML's safe loader, which also knows `!function`."""
 
 
 _Loader.add_constructor("!function", lambda _, node: Function(str(node.value)))
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, open to be read; the name itself is no link.
+    """Open a regular file for reading.
 
     Raises:
-        ValueError: it is a link, a folder, a pipe or a device.
-        OSError: it is not there, or closed to us.
+        ValueError: the path is a link, a folder, a pipe or a device.
+        OSError: the file does not exist or may not be read.
     """
     if path.is_symlink():
         raise ValueError("it is a link")
-    # should it become a link or a pipe meanwhile, the one fails and the other does not wait
+    # the path may be replaced after the check: O_NOFOLLOW fails on a link, and O_NONBLOCK keeps
+    # open() from waiting for a pipe
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     return os.fdopen(handle, "rb")
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a regular file.
+    """The bytes of a regular file, at most `most` of them.
 
     Raises:
-        ValueError: it is none, or longer than `most`.
-        OSError: it cannot be read.
+        ValueError: it is not a regular file, or it is longer than `most` bytes.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         content = file.read(most + 1)
@@ -72,10 +73,10 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value in JSON, in UTF-8.
+    """The value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: it is none, or nested too deep.
+        ValueError: the text is not JSON, or is nested deeper than `DEEPEST` levels.
     """
     try:
         value = json.loads(content.decode())
@@ -95,15 +96,15 @@ def parse_json(content: bytes) -> Any:
 
 
 def parse_yaml(content: bytes) -> Any:
-    """The value in YAML: plain ones only, and `Function` where it says `!function`.
+    """The value of a YAML text: plain values, and a `Function` for each `!function`.
 
     Raises:
-        ValueError: it is none, it asks for other objects, is nested too deep, holds itself, or
-            stands for more than it says.
+        ValueError: the text is not YAML, has a tag for any other object, is nested deeper than
+            `DEEPEST` levels, contains itself, or has more than `MOST_NODES` values.
     """
     try:
         _check_events(content)
-        return yaml.load(content, Loader=_Loader)  # a safe one
+        return yaml.load(content, Loader=_Loader)  # a subclass of a safe loader
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -111,9 +112,9 @@ def parse_yaml(content: bytes) -> Any:
 
 
 def _check_events(content: bytes) -> None:
-    """Refuse what cannot be composed: libyaml ends the process where it is nested too deep."""
-    sizes: dict[str, int] = {}  # by anchor: nodes
-    within: list[tuple[str | None, int]] = []  # anchor, and nodes before it
+    """Refuse YAML that must not be loaded: libyaml would crash the process on deep nesting."""
+    sizes: dict[str, int] = {}  # anchor → number of nodes
+    within: list[tuple[str | None, int]] = []  # open collections: anchor, number of nodes before
     nodes = 0
     for event in yaml.parse(content, Loader=_SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -129,46 +130,51 @@ def _check_events(content: bytes) -> None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes or event.anchor in (anchor for anchor, _ in within):
-                raise ValueError(f"*{event.anchor} stands for nothing, or for itself")
+                raise ValueError(f"the alias *{event.anchor} is undefined, or refers to itself")
             nodes += sizes[event.anchor]
         if len(within) > DEEPEST:
             raise ValueError("it is nested too deep")
         if nodes > MOST_NODES:
-            raise ValueError(f"it stands for more than {MOST_NODES} values")
+            raise ValueError(f"it has more than {MOST_NODES} values when its aliases are expanded")
 
 
 def read_header(path: Path, widths: Mapping[str, int]) -> dict[str, Any]:
-    """What a safetensors file begins with, checked before anything else opens the file.
+    """The header of a safetensors file; call this before any library opens the file.
+
+    Args:
+        path: the file.
+        widths: dtype → bytes per element, as for `parse_header`.
 
     Raises:
-        ValueError: as of `parse_header`; or there is no header, or too long a one.
-        OSError: it cannot be read.
+        ValueError: as `parse_header`; or the header is missing or longer than `LARGEST_HEADER`.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError("it ends within its header")
+            raise ValueError("the file ends inside its header")
         if length > LARGEST_HEADER:
-            raise ValueError(f"its header is longer than {LARGEST_HEADER} bytes")
+            raise ValueError(f"the header is longer than {LARGEST_HEADER} bytes")
         return parse_header(file.read(length), size - 8 - length, widths)
 
 
 def parse_header(content: bytes, size: int, widths: Mapping[str, int]) -> dict[str, Any]:
-    """The header of a safetensors file whose tensors cover all of its data, each byte once.
+    """The header of a safetensors file, checked: the tensors cover each byte of data exactly once.
 
-    It is stricter than safetensors: what that rejects is rejected here.
+    The checks are stricter than those of safetensors: a header that safetensors rejects is rejected
+    here too.
 
     Args:
-        content: the JSON.
-        size: how many bytes come after it.
-        widths: dtype → bytes of an element; a tensor of another dtype may have any size.
+        content: the header's JSON.
+        size: the number of bytes after the header.
+        widths: dtype → bytes per element; a tensor of any other dtype may have any size.
 
     Raises:
-        ValueError: it is no such header; the tensor that is amiss is named.
+        ValueError: the header is wrong; the message names the wrong tensor.
     """
     if not content.startswith(b"{"):
-        raise ValueError("its header does not begin with {")
+        raise ValueError("the header does not begin with {")
     try:
         header: dict[str, Any] = json.loads(
             content.decode(),
@@ -178,59 +184,64 @@ def parse_header(content: bytes, size: int, widths: Mapping[str, int]) -> dict[s
             parse_constant=_refuse_number,
         )
     except RecursionError as error:
-        raise ValueError("its header is nested too deep") from error
+        raise ValueError("the header is nested too deep") from error
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("its __metadata__ is no object of texts")
-    "".join((*header, *metadata, *metadata.values())).encode()  # no lone surrogates
+        raise ValueError("the __metadata__ of the header is not an object of strings")
+    # encode() raises a ValueError for a lone surrogate
+    "".join((*header, *metadata, *metadata.values())).encode()
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     if not tensors:
-        raise ValueError("it holds no tensors")
+        raise ValueError("the file holds no tensors")
     if len(tensors) > MOST_TENSORS:
-        raise ValueError(f"it holds more than {MOST_TENSORS} tensors")
+        raise ValueError(f"the file holds more than {MOST_TENSORS} tensors")
     covered = 0
     spans = sorted((_span(name, entry, widths), name) for name, entry in tensors.items())
     for (begin, end), name in spans:
         if begin != covered:
-            raise ValueError(f"{name!r} begins at {begin}, and what is before it ends at {covered}")
+            raise ValueError(
+                f"{name!r} begins at byte {begin}, but the data before it end at byte {covered}"
+            )
         covered = end
     if covered != size:
-        raise ValueError(f"its tensors take {covered} bytes, and there are {size}")
+        raise ValueError(f"the tensors take {covered} bytes, but the file has {size} bytes of data")
     return header
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("its header says something twice")
+        raise ValueError("the header has a key twice")
     return found
 
 
 def _natural(text: str) -> int:
     if text.startswith("-") or len(text) > 20:
-        raise ValueError(f"its header holds the number {text[:20]}")
+        raise ValueError(f"the header holds the number {text[:20]}, negative or too large")
     return int(text)
 
 
 def _refuse_number(text: str) -> int:
-    raise ValueError(f"its header holds the number {text[:20]}")
+    raise ValueError(f"the header holds the number {text[:20]}, which is not a whole number")
 
 
 def _span(name: str, entry: Any, widths: Mapping[str, int]) -> tuple[int, int]:
-    """Where a tensor's data begin and end."""
+    """The first byte of a tensor's data, and the byte after the last."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r} has not dtype, shape and data_offsets alone")
+        raise ValueError(f"{name!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
-        raise ValueError(f"the dtype of {name!r} is no text")
-    dtype.encode()
+        raise ValueError(f"the dtype of {name!r} is not a string")
+    dtype.encode()  # raises a ValueError for a lone surrogate
     if not all(isinstance(n, list) and all(type(i) is int for i in n) for n in (shape, offsets)):
-        raise ValueError(f"the shape or the data_offsets of {name!r} are no list of whole numbers")
-    # from the left, as safetensors multiplies: a last 0 makes up for nothing
+        raise ValueError(f"the shape or data_offsets of {name!r} is not a list of whole numbers")
+    # partial products from the left, as safetensors multiplies: a 0 at the end does not help
     if any(count > _LARGEST_TENSOR for count in accumulate(shape, mul)):
         raise ValueError(f"the shape of {name!r} is too large")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name!r} ends before it begins")
     if dtype in widths and math.prod(shape) * widths[dtype] != offsets[1] - offsets[0]:
-        raise ValueError(f"{name!r} takes {offsets[1] - offsets[0]} bytes, {dtype} {shape} do not")
+        raise ValueError(
+            f"{name!r} takes {offsets[1] - offsets[0]} bytes, which does not fit {dtype} {shape}"
+        )
     return offsets[0], offsets[1]

@@ -1,7 +1,7 @@
 """A fast writer for large files.
 
-The page cache costs a large file more than the disk does (2 s of CPU per GB, against 0.1 s past
-it), so weights are written with O_DIRECT where the file system supports it.
+For a large file, the page cache is slower than the disk: it takes 2 s of CPU per GB, direct writes
+take 0.1 s. So weights are written with O_DIRECT where the file system supports it.
 """
 
 import contextlib
@@ -22,21 +22,22 @@ from torch import Tensor
 
 from mlflow_soup.files.durable import on_disk
 
-BLOCK = 4096  # O_DIRECT's unit, of memory, offset and length
-BUFFER = 16 << 20  # bytes handed to the disk at a time; a multiple of BLOCK
+BLOCK = 4096  # O_DIRECT requires memory, offset and length to be multiples of this
+BUFFER = 16 << 20  # bytes per write; a multiple of BLOCK
 _BUFFERS = 3  # one is filled, one is written, one waits
-_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it, macOS has not
+_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it, macOS does not
 Sink = Callable[[memoryview], None]
 
 
 class FileWriter:
-    """A file written front to back, from tensors laid over its buffers, by a thread of its own.
+    """A new file, written from front to back by a separate thread.
 
-    Ask for `room`, fill what you got, go on; leave the `with` block, and the file is on the disk.
+    The caller asks for `room`, fills the tensor that it gets, and asks again. At the end of the
+    `with` block the file is on the disk.
 
     Args:
-        path: must not exist.
-        digest: also compute the file's SHA-256, in the writing thread.
+        path: the file; must not exist.
+        digest: if True, the writing thread also computes the file's SHA-256.
 
     Raises:
         StoreError: the disk is full or fails.
@@ -47,12 +48,12 @@ class FileWriter:
         self.sha256 = hashlib.sha256() if digest else None
         with on_disk(self.path):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        # tmpfs of old kernels and some network mounts refuse it: an open that asks for it fails
-        # there too, but leaves an empty file
+        # the flag is set after opening: some file systems (tmpfs of old kernels, some network
+        # mounts) refuse it, and there os.open with O_DIRECT would fail but leave an empty file
         with contextlib.suppress(OSError):
             flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
             fcntl.fcntl(self._file, fcntl.F_SETFL, flags | _DIRECT)
-        # a page more than is written at a time: a value may lie across the end
+        # one block more than one write: a value may cross the end of the buffer
         self._free = deque(mmap.mmap(-1, BUFFER + BLOCK) for _ in range(_BUFFERS))
         self._buffer = self._free.popleft()
         self._used = self._written = 0
@@ -64,12 +65,12 @@ class FileWriter:
         return self
 
     def room(self, dtype: torch.dtype, most: int, sink: Sink | None = None) -> Tensor:
-        """A tensor over the next bytes of the file, of shape (n,), 0 < n ≤ most; to be filled.
+        """A tensor over the next bytes of the file, shape (n,), 0 < n ≤ most; the caller fills it.
 
         Args:
-            dtype: of the tensor.
-            most: elements wanted; there may be room for fewer.
-            sink: gets these bytes, in the writing thread, once they are filled.
+            dtype: the tensor's dtype.
+            most: how many elements the caller wants; the tensor may have fewer.
+            sink: a function that the writing thread calls with the filled bytes.
         """
         if self._used >= BUFFER:
             self._hand_over()
@@ -82,7 +83,7 @@ class FileWriter:
         return view
 
     def put(self, content: bytes) -> None:
-        """Write these bytes."""
+        """Append the bytes to the file."""
         done = 0
         while done < len(content):
             view = self.room(torch.uint8, len(content) - done)
@@ -109,7 +110,7 @@ class FileWriter:
             os.close(self._file)
 
     def _hand_over(self) -> None:
-        """Give a full buffer to the thread; what overhangs its end begins the next one."""
+        """Give a full buffer to the thread; the bytes past its end are moved to the next buffer."""
         full, overhang = self._buffer, self._used - BUFFER
         self._start_writing(BUFFER)
         self._drain(_BUFFERS - 1)
@@ -124,7 +125,7 @@ class FileWriter:
         self._sinks = []
 
     def _drain(self, most: int) -> None:
-        """Wait until at most so many buffers are being written."""
+        """Wait until at most `most` buffers are being written."""
         while len(self._writing) > most:
             job, buffer = self._writing.popleft()
             with on_disk(self.path):
@@ -148,5 +149,5 @@ class FileWriter:
                     flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
                     if error.errno != errno.EINVAL or not flags & _DIRECT:
                         raise
-                    # the file system took the flag, and does not take these writes
+                    # the file system accepted the flag but refuses this direct write
                     fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~_DIRECT)

@@ -1,4 +1,4 @@
-"""An opened checkpoint: tensors by name, mapped from safetensors files, headers checked."""
+"""An opened checkpoint: tensors by name, memory-mapped from safetensors files."""
 
 import contextlib
 import mmap
@@ -20,14 +20,14 @@ from mlflow_soup.files.untrusted import (
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# what the kernel mixes
+# dtypes that the kernel mixes
 MIXED = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# and what it copies where the parents agree
+# dtypes that are never mixed: the tensors are copied, and the parents must agree on them
 COPIED = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -39,15 +39,15 @@ COPIED = {
     "U64": torch.uint64,
     "I64": torch.int64,
 }
-# old Pythia keeps a constant −inf here, in fp16
+# ends of tensor names; old Pythia keeps a constant −inf in these tensors, in fp16
 MAY_BE_INFINITE = ("masked_bias",)
 _WIDTHS = {name: dtype.itemsize for name, dtype in (MIXED | COPIED).items()}
-Stamp = tuple[int, ...]  # size in bytes, times of change of content and entry in ns, inode
+Stamp = tuple[int, ...]  # size in bytes, mtime and ctime in ns, inode
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, from the header alone."""
+    """A tensor's file, dtype and shape, as the header gives them."""
 
     file: str
     dtype: str
@@ -59,16 +59,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, opened but not read.
+    """A checkpoint on disk; the headers are read, the tensors are not.
 
     Attributes:
-        label: how errors name it, `models:/my-llm/12`.
+        label: the name of the checkpoint in errors, `models:/my-llm/12`.
         root: the artifact tree.
-        weights: the folder below it with config.json and safetensors.
-        tokenizer: the folder with the tokenizer; often the same.
-        config: config.json.
-        tensors: by name on disk, in the order of the files and of the data in them.
-        stamps: of the weight files when they were opened.
+        weights: the folder in the tree with config.json and the safetensors files.
+        tokenizer: the folder with the tokenizer; often the same folder.
+        config: the content of config.json.
+        tensors: tensor name on disk → its header entry, in the order of the files and of the data.
+        stamps: weight file → its stamp when it was opened.
     """
 
     label: str
@@ -81,13 +81,16 @@ class Checkpoint:
     _mapped: dict[str, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor with its name, as `tensors` has them; memory-mapped: never write into one."""
+        """Each tensor with its name, in the order of `tensors`.
+
+        The tensors are memory-mapped read-only: writing into one crashes the process.
+        """
         for file, names in groupby(self.tensors, key=lambda name: self.tensors[name].file):
             header, views = self.header(file), []
             with readable(self.label), warnings.catch_warnings():
-                # torch says that they cannot be written to; that is as it should be
+                # torch warns that the buffers are read-only; they are read-only on purpose
                 warnings.filterwarnings("ignore", "The given buffer is not writable")
-                # a file is mapped once: each mapping holds a descriptor, and those are few
+                # map each file once: a mapping holds a file descriptor, and their number is limited
                 if file not in self._mapped:
                     self._mapped[file] = _map(self.weights / file)
                 mapped = self._mapped[file]
@@ -101,32 +104,32 @@ class Checkpoint:
             yield from views
 
     def header(self, file: str) -> dict[str, Any]:
-        """The JSON that a weight file begins with."""
+        """The JSON header of a weight file."""
         return read_weight_header(self.weights / file, self.label)
 
     def files(self) -> list[str]:
-        """The safetensors files, sorted."""
+        """The names of the safetensors files, sorted."""
         return sorted(self.stamps)
 
     def check_unchanged(self) -> None:
-        """Refuse a checkpoint that somebody wrote to since it was opened.
+        """Refuse a checkpoint whose weight files changed after it was opened.
 
         Raises:
-            ParentError: a weight file has another size or time of change, or is gone.
+            ParentError: a weight file has another size or time of change, or does not exist.
         """
         for file, stamp in self.stamps.items():
             path = self.weights / file
             now = stamp_of(path) if path.is_file() else None
             if now != stamp:
                 raise ParentError(
-                    f"{file} of {self.label} was written to while it was read",
-                    where=f"{path}: {stamp[0]} bytes at first, now {now[0] if now else 'gone'}",
-                    fix="wait until its training run has saved it, then run the same command again",
+                    f"{file} of {self.label} was changed while it was read",
+                    where=f"{path}: {stamp[0]} bytes at first, now {now[0] if now else 'missing'}",
+                    fix="wait until the training run has saved it, then run the same command again",
                 )
 
 
 def read_weight_header(path: Path, label: str) -> dict[str, Any]:
-    """The JSON that a weight file begins with, checked.
+    """The JSON header of a weight file, checked.
 
     Raises:
         ParentError: the file cannot be read or is damaged.
@@ -139,25 +142,26 @@ def read_weight_header(path: Path, label: str) -> dict[str, Any]:
 
 
 def damaged(path: Path, label: str, error: Exception) -> ParentError:
-    """The error for a weight file that cannot be what it should be."""
+    """The error for a damaged weight file."""
     return ParentError(
         f"{path.name} of {label} is damaged: {error}",
         where=str(path),
-        fix="save the checkpoint again, and register that",
+        fix="save the checkpoint again, then register the new copy",
     )
 
 
 def _map(path: Path) -> mmap.mmap:
-    """A file's bytes, in no memory but the page cache: it may be larger than all there is.
+    """Map a file's bytes read-only; the file may be larger than the memory.
 
-    safetensors' own mapping could be written to, so the system sets aside memory for all of it.
+    The mapping uses the page cache only. safetensors makes a writable mapping, for which the system
+    reserves memory for the whole file.
     """
     with open_regular(path) as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _view(mapped: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
-    """A tensor over mapped bytes, shape (n,)."""
+    """A tensor over mapped bytes, shape (count,)."""
     if not count:
         return torch.empty(0, dtype=dtype)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
@@ -165,10 +169,10 @@ def _view(mapped: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Ten
 
 @contextlib.contextmanager
 def readable(label: str) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint's files are read into words.
+    """Turn an OSError while a checkpoint is read into a ParentError.
 
     Raises:
-        ParentError: a file is gone, closed to us, or on a failing disk.
+        ParentError: a file is missing, may not be read, or lies on a failing disk.
     """
     try:
         yield
@@ -176,17 +180,17 @@ def readable(label: str) -> Iterator[None]:
         raise ParentError(
             f"{label} cannot be read: {error.strerror}",
             where=str(error.filename or label),
-            fix="make its files readable, or save the checkpoint again",
+            fix="make the files of the checkpoint readable, or save it again",
         ) from error
 
 
 def stamp_of(path: Path) -> Stamp:
-    """The stamp of a file as it is now."""
+    """The current stamp of a file."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def shorten(lines: Sequence[str], most: int = 100) -> list[str]:
-    """The lines of a report, the last of them a count when there are too many to read."""
+    """The first `most` lines of a report, and a line that counts the rest if there are more."""
     left = len(lines) - most
     return [*lines[:most], f"and {left} more"] if left > 0 else list(lines)

@@ -1,4 +1,4 @@
-"""Whether checkpoints may be averaged, from their headers and configs: before a tensor is read."""
+"""Whether checkpoints can be averaged, decided from headers and configs without the tensors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,17 +9,17 @@ from mlflow_soup.weights.checkpoint import Checkpoint, shorten
 from mlflow_soup.weights.digests import of_file
 from mlflow_soup.weights.find import load_json
 
-# fields that parents may disagree on, and why they may
+# fields in which parents may differ, with what each field says
 CONFIG_MAY_DIFFER = {
-    "_name_or_path": "where it was loaded from",
-    "transformers_version": "who wrote it",
-    "use_cache": "how fast it generates",
+    "_name_or_path": "where the model was loaded from",
+    "transformers_version": "which version wrote the file",
+    "use_cache": "whether generation uses a cache",
 }
 TOKENIZER_MAY_DIFFER = {
-    "name_or_path": "where it was loaded from",
-    "transformers_version": "who wrote it",
-    "is_local": "where it was loaded from",
-    "local_files_only": "how it was loaded",
+    "name_or_path": "where the tokenizer was loaded from",
+    "transformers_version": "which version wrote the file",
+    "is_local": "where the tokenizer was loaded from",
+    "local_files_only": "how the tokenizer was loaded",
 }
 # transformers 5 writes `dtype` where transformers 4 wrote `torch_dtype`
 RENAMED = {"torch_dtype": "dtype"}
@@ -31,7 +31,7 @@ _ABSENT = "absent"
 
 
 def function_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of config.json decides what the model computes."""
+    """The fields of config.json that decide what the model computes."""
     return {key: value for key, value in config.items() if key not in CONFIG_MAY_DIFFER}
 
 
@@ -42,7 +42,7 @@ def _digest_of(path: Path) -> str:
 def _fields(
     file: str, first: Mapping[str, Any], second: Mapping[str, Any], may_differ: Mapping[str, str]
 ) -> list[str]:
-    """The fields two JSON objects disagree on, nested ones by their path."""
+    """One line for each field in which two JSON objects differ; a nested field has its path."""
     ours = {RENAMED.get(key, key): value for key, value in first.items()}
     theirs = {RENAMED.get(key, key): value for key, value in second.items()}
     lines = []
@@ -64,10 +64,10 @@ def _tokenizer_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def differences(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """Why two checkpoints cannot be mixed, one line each; empty when they can.
+    """The differences that keep two checkpoints from being mixed; empty if they can be mixed.
 
-    Each line names the file, the field or tensor in it, and both values, `first`'s before
-    `second`'s. No tensor is read.
+    Each line names a file, the field or tensor in it, and both values, the one of `first` before
+    the one of `second`. No tensor is read.
     """
     lines = _fields("config.json", first.config, second.config, CONFIG_MAY_DIFFER)
     for name in sorted({*first.tensors, *second.tensors}):
@@ -91,10 +91,10 @@ def differences(first: Checkpoint, second: Checkpoint) -> list[str]:
 
 
 def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse parents that differ in anything but their weights' values.
+    """Refuse parents that differ in anything but the values of their weights.
 
     Raises:
-        ParentError: with the differences of all parents from the first, in one report.
+        ParentError: parents differ; the report lists how each parent differs from the first.
     """
     first, *others = checkpoints
     found = {other.label: lines for other in others if (lines := differences(first, other))}
@@ -108,5 +108,5 @@ def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
             f"{first.label} and {', '.join(found)} are not checkpoints of one model:\n    "
             + "\n    ".join(shorten(report)),
             where=f"{first.label} against {', '.join(found)}",
-            fix="merge versions of one training run: same architecture, tokenizer and dtype",
+            fix="merge versions of one training run, with one architecture, tokenizer and dtype",
         )

@@ -1,8 +1,9 @@
-"""Digests of a checkpoint: of its files, and of its tensors however they are laid out in files.
+"""Digests of a checkpoint's files and tensors.
 
-A file's is the SHA-256 that `sha256sum` prints. The canonical one survives resharding:
+The digest of a file is its SHA-256, as `sha256sum` prints it. The canonical digest covers all
+tensors and does not depend on how they are split into files:
 
-    sha256 over sorted (name, dtype, shape, sha256(little-endian bytes)), one JSON array a line
+    sha256 over sorted (name, dtype, shape, sha256(little-endian bytes)), one JSON array per line
 """
 
 import contextlib
@@ -24,16 +25,16 @@ from mlflow_soup.weights.mix import Scratch, is_finite
 
 
 def raw(tensor: Tensor) -> Any:
-    """A tensor's bytes, without a copy."""
+    """The bytes of a tensor as a NumPy array, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def canonical(infos: Mapping[str, TensorInfo], contents: Mapping[str, str]) -> str:
-    """The canonical digest.
+    """The canonical digest, `sha256:…`.
 
     Args:
-        infos: name → what the header says.
-        contents: name → SHA-256 of the tensor's bytes.
+        infos: tensor name → its header entry.
+        contents: tensor name → SHA-256 of the tensor's bytes.
     """
     rows = sorted(
         json.dumps([name, info.dtype, list(info.shape), contents[name]])
@@ -54,12 +55,12 @@ def of_tensor(tensor: Tensor) -> str:
 
 
 class Digesting:
-    """The digests of a checkpoint being made by threads: hashlib works without Python's lock.
+    """The digests of a checkpoint, computed by threads; hashlib releases Python's global lock.
 
     Args:
-        checkpoint: whose.
-        pool: where the threads are.
-        files: digest its files too, not only its tensors.
+        checkpoint: the checkpoint.
+        pool: the threads.
+        files: if True, digest the files too, not only the tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint, pool: Executor, *, files: bool = True) -> None:
@@ -71,7 +72,11 @@ class Digesting:
         self._tensors = {name: pool.submit(of_tensor, t) for name, t in checkpoint.read()}
 
     def result(self) -> Digests:
-        """Wait for the threads."""
+        """The digests, once the threads have finished.
+
+        Raises:
+            ParentError: a file cannot be read.
+        """
         with readable(self._checkpoint.label):
             contents = {name: future.result() for name, future in self._tensors.items()}
             files = {file: future.result() for file, future in self._files.items()}
@@ -80,7 +85,7 @@ class Digesting:
 
 @contextlib.contextmanager
 def threads() -> Iterator[Executor]:
-    """As many threads as there are cores; what is left to do when an error comes is not done."""
+    """A pool with one thread per core; on an error, jobs that have not started are dropped."""
     pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="digest")
     try:
         yield pool
@@ -95,10 +100,10 @@ def digest_all(checkpoint: Checkpoint) -> Digests:
 
 
 def digest(checkpoint: Checkpoint) -> str:
-    """The canonical digest of a checkpoint whose values are all finite.
+    """The canonical digest of a checkpoint, which must not hold NaN or infinity.
 
     Raises:
-        ParentError: a tensor holds NaN or infinity.
+        ParentError: a tensor holds NaN or infinity (those of `MAY_BE_INFINITE` may).
     """
     with threads() as pool:
         digesting = Digesting(checkpoint, pool, files=False)
@@ -110,14 +115,14 @@ def digest(checkpoint: Checkpoint) -> str:
 
 
 def check_may_be_infinite(checkpoint: Checkpoint, name: str) -> None:
-    """Refuse a tensor that is not finite, unless it is one that may be.
+    """Refuse a tensor with NaN or infinity, unless its name is in `MAY_BE_INFINITE`.
 
     Raises:
-        ParentError: it may not.
+        ParentError: the name is not in it.
     """
     if not name.endswith(MAY_BE_INFINITE):
         raise ParentError(
             f"{name!r} of {checkpoint.label} holds NaN or infinity",
             where=str(checkpoint.weights / checkpoint.tensors[name].file),
-            fix="merge another version; this one did not survive its training",
+            fix="merge another version; the training of this one may have diverged",
         )

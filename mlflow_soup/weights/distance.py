@@ -1,7 +1,7 @@
 """How far apart parents are, layer by layer, in one pass over their files.
 
-Whoever merges far parents spends a search on a soup that is worse than either of them; this costs
-what reading them once costs.
+A soup of parents that are far apart is usually worse than each of them. The distance shows this
+before a search, for the cost of reading the parents once.
 """
 
 import itertools
@@ -15,16 +15,16 @@ from mlflow_soup.records import Distance, LayerDistance
 from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint
 from mlflow_soup.weights.mix import CHUNK, Scratch
 
-# what is outside the layers goes by parts of the tensor's name
+# tensors outside the numbered layers are recognised by parts of their names
 HEADS = {"lm_head", "embed_out", "output", "head"}
-EMBEDDINGS = {"wte", "wpe"}  # GPT-2's; those of others have `emb` in their names
+EMBEDDINGS = {"wte", "wpe"}  # GPT-2; the names of other embeddings contain `emb`
 
 
 def layer_of(name: str) -> str:
-    """The layer of a tensor: the first number in its path, else what its path is called.
+    """The layer of a tensor, by its name: the first number in it, or the kind of tensor.
 
-    `gpt_neox.layers.7.…`, `model.layers.7.mlp.experts.3.…` and `h.7.…` are all `layer 7`; the rest
-    is `embedding`, `head` or, as the last norm, `other`.
+    `gpt_neox.layers.7.…`, `model.layers.7.mlp.experts.3.…` and `h.7.…` are all `layer 7`. Tensors
+    without a number are `embedding`, `head` or `other`; the last norm, for example, is `other`.
     """
     parts = name.split(".")
     for part in parts:
@@ -37,29 +37,30 @@ def layer_of(name: str) -> str:
 
 
 def _depth(layer: str) -> tuple[int, int]:
-    """Where a layer is on the way from the tokens to the logits."""
+    """A sort key: the layer's place on the way from the tokens to the logits."""
     kind, _, number = layer.partition(" ")
     return ("embedding", "layer", "other", "head").index(kind), int(number or 0)
 
 
 @torch.no_grad()
 def measure(parents: Sequence[Checkpoint]) -> Distance:
-    """Squared norms and squared distances of all parents, layer by layer.
+    """The squared norms and squared distances of all parents, layer by layer.
 
         ‖Θ_i‖² = Σ θ_i²,   ‖Θ_j − Θ_i‖² = Σ (θ_j − θ_i)²,   in fp64, over floating-point tensors
 
-    Each file is read once, in chunks: memory depends only on how many parents there are. A tensor
-    saved twice, as a tied head beside its embedding, counts twice.
+    Each file is read once, in chunks: the memory depends only on the number of parents. A tensor
+    that is saved twice, such as a head that is tied to the embedding, counts twice. The constants
+    of `MAY_BE_INFINITE` are left out.
 
     Args:
-        parents: oldest first, found compatible, every value finite but for the constants of
-            `MAY_BE_INFINITE`, which are left out.
+        parents: the checkpoints, oldest first, already checked to be compatible; all other values
+            are finite.
     """
     weights = [dict(parent.read()) for parent in parents]
     count = len(weights)
-    # the rows that the kernel's cache was cut for hold half as many numbers of twice the size
+    # the kernel's chunks are sized for fp32; fp64 numbers are twice as large
     scratch = Scratch(CHUNK // 2 * torch.get_num_threads())
-    sums: dict[str, np.ndarray] = {}  # on the diagonal the norms, above it the distances
+    sums: dict[str, np.ndarray] = {}  # squared norms on the diagonal, squared distances above it
     for name in tqdm(weights[0], "distance", unit="tensor", disable=None):
         tensors = [own[name].reshape(-1) for own in weights]
         if not tensors[0].is_floating_point() or name.endswith(MAY_BE_INFINITE):

@@ -1,7 +1,8 @@
-"""Find the one checkpoint in a folder, and refuse what is not plain data.
+"""Find the one checkpoint in a folder, and refuse anything that is not plain data.
 
-Only safetensors are read, single or sharded. Pickles, remote code and adapters are refused, because
-anyone who may write to a registry can put them there.
+Only safetensors files are read, single or sharded. Pickles and remote code are refused, because
+anyone who may write to a registry can put them there. Adapters are refused, because they cannot be
+averaged.
 """
 
 import os
@@ -27,17 +28,18 @@ from mlflow_soup.weights.checkpoint import (
     stamp_of,
 )
 
-# bytes of JSON: each of Gemma's 6000 unused tokens stands in its tokenizer's config; an index with
-# 90 000 tensors takes 9 MB, a tokenizer with 260 000 tokens 34 MB
+# largest sizes of JSON files in bytes. For comparison: Gemma's tokenizer_config.json lists 6000
+# unused tokens; an index with 90 000 tensors has 9 MB, a tokenizer with 260 000 tokens 34 MB
 _LARGEST = {"config.json": 1 << 20, "tokenizer_config.json": 16 << 20, INDEX: 16 << 20}
 _LARGEST_OTHER = 128 << 20
-_ADAPTER = "merge the adapter into its base first (peft: merge_and_unload) and register that"
+_ADAPTER = "merge the adapter into its base (peft: merge_and_unload), then register the result"
 
 
 def _only(folders: Sequence[Path], root: Path, what: str, label: str, fix: str) -> Path:
     if len(folders) != 1:
-        found = ", ".join(str(f) for f in folders) or f"none below {root}"
-        raise ParentError(f"{label} has {len(folders)} folders with {what}", where=found, fix=fix)
+        found = ", ".join(str(f) for f in folders) or f"below {root}"
+        what = f"{label} has {len(folders)} folders with {what}, but must have exactly one"
+        raise ParentError(what, where=found, fix=fix)
     return folders[0]
 
 
@@ -45,7 +47,7 @@ def load_json(path: Path, label: str) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint.
 
     Raises:
-        ParentError: the file cannot be read, is too large, or holds something else.
+        ParentError: the file cannot be read, is too large, or is not a JSON object.
     """
     try:
         content = parse_json(read_regular(path, _LARGEST.get(path.name, _LARGEST_OTHER)))
@@ -55,7 +57,7 @@ def load_json(path: Path, label: str) -> dict[str, Any]:
         raise ParentError(
             f"{path.name} of {label} is not a JSON object",
             where=str(path),
-            fix="save the checkpoint again, and register that",
+            fix="save the checkpoint again, then register the new copy",
         )
     return content
 
@@ -64,19 +66,19 @@ def _unreadable(path: Path, label: str, error: Exception) -> ParentError:
     return ParentError(
         f"{path.name} of {label} cannot be read: {error}",
         where=str(path),
-        fix="save the checkpoint again, and register that",
+        fix="save the checkpoint again, then register the new copy",
     )
 
 
 def _check_plain(folder: Path, label: str) -> None:
-    """Refuse links, pipes and overlong JSON in a folder that libraries are going to read from."""
+    """Refuse links, pipes and overlong JSON, because libraries will read this folder later."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.is_symlink():
             raise ParentError(
                 f"{entry.name} of {label} is a link",
                 where=str(path),
-                fix="register plain files; a folder of links is copied by cp -rL",
+                fix="register plain files; `cp -rL` replaces the links in a folder by copies",
             )
         if entry.is_dir():
             continue
@@ -84,16 +86,16 @@ def _check_plain(folder: Path, label: str) -> None:
             raise ParentError(
                 f"{entry.name} of {label} is neither a file nor a folder",
                 where=str(path),
-                fix="register plain files",
+                fix="register the checkpoint again with plain files only",
             )
         most = _LARGEST.get(entry.name, _LARGEST_OTHER)
         if entry.name.endswith(".json") and (size := entry.stat().st_size) > most:
-            error = ValueError(f"it is {size} bytes long, and at most {most} are read")
+            error = ValueError(f"it is {size} bytes long, but at most {most} bytes are allowed")
             raise _unreadable(path, label, error)
 
 
 def _check_mlmodel(path: Path, label: str) -> None:
-    """Refuse an MLmodel file that is more than plain values: a soup takes it over."""
+    """Refuse an MLmodel file with more than plain values, because it is copied to the soup."""
     try:
         parse_yaml(read_regular(path, LARGEST_YAML))
     except (OSError, ValueError) as error:
@@ -101,12 +103,12 @@ def _check_mlmodel(path: Path, label: str) -> None:
 
 
 def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
-    """File names of the weights, and which file the index says that each tensor is in."""
+    """The names of the weight files, and the index: tensor name → file; empty without an index."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not (folder / INDEX).is_file():
         if files != [SINGLE]:
             raise ParentError(
-                f"{label} has {len(files)} files of weights and no index",
+                f"{label} has no index, and its weights are not the one file {SINGLE}",
                 where=f"{folder}: {', '.join(files)}",
                 fix=f"register one file {SINGLE}, or shards with {INDEX}",
             )
@@ -117,15 +119,15 @@ def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
     for name in names:
         if name not in files:
             raise ParentError(
-                f"the index of {label} names {name!r}, which is no file beside it",
+                f"the index of {label} names {name!r}, which is not a weight file in its folder",
                 where=str(folder / INDEX),
-                fix="save the checkpoint again, all shards in one folder",
+                fix="save the checkpoint again with all shards in one folder",
             )
-    if names != files:  # transformers would read model.safetensors, and leave the index alone
+    if names != files:  # transformers would read model.safetensors and ignore the index
         raise ParentError(
-            f"the index of {label} names {len(names)} files, but {len(files)} are there",
+            f"the index of {label} names {len(names)} files, but its folder has {len(files)}",
             where=f"{folder}: {', '.join(sorted({*files} ^ {*names}))}",
-            fix="save the checkpoint again, with one set of weights",
+            fix="save the checkpoint again in an empty folder, so that it has one set of weights",
         )
     return names, where
 
@@ -133,10 +135,10 @@ def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
 def _check_index(
     where: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: Path, label: str
 ) -> None:
-    """The index must name the tensors that its files hold, each in its file."""
+    """Refuse an index that does not name, for each tensor, the file that holds it."""
     wrong = [
-        f"{name}: the index says {where.get(name, 'nothing')}, "
-        f"it is in {tensors[name].file if name in tensors else 'no file'}"
+        f"{name} is in {tensors[name].file if name in tensors else 'no file'}, "
+        f"but the index says {where.get(name, 'nothing')}"
         for name in sorted({*where, *tensors})
         if name not in tensors or where.get(name) != tensors[name].file
     ]
@@ -144,23 +146,24 @@ def _check_index(
         raise ParentError(
             f"the index of {label} does not fit its files:\n    " + "\n    ".join(shorten(wrong)),
             where=str(path),
-            fix="save the checkpoint again, as save_pretrained writes it",
+            fix="save the checkpoint again with save_pretrained",
         )
 
 
 def find_checkpoint(root: Path, label: str, *, with_tokenizer: bool = True) -> Checkpoint:
-    """The one checkpoint in an artifact tree, whatever layout it was logged in.
+    """The one checkpoint in an artifact tree of any layout.
 
-    A plain Hugging Face folder, MLflow's transformers flavour (`model/`, `components/tokenizer/`)
-    and a folder below `artifacts/` are all found by what they hold.
+    The folders are found by their files: a plain Hugging Face folder, the layout of MLflow's
+    transformers flavour (`model/`, `components/tokenizer/`), or a folder below `artifacts/`.
 
     Args:
         root: the artifact tree.
-        label: how errors name it.
-        with_tokenizer: refuse one without; merging alone needs none.
+        label: the name of the checkpoint in errors.
+        with_tokenizer: if True, refuse a checkpoint without a tokenizer; merging needs none.
 
     Raises:
-        ParentError: there is none or more than one, or it needs code or pickles to be read.
+        ParentError: the tree has no checkpoint or several, or the checkpoint is damaged, quantised,
+            an adapter, or needs code or pickles.
     """
     with readable(label):
         return _find(root, label, with_tokenizer)
@@ -172,9 +175,12 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     if not folders and any(root.rglob("adapter_config.json")):
         fix = _ADAPTER
     elif not folders and any(root.rglob("*.bin")):
-        fix = "convert it: save_pretrained writes safetensors; pickles are not read"
+        fix = (
+            "save the model again with save_pretrained, which writes safetensors; *.bin files "
+            "are pickles, which are not read"
+        )
     else:
-        fix = "register one Hugging Face checkpoint folder: config.json and *.safetensors"
+        fix = "register one Hugging Face checkpoint folder, with config.json and *.safetensors"
     weights = _only(folders, root, "config.json and *.safetensors", label, fix)
     if (weights / "adapter_config.json").is_file():
         raise ParentError(
@@ -186,14 +192,14 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     if os.path.lexists(root / "MLmodel"):
         _check_mlmodel(root / "MLmodel", label)
     config = load_json(weights / "config.json", label)
-    unquantised = f"register its weights in one of {', '.join(MIXED)}"
-    own_code = "register an architecture that transformers knows"
+    unquantised = f"register its weights in one of the dtypes {', '.join(MIXED)}"
+    own_code = "register a model whose architecture is part of transformers"
     refused = [(key, "brings its own code", own_code) for key in _code(config)]
     for key in ("quantization_config", "compression_config"):
         refused += [(key, "is quantised", unquantised)] if key in config else []
     for key, why, fix in refused:
         raise ParentError(
-            f"{label} {why} ({key} in its config) and cannot be merged",
+            f"{label} cannot be merged: it {why} ({key} in its config)",
             where=str(weights / "config.json"),
             fix=fix,
         )
@@ -212,13 +218,14 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     for file in files:
         header = read_weight_header(weights / file, label)
         header.pop("__metadata__", None)
-        # by the order of their data; empty tensors share a place
+        # sorted by the place of their data; empty tensors share a place, so also by name
         for name in sorted(header, key=lambda n: (header[n]["data_offsets"], n)):
             if name in tensors:
                 raise ParentError(
                     f"{name!r} of {label} is in two files",
                     where=f"{tensors[name].file} and {file} in {weights}",
-                    fix="save the checkpoint again, with one set of weights",
+                    fix="save the checkpoint again in an empty folder, so that it has one set of "
+                    "weights",
                 )
             entry = header[name]
             tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]))
@@ -227,15 +234,15 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     forged = [name for name in tensors if not name.isprintable()]
     if forged:
         raise ParentError(
-            f"{label} holds a tensor whose name cannot be printed: {forged[0]!r}",
+            f"{label} has a tensor whose name cannot be printed: {forged[0]!r}",
             where=str(weights / tensors[forged[0]].file),
-            fix="save the checkpoint again, as save_pretrained writes it",
+            fix="save the checkpoint again with save_pretrained",
         )
     known = MIXED.keys() | COPIED.keys()
     odd = [f"{name}: {info.dtype}" for name, info in tensors.items() if info.dtype not in known]
     if odd:
         raise ParentError(
-            f"{label} is quantised, or of another dtype that cannot be merged:\n    "
+            f"{label} is quantised, or has tensors of a dtype that cannot be merged:\n    "
             + "\n    ".join(shorten(odd, 10)),
             where=str(weights),
             fix=unquantised,
@@ -246,9 +253,9 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
 
 
 def _code(config: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of a config, and of the configs within it, that name code outside transformers."""
+    """The keys of a config, and of the configs inside it, that name code outside transformers."""
     for key, value in config.items():
-        # an attention named org/kernel is fetched from the Hub
+        # a value `org/kernel` makes transformers download code from the Hub
         if key == "auto_map" or (key.endswith("_implementation") and "/" in str(value)):
             yield key
         elif isinstance(value, dict):
@@ -256,9 +263,9 @@ def _code(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_with_safetensors(path: Path, label: str) -> None:
-    """Refuse what it refuses: those who get the soup will read it with nothing else."""
+    """Refuse a file that safetensors refuses, because users of the soup read it with that."""
     try:
-        # for torch it would reserve memory for the whole file, and fail where there is less
+        # framework="pt" would reserve memory for the whole file, and fail if there is less
         with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
@@ -266,15 +273,15 @@ def _check_with_safetensors(path: Path, label: str) -> None:
 
 
 def _check_tokenizer(config: Mapping[str, Any], folder: Path, label: str) -> None:
-    """Refuse a tokenizer that brings its own code, or names files elsewhere."""
+    """Refuse a tokenizer that brings its own code or names files outside its folder."""
     files = config.get("fast_tokenizer_files") or ()
     leading_out = [f for f in files if os.path.basename(str(f)) != f]
     what = "".join(f"brings its own code ({key})" for key in list(_code(config))[:1])
     if leading_out:
-        what = f"names a file that is not beside it, {leading_out[0]!r} (fast_tokenizer_files)"
+        what = f"names a file outside its folder, {leading_out[0]!r} (fast_tokenizer_files)"
     if what:
         raise ParentError(
             f"the tokenizer of {label} {what}",
             where=str(folder / "tokenizer_config.json"),
-            fix="register a tokenizer that transformers knows",
+            fix="register a tokenizer whose class is part of transformers, with all of its files",
         )

@@ -1,4 +1,4 @@
-"""The manifest and the model card of a soup: what it is made of, written and read."""
+"""The manifest and the model card of a soup: both describe its parents and how they were mixed."""
 
 import json
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from mlflow_soup.records import Digests, Manifest, Source
 
 MANIFEST = "soup_manifest.json"
 CARD = "README.md"
-# the manifest
-SCHEMA = 1
-MIXINGS = ("linear", "fisher", "regmean")  # how weights enter: only the first can be made again
+SCHEMA = 1  # the version of the manifest's format
+# values of `method`; `verify` can mix the parents again only for `linear`
+MIXINGS = ("linear", "fisher", "regmean")
 KERNEL = "fp32 products and sums, separate, in parent order; one rounding, to nearest even"
-_PAPERS = {  # by mixing
+_PAPERS = {  # method → the paper that the model card cites
     "linear": 'Liu et al., "Checkpoint Merging via Bayesian Optimization in LLM Pretraining",\n'
     "arXiv:2403.19390",
     "fisher": 'Matena & Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv:2111.09832',
@@ -23,9 +23,9 @@ _PAPERS = {  # by mixing
 
 
 def format_manifest(manifest: Manifest) -> dict[str, Any]:
-    """What goes into `soup_manifest.json`; λ as hex floats, to be exact.
+    """The content of `soup_manifest.json`; λ is written as a hexadecimal float, which is exact.
 
-    `parse_manifest` is its inverse.
+    `parse_manifest` is the inverse.
     """
     return {
         "schema": SCHEMA,
@@ -50,15 +50,16 @@ def format_manifest(manifest: Manifest) -> dict[str, Any]:
 
 
 def parse_manifest(content: Any) -> Manifest:
-    """The manifest that `format_manifest` wrote.
+    """The manifest from the content that `format_manifest` wrote.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError, OverflowError: it is none, or of another
-            schema.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: the content is not a
+            manifest, or has another schema, method or kernel.
     """
     for field, known in (("schema", (SCHEMA,)), ("method", MIXINGS), ("kernel", (KERNEL,))):
         if content[field] not in known:
-            raise ValueError(f"{field} {content[field]!r}, and this version knows {known}")
+            wanted = " or ".join(map(repr, known))
+            raise ValueError(f"its {field} is {content[field]!r}, but only {wanted} is known")
     sources = tuple(
         Source(
             str(parent["uri"]),
@@ -70,9 +71,9 @@ def parse_manifest(content: Any) -> Manifest:
         for parent in content["parents"]
     )
     if len(sources) < 2 or not all(0.0 <= source.lam <= 1.0 for source in sources):
-        raise ValueError("it takes two parents, and weights from 0 to 1")
+        raise ValueError("it must have at least two parents, with weights from 0 to 1")
     if not all(source.uri.isprintable() for source in sources):
-        raise ValueError("a parent's name cannot be printed")
+        raise ValueError("the URI of a parent cannot be printed")
     return Manifest(
         str(content["model"]),
         str(content["method"]),
@@ -99,22 +100,23 @@ def _parse_digests(content: Mapping[str, Any]) -> Digests | None:
 
 def _texts(content: Any) -> dict[str, str]:
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
-        raise TypeError("an object of texts is expected")
+        raise TypeError("an object of strings was expected")
     return content
 
 
 def card(manifest: Manifest) -> str:
-    """The model card: front matter that Hugging Face tools read, and the recipe in words."""
-    # a folder's place on the machine that merged it is nobody else's concern
+    """The model card: front matter for Hugging Face tools, and the recipe in words."""
+    # of a folder only the name is shown: its full path would reveal the machine's layout
     uris = [source.uri for source in manifest.sources]
     names = [uri if uri.startswith("models:/") else PurePath(uri).name for uri in uris]
     base = "\n".join(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)
     weights = (source.lam for source in manifest.sources)
     shares = ", ".join(f"{lam:g} × `{name}`" for lam, name in zip(weights, names, strict=True))
     how = (
-        "Weighted average of checkpoints"
+        "A weighted average of checkpoints"
         if manifest.method == "linear"
-        else (f"Checkpoints merged by {manifest.method}, which refines equal weights by statistics")
+        else f"Checkpoints merged with {manifest.method}: equal weights, refined by statistics of "
+        "the parents"
     )
     return f"""---
 library_name: transformers
@@ -128,6 +130,6 @@ tags:
 
 # {manifest.model or "Soup"}: {" and ".join(f"`{name}`" for name in names)}
 
-{how}: {shares}. Exact weights: `soup_manifest.json`.
+{how}: {shares}. The exact weights are in `soup_manifest.json`.
 Method: {_PAPERS[manifest.method]}.
 """

@@ -1,11 +1,11 @@
-"""Tensors and coefficients in, a tensor out: the one kernel that the search and the file share.
+"""The weighted sum of tensors. The search and the written file use this one kernel.
 
     out = Σ c_i·Θ_i,   c_i and every product and sum in fp32, one rounding to the parents' dtype
 
-Products and sums are separate operations on purpose: `torch.lerp` and `addcmul` fuse them on some
-CPUs and not on others, and then the registered file could not be made again bit for bit. It works
-through chunks whose fp32 rows stay in the cache; neither their size nor the number of threads can
-be seen in the result.
+Tensors of fp64 are summed in fp64. Products and sums are separate operations on purpose:
+`torch.lerp` and `addcmul` fuse them on some CPUs only, so the registered file could not be
+reproduced bit for bit on another CPU. The sum is computed in chunks that fit the cache; the result
+does not depend on the size of the chunks or the number of threads.
 """
 
 import math
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from mlflow_soup.errors import ParentError
 
-# elements for each thread: rows of half a megabyte, two of which fit an L2 cache
+# elements per thread: a row of half a megabyte in fp32; two rows fit an L2 cache
 CHUNK = 1 << 17
 Term = tuple[Tensor, float]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_GLANCE = 4096  # elements: trained tensors differ in the first few
+_GLANCE = 4096  # elements compared first: trained tensors differ in the first few
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A tensor's elements as integers of their width, shape (n,); a view where it is contiguous."""
+    """The bits of a tensor's elements as integers, shape (n,); a view if it is contiguous."""
     return tensor.contiguous().reshape(-1).view(_BITS[tensor.element_size()])
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
-    """True when two tensors hold the same bytes; NaNs and signed zeros count as bytes."""
+    """True if two tensors hold the same bytes; NaNs and signed zeros are compared as bytes."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     a, b = bits(first), bits(second)
@@ -37,15 +37,15 @@ def same_bytes(first: Tensor, second: Tensor) -> bool:
 
 
 def all_same(tensors: Sequence[Tensor]) -> bool:
-    """True when all parents hold the same bytes in a tensor, so that it is copied."""
+    """True if all tensors hold the same bytes."""
     return all(same_bytes(tensors[0], other) for other in tensors[1:])
 
 
 class Scratch:
-    """The kernel's working memory, made once and used for every chunk of every tensor.
+    """The kernel's working memory, allocated once and reused for every chunk of every tensor.
 
     Args:
-        chunk: elements at a time; default: `CHUNK` for each of torch's threads.
+        chunk: the number of elements per chunk; by default `CHUNK` per thread of torch.
     """
 
     def __init__(self, chunk: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Scratch:
         self._rows: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def row(self, dtype: torch.dtype, number: int, length: int) -> Tensor:
-        """The first `length` elements of a row; its content is whatever was there."""
+        """The first `length` elements of a row, not initialised."""
         row = self._rows.get((dtype, number))
         if row is None:
             row = self._rows[dtype, number] = torch.empty(self.chunk, dtype=dtype)
@@ -67,20 +67,20 @@ def terms(
     same: bool | None = None,
     name: str = "",
 ) -> list[Term]:
-    """What has to be added up: one tensor with weight 1 where nothing is to be mixed.
+    """The terms of the weighted sum: one tensor with weight 1 if there is nothing to mix.
 
-    A coefficient of 1 beside zeros gives that parent byte for byte, and so do parents that agree
-    byte for byte (old Pythia's `masked_bias` is −inf: multiplied by 0, it would become NaN). What
-    has the coefficient 0 is as good as absent.
+    Tensors with the coefficient 0 are left out: old Pythia's `masked_bias` is −inf, and 0·(−inf)
+    would be NaN. If one tensor is left, or if all tensors that are left hold the same bytes, the
+    sum is that tensor, byte for byte.
 
     Args:
         tensors: K tensors of one shape (...) and dtype, oldest parent first.
         coefficients: K merge weights c ≥ 0; they sum to 1.
-        same: what `all_same` says of the tensors, if it is known already.
+        same: the result of `all_same(tensors)`, if it is known already.
         name: the tensor's name, for the error.
 
     Raises:
-        ParentError: the parents disagree on a tensor that is not of floating point.
+        ParentError: the tensors are not floating-point, and differ.
     """
     parts = [(t, c) for t, c in zip(tensors, coefficients, strict=True) if c != 0.0]
     if len(parts) == 1 and parts[0][1] == 1.0:
@@ -91,9 +91,9 @@ def terms(
         return [(parts[0][0], 1.0)]
     if not parts[0][0].is_floating_point():
         raise ParentError(
-            f"parents differ in {name!r}, which is {parts[0][0].dtype} and cannot be mixed",
+            f"the parents differ in {name!r}, which is {parts[0][0].dtype} and cannot be mixed",
             where="the parents' weights",
-            fix="merge checkpoints of one training run: integer tensors must agree; quantised "
+            fix="merge checkpoints of one training run, whose integer tensors are equal; quantised "
             "weights cannot be merged",
         )
     return parts
@@ -101,17 +101,17 @@ def terms(
 
 @torch.no_grad()
 def add_up(parts: Sequence[Term], out: Tensor, *, scratch: Scratch, check: bool = False) -> bool:
-    """Write Σ c·Θ into `out`; nothing is allocated once the scratch rows exist.
+    """Write Σ c·Θ into `out`; no memory is allocated once the scratch rows exist.
 
     Args:
-        parts: tensors on the CPU, contiguous, each of shape (n,), and their coefficients.
-        out: shape (n,); where its dtype or device is another than the tensors', the sum is rounded
-            to their dtype first and converted afterwards, as loading it from a file would.
+        parts: contiguous tensors on the CPU, each of shape (n,), with their coefficients.
+        out: shape (n,). If its dtype or device differs from that of the tensors, the sum is rounded
+            to the tensors' dtype first and converted afterwards, as if it were loaded from a file.
         scratch: working memory.
-        check: look for values that are not finite.
+        check: if True, look for values that are not finite.
 
     Returns:
-        False when `check` found NaN or infinity.
+        False if `check` found NaN or infinity, else True.
     """
     first, lead = parts[0]
     copied = len(parts) == 1 and lead == 1.0
@@ -139,7 +139,7 @@ def add_up(parts: Sequence[Term], out: Tensor, *, scratch: Scratch, check: bool 
 
 @torch.no_grad()
 def is_finite(tensor: Tensor, scratch: Scratch) -> bool:
-    """True when a tensor of shape (n,) holds neither NaN nor infinity."""
+    """True if a tensor of shape (n,) holds neither NaN nor infinity."""
     if not tensor.is_floating_point():
         return True
     work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -148,13 +148,13 @@ def is_finite(tensor: Tensor, scratch: Scratch) -> bool:
 
 
 def _all_finite(row: Tensor, values: Tensor) -> bool:
-    """True when all values are finite; the row holds the same in working precision."""
-    # a sum is finite only if all is; the rare overflow of the sum itself is looked into
+    """True if all values are finite; the row holds the same values in working precision."""
+    # a finite sum proves that all values are finite; if the sum overflows, look at each value
     return math.isfinite(row.sum()) or bool(torch.isfinite(values).all())
 
 
 def _product(tensor: Tensor, coefficient: float, row: Tensor) -> Tensor:
-    """c·Θ in the row's precision."""
+    """c·Θ in the precision of the row, written into the row."""
     if tensor.dtype == row.dtype:
         return torch.mul(tensor, coefficient, out=row)
     return row.copy_(tensor).mul_(coefficient)
@@ -167,22 +167,22 @@ def mix(
     name: str = "",
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """The weighted sum of one tensor over its parents (Liu et al. 2024, arXiv:2403.19390, eq. 1).
+    """The weighted sum of one tensor of all parents (Liu et al. 2024, arXiv:2403.19390, eq. 1).
 
-    For tensors at hand; files and live models go through `terms` and `add_up`, as this does.
+    This is for tensors in memory. Files and live models use `terms` and `add_up` directly.
 
     Args:
         tensors: K tensors of one shape (...) and dtype, oldest parent first. Not modified.
         coefficients: K merge weights c; they sum to 1.
         name: the tensor's name, for the error.
-        scratch: working memory to use again.
+        scratch: working memory to reuse.
 
     Returns:
-        A tensor (...) of the parents' dtype; one of `tensors` itself where nothing is to be mixed
+        A tensor (...) of the parents' dtype; one of `tensors` itself if there is nothing to mix
         (see `terms`).
 
     Raises:
-        ParentError: the parents disagree on a tensor that is not of floating point.
+        ParentError: the tensors are not floating-point, and differ.
     """
     parts = terms(tensors, coefficients, name=name)
     if len(parts) == 1 and parts[0][1] == 1.0:

@@ -1,4 +1,4 @@
-"""Write a soup together with the manifest that says what it is made of."""
+"""Write a soup together with its manifest and model card."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +15,22 @@ from mlflow_soup.weights.digests import of_file
 from mlflow_soup.weights.manifest import CARD, MANIFEST, card, format_manifest
 
 _LIBRARIES = ("mlflow-soup", "mlflow", "torch", "transformers", "safetensors", "lm-eval")
-# written when a version is registered or served: not what the newest parent had
+# MLflow writes these when a version is registered or served, so they differ from the parent's
 # private door: mlflow: registered_model_meta
 _OF_MLFLOW = ("MLmodel", "registered_model_meta")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from: its files at hand, and what the registry says of it."""
+    """Where a checkpoint comes from.
+
+    Attributes:
+        folder: its files on this machine.
+        uri: `models:/name/12`, or the path of a folder.
+        run_id: the MLflow run that logged it; empty if there is none.
+        location: where its files are, according to the registry.
+        tags: the tags of the registered version.
+    """
 
     folder: Path
     uri: str
@@ -43,18 +51,18 @@ def make(
     digests: bool = True,
     blend: soup.Blend | None = None,
 ) -> Manifest:
-    """Write a soup with its manifest and its model card.
+    """Write a soup with its manifest and its model card; return the manifest.
 
     Args:
-        parents: oldest first, already found compatible.
-        origins: of each parent.
-        lam: merge weights λ, one per parent, summing to 1.
-        folder: where the artifact tree goes; exists and is empty.
-        method: how the weights enter.
-        model: the registered model it is made for.
-        search: what the manifest tells of the search that chose λ.
-        digests: take those of soup and parents on the way.
-        blend: as of `soup.write`.
+        parents: the checkpoints, oldest first, already checked to be compatible.
+        origins: where each parent comes from, in the same order.
+        lam: merge weights λ, one per parent; they sum to 1.
+        folder: the folder for the artifact tree; exists and is empty.
+        method: how the tensors are mixed: `linear`, `fisher` or `regmean`.
+        model: the registered model that the soup is made for.
+        search: the manifest's entry for the search that chose λ.
+        digests: if True, compute the digests of the soup and the parents while writing.
+        blend: as for `soup.write`.
 
     Raises:
         ParentError, StoreError: as `soup.write`.
@@ -80,7 +88,7 @@ def make(
 
 
 def inherited(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
-    """A soup's files that are its newest parent's, by their path in the tree."""
+    """The files that a soup takes from its newest parent: path in the tree, and path on disk."""
     own = {checkpoint.root / name for name in (MANIFEST, CARD, *_OF_MLFLOW)}
     own |= {checkpoint.weights / file for file in checkpoint.files()}
     for path in sorted(checkpoint.root.rglob("*")):

@@ -1,7 +1,7 @@
-"""Parents in, soup out, tensor by tensor: memory depends neither on the model nor on how many.
+"""Write a soup of several parents, tensor by tensor, or compare a soup with its parents.
 
-The file that comes out has its newest parent's shards, order and names, and the bytes that the
-kernel gives, whatever the number of threads.
+The memory does not depend on the size of the model or the number of parents. The soup has the
+shards, order and names of its newest parent. Its bytes do not depend on the number of threads.
 """
 
 import hashlib
@@ -28,24 +28,24 @@ from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.manifest import CARD, MANIFEST
 from mlflow_soup.weights.mix import Scratch, Term, add_up, bits, is_finite, same_bytes, terms
 
-# written anew for every soup, or by MLflow when it serves the files; and what belongs to the parent
-# alone: its weights in other formats and the state of its training
+# files that are not copied from the newest parent: files that are written anew for each soup, files
+# that MLflow writes, weights in other formats, and the state of the training
 NOT_INHERITED = (
     *(MANIFEST, CARD, "registered_model_meta", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
     *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "optimizer*", "scheduler*", "trainer_state.json"),
 )
 
 
-# a tensor's name and the parents' tensors → the soup's; None where the weighted sum is wanted
+# tensor name, tensors of the parents → tensor of the soup, or None for the weighted sum
 Blend = Callable[[str, Sequence[Tensor]], Tensor | None]
 
 
-_COMPARED = 1 << 22  # elements of the soup made at a time when it is only compared
+_COMPARED = 1 << 22  # elements that `compare` mixes at a time
 
 
 @dataclass(frozen=True)
 class Written:
-    """A soup on disk, and the digests of what it was made of: None when they were not asked for."""
+    """A soup on disk, with its digests and those of its parents; None if they were not computed."""
 
     checkpoint: Checkpoint
     digests: Digests | None
@@ -60,23 +60,23 @@ def write(
     digests: bool = True,
     blend: Blend | None = None,
 ) -> Written:
-    """Write the soup Σ λ_i·Θ_i in its newest parent's layout: same files, names and dtypes.
+    """Write the soup Σ λ_i·Θ_i with the files, names and dtypes of its newest parent.
 
-    Everything but the weights is the newest parent's.
+    All files but the weights are copied from the newest parent.
 
     Args:
-        parents: the parents, oldest first, already found compatible.
-        lam: merge weights λ, one per parent, summing to 1.
-        folder: where the artifact tree goes; exists and is empty.
-        digests: compute those of soup and parents on the way.
-        blend: makes some tensors otherwise, each of its parents' shape and dtype.
+        parents: the checkpoints, oldest first, already checked to be compatible.
+        lam: merge weights λ, one per parent; they sum to 1.
+        folder: the folder for the artifact tree; exists and is empty.
+        digests: if True, compute the digests of the soup and the parents while writing.
+        blend: computes some tensors in another way, with the parents' shape and dtype.
 
     Raises:
-        ParentError: a parent holds a value that is not finite, integers that differ, or a link;
-            or it was written to meanwhile.
+        ParentError: a parent holds a value that is not finite, an integer tensor that differs from
+            the other parents, or a link; or it was changed in the meantime.
         StoreError: the disk is full or fails.
     """
-    for parent in parents:  # its tensors may not be where they were found
+    for parent in parents:  # if a file changed, its tensors may have moved
         parent.check_unchanged()
     donor = parents[-1]
     weights_folder = _copy_the_rest(donor, folder)
@@ -112,7 +112,11 @@ def write(
 
 
 def _copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
-    """Everything but the weights; the folder for these, when there is room for all."""
+    """Copy all files but the weights; return the folder for the weights.
+
+    Raises:
+        StoreError: there is no space for the copies and the weights.
+    """
     paths = list(_taken_over(donor))
     sizes = [stamp[0] for stamp in donor.stamps.values()] + [path.stat().st_size for path in paths]
     check_space(folder, sum(size + BLOCK for size in sizes))
@@ -133,21 +137,21 @@ def _read(path: Path, label: str) -> bytes:
         with readable(label), open_regular(path) as file:
             return file.read()
     except ValueError as error:
-        raise _not_plain(path, label, "what is no plain file") from error
+        raise _not_plain(path, label, "an entry that is not a plain file") from error
 
 
 def _not_plain(path: Path, label: str, what: str) -> ParentError:
     return ParentError(
-        f"{label} holds {what}, {path.name}",
+        f"{label} holds {what}: {path.name}",
         where=str(path),
-        fix="register the checkpoint again with plain files",
+        fix="register the checkpoint again with plain files only",
     )
 
 
 def _parts(
     name: str, tensors: Sequence[Tensor], lam: Sequence[float], blend: Blend | None
 ) -> list[Term]:
-    """What has to be added up for one tensor, flat."""
+    """The terms of the weighted sum for one tensor, flattened."""
     blended = blend(name, tensors) if blend else None
     if blended is not None:
         return [(blended.reshape(-1), 1.0)]
@@ -161,7 +165,7 @@ def _stream(
     sink: Sink | None,
     scratch: Scratch,
 ) -> bool:
-    """Mix one tensor into the writer's buffers, as there is room; False when it is not finite."""
+    """Mix one tensor into the writer's buffers, piece by piece; False if it is not finite."""
     first, done = parts[0][0], 0
     check = not name.endswith(MAY_BE_INFINITE)
     while done < len(first):
@@ -174,7 +178,7 @@ def _stream(
 
 
 def _taken_over(donor: Checkpoint) -> Iterator[Path]:
-    """The files a soup takes over from its newest parent."""
+    """The files that a soup takes from its newest parent."""
     for path in sorted(donor.root.rglob("*")):
         if path.is_symlink():
             raise _not_plain(path, donor.label, "a link")
@@ -182,14 +186,14 @@ def _taken_over(donor: Checkpoint) -> Iterator[Path]:
         if path.is_dir() or any(fnmatch(p, n) for p in parts for n in NOT_INHERITED):
             continue
         if not path.is_file():
-            raise _not_plain(path, donor.label, "neither a file nor a folder")
+            raise _not_plain(path, donor.label, "an entry that is neither a file nor a folder")
         yield path
 
 
 def _header(donor: Checkpoint, file: str) -> bytes:
-    """The header of the donor's file, with the one metadata key that all loaders ask for.
+    """The header of the donor's file, with the one metadata key that loaders require.
 
-    Padded so that the data begin at a block: safetensors allows spaces at the end.
+    It is padded with spaces, which safetensors allows, so that the data begin at a whole block.
     """
     tensors = {name: info for name, info in donor.header(file).items() if name != "__metadata__"}
     header = {"__metadata__": {"format": "pt"}} | tensors
@@ -201,14 +205,14 @@ def _header(donor: Checkpoint, file: str) -> bytes:
 def _refuse(
     parents: Sequence[Checkpoint], name: str, tensors: Sequence[Tensor], scratch: Scratch
 ) -> NoReturn:
-    """Say whose fault it is that a soup's tensor is not finite."""
+    """Raise the error for a soup's tensor that is not finite, and name the parent at fault."""
     for parent, tensor in zip(parents, tensors, strict=True):
         if not is_finite(tensor, scratch):
             check_may_be_infinite(parent, name)
     raise ParentError(
-        f"{name!r} of the soup exceeds the largest number of its dtype",
+        f"a value in {name!r} of the soup exceeds the largest number of its dtype",
         where=" and ".join(parent.label for parent in parents),
-        fix="merge other versions; these hold values at the edge of their dtype",
+        fix="merge other versions; the values of these are at the limit of their dtype",
     )
 
 
@@ -219,13 +223,13 @@ def compare(
     *,
     blend: Blend | None = None,
 ) -> Iterator[Mismatch]:
-    """Mix the parents again and yield each tensor of the soup that comes out otherwise.
+    """Mix the parents again, and yield each tensor of the soup that differs from the result.
 
     Args:
-        parents: the parents, oldest first, found compatible.
+        parents: the checkpoints, oldest first, already checked to be compatible.
         lam: merge weights λ, one per parent.
-        soup: what should be their soup.
-        blend: what `write` was given.
+        soup: the soup to compare.
+        blend: the `blend` that `write` was given.
     """
     weights = [dict(parent.read()) for parent in parents]
     stored = dict(soup.read())
@@ -233,7 +237,7 @@ def compare(
     scratch = Scratch()
     for name in tqdm(sorted({*expected, *stored}), "merge again", unit="tensor", disable=None):
         ours, theirs = expected.get(name), soup.tensors.get(name)
-        if str(ours) != str(theirs):  # dtype and shape; files may differ
+        if str(ours) != str(theirs):  # compares dtype and shape; the file may differ
             yield Mismatch(name, 0, (), str(ours or "absent"), str(theirs or "absent"))
             continue
         parts = _parts(name, [own[name] for own in weights], lam, blend)
@@ -257,6 +261,6 @@ def compare(
 
 
 def _hex(value: Tensor) -> str:
-    """An element's bits."""
+    """The bits of one element, as a hexadecimal number."""
     width = value.element_size()
     return f"0x{int(value) & ((1 << 8 * width) - 1):0{2 * width}x}"

@@ -21,7 +21,7 @@ T95 = {2: 2.920, 9: 1.833, 99: 1.660}
 
 
 def task(values, *, weight=1.0, shares=None, ids=None, name="task", metric="acc,none"):
-    """Items of a task whose value is their mean, or Σ share·value."""
+    """The items of one task; with `shares` the task's value is Σ share·value, else the mean."""
     count = len(values)
     return Items(
         name,
@@ -39,12 +39,12 @@ def score(*tasks):
 
 
 def evidence(version, held_out, ood=(), digest=None):
-    """Evidence from the answers of one held-out and one OOD task."""
+    """The evidence for a model, from its answers on one held-out and one OOD task."""
     tasks = (("ood", score(task(ood))),) if len(ood) else ()
     return Evidence(version, digest or f"sha256:{version.number}", score(task(held_out)), tasks)
 
 
-def test_a_mean_is_compared_pair_by_pair():
+def test_means_are_compared_item_by_item():
     rng = np.random.default_rng(0)
     ours, theirs = rng.normal(size=(2, 50))
     difference = paired(score(task(ours)), score(task(theirs)))
@@ -68,12 +68,12 @@ def test_tasks_add_up_by_their_weights():
     assert difference.count == 50
 
 
-def test_where_smaller_is_better_less_is_a_gain():
+def test_a_smaller_value_is_a_gain_if_smaller_is_better():
     ours, theirs = (score(task(v, weight=-1.0)) for v in ([0.7, 0.8, 0.75], [0.9, 0.95, 1.0]))
     assert paired(ours, theirs).value == pytest.approx(0.2)
 
 
-def test_items_of_unequal_share_by_hand():
+def test_items_with_unequal_shares_by_hand():
     # d = 1, 3 with shares 1/4, 3/4: Δ = 2.5, deviations −1.5 and 0.5,
     # se² = (1/16·2.25 + 9/16·0.25) · 2/1 = 0.5625
     shares = [0.25, 0.75]
@@ -81,7 +81,7 @@ def test_items_of_unequal_share_by_hand():
     assert paired(ours, theirs) == Difference(2.5, 0.75, 2)
 
 
-def test_right_or_wrong_has_one_item_more_won_and_lost_by_hand():
+def test_answers_count_one_more_won_and_lost_item_by_hand():
     # 10 items, 3 won and 1 lost: Δ = 0.2; with 4, 2 and n = 12 (Bonett & Price 2012)
     # se² = (4 + 2 − (4 − 2)²/12) / 12² = (6 − 1/3) / 144
     ours = [1, 1, 1, 0, 0, 0, 1, 1, 1, 0]
@@ -92,14 +92,14 @@ def test_right_or_wrong_has_one_item_more_won_and_lost_by_hand():
     assert difference.count == 10
 
 
-def test_answers_that_all_agree_leave_a_doubt_of_root_two_in_n_plus_two():
+def test_answers_that_all_agree_have_the_error_root_two_over_n_plus_two():
     for count in (1, 8, 98):
         difference = paired(score(task([1] * count)), score(task([1] * count)))
         assert (difference.value, difference.count) == (0.0, count)
         assert difference.stderr == pytest.approx(math.sqrt(2) / (count + 2))
 
 
-def test_what_says_the_same_of_every_choice_is_one_model_without_a_doubt():
+def test_equal_log_likelihoods_are_one_model_with_no_error():
     said = tuple((-1.0 - i, -2.0) for i in range(4))
     ours = replace(task([1, 0, 1, 1]), log_likelihoods=said)
     assert paired(score(ours), score(ours)) == Difference(0.0, 0.0, 4)
@@ -107,12 +107,12 @@ def test_what_says_the_same_of_every_choice_is_one_model_without_a_doubt():
     assert paired(score(ours), score(other)).stderr > 0.1
 
 
-def test_one_item_of_another_kind_says_nothing():
+def test_one_item_that_is_not_right_or_wrong_has_an_infinite_error():
     assert paired(score(task([0.3])), score(task([0.1]))).stderr == math.inf
 
 
 @given(pair=s.paired_items() | s.paired_items(binary=True))
-def test_swapping_the_models_turns_the_sign_and_nothing_else(pair):
+def test_swapping_the_models_only_changes_the_sign(pair):
     ours, theirs = map(score, pair)
     there, back = paired(ours, theirs), paired(theirs, ours)
     assert there.value == -back.value
@@ -121,7 +121,7 @@ def test_swapping_the_models_turns_the_sign_and_nothing_else(pair):
 
 
 @given(pair=s.paired_items())
-def test_the_paired_difference_is_that_of_the_scores(pair):
+def test_the_paired_difference_is_the_difference_of_the_scores(pair):
     ours, theirs = map(score, pair)
     assert paired(ours, theirs).value == pytest.approx(ours.value - theirs.value, abs=1e-9)
 
@@ -146,7 +146,7 @@ def test_as_many_items_won_as_lost_are_a_tie(wins, ties, seed):
     ],
     ids=["other item", "other order", "fewer items", "more tasks", "other metric"],
 )
-def test_scores_of_unlike_items_are_refused(theirs):
+def test_scores_on_other_items_are_refused(theirs):
     ours = score(task([1, 1, 0], ids="abc"))
     with pytest.raises(ObjectiveError):
         paired(ours, theirs)
@@ -154,7 +154,7 @@ def test_scores_of_unlike_items_are_refused(theirs):
         paired(theirs, ours)
 
 
-def test_the_refusal_of_unlike_items_names_the_task():
+def test_the_refusal_of_other_items_names_the_task():
     with pytest.raises(ObjectiveError, match="not scored on the same items") as refusal:
         paired(score(task([1, 0, 1], name="piqa")), score(task([1, 0], name="piqa")))
     assert "piqa" in refusal.value.where
@@ -168,7 +168,7 @@ def test_the_better_model_has_the_higher_score_and_the_newer_wins_ties(values, c
     assert better([Score(value, 0.1) for value in values]) == chosen
 
 
-def test_an_interval_is_as_wide_as_students_t_says():
+def test_an_interval_has_the_width_of_students_t():
     # two-sided 90 % leaves 5 % on each side
     low, high = interval(Difference(0.2, 0.1, 10), 0.9)
     assert low == pytest.approx(0.2 - T95[9] * 0.1, abs=1e-4)
@@ -184,7 +184,7 @@ OOD_SOUP, OOD_PARENT = [1, 1, 0, 0, 0] + [1] * 95, [0, 0, 1, 1, 1] + [1] * 95
 BOUND = -0.01 - T95[99] * math.sqrt(7 - 1 / 102) / 102
 
 
-def test_each_rule_is_written_down_with_its_numbers():
+def test_each_rule_is_recorded_with_its_numbers():
     soup = evidence(SOUP, RIGHT, OOD_SOUP)
     verdict = judge(soup, [evidence(NEW, WORSE, OOD_PARENT)], [], RULES)
     held_out, ood = verdict.checks
@@ -218,7 +218,7 @@ def test_one_ood_task_below_its_margin_is_enough_to_refuse():
     assert not verdict.passed
 
 
-def test_more_confidence_asks_for_more():
+def test_more_confidence_is_harder_to_pass():
     soup, parent = evidence(SOUP, RIGHT, OOD_SOUP), evidence(NEW, WORSE, OOD_PARENT)
     bounds = [
         judge(soup, [parent], [], Rules(0.01, confidence)).checks[1].bound
@@ -228,7 +228,7 @@ def test_more_confidence_asks_for_more():
     assert len(set(bounds)) == 5
 
 
-def test_a_soup_worse_on_held_out_items_is_refused_whatever_the_margin():
+def test_a_soup_that_is_worse_on_held_out_items_is_refused_at_any_margin():
     soup, parent = evidence(SOUP, WORSE, RIGHT), evidence(NEW, RIGHT, RIGHT)
     verdict = judge(soup, [parent], [], Rules(1e9, 0.95))
     assert [c.passed for c in verdict.checks] == [False, True]
@@ -241,7 +241,7 @@ def test_a_soup_worse_on_held_out_items_is_refused_whatever_the_margin():
     ids=["older is better", "newer is better", "equal"],
 )
 def test_the_better_parent_by_held_out_score_is_the_reference(old, new, reference):
-    # out of domain the other parent is the better one, which must not matter
+    # the other parent is better on the OOD task, which must not matter
     parents = [evidence(OLD, old, WORSE), evidence(NEW, new, RIGHT)]
     verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, [], RULES)
     assert {check.against for check in verdict.checks} == {reference}
@@ -252,7 +252,7 @@ def test_the_better_parent_by_held_out_score_is_the_reference(old, new, referenc
     [(None, [NEW]), (SHIPPED, [NEW, SHIPPED]), (OLD, [NEW, OLD]), (NEW, [NEW]), (SOUP, [NEW])],
     ids=["none", "another version", "the worse parent", "the better parent", "the soup itself"],
 )
-def test_the_champion_is_a_reference_unless_it_is_one_already(champion, references):
+def test_the_champion_is_a_reference_unless_it_is_a_reference_already(champion, references):
     parents = [evidence(OLD, WORSE, RIGHT), evidence(NEW, RIGHT, RIGHT)]
     reigning = [evidence(champion, WORSE, RIGHT)] if champion else []
     verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, reigning, Rules(0.05, 0.95))
@@ -269,41 +269,41 @@ def test_a_soup_behind_the_champion_is_refused():
     assert failed == [("held-out", SHIPPED)]
 
 
-def test_the_same_weights_are_no_worse_however_few_the_items():
+def test_equal_weights_pass_with_any_number_of_items():
     answers, digest = [1, 0, 1], "sha256:same"
     soup, parent = (evidence(v, answers, answers, digest) for v in (SOUP, NEW))
     verdict = judge(soup, [parent], [], Rules(0.0, 0.95))
     assert verdict.passed
     assert verdict.checks[1].bound == 0.0
-    # other weights with the same three answers may well be worse: −t₂·√2/5
+    # other weights with the same three answers may be worse: −t₂·√2/5
     other = judge(replace(soup, digest="sha256:other"), [parent], [], Rules(0.0, 0.95))
     assert not other.passed
     assert other.checks[1].bound == pytest.approx(-T95[2] * math.sqrt(2) / 5, abs=1e-3)
 
 
-def test_a_verdict_of_no_checks_has_not_passed():
+def test_a_verdict_without_checks_has_not_passed():
     assert not Verdict(()).passed
 
 
-# shares of items won and lost, with five losses or more to be expected in the whole set
+# shares of items won and lost; at least five losses are expected
 @pytest.mark.parametrize(
     ("count", "won", "lost"),
     [(100, 0.10, 0.10), (100, 0.05, 0.15), (300, 0.03, 0.05), (1000, 0.02, 0.02)],
 )
-def test_the_bound_holds_for_as_many_models_as_it_promises(count, won, lost):
+def test_the_bound_holds_with_the_promised_confidence(count, won, lost):
     rng = np.random.default_rng([count, int(1000 * lost)])
     draws, held = 1500, 0
     for drawn in rng.random((draws, count)):
         ours, theirs = drawn < won, (won <= drawn) & (drawn < won + lost)
         soup, parent = evidence(SOUP, RIGHT, ours), evidence(NEW, WORSE, theirs)
         held += judge(soup, [parent], [], RULES).checks[1].bound <= won - lost
-    # three standard errors of a simulated 95 %, and a point for counts being whole numbers
+    # allow three standard errors of the simulation, and 0.01 because counts are whole numbers
     assert held / draws >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / draws) - 0.01
-    assert held / draws <= 0.99  # nor is it so wide that nothing could pass
+    assert held / draws <= 0.99  # the bound is not so wide that nothing could pass
 
 
 def scores_of(*rows):
-    """Scores of models on the same items, right (1) or wrong (0)."""
+    """The scores of models on the same items, from right (1) and wrong (0) answers."""
     count = len(rows[0])
     ids, shares = tuple(map(str, range(count))), (1.0 / count,) * count
     return [
@@ -316,13 +316,13 @@ def scores_of(*rows):
     ]
 
 
-def test_one_score_and_equal_ones_are_not_optimistic():
+def test_one_score_or_equal_scores_have_no_optimism():
     row = np.random.default_rng(0).integers(0, 2, 50)
     assert optimism(scores_of(row)) == 0.0
     assert optimism(scores_of(row, row, row)) == pytest.approx(0.0, abs=1e-15)
 
 
-def test_the_better_of_two_equals_looks_better_by_what_chance_gives_it():
+def test_the_optimism_of_the_better_of_two_equals_is_its_expected_luck():
     # E max(d, 0) = s / √(2π) for d ~ N(0, s²), s the paired standard error
     random = np.random.default_rng(1)
     one, other = np.repeat([1, 0], 200), random.permutation(np.repeat([1, 0], 200))
@@ -332,7 +332,7 @@ def test_the_better_of_two_equals_looks_better_by_what_chance_gives_it():
     assert found == pytest.approx(stderr / np.sqrt(2 * np.pi), rel=0.08)
 
 
-def test_a_winner_beyond_doubt_is_not_optimistic():
+def test_a_clear_winner_has_no_optimism():
     row = np.repeat([1, 0], 100)
     assert optimism(scores_of(row, np.zeros(200), np.ones(200))) == 0.0
 

@@ -1,3 +1,5 @@
+"""Files and folders that are complete or absent, and the fast writer."""
+
 import fcntl
 import hashlib
 import os
@@ -16,11 +18,11 @@ from mlflow_soup.files import durable
 from mlflow_soup.files.durable import check_space, check_writable, staged
 from mlflow_soup.files.writer import BLOCK, BUFFER, FileWriter
 
-SMALL = 2 * BLOCK  # a buffer that tests fill often
+SMALL = 2 * BLOCK  # a small buffer, so that tests fill many
 
 
 def content_of(dtype, count, seed):
-    """Random bits as a tensor."""
+    """A tensor of random bits."""
     most = 2 if dtype == torch.bool else 256
     generator = torch.Generator().manual_seed(seed)
     length = (count * dtype.itemsize,)
@@ -28,13 +30,13 @@ def content_of(dtype, count, seed):
 
 
 def write_all(path, tensors, *, digest=True):
-    """Write tensors one after the other; the file's digest, and what each one's sink saw."""
+    """Write tensors one after the other; return the file's digest and the bytes of each sink."""
     seen = [bytearray() for _ in tensors]
     with FileWriter(path, digest=digest) as writer:
         for tensor, saw in zip(tensors, seen, strict=True):
             done = 0
             while done < len(tensor):
-                sink = saw.extend  # takes a copy
+                sink = saw.extend  # copies the bytes
                 room = writer.room(tensor.dtype, len(tensor) - done, sink)
                 assert room.dtype == tensor.dtype
                 assert 0 < len(room) <= len(tensor) - done
@@ -48,7 +50,7 @@ def raw(tensor):
 
 
 def check_written(path, tensors):
-    """Write, and compare with the bytes put together."""
+    """Write the tensors, and compare the file with their joined bytes."""
     digest, seen = write_all(path, tensors)
     content = b"".join(map(raw, tensors))
     assert path.read_bytes() == content
@@ -60,7 +62,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.bool)
 
 
 def mixtures():
-    """Tensors of several dtypes, as long as a few buffers of `SMALL` bytes or a little off."""
+    """Tensors of several dtypes, with sizes near multiples of `BLOCK` and `SMALL`."""
     near = st.sampled_from([0, 1, BLOCK, SMALL - 8, SMALL, SMALL + BLOCK, 3 * SMALL, 4 * SMALL])
     sizes = st.tuples(near, st.integers(-9, 9)).map(lambda pair: max(0, sum(pair)))
     one = st.builds(
@@ -82,13 +84,13 @@ def test_a_file_holds_exactly_what_it_was_given(buffer, tensors, tmp_path_factor
 
 
 @pytest.mark.parametrize("most", [1, 3, 4095, SMALL])
-def test_values_may_lie_across_the_end_of_any_buffer(tmp_path, monkeypatch, most):
+def test_values_may_cross_the_end_of_any_buffer(tmp_path, monkeypatch, most):
     monkeypatch.setattr("mlflow_soup.files.writer.BUFFER", SMALL)
     ends = content_of(torch.uint8, 1, 0), content_of(torch.float64, 2500, 1)
     with FileWriter(tmp_path / "file") as writer:
         for tensor in ends:
             done = 0
-            while done < len(tensor):  # asked for in pieces
+            while done < len(tensor):
                 room = writer.room(tensor.dtype, min(most, len(tensor) - done))
                 room.copy_(tensor[done : done + len(room)])
                 done += len(room)
@@ -100,10 +102,10 @@ def test_room_ends_with_the_value_that_crosses_a_buffers_end(tmp_path, monkeypat
     with FileWriter(tmp_path / "file") as writer:
         writer.put(b"x")
         first = writer.room(torch.float64, 5000)
-        assert len(first) == SMALL // 8  # 1 + 8192 bytes: one more than the buffer's
+        assert len(first) == SMALL // 8  # 1 + 8192 bytes: one more than a buffer holds
         first.fill_(1.0)
         second = writer.room(torch.float64, 5000)
-        assert len(second) == SMALL // 8  # which begins with that one byte
+        assert len(second) == SMALL // 8  # this buffer begins with that one byte
         second.fill_(2.0)
     written = np.frombuffer((tmp_path / "file").read_bytes()[1:])
     assert written.tolist() == [1.0] * 1024 + [2.0] * 1024
@@ -111,7 +113,7 @@ def test_room_ends_with_the_value_that_crosses_a_buffers_end(tmp_path, monkeypat
 
 @pytest.mark.parametrize("off", [-1, 0, 1])
 @pytest.mark.parametrize("near", [BLOCK, BUFFER, 2 * BUFFER, 4 * BUFFER])
-def test_files_end_where_they_should_around_blocks_and_buffers(tmp_path, near, off):
+def test_files_near_the_size_of_blocks_and_buffers_have_the_right_length(tmp_path, near, off):
     content = np.random.default_rng(near + off).bytes(near + off)
     with FileWriter(tmp_path / "file", digest=True) as writer:
         writer.put(content)
@@ -126,15 +128,15 @@ def test_an_empty_file_is_a_file(tmp_path):
     assert writer.sha256.hexdigest() == hashlib.sha256(b"").hexdigest()
 
 
-def test_no_digest_is_made_that_nobody_asked_for(tmp_path):
+def test_no_digest_is_computed_unless_asked_for(tmp_path):
     assert write_all(tmp_path / "file", [torch.ones(3)], digest=False)[0] is None
 
 
-def test_a_file_that_is_there_is_not_written_over(tmp_path):
-    (tmp_path / "file").write_text("somebody's")
+def test_an_existing_file_is_not_overwritten(tmp_path):
+    (tmp_path / "file").write_text("not ours")
     with pytest.raises(StoreError, match="file cannot be written: File exists"):
         FileWriter(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "somebody's"
+    assert (tmp_path / "file").read_text() == "not ours"
 
 
 LONG = [content_of(dtype, 9_999, i) for i, dtype in enumerate(DTYPES)]
@@ -155,14 +157,14 @@ def test_a_file_system_that_refuses_direct_files_gives_the_same_file(mount, monk
 
 
 def test_a_file_system_that_refuses_direct_writes_gives_the_same_file(tmp_path, monkeypatch):
-    # as one with larger blocks than ours would
+    # with BLOCK = 8, this file system acts like one whose blocks are larger than ours
     descriptor = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
     try:
         os.pwrite(descriptor, bytes(24), 0)
     except OSError:
         pass
     else:
-        pytest.skip("this file system takes direct writes of any length")
+        pytest.skip("this file system accepts direct writes of any length")
     finally:
         os.close(descriptor)
     monkeypatch.setattr("mlflow_soup.files.writer.BLOCK", 8)
@@ -170,7 +172,7 @@ def test_a_file_system_that_refuses_direct_writes_gives_the_same_file(tmp_path, 
     check_written(tmp_path / "file", [content_of(dtype, 99, 7) for dtype in DTYPES])
 
 
-def test_an_error_on_the_way_is_the_callers(tmp_path, monkeypatch):
+def test_an_error_of_the_caller_is_raised_and_nothing_stays_open(tmp_path, monkeypatch):
     monkeypatch.setattr("mlflow_soup.files.writer.BUFFER", SMALL)
     before = len(os.listdir("/proc/self/fd"))
 
@@ -185,7 +187,7 @@ def test_an_error_on_the_way_is_the_callers(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1 << 20, 64 << 20])
-def test_a_full_disk_is_told_with_the_files_name(mount, size):
+def test_a_full_disk_is_reported_with_the_name_of_the_file(mount, size):
     path = mount("tmpfs", "size=512k") / "model.safetensors"
     with (
         pytest.raises(StoreError, match=r"model\.safetensors cannot be written: No space") as full,
@@ -196,7 +198,7 @@ def test_a_full_disk_is_told_with_the_files_name(mount, size):
     assert full.value.where == str(path)
 
 
-def test_a_disk_without_room_for_another_file_is_told_with_the_files_name(mount):
+def test_a_disk_without_free_inodes_is_reported_with_the_name_of_the_file(mount):
     path = mount("tmpfs", "nr_inodes=1") / "model.safetensors"
     with pytest.raises(StoreError, match=r"model\.safetensors cannot be written: No space"):
         FileWriter(path)
@@ -213,19 +215,19 @@ def test_a_full_disk_leaves_no_folder(mount):
     assert list(out.parent.iterdir()) == []
 
 
-def test_too_little_space_is_told_beforehand_with_both_numbers(mount):
+def test_too_little_space_is_reported_in_advance_with_both_numbers(mount):
     folder = mount("tmpfs", "size=4m")
     check_space(folder, 4 << 20)
-    with pytest.raises(StoreError, match=r"5\.2 MB are needed and 4\.2 MB are free") as full:
+    with pytest.raises(StoreError, match=r"5\.2 MB are needed, but only 4\.2 MB are free") as full:
         check_space(folder, 5 << 20)
     assert full.value.exit_code == 6
     assert full.value.where == str(folder)
     (folder / "file").write_bytes(bytes(1 << 20))
-    with pytest.raises(StoreError, match=r"4\.2 MB are needed and 3\.1 MB are free"):
+    with pytest.raises(StoreError, match=r"4\.2 MB are needed, but only 3\.1 MB are free"):
         check_space(folder, 4 << 20)
 
 
-def test_a_folder_is_there_when_it_is_complete_and_not_before(tmp_path):
+def test_a_folder_exists_once_it_is_complete_and_not_before(tmp_path):
     out = tmp_path / "deep" / "soup"
     with staged(out) as folder:
         (folder / "below").mkdir()
@@ -259,7 +261,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 def a_folder(path):
     path.mkdir()
-    (path / "theirs").touch()
+    (path / "file").touch()
 
 
 def a_file(path):
@@ -267,27 +269,27 @@ def a_file(path):
 
 
 @pytest.mark.parametrize("make", [a_folder, a_file])
-def test_what_is_there_is_left_alone(tmp_path, make):
+def test_an_existing_file_or_folder_is_left_alone(tmp_path, make):
     make(tmp_path / "soup")
     with (
-        pytest.raises(SpecError, match="soup is there already") as refusal,
+        pytest.raises(SpecError, match="soup exists already") as refusal,
         staged(tmp_path / "soup"),
     ):
-        pytest.fail("there is nothing to write to")
+        pytest.fail("the block must not run")
     assert refusal.value.exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["soup"]
 
 
-def test_a_place_that_cannot_be_is_refused(tmp_path):
+def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(SpecError, match="soup cannot be written: "),
         staged(tmp_path / "file" / "soup"),
     ):
-        pytest.fail("there is nothing to write to")
+        pytest.fail("the block must not run")
 
 
-def test_remains_are_swept_by_the_next_that_writes_there(tmp_path):
+def test_the_next_call_removes_the_remains_of_killed_processes(tmp_path):
     names = [".soup.partial-0", ".soup.partial-1", ".soup2.partial-0", ".other", "mine"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -297,7 +299,7 @@ def test_remains_are_swept_by_the_next_that_writes_there(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"soup", *names[2:]}
 
 
-def test_a_name_with_brackets_sweeps_only_its_own_remains(tmp_path):
+def test_a_name_with_brackets_removes_only_its_own_remains(tmp_path):
     for name in (".so[uo]p.partial-0", ".soup.partial-0"):
         (tmp_path / name).mkdir()
     with staged(tmp_path / "so[uo]p"):
@@ -305,7 +307,7 @@ def test_a_name_with_brackets_sweeps_only_its_own_remains(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"so[uo]p", ".soup.partial-0"}
 
 
-def test_what_another_is_writing_is_not_swept_and_the_first_to_finish_has_the_place(tmp_path):
+def test_a_folder_in_use_is_not_removed_and_the_first_to_finish_wins(tmp_path):
     out = tmp_path / "soup"
 
     def race():
@@ -315,7 +317,7 @@ def test_what_another_is_writing_is_not_swept_and_the_first_to_finish_has_the_pl
                 (quick / "file").write_text("quick")
             assert (slow / "file").read_text() == "slow"
 
-    with pytest.raises(SpecError, match="soup is there already"):
+    with pytest.raises(SpecError, match="soup exists already"):
         race()
     assert (out / "file").read_text() == "quick"
     assert [path.name for path in tmp_path.iterdir()] == ["soup"]
@@ -332,7 +334,7 @@ def test_buffers_hold_whole_blocks():
     assert BUFFER % BLOCK == 0
 
 
-def test_the_page_cache_is_passed_by_where_the_file_system_allows(tmp_path):
+def test_the_page_cache_is_bypassed_where_the_file_system_allows_it(tmp_path):
     path = tmp_path / "probe"
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
@@ -342,29 +344,29 @@ def test_the_page_cache_is_passed_by_where_the_file_system_allows(tmp_path):
         assert fcntl.fcntl(writer._file, fcntl.F_GETFL) & os.O_DIRECT
 
 
-def test_the_working_folder_itself_and_links_are_not_written_over(tmp_path, monkeypatch):
+def test_the_working_folder_and_links_are_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path / "empty")
     for out in (".", "x/..", "../link", "../dangling"):
-        with pytest.raises(SpecError, match="is there already"), staged(Path(out)):
-            pytest.fail("nothing is to be written there")
+        with pytest.raises(SpecError, match="exists already"), staged(Path(out)):
+            pytest.fail("the block must not run")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "empty", "link"]
     with staged(Path("soup")) as folder:
         (folder / "file").touch()
     assert (tmp_path / "empty" / "soup" / "file").exists()
 
 
-def test_what_cannot_be_swept_does_not_matter(tmp_path):
-    (tmp_path / ".soup.partial-file").touch()  # not one of ours
+def test_remains_that_cannot_be_removed_do_no_harm(tmp_path):
+    (tmp_path / ".soup.partial-file").touch()  # a file, not a folder of ours
     with staged(tmp_path / "soup") as folder:
         (folder / "file").touch()
     assert (tmp_path / "soup" / "file").exists()
 
 
-def test_a_folder_that_may_be_written_to_is_left_as_it_is(tmp_path):
+def test_a_writable_folder_is_left_as_it_is(tmp_path):
     check_writable(tmp_path)
     check_writable(tmp_path / "deep" / "down")
     assert [*tmp_path.iterdir()] == []
@@ -382,7 +384,7 @@ def test_a_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
 
 
-def test_temporary_folders_of_killed_processes_are_swept(tmp_path, monkeypatch):
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / ".mlflow-soup.partial-dead").mkdir()
     (tmp_path / "mine").mkdir()

@@ -24,7 +24,7 @@ NAMES = ("models:/a/1", "models:/a/2")
 
 @pytest.fixture
 def pair(tmp_path):
-    """The folders of two checkpoints that may be mixed."""
+    """The folders of two checkpoints that can be mixed."""
     folders = [toy.bare(tmp_path / f"v{i}", TENSORS, **CONFIG) for i in (1, 2)]
     for folder in folders:
         (folder / "tokenizer.json").write_text("{}")
@@ -39,7 +39,7 @@ def test_checkpoints_of_one_run_do_not_differ(checkpoints):
     check_compatible([find_checkpoint(folder, folder.name) for folder in checkpoints])
 
 
-def test_how_a_checkpoint_is_cut_into_files_is_no_difference(checkpoints, folder):
+def test_the_split_into_files_is_not_a_difference(checkpoints, folder):
     found = [find_checkpoint(checkpoints[1], "v2"), find_checkpoint(toy.shard(folder), "v1")]
     check_compatible(found)
     check_compatible(found[::-1])
@@ -71,13 +71,13 @@ def test_a_config_field_is_named_with_both_values(pair, fields, lines):
     assert compared(pair) == lines
 
 
-def test_the_first_ones_value_comes_first(pair):
+def test_the_value_of_the_first_checkpoint_comes_first(pair):
     toy.edit_json(pair[0] / "config.json", hidden_size=64)
     assert compared(pair) == ["config.json: hidden_size is 64 against 48"]
 
 
 @pytest.mark.parametrize("field", sorted(CONFIG_MAY_DIFFER))
-def test_config_fields_that_say_nothing_of_the_model_may_differ(pair, field):
+def test_config_fields_that_do_not_change_the_model_may_differ(pair, field):
     toy.edit_json(pair[0] / "config.json", **{field: "one"})
     assert compared(pair) == []
     toy.edit_json(pair[1] / "config.json", **{field: "two"})
@@ -85,14 +85,14 @@ def test_config_fields_that_say_nothing_of_the_model_may_differ(pair, field):
 
 
 @pytest.mark.parametrize("field", sorted(TOKENIZER_MAY_DIFFER))
-def test_tokenizer_fields_that_say_nothing_of_the_tokens_may_differ(pair, field):
+def test_tokenizer_fields_that_do_not_change_the_tokens_may_differ(pair, field):
     toy.edit_json(pair[0] / "tokenizer_config.json", **{field: "one"})
     assert compared(pair) == []
     toy.edit_json(pair[1] / "tokenizer_config.json", **{field: "two"})
     assert compared(pair) == []
 
 
-def test_the_old_name_of_the_dtype_is_no_difference(pair):
+def test_the_old_name_of_the_dtype_is_not_a_difference(pair):
     toy.edit_json(pair[0] / "config.json", torch_dtype="bfloat16")
     toy.edit_json(pair[1] / "config.json", dtype="bfloat16")
     assert compared(pair) == []
@@ -126,7 +126,7 @@ def test_another_dtype_in_the_config_is_a_difference_under_either_name(pair):
     ],
     ids=["size", "shape", "dtype", "missing", "extra", "renamed", "values"],
 )
-def test_a_tensor_is_named_with_what_it_is_in_both(pair, changes, lines):
+def test_a_tensor_is_named_with_its_dtype_and_shape_in_both(pair, changes, lines):
     toy.edit_tensors(pair[1], **changes)
     assert compared(pair) == lines
 
@@ -148,13 +148,13 @@ def test_tokenizer_files_are_compared_by_their_bytes(pair, file):
     assert compared(pair[::-1]) == [f"{file}: absent against {old}"]
 
 
-def test_a_tokenizer_that_begins_sentences_otherwise_is_a_difference(pair):
+def test_a_tokenizer_that_begins_sentences_differently_is_a_difference(pair):
     toy.edit_json(pair[0] / "tokenizer_config.json", add_bos_token=True)
     toy.edit_json(pair[1] / "tokenizer_config.json", add_bos_token=False)
     assert compared(pair) == ["tokenizer_config.json: add_bos_token is True against False"]
 
 
-def test_one_added_token_is_named_by_its_path(pair):
+def test_a_changed_added_token_is_named_by_its_path(pair):
     for folder, special in zip(pair, (True, False), strict=True):
         token = {"content": "<pad>", "special": special}
         toy.edit_json(folder / "tokenizer_config.json", added_tokens_decoder={"7": token})
@@ -163,7 +163,7 @@ def test_one_added_token_is_named_by_its_path(pair):
     ]
 
 
-def test_a_tokenizer_in_a_folder_of_its_own_is_the_one_compared(pair, tmp_path):
+def test_a_tokenizer_in_a_separate_folder_is_compared(pair, tmp_path):
     tokenizer = pair[1] / "components" / "tokenizer"
     tokenizer.mkdir(parents=True)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -173,7 +173,7 @@ def test_a_tokenizer_in_a_folder_of_its_own_is_the_one_compared(pair, tmp_path):
     assert compared(pair) == [f"tokenizer.json: {sha256('{}')} against {sha256('[]')}"]
 
 
-def test_a_tokenizers_config_that_is_no_json_is_refused_by_name(pair):
+def test_a_tokenizer_config_that_is_not_json_is_refused_by_name(pair):
     (pair[1] / "tokenizer_config.json").write_text("{")
     with pytest.raises(ParentError, match=r"tokenizer_config\.json of models:/a/2 cannot be"):
         compared(pair)
@@ -215,7 +215,7 @@ def test_several_parents_are_told_apart_in_the_report(tmp_path):
     check_compatible([parents[0], parents[2]])
 
 
-def test_a_report_on_other_architectures_has_bearable_length(tmp_path):
+def test_a_report_on_other_architectures_is_short(tmp_path):
     folders = [
         toy.bare(tmp_path / kind, {f"{kind}.{i}": torch.ones(1) for i in range(150)})
         for kind in ("gpt", "llama")

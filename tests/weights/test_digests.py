@@ -28,7 +28,7 @@ TENSORS = {
 
 
 def by_the_formula(folder):
-    """The canonical digest, from the bytes of one file and the formula in the docstring."""
+    """The canonical digest of one file, by the formula in the module's docstring."""
     content = (folder / SINGLE).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -59,7 +59,7 @@ def test_a_known_digest(tmp_path):
     )
 
 
-def test_tensors_and_files_are_digested_each_by_itself(tmp_path):
+def test_each_tensor_and_each_file_has_its_own_digest(tmp_path):
     folder = toy.shard(toy.bare(tmp_path / "bare", TENSORS))
     found = digest_all(find_checkpoint(folder, "v1"))
     assert found.files == {path.name: sha256sum(path) for path in folder.glob("*.safetensors")}
@@ -71,7 +71,7 @@ def test_tensors_and_files_are_digested_each_by_itself(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="there is no sha256sum here")
-def test_a_files_digest_is_what_sha256sum_prints(checkpoints):
+def test_the_digest_of_a_file_is_what_sha256sum_prints(checkpoints):
     printed = subprocess.run(
         ["sha256sum", checkpoints[0] / SINGLE], capture_output=True, text=True, check=True
     )
@@ -129,7 +129,7 @@ def test_every_flipped_bit_changes_the_digest(tmp_path):
     ],
     ids=["name", "shape", "dtype", "kind", "missing", "extra", "empty shape"],
 )
-def test_the_digest_tells_tensors_of_the_same_bytes_apart(tmp_path, changes):
+def test_another_name_shape_dtype_or_set_of_tensors_changes_the_digest(tmp_path, changes):
     tensors = {n: t for n, t in (TENSORS | changes).items() if t is not None}
     folders = [toy.bare(tmp_path / "one", TENSORS), toy.bare(tmp_path / "two", tensors)]
     first, second = (digest_all(find_checkpoint(folder, "v1")).canonical for folder in folders)
@@ -144,10 +144,10 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, dtype, value):
     found = find_checkpoint(toy.bare(tmp_path / "bare", TENSORS | {dtype: spoilt}), "models:/toy/1")
     with pytest.raises(ParentError, match=rf"'{dtype}' of models:/toy/1 holds NaN or inf"):
         digest(found)
-    assert digest_all(found).tensors.keys() == TENSORS.keys()  # which only names the bytes
+    assert digest_all(found).tensors.keys() == TENSORS.keys()  # digest_all does not refuse it
 
 
-def test_old_pythias_infinite_mask_is_let_through(checkpoints, folder):
+def test_old_pythias_infinite_mask_is_accepted(checkpoints, folder):
     name = "gpt_neox.layers.0.attention.masked_bias"
     infinite = torch.tensor(-float("inf"), dtype=torch.float16)
     toy.edit_tensors(folder, **{name: infinite})

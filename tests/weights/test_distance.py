@@ -19,14 +19,14 @@ FIRST, SECOND = "model.layers.0.mlp.weight", "model.layers.10.mlp.weight"
 
 
 def opened(folder, *parents):
-    """Checkpoints of given tensors."""
+    """Open checkpoints made of the given tensors."""
     return [
         find_checkpoint(toy.bare(folder / f"v{i}", own), f"v{i}") for i, own in enumerate(parents)
     ]
 
 
 def normal(seed, dtype=torch.float32):
-    """Tensors of a small model, some of them larger than a chunk or shared by all."""
+    """Tensors of a small model; some are larger than a chunk, some are equal in all parents."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"wte.weight": (70, 1000), FIRST: (7, 3), SECOND: (), "norm.bias": (0,)}
     own = {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in shapes.items()}
@@ -48,8 +48,8 @@ def test_two_numbers_by_hand(tmp_path):
 def test_deltas_that_turn(tmp_path):
     parents = [{FIRST: torch.tensor(at)} for at in ([0.0, 0.0], [1.0, 0.0], [1.0, 2.0], [3.0, 2.0])]
     (layer,) = measure(opened(tmp_path, *parents)).layers
-    assert layer.turn(0, 1, 2) == 0.0  # at a right angle
-    assert layer.turn(0, 1, 0) == -1.0  # and back
+    assert layer.turn(0, 1, 2) == 0.0  # a right angle
+    assert layer.turn(0, 1, 0) == -1.0  # straight back
     assert layer.turn(1, 2, 3) == 0.0
     assert layer.turn(0, 1, 3) == pytest.approx(math.sqrt(1 / 2))
 
@@ -62,7 +62,7 @@ def test_zeros_have_no_direction():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_it_is_what_plain_arithmetic_gives(tmp_path, dtype):
+def test_distances_equal_plain_arithmetic(tmp_path, dtype):
     parents = [normal(seed, dtype) for seed in range(3)]
     measured = measure(opened(tmp_path, *parents))
     assert [layer.name for layer in measured.layers] == [
@@ -90,14 +90,14 @@ def test_it_is_what_plain_arithmetic_gives(tmp_path, dtype):
         assert whole.turn(i, j, 3 - i - j) == pytest.approx(turned)
 
 
-def test_neighbours_so_close_that_their_products_could_not_tell(tmp_path):
+def test_parents_too_close_for_inner_products_have_a_correct_distance(tmp_path):
     old = torch.full((1000,), 1.0, dtype=torch.float64)
     new = old + 1e-12
     whole = measure(opened(tmp_path, {FIRST: old}, {FIRST: new})).whole
     assert whole.relative(0, 1) == pytest.approx(float(new[0] - 1))
 
 
-def test_neither_chunks_nor_shards_matter(tmp_path, monkeypatch):
+def test_distances_do_not_depend_on_chunks_or_shards(tmp_path, monkeypatch):
     parents = [normal(seed) for seed in range(2)]
     whole = measure(opened(tmp_path / "one", *parents))
     monkeypatch.setattr(distance, "CHUNK", 14)
@@ -119,13 +119,13 @@ def test_old_pythias_constants_are_left_out(tmp_path):
     )
 
 
-def test_a_checkpoint_is_no_distance_from_itself(tmp_path):
+def test_the_distance_of_a_checkpoint_from_itself_is_zero(tmp_path):
     for layer in measure(opened(tmp_path, normal(0), normal(0))).layers:
         assert layer.relative(0, 1) == 0.0
         assert layer.cosine(0, 1) == 1.0
 
 
-def test_parents_twice_as_large_are_as_far_apart(tmp_path):
+def test_relative_distances_do_not_change_when_all_parents_are_scaled(tmp_path):
     parents = [normal(seed, torch.bfloat16) for seed in range(2)]
     large = [{n: 2 * t if t.dtype == torch.bfloat16 else t for n, t in p.items()} for p in parents]
     small, grown = (
@@ -186,11 +186,11 @@ def test_laws_of_distances(measured, scale):
         ("a", "other"),
     ],
 )
-def test_a_tensor_is_of_the_layer_that_its_name_says(name, layer):
+def test_a_tensor_belongs_to_the_layer_in_its_name(name, layer):
     assert layer_of(name) == layer
 
 
-def test_layers_come_in_the_order_of_the_network(tmp_path):
+def test_layers_have_the_order_of_the_network(tmp_path):
     names = ["lm_head.w", "h.10.w", "h.9.w", "ln_f.w", "wte.w"]
     own = {name: torch.ones(1) for name in names}
     measured = measure(opened(tmp_path, own, own))
@@ -204,7 +204,7 @@ def test_real_checkpoints_have_their_layers(checkpoints):
     assert [layer.name for layer in measured.layers] == [
         *("embedding", "layer 0", "layer 1", "other", "head")
     ]
-    # v2 is v1's kind of noise again; v3 is v2 but for the embedding of its digits
+    # v1 and v2 are independent noise; v3 is v2 except for the embedding of the digits
     for layer in measured.layers[1:]:
         assert layer.squares[1][2] == 0.0
     assert all(layer.relative(0, 1) > 0.0 for layer in measured.layers if layer.name != "other")

@@ -1,4 +1,4 @@
-"""Soups that say what they are made of, and whether they are that."""
+"""Soups with a manifest, and `verify`, which checks a soup against it."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def folders(checkpoints, tmp_path):
-    """Two checkpoints that a test may spoil."""
+    """The folders of two checkpoints that a test may spoil."""
     return [shutil.copytree(folder, tmp_path / folder.name) for folder in checkpoints[:2]]
 
 
@@ -94,36 +94,34 @@ def test_digests_are_those_of_the_files(folders, tmp_path):
         ([1e308, 1e308], "not between 0 and 1"),
     ],
 )
-def test_weights_that_are_none_are_refused_before_anything_is_touched(
-    folders, tmp_path, weights, words
-):
+def test_wrong_weights_are_refused_before_anything_is_touched(folders, tmp_path, weights, words):
     with pytest.raises(errors.SpecError, match=words) as refusal:
         mlflow_soup.merge_checkpoints(folders, weights, tmp_path / "soup")
     assert refusal.value.exit_code == 2
     assert {path.name for path in tmp_path.iterdir()} == {"v1", "v2"}
 
 
-def test_the_fix_for_weights_says_what_they_would_be(folders, tmp_path):
+def test_the_fix_for_wrong_weights_shows_right_ones(folders, tmp_path):
     with pytest.raises(errors.SpecError, match=r"0\.25,0\.75"):
         mlflow_soup.merge_checkpoints(folders, [0.1, 0.3], tmp_path / "soup")
 
 
-def test_a_parent_is_not_taken_for_a_list_of_letters(folders, tmp_path):
+def test_one_parent_as_a_string_is_not_taken_for_a_list_of_letters(folders, tmp_path):
     with pytest.raises(errors.SpecError, match="a list of at least two"):
         mlflow_soup.merge_checkpoints(str(folders[0]), [1.0], tmp_path / "soup")
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/12", "runs:/0a/model", "model:/toy/1", "file:///tmp"])
-def test_a_uri_that_is_no_registered_version_is_not_taken_for_a_folder(folders, tmp_path, uri):
+def test_a_uri_that_is_not_a_registered_version_is_not_taken_for_a_folder(folders, tmp_path, uri):
     with pytest.raises(errors.SpecError, match="neither a folder nor a version"):
         mlflow_soup.merge_checkpoints([folders[0], uri], [0.5, 0.5], tmp_path / "soup")
     with pytest.raises(errors.SpecError, match="is no folder"):
         mlflow_soup.merge_checkpoints(folders, [0.5, 0.5], uri)
 
 
-def test_a_full_disk_is_told_wherever_it_is_met(folders, mount):
+def test_a_disk_that_is_full_at_any_step_is_reported(folders, mount):
     codes = set()
-    for kilobytes in range(60, 400, 4):  # weights, config, manifest or card do not fit
+    for kilobytes in range(60, 400, 4):  # full at the weights, config, manifest or card
         full = mount("tmpfs", f"size={kilobytes}k")
         try:
             mlflow_soup.merge_checkpoints(folders, [0.5, 0.5], full / "soup", digests=True)
@@ -137,7 +135,7 @@ def test_a_full_disk_is_told_wherever_it_is_met(folders, mount):
     assert 100 < kilobytes < 396
 
 
-def test_one_parent_is_no_merge(folders, tmp_path):
+def test_a_merge_of_one_parent_is_refused(folders, tmp_path):
     with pytest.raises(errors.SpecError, match="two parents"):
         mlflow_soup.merge_checkpoints(folders[:1], [1.0], tmp_path / "soup")
 
@@ -148,10 +146,10 @@ def test_a_missing_folder_is_a_missing_parent(folders, tmp_path):
     assert refusal.value.exit_code == 4
 
 
-def test_nothing_is_written_over(folders, tmp_path):
+def test_an_existing_folder_is_not_overwritten(folders, tmp_path):
     (tmp_path / "soup").mkdir()
     (tmp_path / "soup" / "thesis.tex").write_text("years of work")
-    with pytest.raises(errors.SpecError, match="there already"):
+    with pytest.raises(errors.SpecError, match="exists already"):
         mlflow_soup.merge_checkpoints(folders, [0.5, 0.5], tmp_path / "soup")
     assert (tmp_path / "soup" / "thesis.tex").read_text() == "years of work"
 
@@ -176,7 +174,7 @@ def test_registered_versions_are_merged_by_their_uris(client, checkpoints, tmp_p
     manifest = mlflow_soup.merge_checkpoints(
         [f"models:/{MODEL}/1", f"models:/{MODEL}@newest"], [0.5, 0.5], tmp_path / "soup"
     )
-    # an alias is resolved now: it may point elsewhere when the soup is verified
+    # the alias is resolved now, because it may have moved when the soup is verified
     assert [s.uri for s in manifest.sources] == [f"models:/{MODEL}/1", f"models:/{MODEL}/2"]
     assert manifest.sources[0].location
     mlflow_soup.merge_checkpoints(checkpoints[:2], [0.5, 0.5], tmp_path / "same")
@@ -191,7 +189,7 @@ def test_a_merged_folder_verifies(folders, tmp_path):
         assert not failures(findings)
         assert [f.what for f in findings][-1] == "merged again"
         assert {f.verdict for f in findings} == ({"ok", "skipped"} if not digests else {"ok"}) | {
-            "skipped"  # a folder has no tags
+            "skipped"  # the tags: a folder has none
         }
 
 
@@ -245,7 +243,7 @@ def test_a_flipped_bit_in_a_header_is_found(folders, tmp_path):
     mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup", digests=True)
     for folder in (tmp_path / "soup", folders[0]):
         before = (folder / WEIGHTS).read_bytes()
-        # the format in the metadata tells nothing of a parent's tensors, but a soup must not change
+        # the metadata of a parent may change, those of a soup may not
         metadata = [before.index(b'"pt"') + 1] if folder.name == "soup" else []
         for at in (*metadata, 0, before.index(b"embed_in"), before.index(b'"dtype":"F32"') + 9):
             (folder / WEIGHTS).write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
@@ -264,7 +262,7 @@ def test_a_flipped_bit_in_a_header_is_found(folders, tmp_path):
         ("generation_config.json", "generation_config.json is missing"),
     ],
 )
-def test_files_beside_the_weights_are_checked_too(folders, tmp_path, change, words):
+def test_files_other_than_the_weights_are_checked_too(folders, tmp_path, change, words):
     mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup")
     path = tmp_path / "soup" / change
     if change.startswith("generation"):
@@ -275,7 +273,7 @@ def test_files_beside_the_weights_are_checked_too(folders, tmp_path, change, wor
     assert failures(mlflow_soup.verify(str(tmp_path / "soup"))) == {"other files": words}
 
 
-def test_resharding_a_parent_is_no_mismatch(folders, tmp_path):
+def test_resharding_a_parent_is_not_a_mismatch(folders, tmp_path):
     mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup", digests=True)
     content = load_file(folders[0] / WEIGHTS)
     save_file(dict(reversed(content.items())), folders[0] / WEIGHTS, {"format": "pt", "by": "us"})
@@ -284,7 +282,7 @@ def test_resharding_a_parent_is_no_mismatch(folders, tmp_path):
     assert any("in other files than then" in f.details[0] for f in findings)
 
 
-def test_a_checkpoint_that_is_no_soup_cannot_be_verified(checkpoints):
+def test_a_checkpoint_that_is_not_a_soup_cannot_be_verified(checkpoints):
     with pytest.raises(errors.SpecError, match=r"is no soup.*soup_manifest"):
         list(mlflow_soup.verify(checkpoints[0]))
 
@@ -297,7 +295,7 @@ def test_a_checkpoint_that_is_no_soup_cannot_be_verified(checkpoints):
     ],
     ids=str,
 )
-def test_a_manifest_that_was_spoilt_is_a_mismatch(folders, tmp_path, change):
+def test_a_damaged_manifest_is_a_mismatch(folders, tmp_path, change):
     mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup")
     path = tmp_path / "soup" / MANIFEST
     if isinstance(change, dict):
@@ -309,7 +307,7 @@ def test_a_manifest_that_was_spoilt_is_a_mismatch(folders, tmp_path, change):
 
 
 @pytest.mark.parametrize("lam", ["0x1p99999", "abc", "-0x1p-1", "nan", "half"])
-def test_a_weight_that_is_none_spoils_a_manifest(folders, tmp_path, lam):
+def test_a_wrong_weight_in_the_manifest_is_a_mismatch(folders, tmp_path, lam):
     mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup")
     path = tmp_path / "soup" / MANIFEST
     content = json.loads(path.read_text())
@@ -319,7 +317,7 @@ def test_a_weight_that_is_none_spoils_a_manifest(folders, tmp_path, lam):
         list(mlflow_soup.verify(tmp_path / "soup"))
 
 
-def test_a_tensor_cannot_speak_in_the_name_of_verify(checkpoints, tmp_path):
+def test_the_name_of_a_tensor_cannot_forge_a_line_of_verify(checkpoints, tmp_path):
     forged = "w\nok        merged again: gives its bytes"
     for number in (1, 2):
         folder = toy.bare(tmp_path / f"v{number}", {forged: torch.ones(2) * number})
@@ -328,7 +326,7 @@ def test_a_tensor_cannot_speak_in_the_name_of_verify(checkpoints, tmp_path):
         assert "\nok " not in str(refusal.value)
 
 
-def test_a_search_has_room_for_many_shards(tmp_path, checkpoints):
+def test_many_shards_do_not_use_up_the_file_descriptors(tmp_path, checkpoints):
     folders = []
     for number in (1, 2):
         content = {f"t{i}": torch.full((4,), float(number)) for i in range(40)}
@@ -361,7 +359,7 @@ def test_a_registered_soup_verifies(client, outcome):
     assert manifest.versions["torch"] == torch.__version__
 
 
-def test_its_copy_in_another_model_verifies(client, outcome):
+def test_the_copy_of_a_soup_in_another_model_verifies(client, outcome):
     release.promote(mlflow_soup.Spec(version="v4", promote="model:prod@live"))
     assert not failures(mlflow_soup.verify("models:/prod@live"))
 
@@ -370,7 +368,7 @@ def test_its_copy_in_another_model_verifies(client, outcome):
     ("tag", "value"),
     [("soup.lambda", "0.99"), ("soup.parents", "1,3"), ("soup.parents", "?"), ("soup.digest", "x")],
 )
-def test_tags_that_say_otherwise_are_a_mismatch(client, outcome, tag, value):
+def test_tags_that_differ_from_the_manifest_are_a_mismatch(client, outcome, tag, value):
     client.set_model_version_tag(MODEL, "4", tag, value)
     found = failures(mlflow_soup.verify(f"models:/{MODEL}/4"))
     assert set(found) == {"tags"}
@@ -384,7 +382,7 @@ def test_a_deleted_soup_is_missing(client, outcome):
     assert refusal.value.exit_code == 4
 
 
-def test_a_deleted_parent_is_missing_and_the_rest_is_checked_all_the_same(client, outcome):
+def test_a_deleted_parent_is_missing_and_the_rest_is_still_checked(client, outcome):
     client.delete_model_version(MODEL, "1")
     client.set_model_version_tag(MODEL, "4", "soup.lambda", "0.99")
     verdicts = {f.what: f.verdict for f in mlflow_soup.verify(f"models:/{MODEL}/4")}
@@ -407,7 +405,7 @@ def test_a_merged_folder_verifies_once_it_is_registered(client, tmp_path):
     assert verdicts["other files"] == verdicts["merged again"] == "ok"
 
 
-def test_who_registers_a_soup_does_not_choose_which_folders_are_read(client, folders, tmp_path):
+def test_a_registered_manifest_cannot_make_verify_read_a_local_folder(client, folders, tmp_path):
     mlflow_soup.merge_checkpoints(folders, [0.2, 0.8], tmp_path / "soup")
     register(client, tmp_path / "soup")
     findings = {f.what: f for f in mlflow_soup.verify(f"models:/{MODEL}/4")}
@@ -416,7 +414,7 @@ def test_who_registers_a_soup_does_not_choose_which_folders_are_read(client, fol
     assert findings["merged again"].verdict == "skipped"
 
 
-def test_how_mlflow_loads_a_soup_is_checked_too(client, checkpoints, tmp_path):
+def test_the_mlflow_flavours_of_a_soup_are_checked_too(client, checkpoints, tmp_path):
     for number, folder in enumerate(checkpoints[:2], start=4):
         flavoured = shutil.copytree(folder, tmp_path / f"flavoured {number}")
         flavour = {
@@ -435,7 +433,7 @@ def test_how_mlflow_loads_a_soup_is_checked_too(client, checkpoints, tmp_path):
     assert failures(mlflow_soup.verify(tmp_path / "soup")) == {"flavours": "flavors of MLmodel"}
 
 
-def test_a_parent_whose_training_goes_on_in_its_folder_is_not_what_was_merged(client, tmp_path):
+def test_a_parent_that_is_trained_further_in_its_folder_is_a_mismatch(client, tmp_path):
     folders = []
     for seed in (1, 2):
         folder = toy.save(toy.noisy(toy.train(1), seed, 0.1), tmp_path / f"train-{seed}")

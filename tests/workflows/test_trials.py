@@ -323,9 +323,9 @@ def test_a_soup_by_statistics_says_so_and_is_verified_but_for_its_making(client,
     assert manifest.method == name
     assert [source.lam for source in manifest.sources] == [0.5, 0.5]
     card = (folder / CARD).read_text()
-    assert f"merged by {name}" in card
+    assert f"merged with {name}" in card
     assert "0.5 × `models:/toy-llm/1`" in card
-    assert "Weighted average" not in card
+    assert "weighted average of" not in card.lower()
     paper = {"fisher": "2111.09832", "regmean": "2212.09849"}[name]
     assert f"arXiv:{paper}" in card
     assert "2403.19390" not in card
