@@ -67,7 +67,7 @@ def read(version: Version, tags: Mapping[str, str], aliases: tuple[str, ...] = (
         problems.append(f"{naming.PARENTS} = {reprlib.repr(told)} does not name parents")
     tag = naming.WEIGHTS if naming.WEIGHTS in tags else naming.LAMBDA
     written = tags.get(tag)
-    weights = _weights(written, parents) if written is not None else None
+    weights = _weights(written, parents) if parents and written is not None else None
     if parents and written is not None and weights is None:
         problems.append(f"{tag} = {reprlib.repr(written)} does not give the parents' weights")
     return Member(

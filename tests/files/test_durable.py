@@ -393,3 +393,22 @@ def test_temporary_folders_of_killed_processes_are_removed(tmp_path, monkeypatch
         assert first.stat().st_mode & 0o777 == 0o700
         assert {p.name for p in tmp_path.iterdir()} == {first.name, second.name, "mine"}
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_that_another_process_sweeps_before_it_is_locked_is_made_anew(
+    tmp_path, monkeypatch
+):
+    lock, swept = durable._lock, []
+
+    def sweep_first(folder):
+        descriptor = lock(folder)
+        if not swept:  # another process was quicker: it locked, removed, and let go
+            swept.append(folder)
+            folder.rmdir()
+        return descriptor
+
+    monkeypatch.setattr(durable, "_lock", sweep_first)
+    with staged(tmp_path / "soup") as partial:
+        (partial / "file").write_text("whole")
+    assert not swept[0].exists()
+    assert (tmp_path / "soup" / "file").read_text() == "whole"

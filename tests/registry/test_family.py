@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import strategies as s
@@ -248,6 +248,8 @@ def tags():
 
 
 @given(written=tags())
+@example(written={naming.PARENTS: "", naming.LAMBDA: "0"})
+@example(written={naming.PARENTS: "", naming.LAMBDA: "1"})
 def test_no_tag_breaks_a_line_a_label_or_a_drawing(written):
     root = read(llm(9), written)
     missing = [Member(parent, MISSING) for parent, _ in root.parents if parent != root.version]

@@ -632,9 +632,12 @@ def test_a_landscape_that_missed_what_was_left_out_is_not_trusted():
     assert recommend(space, trials, measured=True) == space.recipe(best)
 
 
-def test_a_landscape_that_doubts_itself_is_trusted_while_it_misses_by_less():
+def test_a_landscape_that_doubts_itself_is_trusted_while_it_misses_by_less(monkeypatch):
     space = Space.pair(0.0)
     trials = searched(space, scores_of("items", space), 6)
+    monkeypatch.setattr("mlflow_soup.search.belief.DOUBT", 0.5)  # any landscape doubts itself
+    scape, process = landscape.fit(trials), fit(trials)
+    assert np.square(scape.misses).mean() < np.square(process.misses[2:]).mean()
     belief = believe(trials)
     assert belief.landscape is not None
     assert belief.posterior is belief.landscape
