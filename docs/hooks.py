@@ -60,35 +60,31 @@ def commands() -> str:
     return "\n\n".join(parts)
 
 
-def knob_table() -> str:
-    """Every field of `Spec`, in its order."""
-    rows = []
+KINDS = {str: "text", int: "whole number", float: "number"}
+
+
+def knob_sections() -> str:
+    """Every field of `Spec` in its order: meaning, values, default, commands, policy tag."""
+    parts = []
     for knob in fields(Spec):
-        limits = knob.metadata["range"]
-        values = " ".join(map(code, knob.metadata["choices"]))
+        choices, limits = knob.metadata["choices"], knob.metadata["range"]
+        values = ", ".join(map(code, choices)) if choices else KINDS[knobs.kind(knob)]
         if limits is not None:
             values = limits.words.removeprefix("give ")
         users = knob.metadata["commands"]
-        studies = users & set(STUDIES)
         named = [name for name in main.commands if name in users]
-        named += (
-            ["every study"]
-            if studies == set(STUDIES)
-            else [f"study {s}" for s in STUDIES if s in studies]
-        )
-        rows.append(
-            (
-                f'<span id="{knob.name}"></span>{code(knobs.option(knob))}',
-                knobs.kind(knob).__name__,
-                code(knob.default),
-                values,
-                knob.metadata["help"],
-                ", ".join(named),
-                code(f"soup.{knob.name}") if knob.metadata["policy"] else "",
-            )
-        )
-    columns = ("option", "type", "default", "values", "meaning", "commands", "policy tag")
-    return table(columns, rows)
+        studies = [f"study {name}" for name in STUDIES if name in users]
+        named += ["every study"] if len(studies) == len(STUDIES) else studies
+        facts = {
+            "values": values,
+            "default": code(knob.default),
+            "commands": ", ".join(named),
+            "policy tag": code(f"soup.{knob.name}") if knob.metadata["policy"] else "",
+        }
+        lines = "\n".join(f"- {what}: {fact}" for what, fact in facts.items() if fact)
+        heading = f"## `{knobs.option(knob)}` {{#{knob.name}}}"
+        parts.append(f"{heading}\n\n{knob.metadata['help']}\n\n{lines}")
+    return "\n\n".join(parts)
 
 
 def name_tables() -> str:
@@ -140,7 +136,7 @@ def studies() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "commands": commands,
     "exit-codes": exit_codes,
-    "knobs": knob_table,
+    "knobs": knob_sections,
     "methods": methods,
     "names": name_tables,
     "studies": studies,

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import toy
+import warm
 from conftest import free_port, register
 from mlflow_soup.cli import main
 from mlflow_soup.registry.store import Store
@@ -84,14 +86,31 @@ def stores(tmp_path_factory, trained, tasks) -> dict[str, Path]:
     return found
 
 
-def params() -> Iterator[object]:
-    for page in PAGES:
-        marks = [pytest.mark.slow] if page.stem in SLOW else []
-        yield pytest.param(page, id=f"{page.parent.name}/{page.stem}", marks=marks)
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> Iterator[Path]:
+    """A folder for PATH in which the commands start at once."""
+    root = tmp_path_factory.mktemp("warm")
+    command = [sys.executable, warm.__file__, str(root / "socket")]
+    with subprocess.Popen(command) as server:
+        while not (root / "socket").exists():
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield warm.stubs(root / "bin", root / "socket")
+        server.terminate()
 
 
-@pytest.mark.parametrize("page", params())
-def test_the_code_blocks_of_a_page_run(page, stores, tasks, tmp_path):
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=f"{page.parent.name}/{page.stem}",
+            marks=[pytest.mark.slow] if page.stem in SLOW else [],
+        )
+        for page in PAGES
+    ],
+)
+def test_the_code_blocks_of_a_page_run(page, stores, programs, tasks, tmp_path):
     instead = {
         # no network, no data sets of the hub
         "arc_easy,piqa": "toy_letters",
@@ -115,8 +134,9 @@ def test_the_code_blocks_of_a_page_run(page, stores, tasks, tmp_path):
             shutil.copy(ROOT / file, work)
         shutil.copytree(ROOT / "mlflow_soup", work / "mlflow_soup")
     (tmp_path / "page.sh").write_text(text, encoding="utf-8")
+    path = [programs, Path(sys.executable).parent, os.environ["PATH"]]
     env = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(map(str, path)),
         "MLFLOW_TRACKING_URI": f"sqlite:///{work}/mlflow.db",
         "MLFLOW_SOUP_CACHE": str(tmp_path / "cache"),
         "MLFLOW_EXPERIMENT_NAME": "soups",
