@@ -57,7 +57,7 @@ def _quiet_copy(tokenizer: Any) -> Any:
 
 @contextlib.contextmanager
 def _templates_kept() -> Iterator[None]:
-    """Compile each template once; lm-eval compiles it again for every document, which takes 0.5 ms."""
+    """Compile each template once; lm-eval does so for every document, 0.5 ms each."""
     kept = functools.lru_cache(maxsize=1024)(TEMPLATES.from_string)
     TEMPLATES.from_string = kept  # type: ignore[assignment]
     try:
@@ -270,7 +270,7 @@ class Evaluator:
         return self._answers[key]
 
     def _weights(self, term: Asked, sizes: Mapping[str, int]) -> dict[str, float]:
-        """The weight of each leaf task in the term: by its item count, or equal, as the group says."""
+        """The weight of each leaf task in the term: equal, or by item count, as the group says."""
         group = self._suite.loaded["groups"].get(term.name)
         by_size = group is None or any(
             m.weight_by_size
@@ -304,9 +304,7 @@ def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
             task.build_all_requests(limit=limit)
     except Exception as error:  # templates, code and documents can raise anything
         where = f"the requests of task {task.config.task}"
-        raise broken(
-            task.config.task, "could not turn its items into requests", where, error
-        ) from error
+        raise broken(task.config.task, "cannot make its requests", where, error) from error
     frozen = task.instances
 
     def rebuild(**_: Any) -> None:
