@@ -65,7 +65,7 @@ def quiet() -> Iterator[None]:
 
 def not_finite(what: str, where: str) -> NonFiniteError:
     """The error that tells a search that a λ has no finite score."""
-    fix = "the merged weights overflow: narrow the search with --alpha, or merge in F32"
+    fix = "narrow the search with --alpha, or merge in F32: the merged weights overflow"
     return NonFiniteError(what, where=where, fix=fix)
 
 
