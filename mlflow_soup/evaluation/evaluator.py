@@ -304,7 +304,7 @@ def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
             task.build_all_requests(limit=limit)
     except Exception as error:  # templates, code and documents can raise anything
         where = f"the requests of task {task.config.task}"
-        raise broken(task.config.task, "cannot make its requests", where, error) from error
+        raise broken(task.config.task, "could not build its requests", where, error) from error
     frozen = task.instances
 
     def rebuild(**_: Any) -> None:

@@ -618,7 +618,7 @@ def test_the_name_of_a_task_is_no_path(place, monkeypatch, name):
     place.folder.mkdir()
     write(place, plain(place, process_docs="x"))
     monkeypatch.chdir(place.folder)
-    with Watch() as watched, pytest.raises(SpecError, match=r"no lm-eval task|knows no task"):
+    with Watch() as watched, pytest.raises(SpecError, match=r"not an lm-eval task|has no task"):
         load_suite(name, include_path=str(place.folder))
     untouched(place, watched)
 
