@@ -71,8 +71,14 @@ def checks_table(verdict: Verdict) -> str:
         ]
         for check in verdict.checks
     ]
-    head = ["check", "against", "difference ± paired standard error"]
-    head += ["lower bound", "smallest bound allowed", "holds"]
+    head = [
+        "check",
+        "against",
+        "difference ± paired standard error",
+        "bound",
+        "must not be below",
+        "holds",
+    ]
     return _table(head, rows)
 
 
