@@ -178,7 +178,7 @@ class Evaluator:
             raise not_finite(f"a score is too large for a float: {error}", "aggregation") from error
         except SecurityError as error:  # in a template that only scoring uses
             names = ", ".join(map(str, self._suite.terms))
-            raise broken(names, "could not be scored", "its templates", error) from error
+            raise broken(names, "could not be scored", "the task's templates", error) from error
         assert results is not None
         return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
 
@@ -335,7 +335,7 @@ def _items(
     ):
         raise not_finite(
             f"task {task.config.task} gave log-likelihoods or scores that are not finite",
-            f"{len(rows)} items, metric {metric}",
+            f"metric {metric} of {len(rows)} items",
         )
     return Items(
         task.config.task,

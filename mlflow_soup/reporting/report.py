@@ -254,7 +254,7 @@ def _draw_curve(axes: Axes, story: Story) -> None:
     if belief.landscape is not None:
         smooth = belief.landscape.population(points)
         smooth += np.mean(mean - smooth)  # only the shape of this curve matters
-        axes.plot(grid, smooth, "--", color=ORANGE, label="smoothed curve, which decides")
+        axes.plot(grid, smooth, "--", color=ORANGE, label="smoothed curve, which chooses λ")
     if alpha > 0:
         axes.axvspan(-0.02, alpha, color=GREY, alpha=0.08, lw=0)
         axes.annotate(
