@@ -113,7 +113,7 @@ def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice
     again = quickstart(*QUICK)
     assert again.returncode == first.returncode
     assert "has its 13 versions already" in again.stdout
-    assert "was registered before as models:/quickstart-llm/14" in again.stdout
+    assert "an earlier run registered it as models:/quickstart-llm/14" in again.stdout
     assert len(client.search_model_versions("name='quickstart-llm'")) == 14
 
     words = ("--only", "landscape-early", "--limit", "8")

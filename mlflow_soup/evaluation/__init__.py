@@ -1,1 +1,1 @@
-"""A live model and lm-eval tasks give a score with the log-likelihoods of every item."""
+"""Score a live model on lm-eval tasks, with the log-likelihoods of every item."""

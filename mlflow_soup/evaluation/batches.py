@@ -1,9 +1,9 @@
-"""Which sequences of tokens are forwarded together, and what they share only once.
+"""Split token sequences into batches, and forward a prefix that several sequences share once.
 
-An `Input` is a sequence that goes through a model for all continuations that read its logits. A
-`Part` becomes one batch. Its inputs may continue prefixes of one length that are forwarded before
-them, each once: then nothing before a token is padding, and what is padded comes after all that is
-read, so that no attention mask is needed.
+An `Input` is a token sequence that goes through the model once, for all continuations that read
+its logits. A `Part` becomes one batch. The inputs of a part may continue prefixes of one length.
+The model forwards each prefix once, before the batch. Padding then only follows the positions whose
+logits are read, so the batch needs no attention mask.
 """
 
 import functools
@@ -15,52 +15,53 @@ import numpy as np
 
 Tokens = Sequence[int]
 
-# prefixes are shared from here on: less is lost again in smaller matrices
+# Share prefixes when the cost falls to this fraction or below. Smaller savings are lost again,
+# because the matrices get smaller.
 WORTHWHILE = 0.8
 
 
 @dataclass
 class Input:
-    """Tokens that are forwarded once, for every continuation asked of them.
+    """Tokens that the model forwards once, for every continuation that is asked of them.
 
-    `data` has four bytes to a token, the highest first: compared as bytes they are in order.
+    `data` holds four bytes per token, the highest byte first, so that bytes sort as tokens do.
     """
 
     data: bytes
     task: str
-    asked: list[tuple[int, Tokens]] = field(default_factory=list)  # number, continuation
+    asked: list[tuple[int, Tokens]] = field(default_factory=list)  # (number, continuation)
 
     def __len__(self) -> int:
         return len(self.data) // 4
 
     @property
     def rows(self) -> int:
-        """How many of its last logits are read."""
+        """The number of logits that are read, counted from the end."""
         return max(len(continuation) for _, continuation in self.asked)
 
     @property
     def start(self) -> int:
-        """The first position whose logits are read: what is before it may be shared."""
+        """The first position whose logits are read; the tokens before it may be shared."""
         return len(self) - self.rows
 
     def before(self, position: int) -> bytes:
-        """The tokens up to a position, not included."""
+        """The tokens before a position, as bytes."""
         return self.data[: 4 * position]
 
 
 def pack(tokens: Tokens) -> bytes:
-    """Tokens as the `data` of an input."""
+    """Convert tokens to the `data` of an input."""
     return np.array(tokens, ">u4").tobytes()
 
 
 def unpack(data: bytes) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The tokens again, shape (n,)."""
+    """Convert `data` back to tokens, shape (n,)."""
     return np.frombuffer(data, ">u4").astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Inputs that become one batch, and how many of their first tokens come from prefixes."""
+    """Inputs of one batch, and the number of their first tokens that a shared prefix supplies."""
 
     inputs: Sequence[Input]
     shared: int = 0
@@ -72,7 +73,7 @@ class Part:
 
     @functools.cached_property
     def prefixes(self) -> tuple[bytes, ...]:
-        """What the inputs begin with, each once."""
+        """The distinct prefixes of the inputs."""
         if not self.shared:
             return ()
         return tuple(dict.fromkeys(one.before(self.shared) for one in self.inputs))
@@ -80,14 +81,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a batch may hold, and what it costs besides.
+    """The largest size of a batch, and the fixed cost of a forward pass.
 
     Args:
-        inputs: most sequences of a batch.
-        tokens: most tokens, padding included.
-        logits: most positions whose logits are computed; one sequence may exceed both.
-        forward: what a forward costs beside its tokens, in tokens.
-        selects: whether logits are computed only where they are read.
+        inputs: the largest number of sequences in a batch.
+        tokens: the largest number of tokens in a batch, padding included.
+        logits: the largest number of positions whose logits are computed. A batch of one sequence
+            may exceed `tokens` and `logits`.
+        forward: the fixed cost of a forward pass, in tokens.
+        selects: whether the model computes logits only at the positions that are read.
     """
 
     inputs: int
@@ -98,12 +100,15 @@ class Limits:
 
 
 def divide(inputs: Sequence[Input], limits: Limits, *, shares: bool) -> list[Part]:
-    """Batches of all inputs: those of a task on their own where sharing prefixes is worthwhile.
+    """Divide all inputs into batches.
+
+    A task gets batches of its own where sharing prefixes is worthwhile. All other inputs are
+    batched together.
 
     Args:
-        inputs: the longest first.
-        limits: of each batch.
-        shares: whether the model takes prefixes at all.
+        inputs: the inputs, the longest first.
+        limits: the limits of each batch.
+        shares: whether the model can continue prefixes.
     """
     tasks = defaultdict(list)
     for one in inputs:
@@ -118,9 +123,10 @@ def _plain(inputs: Sequence[Input], limits: Limits) -> list[Part]:
 
 
 def _share(inputs: Sequence[Input], limits: Limits) -> list[Part]:
-    """A task's batches on prefixes; none where they save too little.
+    """The batches of a task with shared prefixes; an empty list where sharing saves too little.
 
-    Either one prefix for all, as far as they agree, or in each batch what is before the choices.
+    Two ways compete: one prefix for all inputs, as long as their common beginning; or, in each
+    batch, the contexts before the choices as prefixes. The cheaper way wins.
     """
     least = min(one.start for one in inputs)
     first, last = (pick(one.before(least) for one in inputs) for pick in (min, max))
@@ -139,7 +145,10 @@ def _share(inputs: Sequence[Input], limits: Limits) -> list[Part]:
 
 
 def _cost(parts: Sequence[Part], limits: Limits) -> float:
-    """Tokens forwarded, and what forwards cost besides; a prefix is kept from batch to batch."""
+    """The cost of batches in tokens: the tokens forwarded, and the fixed cost of each forward pass.
+
+    Prefixes cost nothing again where the batch before had the same prefixes.
+    """
     cost = 0.0
     known: tuple[bytes, ...] = ()
     for part in parts:
@@ -154,7 +163,13 @@ def _cost(parts: Sequence[Part], limits: Limits) -> float:
 def _chunks(
     inputs: Sequence[Input], limits: Limits, shared: Callable[[Input], int]
 ) -> Iterator[list[Input]]:
-    """Inputs by the batch, in order, given how many of their tokens come from prefixes."""
+    """Yield the inputs of each batch, in order.
+
+    Args:
+        inputs: the inputs to divide.
+        limits: the limits of each batch.
+        shared: gives the number of an input's first tokens that a prefix supplies.
+    """
     chunk: list[Input] = []
     width = logits = 0
     for one in inputs:

@@ -1,8 +1,8 @@
-"""A live model → `Score`, through lm-eval.
+"""Score a live model with lm-eval.
 
-An `Evaluator` freezes the requests of a suite (few-shot examples drawn once, text tokenised once)
-and scores whatever weights the live model has, with lm-eval's own scoring and aggregation: the
-`lm_eval` command gives the same numbers. How the model is asked is up to `prepared`.
+An `Evaluator` freezes the requests of a suite: it draws few-shot examples once and tokenises text
+once. It then scores the live model's current weights with lm-eval's own scoring and aggregation, so
+the `lm_eval` command gives the same numbers. The module `prepared` sends the requests to the model.
 """
 
 import contextlib
@@ -39,14 +39,17 @@ from mlflow_soup.evaluation.suite import (
 from mlflow_soup.records import Items, Metric, Score
 from mlflow_soup.weights.compatibility import function_of
 
-Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes; as in Items
+Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes, as in `Items`
 
-# what the lm_eval command seeds few-shot sampling with
+# the seed that the lm_eval command uses for few-shot sampling
 FEWSHOT_SEED = 1234
 
 
 def _quiet_copy(tokenizer: Any) -> Any:
-    """A copy that HFLM may set a pad token on, and that does not warn of documents it will cut."""
+    """A copy of the tokenizer that HFLM may change, without warnings about documents that get cut.
+
+    HFLM sets a pad token on the tokenizer it is given.
+    """
     copied = copy.deepcopy(tokenizer)
     # private door: transformers: deprecation_warnings of a tokenizer
     copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -55,30 +58,32 @@ def _quiet_copy(tokenizer: Any) -> Any:
 
 @contextlib.contextmanager
 def _templates_kept() -> Iterator[None]:
-    """Compile a task's templates once; lm-eval does it anew for every document, 0.5 ms each."""
+    """Compile each template once; lm-eval does so for every document, 0.5 ms each."""
     kept = functools.lru_cache(maxsize=1024)(TEMPLATES.from_string)
     TEMPLATES.from_string = kept  # type: ignore[assignment]
     try:
         yield
     finally:
-        TEMPLATES.__dict__.pop("from_string", None)  # another thread may have been quicker
+        TEMPLATES.__dict__.pop("from_string", None)  # another thread may have removed it
 
 
 class Evaluator:
     """Scores a live model on a suite, always in the same way.
 
     Args:
-        live: the model; its weights may change between calls, nothing else.
-        suite: what to score it on.
-        evaluator: `prepared`, or `lm-eval` for the way that the `lm_eval` command takes.
-        batch_size: fixed, because log-likelihoods depend on it in the last digits; `prepared`
-            lowers it once, before it starts, where an accelerator has no memory for it.
-        max_length: longest input in tokens; None for the model's own.
-        num_fewshot: for tasks that leave it open.
-        limit: first items of each task only.
+        live: the model. Only its weights may change between calls.
+        suite: the tasks and metrics to score it on.
+        evaluator: `prepared`, or `lm-eval` to forward the model as the `lm_eval` command does.
+        batch_size: the number of sequences in a batch. It is fixed, because the last digits of
+            log-likelihoods depend on it. `prepared` lowers it before the first evaluation where an
+            accelerator has too little memory.
+        max_length: the longest input in tokens; None for the model's own limit.
+        num_fewshot: the number of few-shot examples, for tasks that do not set it.
+        limit: the number of items to score of each task, from the first; None for all items.
 
     Raises:
-        ObjectiveError: the requests cannot be put to this model.
+        SpecError: a task's templates or code fail when its requests are built.
+        ObjectiveError: a request does not fit the model, or memory runs out.
     """
 
     def __init__(
@@ -120,11 +125,11 @@ class Evaluator:
 
     @property
     def truncated(self) -> int:
-        """Requests of the last evaluation that were cut to the longest input."""
+        """The number of requests in the last evaluation that were cut to `max_length`."""
         return self._lm.truncated
 
     def settings(self) -> dict[str, Any]:
-        """What scores depend on besides weights and requests."""
+        """The settings that scores depend on, besides weights and requests."""
         versions = ("lm_eval", "torch", "transformers")
         return {
             "evaluator": self._evaluator,
@@ -137,9 +142,10 @@ class Evaluator:
         }
 
     def _fingerprint(self) -> str:
-        # the batch size as it was asked for: what memory was free must not make it another search
+        # the requested batch size, so that the amount of free memory does not change the search
         settings = self.settings() | {"batch_size": self._batch_size}
-        # equal tensors are another model under another config, and equal text other tokens
+        # config: the same tensors under another config are another model
+        # tokenizer: the same text gives other tokens with another vocabulary
         settings["model"] = function_of(self._live.config)
         settings["tokenizer"] = sorted(self._live.tokenizer.get_vocab().items())
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -148,18 +154,19 @@ class Evaluator:
         for name, task in sorted(self._suite.loaded["tasks"].items()):
             config = {k: v for k, v in task.dump_config().items() if k != "metadata"}
             digest.update(json.dumps([name, task.VERSION, config], default=str).encode())
-            for request in task.instances:  # the document holds the right answer
+            for request in task.instances:  # a document holds the right answer
                 line = [request.request_type, request.doc_id, request.args, request.doc]
                 digest.update(json.dumps(line, default=str).encode())
         return digest.hexdigest()
 
     def evaluate(self) -> tuple[tuple[str, Score], ...]:
-        """One score per term, oriented so that larger is better, for the weights as they are.
+        """One score per term for the current weights, oriented so that larger is better.
 
         Raises:
-            NonFiniteError: a logit that text is generated from, a log-likelihood or a score is not
-                finite (NaN models score well otherwise).
-            ObjectiveError: there is no memory for it.
+            NonFiniteError: a score, a log-likelihood, or a logit that text is generated from is not
+                finite. Without this check, a model full of NaN can score well.
+            ObjectiveError: memory ran out, or lm-eval aggregated the items in an unknown way.
+            SpecError: a template that only scoring uses broke the rules of the sandbox.
         """
         self._lm.truncated = 0
         self._live.model.eval()
@@ -168,11 +175,11 @@ class Evaluator:
                 results = evaluate(
                     self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
                 )
-        except OverflowError as error:  # a perplexity that no number is large enough for
-            raise not_finite(f"a score exceeds all numbers: {error}", "aggregation") from error
-        except SecurityError as error:  # in a template that only scoring asks for
+        except OverflowError as error:  # a perplexity too large for float64
+            raise not_finite(f"a score is too large for a float: {error}", "aggregation") from error
+        except SecurityError as error:  # in a template that only scoring uses
             names = ", ".join(map(str, self._suite.terms))
-            raise broken(names, "could not be scored", "its templates", error) from error
+            raise broken(names, "could not be scored", "the task's templates", error) from error
         assert results is not None
         return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
 
@@ -182,16 +189,19 @@ class Evaluator:
             yield
         except torch.OutOfMemoryError as error:
             raise ObjectiveError(
-                f"no memory left for the evaluation: {error}",
+                f"the evaluation ran out of memory: {error}",
                 where=f"batch size {self._lm.batch_size}",
-                fix="lower --batch-size",
+                fix="choose a smaller --batch-size",
             ) from error
 
     def texts(self) -> Iterator[str]:
-        """Every item with its right answer, as the model reads it; what has none is left out.
+        """The text of every item that has a right answer, as the model reads it.
 
-        Of multiple choice the prompt with the right choice, of documents the document, of generated
-        answers the prompt with the reference, the first of several.
+        - A multiple-choice item gives the prompt with the right choice.
+        - A document gives the document.
+        - A generation item gives the prompt with the reference answer, the first of several.
+
+        An item without a right answer is left out.
         """
         for task in self._suite.loaded["tasks"].values():
             metric = next(iter(task.aggregation()))
@@ -214,7 +224,7 @@ class Evaluator:
                 yield text
 
     def score(self) -> Score:
-        """The mean over terms: the objective (Liu et al. 2024, eq. 3)."""
+        """The mean score over all terms, which is the objective (Liu et al. 2024, eq. 3)."""
         return mean_score([score for _, score in self.evaluate()])
 
     def _score(self, term: Asked, results: Mapping[str, Any]) -> Score:
@@ -246,22 +256,23 @@ class Evaluator:
         printed = float(results["results"][term.name][term.metric])
         if not math.isclose(sign * value, printed, rel_tol=1e-9, abs_tol=1e-12):
             raise ObjectiveError(
-                f"{term} is {printed} in lm-eval, but its items sum to {sign * value}",
-                where="aggregation of lm-eval results",
-                fix="report this: mlflow-soup does not know this task's aggregation",
+                f"lm-eval gives {printed} for {term}, but its items add up to {sign * value}",
+                where="aggregation of the lm-eval results",
+                fix="choose another metric, and report this task: mlflow-soup does not know how "
+                "lm-eval aggregates it",
             )
         shown = Metric(term.name, term.metric, printed, stderr, higher_is_better=sign > 0)
         return Score(sign * printed, stderr, items, (shown,))
 
     def _answered(self, task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
-        """Right choices and sizes of a task's items, which no weights change: asked for once."""
+        """The right choices and sizes of a task's items, computed once: no weights change them."""
         key = (task.config.task, metric)
         if key not in self._answers:
             self._answers[key] = _answers(task, metric, rows)
         return self._answers[key]
 
     def _weights(self, term: Asked, sizes: Mapping[str, int]) -> dict[str, float]:
-        """Each leaf's weight in the term: by size or equal, as the group says."""
+        """The weight of each leaf task in the term: equal, or by item count, as the group says."""
         group = self._suite.loaded["groups"].get(term.name)
         by_size = group is None or any(
             m.weight_by_size
@@ -273,9 +284,9 @@ class Evaluator:
 
 
 def _reference(task: Any, doc: Any) -> str:
-    """What should be generated, as lm-eval writes it into few-shot examples; empty for nothing."""
+    """The reference answer as lm-eval writes it into few-shot examples; empty if there is none."""
     target = task.doc_to_target(doc)
-    if isinstance(target, list):  # any of them is right
+    if isinstance(target, list):  # every entry is a right answer
         target = target[0] if target else ""
     if isinstance(target, int) and task.config.doc_to_choice is not None:
         target = task.doc_to_choice(doc)[target]
@@ -283,10 +294,10 @@ def _reference(task: Any, doc: Any) -> str:
 
 
 def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
-    """Build a task's requests once; lm-eval would draw other few-shot examples at every call."""
+    """Build a task's requests once; lm-eval would draw new few-shot examples at every call."""
     # private door: lm_eval.api.task.Task
     fixed = task.get_config("num_fewshot")
-    if num_fewshot is not None and fixed != 0:  # as lm-eval: 0 in a YAML is meant
+    if num_fewshot is not None and fixed != 0:  # as in lm-eval: a YAML's 0 stays 0
         task.set_config("num_fewshot", num_fewshot)
     elif fixed is None:
         task.set_config("num_fewshot", 0)
@@ -294,9 +305,9 @@ def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
     try:
         with quiet():
             task.build_all_requests(limit=limit)
-    except Exception as error:  # by its templates and its code, of any of its documents
+    except Exception as error:  # templates, code and documents can raise anything
         where = f"the requests of task {task.config.task}"
-        raise broken(task.config.task, "could not be asked", where, error) from error
+        raise broken(task.config.task, "could not build its requests", where, error) from error
     frozen = task.instances
 
     def rebuild(**_: Any) -> None:
@@ -308,7 +319,7 @@ def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
 
 
 def _answers(task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
-    """Empty for a task without choices."""
+    """The right choices and sizes of each item; empty for a task without choices."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return (), ()
     docs = [(row["doc"], len(row["resps"])) for row in rows]
@@ -327,8 +338,8 @@ def _items(
         math.isfinite(number) for row in likelihoods for number in row
     ):
         raise not_finite(
-            f"{task.config.task} gave log-likelihoods or scores that are not finite",
-            f"{len(rows)} items, metric {metric}",
+            f"task {task.config.task} gave log-likelihoods or scores that are not finite",
+            f"metric {metric} of {len(rows)} items",
         )
     return Items(
         task.config.task,
@@ -343,7 +354,7 @@ def _items(
 
 
 def _likelihoods(responses: Sequence[Any]) -> Iterator[float]:
-    """The numbers among an item's responses: one per choice or document, none for text."""
+    """The log-likelihoods of an item: one per choice or document, none for generated text."""
     for response in responses:
         first = response[0][0] if isinstance(response[0], tuple) else response[0]
         if isinstance(first, int | float):
@@ -351,7 +362,7 @@ def _likelihoods(responses: Sequence[Any]) -> Iterator[float]:
 
 
 def _stderr(items: Items) -> float:
-    """Standard error of Σ share·value over its items; lm-eval's own for plain means."""
+    """The standard error of Σ share·value over items; it equals lm-eval's for plain means."""
     shares, values = np.array(items.shares), np.array(items.values)
     count = len(values)
     if count < 2:
@@ -361,7 +372,7 @@ def _stderr(items: Items) -> float:
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """The unweighted mean of scores, its items and metrics those of all."""
+    """The unweighted mean of scores; it keeps the items and metrics of all of them."""
     share = 1.0 / len(scores)
     return Score(
         value=math.fsum(score.value for score in scores) * share,

@@ -1,10 +1,10 @@
-"""A transformers model in memory whose weights are any mix of open checkpoints.
+"""Keep one transformers model in memory and set its weights to any mix of open checkpoints.
 
-The names and shapes that tensors have on disk are not always those of the model's parameters:
-GPTNeoX's `embed_out` is `lm_head` in memory, and the experts of a mixture are fused into one
-parameter. What is mixed is what is on disk, into the part of the parameter that it becomes; so the
-live model has the bits that loading the written soup gives. Parents stay memory-mapped: they cost
-page cache, not memory.
+The names and shapes of tensors on disk can differ from those of the model's parameters: GPTNeoX's
+`embed_out` is `lm_head` in memory, and transformers fuses the experts of a mixture-of-experts model
+into one parameter. This module mixes the tensors as they are on disk, and writes each result into
+the part of the parameter that the tensor becomes. So the live model has the same bits as a model
+that is loaded from the written soup. Parents stay memory-mapped: they use page cache, not memory.
 """
 
 import contextlib
@@ -28,49 +28,49 @@ from mlflow_soup.weights.mix import Scratch, add_up, all_same, same_bytes, terms
 
 @dataclass(frozen=True)
 class Place:
-    """The part of a live parameter that a tensor on disk becomes: whole rows, one after another."""
+    """The part of a live parameter that a tensor on disk becomes: a run of whole rows."""
 
     parameter: str
     first_row: int
     rows: int
 
     def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """That part, shape (n,); a view."""
+        """A view of this part of the parameter, shape (n,)."""
         parameter = parameters[self.parameter]
         by_row = parameter.view(_rows(parameter), -1)
         return by_row[self.first_row : self.first_row + self.rows].view(-1)
 
 
 def _rows(parameter: Tensor) -> int:
-    """Vectors along the last dimension; the elements where there is but one dimension."""
+    """The number of vectors along the last dimension; of elements if there is one dimension."""
     return math.prod(parameter.shape[:-1]) if parameter.ndim > 1 else parameter.numel()
 
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor of all parents, and where its mixture goes."""
+    """One tensor of all parents, and the part of the live model that takes its mixture."""
 
     name: str
     live: Tensor  # shape (n,)
     parents: tuple[Tensor, ...]  # each of shape (n,)
-    same: bool  # byte for byte, in all parents
+    same: bool  # True when all parents have the same bytes
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars or notes of libraries, which cannot be switched off one by one."""
+    """Silence the progress bars and notes of libraries, which have no switches of their own."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def not_finite(what: str, where: str) -> NonFiniteError:
-    """What a search learns from a λ that no finite score can come of."""
-    fix = "the merged weights overflow: narrow the search with --alpha, or merge in F32"
+    """The error that tells a search that a λ has no finite score."""
+    fix = "narrow the search with --alpha, or merge in F32: the merged weights overflow"
     return NonFiniteError(what, where=where, fix=fix)
 
 
 def _load(checkpoint: Checkpoint) -> Any:
-    """The model of a checkpoint, every weight accounted for."""
+    """Load the model of a checkpoint, and check that no weight is missing or left over."""
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -81,16 +81,16 @@ def _load(checkpoint: Checkpoint) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # a config can make its model's code raise anything
+    except Exception as error:  # a config can make the model's code raise anything
         raise _unloadable(checkpoint, "AutoModelForCausalLM", error) from error
     model, info = loaded
-    # missing weights would be initialised at random, with only a warning
+    # transformers initialises missing weights at random, with only a warning
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise ParentError(
                 f"{checkpoint.label} has {problem.replace('_', ' ')}: {sorted(info[problem])[:5]}",
                 where=str(checkpoint.weights),
-                fix="register the checkpoint again, as save_pretrained writes it",
+                fix="save the checkpoint with save_pretrained, and register it again",
             )
     return model
 
@@ -104,19 +104,19 @@ def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> Parent
 
 
 def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[str, str]]:
-    """Where each tensor on disk is in memory, in the terms of the transformers that loaded it.
+    """Find where each tensor on disk is in memory, with the installed version of transformers.
 
-    transformers is asked to undo its renaming and fusing on a model whose every row holds nothing
-    but its number, twice: some versions drop a dimension of one. The answer is then compared with
-    the loaded weights, byte by byte: it comes out of the inner workings of transformers, and a
-    wrong soup is worse than no soup.
+    transformers undoes its renaming and fusing on a copy of the weights in which every row holds
+    only its own number. A row holds the number twice, because some versions of transformers drop a
+    dimension of size one. The places found are then compared with the loaded weights, byte by byte:
+    they come from internals of transformers, and a wrong soup is worse than no soup.
 
     Returns:
-        Name on disk → its place; and for names that share a place with another, as a head does that
-        was saved beside the embedding it is tied to, that other.
+        The place of each name on disk; and, for a name whose place another name has already (a head
+        saved beside the embedding it is tied to), that other name.
 
     Raises:
-        ParentError: some weight is not made of whole rows of tensors on disk.
+        ParentError: a weight in memory does not consist of whole rows of tensors on disk.
     """
     parameters = {name: p for name, p in model.state_dict().items() if p.numel()}
     numbers, starts, count = {}, [], 0
@@ -136,18 +136,18 @@ def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[
     names = list(parameters)
     places: dict[str, Place] = {}
     tied: dict[str, str] = {}
-    # tied parameters are one storage under several names: written once
+    # tied parameters are one storage under several names; it is written once
     left = {parameter.data_ptr(): _rows(parameter) for parameter in parameters.values()}
     taken: dict[tuple[int, int], str] = {}
     for name, tensor in checkpoint.read():
-        row_numbers = on_disk.get(name)  # transformers has no use for old Pythia's buffers
+        row_numbers = on_disk.get(name)  # None for buffers of old Pythia checkpoints
         if row_numbers is None or not tensor.numel() or not _in_order(row_numbers, tensor):
             continue
         first, rows = int(row_numbers.flatten()[0]), _rows(tensor)
         owner = bisect_right(starts, first) - 1
         place = Place(names[owner], first - starts[owner], rows)
         live, storage = place.of(parameters), parameters[place.parameter].data_ptr()
-        # a head saved beside its embedding may hold something else, which transformers overlooks
+        # a head saved beside its tied embedding may differ from it; transformers does not check
         if not same_bytes(live, tensor.reshape(-1).to(live.dtype)):
             continue
         if (storage, place.first_row) in taken:
@@ -163,7 +163,7 @@ def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[
 
 
 def _in_order(row_numbers: Tensor, tensor: Tensor) -> bool:
-    """True when these are the rows of the tensor, one after another: neither turned nor mixed."""
+    """True when these are the tensor's rows in their order: not transposed, not interleaved."""
     rows, width = _rows(tensor), 2 if tensor.ndim > 1 else 1
     shape = (*tensor.shape[:-1], 2) if tensor.ndim > 1 else tensor.shape
     if row_numbers.numel() != rows * width or (rows > 1 and row_numbers.shape != shape):
@@ -175,11 +175,11 @@ def _in_order(row_numbers: Tensor, tensor: Tensor) -> bool:
 
 def _rearranged(checkpoint: Checkpoint, detail: str) -> ParentError:
     return ParentError(
-        f"transformers {transformers_version} loads {checkpoint.label} in a way that cannot be "
-        f"followed: {detail}",
+        f"mlflow-soup cannot match the weights of {checkpoint.label} on disk with those that "
+        f"transformers {transformers_version} loads: {detail}",
         where=str(checkpoint.weights),
-        fix="report it with the model's architecture: weights that are transposed or interleaved "
-        "on loading are not supported",
+        fix="merge another architecture, and report this one: mlflow-soup does not support weights "
+        "that transformers transposes or interleaves when it loads them",
     )
 
 
@@ -190,25 +190,30 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise SpecError(
-            f"there is no device {name!r}: {str(error).splitlines()[0]}",
+            f"device {name!r} is not available: {str(error).splitlines()[0]}",
             where="--device",
-            fix="cpu, cuda, cuda:1 …; auto takes a GPU if there is one",
+            fix="choose cpu, cuda, cuda:1 …, or auto, which takes a GPU if there is one",
         ) from error
 
 
 class LiveModel:
-    """The one model that evaluations run on.
+    """The model that all evaluations run on.
 
     Args:
-        checkpoint: whose architecture and tokenizer it takes.
+        checkpoint: gives the architecture, the tokenizer and the first weights.
         device: `cpu`, `cuda`, …; `auto` takes a GPU if there is one.
 
     Attributes:
-        model: as transformers has it.
-        tokenizer: the checkpoint's.
-        places: name on disk → the part of a parameter that this tensor becomes; none for buffers
-            of old checkpoints that transformers leaves alone.
-        tied: name on disk → the name of another tensor there that has the same place.
+        model: the transformers model.
+        tokenizer: the checkpoint's tokenizer.
+        config: the checkpoint's config.
+        places: name on disk → the part of a parameter that this tensor becomes. Buffers of old
+            checkpoints that transformers ignores are not in it.
+        tied: name on disk → the name of another tensor on disk that has the same place.
+
+    Raises:
+        ParentError: transformers cannot load the checkpoint, or its weights cannot be located.
+        SpecError: the device is not available.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
@@ -225,16 +230,16 @@ class LiveModel:
         self._scratch = Scratch()
 
     def link(self, parents: Sequence[Checkpoint], *, resident: bool = False) -> list[Link]:
-        """Connect the parameters with parents, for `set_weights` to mix any number of times.
+        """Link the model's parameters to parents, so that `set_weights` can mix them repeatedly.
+
+        The links are valid as long as the model stays on its device and keeps its dtype.
 
         Args:
-            parents: oldest first, compatible with the checkpoint the model was loaded from.
-            resident: read them into memory now, for disks that are slow to read again.
-
-        Links hold as long as the model stays on its device and keeps its dtype.
+            parents: the parents, oldest first, compatible with the checkpoint of this model.
+            resident: True reads the parents into memory now, for slow disks.
 
         Raises:
-            ParentError: a parent holds different tensors where the model has one.
+            ParentError: two tensors of a parent differ, but the model ties them.
         """
         parameters = self.model.state_dict()
         weights = [dict(parent.read()) for parent in parents]
@@ -242,9 +247,10 @@ class LiveModel:
             for name, other in self.tied.items():
                 if not same_bytes(own[name], own[other]):
                     raise ParentError(
-                        f"{name!r} and {other!r} of {parent.label} differ, and the model ties them",
+                        f"{name!r} and {other!r} of {parent.label} differ, but the model ties them",
                         where=str(parent.weights),
-                        fix="merge checkpoints that save one of them, or agree in both",
+                        fix="merge checkpoints in which both tensors are equal, or only one is "
+                        "saved",
                     )
         links = []
         for name, place in self.places.items():
@@ -256,27 +262,35 @@ class LiveModel:
         return links
 
     def set_weights(self, links: Sequence[Link], lam: Sequence[float]) -> None:
-        """Write Σ λ_i·Θ_i into the model, always from the parents: moving from λ to λ' drifts.
+        """Write Σ λ_i·Θ_i into the model, computed from the parents.
+
+        It never updates the weights of the λ before: rounding errors would add up.
+
+        Args:
+            links: the result of `link`.
+            lam: merge weights λ, one per parent, oldest first.
 
         Raises:
-            NonFiniteError: a value is NaN or infinite; the model is left half switched.
+            NonFiniteError: a value is NaN or infinite. Some tensors of the model then have the new
+                weights, the others the old ones.
         """
         for link in links:
             parts = terms(link.parents, lam, same=link.same, name=link.name)
             check = not link.name.endswith(MAY_BE_INFINITE)
             if not add_up(parts, link.live, scratch=self._scratch, check=check):
-                raise not_finite(f"{link.name!r} of the mixture is not finite", f"weights {lam}")
+                raise not_finite(f"{link.name!r} of the mixture is not finite", f"λ = {lam}")
         self.model.eval()
 
     @contextlib.contextmanager
     def holding(self, parent: Checkpoint) -> Iterator[None]:
-        """The model is `parent` in fp32 meanwhile, without gradients yet but ready to take them.
+        """Inside the context, the model is `parent` in fp32 and can take gradients.
 
-        Afterwards it is what it was, bit for bit, and links hold: its parameters lend their names
-        to other memory, as much as the model takes in fp32.
+        The parameters point to other memory meanwhile, as much as the model takes in fp32.
+        Afterwards they point to the old memory again: the model is the same bit for bit, and links
+        stay valid.
 
         Raises:
-            ParentError: the parent holds different tensors where the model has one.
+            ParentError: two tensors of the parent differ, but the model ties them.
         """
         every = (*self.model.parameters(), *self.model.buffers())
         tensors = [tensor for tensor in every if tensor.is_floating_point()]
@@ -291,6 +305,6 @@ class LiveModel:
             yield
         finally:
             for tensor, content, gradient, required in before:
-                tensor.grad = None  # of another dtype, it would not fit
+                tensor.grad = None  # a gradient of another dtype would not fit
                 tensor.data = content
                 tensor.requires_grad_(required).grad = gradient

@@ -1,15 +1,16 @@
-"""lm-eval's transformers model, with everything done beforehand that no weights can change.
+"""Run lm-eval's transformers model with all work done once that does not depend on the weights.
 
-A search scores many weights on the same requests. `FrozenLM` is lm-eval's own way with the
-tokenisation remembered. `PreparedLM` also sorts, batches and pads the requests once, and then:
+A search scores many weights on the same requests. `FrozenLM` forwards the model as lm-eval does,
+but remembers the tokenisation. `PreparedLM` also sorts, batches and pads the requests once. It then
+saves work at every evaluation:
 
-- reads logits only where a request needs them, by handing the model's head those rows alone;
-- forwards what the requests of a task have in common once, where that saves a fifth of the tokens:
-  a context with several choices, or the examples that all few-shot prompts begin with.
+- It computes logits only where a request reads them: the model's head gets those rows only.
+- It forwards the common beginning of a task's requests once, where that saves a fifth of the
+  tokens. This is a context with several choices, or the examples of all few-shot prompts.
 
-Whether a model lends itself to either is tried beforehand on its weights; one that does not is
-forwarded as lm-eval does it. Log-likelihoods are those of lm-eval up to rounding, which depends on
-the shape of a batch there too.
+Not every model supports both. `prepare` tries them on the model's own weights; if one fails, the
+model is forwarded as lm-eval does it. The log-likelihoods equal those of lm-eval up to rounding,
+which in lm-eval also depends on the shape of a batch.
 """
 
 import copy
@@ -25,29 +26,29 @@ from torch import Tensor
 from mlflow_soup.errors import NonFiniteError, ObjectiveError
 from mlflow_soup.evaluation.batches import Input, Limits, Part, Tokens, divide, pack, unpack
 
-Answer = tuple[float, bool]  # log-likelihood, and whether it is what greedy decoding gives
+Answer = tuple[float, bool]  # log-likelihood; True when greedy decoding gives the continuation
 
-# padded tokens of a batch; a CPU loses a tenth to a fifth when more of them leave its cache
+# most padded tokens of a batch; more leave a CPU's cache, which costs 10 to 20 % of its speed
 BATCH_TOKENS = {"cpu": 1 << 11, "other": 1 << 20}
-# logits of a batch, whatever the vocabulary: 1 GiB in float32
+# most logits of a batch, over all positions and the vocabulary: 1 GiB in float32
 BATCH_LOGITS = 1 << 28
-# logits of them that become log-likelihoods at once; on a CPU they stay in its cache, twice as fast
+# most logits per call of log_softmax; on a CPU they stay in the cache, which is twice as fast
 SOFTMAX_LOGITS = {"cpu": 1 << 20, "other": 1 << 26}
-# what a forward costs beside its tokens, in tokens × parameters: measured on CPU and on an H100
+# fixed cost of a forward pass, in tokens × parameters; measured on a CPU and on an H100
 OVERHEAD = {"cpu": 1e8, "other": 1.6e12}
 
 
 class FrozenLM(HFLM):  # type: ignore[misc]
-    """lm-eval's model with tokenisation remembered (the text never changes) and cuts counted."""
+    """lm-eval's model, which tokenises each text once and counts the requests that it cuts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pairs: dict[tuple[str, str], Any] = {}
         self._encoded: dict[Any, list[int]] = {}
-        self.truncated = 0  # requests of the last evaluation that were cut to max_length
+        self.truncated = 0  # requests cut to max_length since it was last set to 0
 
     def prepare(self, requests: Mapping[str, Sequence[Any]]) -> None:
-        """Nothing: the first evaluation tokenises."""
+        """Do nothing: the first evaluation tokenises the requests."""
 
     # private door: lm_eval.models.huggingface.HFLM._encode_pair
     def _encode_pair(self, context: str, continuation: str) -> Any:
@@ -58,7 +59,7 @@ class FrozenLM(HFLM):  # type: ignore[misc]
 
     # private door: lm_eval.models.huggingface.HFLM.tok_encode
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
-        """As lm-eval's, each text once."""
+        """The tokens that lm-eval's method gives; each text is tokenised once."""
         key = (string, add_special_tokens, *sorted(kwargs.items()))
         if key not in self._encoded:
             self._encoded[key] = super().tok_encode(string, add_special_tokens, **kwargs)
@@ -70,14 +71,14 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _cuts(self, context: Tokens, continuation: Tokens) -> bool:
-        # the last token is only predicted, never read
+        # the model never reads the last token, it only predicts it
         return bool(len(context) + len(continuation) - 1 > self.max_length)
 
     # private door: lm_eval.models.huggingface.HFLM.tok_batch_encode
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
     ) -> Any:
-        """As lm-eval's, which asks for it to generate."""
+        """The batch that lm-eval's method gives for generation; cut prompts are counted."""
         if left_truncate_len:
             self.truncated += sum(len(self.tok_encode(s)) > left_truncate_len for s in strings)
         return super().tok_batch_encode(
@@ -86,17 +87,20 @@ class FrozenLM(HFLM):  # type: ignore[misc]
 
     # private door: lm_eval.models.huggingface.HFLM._model_generate
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As lm-eval's; text would not tell that what it was chosen by is no number."""
+        """The text that lm-eval's method generates; NaN or infinite logits raise NonFiniteError.
+
+        Text alone would not show that the logits it was chosen by are not finite.
+        """
         return super()._model_generate(*args, logits_processor=[_check_logits], **kwargs)
 
 
 def _check_logits(_: Tensor, logits: Tensor) -> Tensor:
-    """The logits (B, V) of a next token, as they are; NaN and infinity reach the maximum."""
-    if not torch.isfinite(logits.amax(-1)).all():
+    """Return the logits (B, V) of a next token unchanged, after checking that they are finite."""
+    if not torch.isfinite(logits.amax(-1)).all():  # NaN and +infinity reach the maximum
         raise NonFiniteError(
             "the logits that text is generated from are not finite",
             where="generation",
-            fix="the merged weights overflow: narrow the search with --alpha, or merge in F32",
+            fix="narrow the search with --alpha, or merge in F32: the merged weights overflow",
         )
     return logits
 
@@ -105,41 +109,42 @@ def _check_logits(_: Tensor, logits: Tensor) -> Tensor:
 class _Batch:
     """A part as tensors on the model's device.
 
-    B sequences, padded to T tokens on the right; N positions whose logits are read; M tokens asked.
+    B sequences are padded to T tokens on the right. Logits are read at N positions, for M tokens
+    of continuations.
     """
 
-    tokens: Tensor  # (B, T), after the prefixes
-    reads: Tensor  # (N,), positions in the flattened (B·T,)
-    row: Tensor  # (M,), which of the N
-    token: Tensor  # (M,)
-    numbers: tuple[int, ...]  # of the continuations that the M tokens are of, one after another
-    lengths: tuple[int, ...]  # and the tokens of each
+    tokens: Tensor  # (B, T), without the prefixes
+    reads: Tensor  # (N,), positions in the flattened tokens (B·T,)
+    row: Tensor  # (M,), index of the position among the N
+    token: Tensor  # (M,), the token itself
+    numbers: tuple[int, ...]  # of the continuations, in the order of the M tokens
+    lengths: tuple[int, ...]  # number of tokens of each continuation
     prefixes: Tensor | None  # (P, L)
-    prefix: Tensor  # (B,), which of the P a sequence continues
+    prefix: Tensor  # (B,), index of the prefix that each sequence continues
 
     @property
     def seen(self) -> int:
-        """Positions that attention looks back on, padding and prefixes included."""
+        """The number of positions that attention reads, padding and prefixes included."""
         length = 0 if self.prefixes is None else self.prefixes.shape[1]
         return self.tokens.numel() + len(self.prefix) * length
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One method's requests, ready to be forwarded."""
+    """The requests of one lm-eval method, ready to be forwarded."""
 
-    asked: Sequence[tuple[Any, ...]]  # the requests' arguments
-    counts: Sequence[int]  # continuations of each: several windows of a long document
+    asked: Sequence[tuple[Any, ...]]  # arguments of each request
+    counts: Sequence[int]  # continuations of each request; a long document has several
     truncated: int
     inputs: Sequence[Input]
     batches: Sequence[_Batch] = ()
 
 
 class PreparedLM(FrozenLM):
-    """lm-eval's model, to which requests are made known before they are asked any number of times.
+    """lm-eval's model, with requests that are prepared once and answered any number of times.
 
     Args:
-        probes: whether to look for a batch size that fits into memory, at most the one given.
+        probes: True lowers the batch size, if needed, until a batch fits into memory.
     """
 
     def __init__(self, *args: Any, probes: bool = False, **kwargs: Any) -> None:
@@ -150,17 +155,18 @@ class PreparedLM(FrozenLM):
         self._vocabulary = int(self.model.config.get_text_config().vocab_size)
         self._plans: dict[str, _Plan] = {}
         self._noted: list[tuple[Tokens, Tokens]] = []
-        self.selects = self.shares = False  # what the model was found to lend itself to
+        self.selects = self.shares = False  # what `prepare` found the model to support
 
     def prepare(self, requests: Mapping[str, Sequence[Any]]) -> None:
-        """Tokenise and batch requests, and settle how the model is forwarded.
+        """Tokenise and batch requests, and find out how the model can be forwarded.
 
         Args:
-            requests: lm-eval's, by the method that answers them, as `evaluate` will ask them.
+            requests: lm-eval method → its requests, in the order in which `evaluate` asks them.
 
         Raises:
             ObjectiveError: a continuation is empty, or longer than the longest input.
-            torch.OutOfMemoryError: a batch does not fit; when probing, not even one of size 1.
+            torch.OutOfMemoryError: a batch does not fit into memory; with `probes`, not even a
+                batch of one sequence does.
         """
         known = ("loglikelihood", "loglikelihood_rolling")
         plans = {kind: self._read(kind, asked) for kind, asked in requests.items() if kind in known}
@@ -177,42 +183,42 @@ class PreparedLM(FrozenLM):
                 # private door: lm_eval.models.huggingface.HFLM.batch_size_per_gpu
                 self.batch_size_per_gpu //= 2
             self._plans = {}
-            # torch.accelerator can do this from torch 2.9 on
+            # torch.accelerator has empty_cache from torch 2.9 on
             getattr(torch.get_device_module(self.device), "empty_cache", lambda: None)()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
-        """As lm-eval's: of each continuation, and whether it is the greedy one."""
+        """The log-likelihood of each continuation, and whether greedy decoding gives it."""
         return self._answer(self._plan("loglikelihood", requests))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """As lm-eval's: of each document, the sum over its windows."""
+        """The log-likelihood of each document: the sum over its windows."""
         plan = self._plan("loglikelihood_rolling", requests)
         likelihoods = [likelihood for likelihood, _ in self._answer(plan)]
         ends = accumulate(plan.counts, initial=0)
         return [sum(likelihoods[begin:end]) for begin, end in pairwise(ends)]
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[Answer]:
-        """Only notes what lm-eval's own methods ask for, when a plan is made."""
+        """Record the continuations that lm-eval's own methods ask for; used to make a plan."""
         self._noted += [(context, continuation) for _, context, continuation in requests]
         return [(0.0, False)] * len(requests)
 
     def _plan(self, kind: str, requests: Sequence[Any]) -> _Plan:
-        """The plan that was prepared for these requests; for others, one for this time."""
+        """The plan that was prepared for these requests, or a new plan for other requests."""
         plan = self._plans.get(kind)
         if plan is None or plan.asked != [request.args for request in requests]:
             plan = self._lay_out(self._read(kind, requests))
         return plan
 
-    # ---- once
+    # ---- run once
 
     def _read(self, kind: str, requests: Sequence[Any]) -> _Plan:
-        """Tokenise requests as lm-eval does; what is to be forwarded, each sequence once."""
+        """Tokenise requests as lm-eval does, and collect each distinct sequence once."""
         method = getattr(super(), kind)
         found: dict[bytes, Input] = {}
         counts, truncated, number = [], 0, 0
         previous = None
         for request in requests:
-            if request.args[0] != previous:  # the choices of a document follow one another
+            if request.args[0] != previous:  # the choices of a document are neighbours
                 self._pairs.clear()
                 self._encoded.clear()
             previous = request.args[0]
@@ -234,14 +240,14 @@ class PreparedLM(FrozenLM):
         if not 0 < len(continuation) <= self.max_length:
             raise ObjectiveError(
                 f"task {task} asks for a continuation of {len(continuation)} tokens",
-                where=f"longest input: {self.max_length} tokens",
-                fix="raise --max-length, or mend the task's data",
+                where=f"the longest input, {self.max_length} tokens",
+                fix="raise --max-length, or correct the task's data",
             )
 
     def _settle(self, kinds: Sequence[Sequence[Input]]) -> None:
-        """Find out whether the model takes selected rows and prefixes, on its longest inputs.
+        """Find out whether the model supports selected rows and prefixes, on its longest inputs.
 
-        Two inputs at most each time: all logits of a whole batch could be what does not fit.
+        Each test forwards two inputs at most: all logits of a whole batch may not fit into memory.
         """
         firsts = [Part(inputs[: min(2, self.batch_size)]) for inputs in kinds if inputs]
         self.selects = self._head is not None and all(map(self._agrees, firsts))
@@ -265,7 +271,7 @@ class PreparedLM(FrozenLM):
         )
 
     def _agrees(self, part: Part) -> bool:
-        """True when the short way gives the logits of lm-eval's, up to rounding."""
+        """True when the faster way gives the same logits as lm-eval's way, up to rounding."""
         plain = self._batch(Part(part.inputs))
         expected = self._model_call(plain.tokens).flatten(0, 1)[plain.reads]
         batch = self._batch(part)
@@ -274,13 +280,13 @@ class PreparedLM(FrozenLM):
                 logits = self._select(batch, self._fork(self._remember(batch.prefixes), batch))
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # models differ in what they take, and in what they raise
+        except Exception:  # a model can raise anything when it does not support this
             return False
         if logits.shape != expected.shape:
             return False
         error = spread = 0.0
         step = self._softmax_rows(logits)
-        for first in range(0, len(logits), step):  # in float32 they take several times the memory
+        for first in range(0, len(logits), step):  # float32 copies need several times the memory
             theirs = expected[first : first + step].float()
             error += float((logits[first : first + step].float() - theirs).norm()) ** 2
             spread += float(theirs.sub_(theirs.mean(-1, keepdim=True)).norm()) ** 2
@@ -288,7 +294,7 @@ class PreparedLM(FrozenLM):
         return error <= tolerance**2 * spread
 
     def _softmax_rows(self, logits: Tensor) -> int:
-        """How many rows of (N, V) logits are in float32 at once."""
+        """The number of rows of (N, V) logits that are converted to float32 at once."""
         return max(1, SOFTMAX_LOGITS[self._kind] // logits.shape[-1])
 
     def _lay_out(self, plan: _Plan) -> _Plan:
@@ -325,12 +331,12 @@ class PreparedLM(FrozenLM):
         )
 
     def _try_largest(self) -> None:
-        """Forward the batches that need the most memory."""
+        """Forward the batches that need the most memory, to see whether they fit."""
         for batches in filter(None, (plan.batches for plan in self._plans.values())):
             self._forward([max(batches, key=lambda batch: batch.seen)])
             self._forward([max(batches, key=lambda batch: len(batch.reads))])
 
-    # ---- for each λ
+    # ---- run for each λ
 
     def _answer(self, plan: _Plan) -> list[Answer]:
         self.truncated += plan.truncated
@@ -342,12 +348,12 @@ class PreparedLM(FrozenLM):
         numbers = (number for batch in plan.batches for number in batch.numbers)
         pieces = zip(torch.split(picked, lengths), torch.split(hits, lengths), strict=True)
         for number, (likelihoods, equal) in zip(numbers, pieces, strict=True):
-            # summed as lm-eval sums, in its precision
+            # summed as lm-eval sums, in the same precision
             answers[number] = (float(likelihoods.sum()), bool(equal.all()))
         return answers
 
     def _forward(self, batches: Sequence[_Batch]) -> tuple[Tensor, Tensor]:
-        """Log-likelihood of each token asked, and whether greedy decoding gives it; (M,) each."""
+        """The log-likelihood of each token, and whether greedy decoding gives it; shapes (M,)."""
         found = []
         known, cache = None, None
         with torch.no_grad():
@@ -362,7 +368,7 @@ class PreparedLM(FrozenLM):
         return torch.cat(picked).cpu(), torch.cat(hits).cpu()
 
     def _logits(self, batch: _Batch, cache: Any) -> Tensor:
-        """What the model makes of the positions that are read, shape (N, V)."""
+        """The logits at the positions that are read, shape (N, V)."""
         if self.selects:
             return self._select(batch, self._fork(cache, batch))
         # private door: lm_eval.models.huggingface.HFLM._model_call
@@ -374,7 +380,7 @@ class PreparedLM(FrozenLM):
         return logits.squeeze(0)
 
     def _call(self, tokens: Tensor, reads: Tensor, cache: Any, keep: bool = False) -> Any:
-        """The model with a head that sees nothing but what is read."""
+        """Run the model with a head that gets only the positions that are read."""
 
         def select(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
             return (args[0].flatten(0, 1)[reads].unsqueeze(0),)
@@ -387,14 +393,14 @@ class PreparedLM(FrozenLM):
             handle.remove()
 
     def _remember(self, prefixes: Tensor | None) -> Any:
-        """Keys and values of prefixes."""
+        """The cache with the keys and values of prefixes."""
         if prefixes is None:
             return None
         nothing = torch.zeros(1, dtype=torch.long, device=prefixes.device)
         return self._call(prefixes, nothing, None, keep=True).past_key_values
 
     def _fork(self, cache: Any, batch: _Batch) -> Any:
-        """A copy of the cache with a row for each sequence of the batch."""
+        """A copy of the cache with one row for each sequence of the batch."""
         if cache is None:
             return None
         # private door: transformers: a cache can be copied and its rows selected
@@ -403,7 +409,7 @@ class PreparedLM(FrozenLM):
         return forked
 
     def _pick(self, logits: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """From logits (N, V) the log-likelihoods of the tokens asked, and if each is the argmax."""
+        """The log-likelihood of each token from logits (N, V), and whether it is the argmax."""
         picked = torch.empty(len(batch.row), dtype=self.softmax_dtype, device=logits.device)
         hits = torch.empty(len(batch.row), dtype=torch.bool, device=logits.device)
         step = self._softmax_rows(logits)
@@ -413,7 +419,8 @@ class PreparedLM(FrozenLM):
             row, token = batch.row[inside] - first, batch.token[inside]
             likelihoods = scores[row, token]
             hit = likelihoods == scores.amax(-1)[row]
-            # of equals the first is the argmax, which is ten times as slow as the maximum
+            # Of equal logits the first is the argmax. argmax takes ten times as long as amax, so it
+            # runs only for the rows where the token has the maximum.
             hit[hit.clone()] = scores[row[hit]].argmax(-1) == token[hit]
             picked[inside], hits[inside] = likelihoods, hit
         return picked, hits

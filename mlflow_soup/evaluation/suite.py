@@ -1,6 +1,6 @@
-"""lm-eval's tasks by name: found fast, loaded once, and what each of their numbers is made of.
+"""Load lm-eval tasks by name, and break each metric down into contributions of single items.
 
-A `Suite` holds loaded tasks and which of their metrics are asked for; it needs no model.
+A `Suite` holds the loaded tasks and the metrics that are asked for. It needs no model.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _PIECE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))
 
 
 def _sandboxed(env: jinja2.Environment) -> ImmutableSandboxedEnvironment:
-    """The same environment, in which templates see what they are given and nothing behind it."""
+    """The same environment as a sandbox: templates see only the values that they are given."""
     # private door: jinja2: an environment has its options as attributes
     options = inspect.signature(jinja2.Environment).parameters.keys() - {"extensions"}
     sandbox = ImmutableSandboxedEnvironment(
@@ -47,17 +47,17 @@ def _sandboxed(env: jinja2.Environment) -> ImmutableSandboxedEnvironment:
     return sandbox
 
 
-# lm-eval's own runs whatever a task's templates say, as soon as it is loaded
+# lm-eval's own environment would run any code in a task's templates when it loads the task
 # private door: lm_eval.utils.env
 TEMPLATES = lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One term of an objective: a task or group, and which of its numbers."""
+    """One term of an objective: a task or group, and one of its metrics."""
 
     name: str
-    metric: str  # lm-eval's key, `acc,none`
+    metric: str  # lm-eval's key, such as `acc,none`
 
     def __str__(self) -> str:
         return f"{self.name}:{self.metric.removesuffix(',none')}"
@@ -65,19 +65,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Suite:
-    """Loaded tasks and the terms that are asked of them."""
+    """Loaded tasks, and the terms to score on them."""
 
     terms: tuple[Asked, ...]
     loaded: Mapping[str, Any]  # lm_eval.tasks.TaskDict
 
     def leaves(self, term: Asked) -> list[Any]:
-        """The lm-eval tasks below a term that have its metric."""
+        """The lm-eval tasks of a term that have its metric; a group has several."""
         group = self.loaded["groups"].get(term.name)
         tasks = group.get_all_tasks() if group is not None else [self.loaded["tasks"][term.name]]
         return [task for task in tasks if term.metric in _metrics(task)]
 
     def documents(self) -> dict[str, str]:
-        """Hash of every document that will be scored → the task it is in."""
+        """The hash of every document that will be scored → the name of its task."""
         return {
             _hash(json.dumps(doc, sort_keys=True, default=str)): name
             for name, task in self.loaded["tasks"].items()
@@ -90,15 +90,15 @@ def _hash(text: str) -> str:
 
 
 def _metrics(task: Any) -> list[str]:
-    """lm-eval's keys of a task, `metric,filter`, in its own order."""
+    """The keys `metric,filter` of a task, in lm-eval's order."""
     filters = [f["name"] for f in task.get_config("filter_list") or [{"name": "none"}]]
     return [f"{metric},{filter_name}" for filter_name in filters for metric in task.aggregation()]
 
 
 def _folders(names: Sequence[str]) -> list[str]:
-    """The folders of lm-eval's task library that the names point to (`arc_easy` → `arc`).
+    """The folders of lm-eval's task library that match the task names (`arc_easy` → `arc`).
 
-    Indexing all fourteen thousand shipped YAMLs takes 6 s; these take 0.2 s at most.
+    lm-eval takes 6 s to index all of its 14,000 YAMLs, but 0.2 s at most for these folders.
     """
     spec = find_spec("lm_eval")
     assert spec is not None
@@ -114,7 +114,7 @@ def _folders(names: Sequence[str]) -> list[str]:
 
 
 def _open_manager(names: Sequence[str], include_path: str) -> TaskManager:
-    """lm-eval's index of tasks; complete only where the names do not say which folder is theirs."""
+    """lm-eval's index of the tasks; of the whole library only if some names match no folder."""
     own = [path for path in include_path.split(os.pathsep) if path]
     manager = TaskManager(include_defaults=False, include_path=[*_folders(names), *own])
     # private door: lm_eval.tasks.TaskManager.task_index
@@ -124,13 +124,13 @@ def _open_manager(names: Sequence[str], include_path: str) -> TaskManager:
 
 
 def _split(text: str, where: str) -> list[tuple[str, str | None]]:
-    """Comma- or space-separated pieces, each a name and perhaps a metric."""
+    """Split text at commas and spaces into pieces: (name, metric), or (name, None)."""
     pieces = []
     for piece in re.split(r"[,\s]+", text.strip().strip(",")):
         match = _PIECE.fullmatch(piece)
         if match is None:
             raise SpecError(
-                f"{piece!r} is no lm-eval task",
+                f"{piece!r} is not an lm-eval task",
                 where=where,
                 fix="write tasks as task, task:metric or task:metric,filter",
             )
@@ -152,22 +152,22 @@ def load_suite(
 ) -> Suite:
     """Load tasks by lm-eval name: `task[:metric[,filter]]`, several separated by commas.
 
-    Without a metric the task's first is taken. A piece after `task:metric,` that names no task is
-    that task's filter (`gsm8k:exact_match,flexible-extract`).
+    A task without a metric gets its first metric. A piece after `task:metric,` that is not the name
+    of a task is the filter of that task (`gsm8k:exact_match,flexible-extract`).
 
     Args:
-        text: what the user wrote.
+        text: the user's text.
         include_path: folders with more task YAMLs, separated as in PATH.
-        allowed: digests of those folders whose code may run, as of `task_folders.digest`.
-        where: which option it came from, for errors.
+        allowed: digests of the folders whose code may run, from `task_folders.digest`.
+        where: the option that the text came from, for errors.
 
     Raises:
-        SpecError: an unknown task, metric or filter; the nearest names are given. Or a folder holds
-            code that is not allowed.
+        SpecError: a task, metric or filter is unknown (the error gives similar names), a task is
+            unusable, or a folder holds code that is not allowed.
         ObjectiveError: a task's data cannot be loaded.
     """
     pieces = _split(text, where)
-    # a lone piece after `task:metric` may be a filter, which no folder is named after
+    # a piece without a metric after `task:metric` may be a filter; filters have no folder
     maybe_filter = {i for i in range(1, len(pieces)) if pieces[i - 1][1] and not pieces[i][1]}
     names = [name for i, (name, _) in enumerate(pieces) if i not in maybe_filter]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -184,9 +184,10 @@ def load_suite(
             asked.append((name, metric, None))
         else:
             raise SpecError(
-                f"lm-eval knows no task {name!r}",
+                f"lm-eval has no task {name!r}",
                 where=where,
-                fix=_near(name, manager.all_tasks) + "own YAMLs: --include-path FOLDER",
+                fix=_near(name, manager.all_tasks)
+                + "check the name; give the folder of your own YAMLs with --include-path FOLDER",
             )
     with _no_bytecode() if runs_code else contextlib.nullcontext():
         loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
@@ -196,7 +197,7 @@ def load_suite(
             raise SpecError(
                 f"task {name} runs code that the model writes",
                 where=where,
-                fix="score it elsewhere, in a sandbox; choose another task here",
+                fix="choose another task; score this one elsewhere, in a sandbox",
             )
     terms = [
         _settle(suite, name, metric, chosen, where)
@@ -211,7 +212,7 @@ def load_suite(
 
 @contextlib.contextmanager
 def _no_bytecode() -> Iterator[None]:
-    """Python writes no `__pycache__` meanwhile: it would change the digest of the task folder."""
+    """Stop Python from writing `__pycache__`, which would change the digest of the task folder."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield
@@ -220,7 +221,7 @@ def _no_bytecode() -> Iterator[None]:
 
 
 def _untag(manager: TaskManager, name: str) -> list[str]:
-    """The tasks under a tag; any other name itself."""
+    """The tasks under a tag; for a task or group, its own name."""
     entry = manager.task_index[name]
     return sorted(entry.tags) if entry.kind.name == "TAG" else [name]
 
@@ -231,31 +232,34 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
             # private door: lm_eval.tasks.TaskManager.load
             loaded: Mapping[str, Any] = manager.load(list(names))
             return loaded
-    # private door: datasets: errors for data that is not there are OSErrors
-    except OSError as error:  # datasets' errors for what is neither on disk nor reachable
+    except OSError as error:  # datasets found the data neither on disk nor on the Hub
+        # private door: datasets: errors for data that is not there are OSErrors
         raise ObjectiveError(
             f"the data of {', '.join(names)} could not be loaded: {error}",
             where=where,
-            fix="a file: check data_files in the task's YAML, absolute paths are safest; a dataset "
-            "of the Hugging Face Hub: allow access to it, or load it once into the local cache",
+            fix="for local files, check data_files in the task's YAML (absolute paths are safest); "
+            "for a dataset of the Hugging Face Hub, allow access to the Hub, or load the dataset "
+            "into the local cache first",
         ) from error
-    except Exception as error:  # a task is its author's YAML and code: anything can happen
-        # private door: lm_eval: Duplicate task
-        if str(error).startswith("Duplicate task"):  # a group and its own member
+    except Exception as error:  # a task's YAML and code can raise anything
+        if str(error).startswith(
+            "Duplicate task"
+        ):  # the text names a group and a task of that group
+            # private door: lm_eval: Duplicate task
             raise SpecError(str(error), where=where, fix="name each task once") from error
         raise broken(", ".join(names), "could not be loaded", where, error) from error
 
 
 def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
-    """What to say of a task whose own YAML, templates or code raised an error."""
-    fix = "try it with `lm_eval run --tasks NAME --limit 1`, and mend its YAML"
+    """The error for a task whose own YAML, templates or code raised an error."""
+    fix = "try the task with `lm_eval run --tasks NAME --limit 1`, and correct its YAML"
     if isinstance(error, jinja2.exceptions.SecurityError):
-        fix = "templates run in a sandbox: they may format what is in a document, no more"
+        fix = "correct the task's templates: they run in a sandbox and may only format a document"
     return SpecError(f"{name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
 
 
 def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, where: str) -> Asked:
-    """Complete a term with its metric and filter, checking that both exist and can be paired."""
+    """Complete a term with its metric and filter; check that they exist and can be paired."""
     group: Group | None = suite.loaded["groups"].get(name)
     if group is None:
         available = _metrics(suite.loaded["tasks"][name])
@@ -267,7 +271,7 @@ def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, whe
             raise SpecError(
                 f"group {name} has no score of its own",
                 where=where,
-                fix=f"name its members: {', '.join(group.child_names[:5])} …",
+                fix=f"name the members of the group: {', '.join(group.child_names[:5])} …",
             )
     chosen_metrics = [m for m in available if metric in (None, m.split(",")[0])]
     if not chosen_metrics:
@@ -275,33 +279,34 @@ def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, whe
         raise SpecError(
             f"task {name} has no metric {metric!r}",
             where=where,
-            fix=_near(str(metric), names) + f"it has {', '.join(names)}",
+            fix=_near(str(metric), names) + f"choose one of: {', '.join(names)}",
         )
     settled = [m for m in chosen_metrics if chosen in (None, m.split(",")[1])]
     if not settled:
         names = [m.split(",")[1] for m in chosen_metrics]
         raise SpecError(
-            f"metric {metric} of task {name} has no filter {chosen!r}, and no task is named so",
+            f"metric {metric} of task {name} has no filter {chosen!r}, and lm-eval has no task of "
+            "that name",
             where=where,
-            fix=_near(str(chosen), names) + f"it has {', '.join(names)}",
+            fix=_near(str(chosen), names) + f"choose one of: {', '.join(names)}",
         )
     term = Asked(name, settled[0])
     for task in suite.leaves(term):
-        contributions(task, term.metric, [])  # refuses metrics that are no sum over items
+        contributions(task, term.metric, [])  # refuses a metric that is not a sum over items
     return term
 
 
 def right_choice(task: Any, metric: str, doc: Any, count: int) -> int:
-    """Which of its choices makes an item right: lm-eval itself is asked, choice by choice.
+    """The index of the right choice of an item; lm-eval itself scores every choice.
 
     Args:
-        task: lm-eval's.
-        metric: lm-eval's key, `acc,none`.
+        task: the lm-eval task.
+        metric: lm-eval's key, such as `acc,none`.
         doc: the item.
-        count: how many log-likelihoods it has.
+        count: the number of its choices.
 
     Returns:
-        The index of the only choice that gives 1 where all others give 0; -1 where none does.
+        The index of the choice that scores 1 while all others score 0; -1 if there is none.
     """
     sure = np.full((count, count), -1e6)
     np.fill_diagonal(sure, 0.0)
@@ -315,7 +320,10 @@ def right_choice(task: Any, metric: str, doc: Any, count: int) -> int:
 
 
 def choice_sizes(task: Any, metric: str, doc: Any) -> tuple[float, ...]:
-    """What lm-eval divides each choice's log-likelihood by for `acc_norm` and `acc_bytes`."""
+    """The size of each choice, by which lm-eval divides the choice's log-likelihood.
+
+    It is the number of characters for `acc_norm`, of bytes for `acc_bytes`, and 1 otherwise.
+    """
     name = metric.split(",")[0]
     choices = task.doc_to_choice(doc)
     if name == "acc_norm":
@@ -328,13 +336,21 @@ def choice_sizes(task: Any, metric: str, doc: Any) -> tuple[float, ...]:
 def contributions(
     task: Any, metric: str, rows: Sequence[Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Per-item values v and shares s with Σ s·v = the task's value.
+    """The value v and share s of each item, with Σ s·v = the task's value.
 
-    Perplexities are not sums over items; they are linearised around their value (delta method), so
-    the sum still is exact and its spread is right to first order.
+    A perplexity is not a sum over items. It is linearised around its value (delta method): the sum
+    is still exact, and its standard error is correct to first order.
+
+    Args:
+        task: the lm-eval task.
+        metric: lm-eval's key, such as `acc,none`.
+        rows: N results of the metric, one per item.
+
+    Returns:
+        The values and the shares, float64, shape (N,) each.
 
     Raises:
-        SpecError: the metric has no such form.
+        SpecError: the metric is not a sum over items.
     """
     aggregate = task.aggregation()[metric.split(",")[0]]
     if aggregate is aggregations.mean:
@@ -343,7 +359,8 @@ def contributions(
         rows = [(row, 1.0) for row in rows]
     elif aggregate not in (aggregations.bits_per_byte, aggregations.weighted_perplexity):
         raise SpecError(
-            f"metric {metric} of task {task.config.task} is no sum over items and cannot be paired",
+            f"metric {metric} of task {task.config.task} is not a sum over items, so mlflow-soup "
+            "cannot compare two models item by item",
             where="the task's metric_list",
             fix="choose a metric that is averaged over items, such as acc or exact_match",
         )

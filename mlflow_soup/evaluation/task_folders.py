@@ -1,10 +1,11 @@
-"""Folders of task YAMLs that a user brings: data as they are, code only when its digest is allowed.
+"""Check a user's folders of task YAMLs: plain data pass, code needs an allowed digest.
 
-A policy tag may name such a folder, and whoever writes tags or the folder shall not run code here.
-What lm-eval makes of plain YAML is data: prompts are templates in a sandbox, items come from JSON,
-CSV, text or Parquet. All else is named here, by an inert reading of the YAML, before lm-eval sees
-it: Python functions and classes; metrics, prompts and generation that libraries fetch as code; data
-and YAML from outside the folder.
+A policy tag may name such a folder. A person who can write tags or the folder must not be able to
+run code here. Plain YAML is only data for lm-eval: prompts are templates in a sandbox, and items
+come from JSON, CSV, text or Parquet. This module finds everything else before lm-eval sees it. It
+reads the YAML without executing anything, and looks for Python functions and classes; for metrics,
+prompts and generation settings that libraries fetch as code; and for data and YAML from outside the
+folder.
 """
 
 import hashlib
@@ -14,13 +15,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.api.metrics  # private door; fills the registry
-import lm_eval.api.registry  # private door
+import lm_eval.api.metrics  # the import fills the registry
+import lm_eval.api.registry
 
 from mlflow_soup.errors import SpecError
 from mlflow_soup.files.untrusted import LARGEST_YAML, Function, parse_yaml, read_regular
 
-# arguments of datasets.load_dataset, and of a model's generate, that are mere numbers and names
+# arguments of datasets.load_dataset and of a model's generate that hold only numbers and names
 DATASET_KWARGS = {
     *("data_files", "data_dir", "field", "revision", "encoding", "sep", "delimiter"),
     *("column_names", "split", "keep_linebreaks", "sample_by"),
@@ -31,9 +32,9 @@ GENERATION_KWARGS = {
     *("min_new_tokens", "length_penalty", "early_stopping", "repetition_penalty"),
     "no_repeat_ngram_size",
 }
-# they may give trusted functions other data, or take a warning off
+# keys that could give trusted functions other data, or switch off a warning
 NOT_IN_GROUPS = ("dataset_path", "dataset_kwargs", "unsafe_code")
-# value, the entry it stands in, all folders → reasons
+# (value, the entry that holds it, all folders) → reasons to refuse it
 _Check = Callable[[Any, Mapping[Any, Any], Sequence[Path]], Iterator[str]]
 _FILES = ("json", "csv", "text", "parquet")
 _HUB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
@@ -46,14 +47,14 @@ def check(include_path: str, allowed: Collection[str], where: str) -> bool:
     Args:
         include_path: folders, separated as in PATH.
         allowed: digests of folders whose code may run.
-        where: which option or tag it came from, for errors.
+        where: the option or tag that names the folders, for errors.
 
     Returns:
-        True when there is code that may run.
+        True when a folder holds code that may run.
 
     Raises:
-        SpecError: a folder holds code that is not allowed, or YAML that cannot be read; with its
-            digest, and the option that would allow it.
+        SpecError: a folder holds code that is not allowed (the error gives its digest and the
+            option that allows it), or YAML that cannot be read.
     """
     found = False
     folders = [Path(name) for name in include_path.split(os.pathsep) if name]
@@ -66,14 +67,14 @@ def check(include_path: str, allowed: Collection[str], where: str) -> bool:
             raise SpecError(
                 reason,
                 where=f"{where}: task folder {folder}",
-                fix="a folder of plain data needs no leave; to let this one do so, once you have "
-                f"read all its files: --allow-task-code {its}",
+                fix="remove this from the folder; or read all its files, and if you trust "
+                f"them, give --allow-task-code {its}",
             )
     return found
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of everything in a folder, `__pycache__` included."""
+    """The SHA-256 of all names and contents in a folder, `__pycache__` included."""
     whole = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         kind, content = "folder", ""
@@ -88,22 +89,22 @@ def digest(folder: Path) -> str:
 
 
 def _reasons(folder: Path, folders: Sequence[Path]) -> Iterator[str]:
-    """Why a folder is more than data, one reason for each thing in it."""
+    """The reasons why a folder holds more than data, one reason per finding."""
     pending = sorted(folder.rglob("*.yaml"))
     seen = set(pending)
-    for path in pending:  # grows as files are included
+    for path in pending:  # the list grows when a YAML includes another file
         try:
             content = parse_yaml(read_regular(path, LARGEST_YAML))
         except (OSError, ValueError) as error:
             raise SpecError(
                 f"{path} cannot be read: {error}",
                 where=f"task folder {folder}",
-                fix=f"mend {path}, or move it out of the folder",
+                fix=f"correct {path}, or move it out of the folder",
             ) from error
         for function in _functions(content):
-            yield f"{path} runs a function, {function}"
+            yield f"{path} runs a Python function, {function}"
         if not isinstance(content, dict):
-            continue  # lm-eval takes it for no task
+            continue  # lm-eval does not take it for a task
         for reason in _of_entry(content, folders, "group" in content):
             yield f"{path} {reason}"
         for included in _texts(content.get("include")):
@@ -129,16 +130,16 @@ def _inside(path: Path, folders: Sequence[Path]) -> bool:
 
 
 def _of_entry(entry: Mapping[Any, Any], folders: Sequence[Path], in_group: bool) -> Iterator[str]:
-    """What a task or group would do besides reading data of its own."""
+    """The reasons to refuse a task or group: what it does besides reading its own data."""
     for key, value in entry.items():
         if key in _CHECKS:
             yield from _CHECKS[key](value, entry, folders)
         if in_group and key in NOT_IN_GROUPS:
-            yield f"gives tasks another {key} than their own"
-        if key in ("task", "group", "tag"):  # lm-eval sorts them
+            yield f"replaces the {key} of its tasks"
+        if key in ("task", "group", "tag"):  # lm-eval sorts these names, so each must be text
             names = value if isinstance(value, list) else [value]
             for odd in (name for name in names if not isinstance(name, str | dict)):
-                yield f"names a {key} {odd!r}, which is no text"
+                yield f"has a {key} named {odd!r}, which is not text"
         if isinstance(value, list) and key in ("task", "task_list"):
             for member in value:
                 if isinstance(member, dict):
@@ -156,29 +157,29 @@ def _of_metrics(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) ->
     for entry in value if isinstance(value, list) else []:
         name = entry.get("metric") if isinstance(entry, dict) else entry
         if isinstance(entry, dict) and entry.get("hf_evaluate"):
-            yield f"takes metric {name!r} from the evaluate library, which fetches code"
+            yield f"takes metric {name!r} from the evaluate library, which downloads code"
         elif (
             not isinstance(name, Function) and str(name) not in lm_eval.api.registry.METRIC_REGISTRY
         ):
-            yield f"has metric {name!r}, which lm-eval lacks and would fetch as code"
+            yield f"has metric {name!r}, which lm-eval does not have and would download as code"
 
 
 def _of_generation(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
     odd = sorted(map(str, value.keys() - GENERATION_KWARGS)) if isinstance(value, dict) else []
     if odd:
-        yield f"generates with {', '.join(odd)}, which may name code"
+        yield f"generates with {', '.join(odd)}, which could name code"
 
 
 def _of_unsafe(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
-    if value is not True:  # what says that it is unsafe is refused in any case
-        yield "says of code that it is not unsafe (unsafe_code)"
+    if value is not True:  # `load_suite` refuses tasks with unsafe_code: true
+        yield "declares its code safe (unsafe_code)"
 
 
 def _of_path(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
     if not isinstance(value, str) or value in _FILES:
         return
     if not _HUB.fullmatch(value) or os.path.lexists(value):
-        yield f"takes its data from {value!r}: neither {', '.join(_FILES)} nor a Hub dataset"
+        yield f"takes its data from {value!r}, which is not {', '.join(_FILES)} or a Hub dataset"
 
 
 def _of_dataset(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
@@ -194,11 +195,11 @@ def _of_dataset(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) ->
         if "://" in place or not _inside(Path(place).expanduser(), folders):
             yield f"takes its data from {place!r}, which is outside its folder"
         elif any(path.is_symlink() for path in Path(place).expanduser().rglob("*")):
-            yield f"takes its data from {place!r}, which holds links"
+            yield f"takes its data from {place!r}, which contains links"
     for file in _texts(value.get("data_files")):
         on_the_hub = "/" in str(task.get("dataset_path", "")) and ".." not in file
         if "://" in file or "::" in file or _GLOB & set(file):
-            yield f"takes its data from {file!r}, which is no plain file"
+            yield f"takes its data from {file!r}, which is not a plain file"
         elif not (on_the_hub and not os.path.isabs(file) and not place) and not _inside(
             Path(place).expanduser() / file, folders
         ):
@@ -215,8 +216,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 _CHECKS: dict[str, _Check] = {
     "class": _runs("is a Python class"),
-    "custom_dataset": _runs("makes its data by code"),
-    "use_prompt": _runs("takes prompts from elsewhere"),
+    "custom_dataset": _runs("makes its data with code"),
+    "use_prompt": _runs("takes prompts from another place"),
     "metric_list": _of_metrics,
     "generation_kwargs": _of_generation,
     "unsafe_code": _of_unsafe,

@@ -1,1 +1,1 @@
-"""Records become words, tables and figures."""
+"""Write reports, tables and figures from records."""

@@ -1,8 +1,8 @@
-"""What each pilot experiment found, in one figure (Liu et al., arXiv:2403.19390).
+"""Draw one figure for each pilot experiment (Liu et al. 2024, arXiv:2403.19390).
 
-Scores and their differences are in metric units, larger is better; nan where an evaluation failed,
-which is not drawn. λ weighs the newer of two versions. Colours are safe for the colour-blind, and
-nothing is told by colour alone.
+Scores and their differences have the metric's unit, and larger is better. A failed evaluation is
+NaN and is not drawn. λ is the weight of the newer of two versions. The colours suit colour-blind
+readers, and no information is in colour alone.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,19 +20,19 @@ from numpy.typing import ArrayLike
 from mlflow_soup.decision.pairing import ROUNDING
 from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE
 
-WIDTH, HEIGHT = 7.5, 4.5  # inches; more where the content asks for it
-ROW = 0.3  # inches, of one line in a panel
-LEGIBLE = 14  # versions up to which the cells of a heat map hold their number
+WIDTH, HEIGHT = 7.5, 4.5  # inches; larger where the content needs it
+ROW = 0.3  # inches, height of one line in a panel
+LEGIBLE = 14  # most versions for which a heat map prints the score in each cell
 
 
 def pairs(names: Sequence[str], scores: Mapping[tuple[int, int], float], label: str) -> Figure:
-    """Which two versions make a good soup, as a heat map (Fig. 1 and 6).
+    """A heat map that shows which two versions make a good soup (Fig. 1 and 6).
 
     Args:
-        names: of n versions, oldest first.
-        scores: (i, j) with i < j → score of their soup, (i, i) → of the version alone; what is
-            missing stays blank.
-        label: what the scores are.
+        names: the names of n versions, oldest first.
+        scores: (i, j) with i < j → the score of the soup of i and j; (i, i) → the score of version
+            i alone. A missing score leaves its cell blank.
+        label: the name of the score, for the colour bar.
     """
     n = len(names)
     grid = np.full((n, n), np.nan)
@@ -49,7 +49,7 @@ def pairs(names: Sequence[str], scores: Mapping[tuple[int, int], float], label: 
     image = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis")
     bar = figure.colorbar(image, shrink=0.9, label=_short(label))
     bar.ax.ticklabel_format(useOffset=False)
-    # black has the better contrast above a relative luminance of 0.18 (WCAG 2.2)
+    # above a relative luminance of 0.18, black text has the better contrast (WCAG 2.2)
     luminance = image.to_rgba(grid)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
     inks = np.where(luminance > 0.18, "black", "white")
     if n <= LEGIBLE:
@@ -87,30 +87,30 @@ def count(
     best_parent: ArrayLike,
     label: str,
 ) -> Figure:
-    """Soups of the last k versions beside the best of these alone (Fig. 3).
+    """The scores of soups of the last k versions, beside the best of these versions alone (Fig. 3).
 
     Args:
-        newest: name of the last version.
+        newest: the name of the last version.
         counts: n values of k.
-        scores: of the soups, shape (n,).
-        lows: lower bounds of 95 % of the paired difference to the best parent, each added to that
-            parent's score, shape (n,).
-        highs: upper bounds likewise, shape (n,).
-        best_parent: score of the best parent of each soup, shape (n,).
-        label: what the scores are.
+        scores: the scores of the soups, shape (n,).
+        lows: the best parent's score plus the lower bound of the 95 % interval of the paired
+            difference, soup minus best parent, shape (n,).
+        highs: the same with the upper bound, shape (n,).
+        best_parent: the score of the best parent of each soup, shape (n,).
+        label: the name of the score, for the axis.
     """
     y, low, high = (np.asarray(values, float) for values in (scores, lows, highs))
     figure = _figure(f"Soups of the last k versions up to {newest}", max(WIDTH, len(counts) / 2))
     axes = figure.subplots()
-    axes.plot(counts, best_parent, "s--", color=GREEN, label="best of the versions alone")
+    axes.plot(counts, best_parent, "s--", color=GREEN, label="best of these versions alone")
     axes.errorbar(
         counts,
         y,
-        np.maximum([y - low, high - y], 0.0),  # the bounds may be off by a last digit
+        np.maximum([y - low, high - y], 0.0),  # rounding can move a bound past the score
         fmt="o-",
         color=BLUE,
         capsize=4,
-        label="soup, 95 % paired interval against that version",
+        label="soup, 95 % paired interval against the best version",
     )
     axes.set_xticks(counts)
     axes.margins(x=0.1)
@@ -130,15 +130,16 @@ def landscape(
     better: float,
     label: str,
 ) -> Figure:
-    """Scores over λ, and which λ beat the better parent (Fig. 2 and 7).
+    """The scores over λ, with marks at each λ that beats the better parent (Fig. 2 and 7).
 
     Args:
-        names: of the two versions, older first.
+        names: the names of the two versions, older first.
         lam: n values of λ in [0, 1], in any order.
-        scores: of the soups, shape (n,).
-        stderr: paired standard error of each score less the better parent's, shape (n,).
-        better: score of the better parent.
-        label: what the scores are.
+        scores: the scores of the soups, shape (n,).
+        stderr: the paired standard error of the difference between each score and the better
+            parent's score, shape (n,).
+        better: the score of the better parent.
+        label: the name of the score, for the axis.
     """
     order = np.argsort(lam)
     x, y, half = (np.asarray(values, float)[order] for values in (lam, scores, stderr))
@@ -156,8 +157,12 @@ def landscape(
     axes.fill_between(x, low, high, color=BLUE, alpha=0.15, lw=0, label="95 % paired band")
     axes.plot(x, y, color=BLUE, label="soup")
     size = 6 if len(x) <= 50 else 4
-    axes.plot(x[above], y[above], "o", color=ORANGE, ms=size, label="λ that beats the parent")
-    axes.plot(x[below], y[below], "o", color=BLUE, mfc="white", ms=size, label="λ that does not")
+    axes.plot(
+        x[above], y[above], "o", color=ORANGE, ms=size, label="λ that beats the better parent"
+    )
+    axes.plot(
+        x[below], y[below], "o", color=BLUE, mfc="white", ms=size, label="λ that does not beat it"
+    )
     axes.axhline(better, ls="--", color=GREEN, label=f"better parent, {better:.4f}")
     axes.set_xlim(-0.02, 1.02)
     axes.set_xlabel(_weight(names), wrap=True)
@@ -176,24 +181,24 @@ def heldout(
     full_best: float,
     label: str,
 ) -> Figure:
-    """Which λ a part of the held-out items chooses, and what it is worth on all (Table 4).
+    """The λ chosen on a share of the held-out items, and its score on all items (Table 4).
 
     Args:
-        names: of the two versions, older first.
+        names: the names of the two versions, older first.
         shares: m shares of the held-out items, in (0, 1].
-        lam: λ chosen on each of d draws of such a share, shape (m, d).
-        scores: of these λ on all held-out items, shape (m, d).
-        full_best: the best score on all of them.
-        label: what the scores are.
+        lam: the λ chosen on each of d random draws of each share, shape (m, d).
+        scores: the score of each of these λ on all held-out items, shape (m, d).
+        full_best: the best score of any λ on all held-out items.
+        label: the name of the score, for the axis.
     """
-    title = f"Soup of {_pair(names)}: chosen on a share of the held-out items"
+    title = f"Soup of {_pair(names)}: λ chosen on a share of the held-out items"
     figure = _figure(title, max(WIDTH, 1.2 * len(shares)))
     chosen, worth = figure.subplots(1, 2)
     for axes, values in ((chosen, lam), (worth, scores)):
         for place, row in enumerate(np.asarray(values, float)):
             draws = row[np.isfinite(row)]
             beside = place + np.linspace(-0.25, 0.25, len(draws) + 2)[1:-1]
-            style = {"mfc": "none", "color": BLUE, "ms": 5, "label": "one draw of the items"}
+            style = {"mfc": "none", "color": BLUE, "ms": 5, "label": "one random draw of items"}
             axes.plot(beside, draws, "o", **style)
             if len(draws):
                 level = [np.median(draws)] * 2
@@ -203,7 +208,7 @@ def heldout(
         axes.set_xlabel("share of the held-out items, %")
     worth.axhline(full_best, ls="--", color=GREEN, label="best λ on all items")
     chosen.set_ylim(-0.03, 1.03)
-    chosen.set_ylabel("chosen λ, weight of the newer")
+    chosen.set_ylabel("chosen λ, weight of the newer version")
     worth.set_ylabel(_short(f"{label}, all items"))
     worth.ticklabel_format(axis="y", useOffset=False)
     _legend(figure)
@@ -218,25 +223,25 @@ def alpha(
     spaces: Mapping[float, tuple[float, float]],
     label: str,
 ) -> Figure:
-    """Which λ is chosen when only [α, 1] is searched (Fig. 5).
+    """The λ that a search chooses in [α, 1], for several α (Fig. 5).
 
     Args:
-        names: of the two versions, older first.
+        names: the names of the two versions, older first.
         lam: n values of λ that were evaluated, in any order.
-        scores: of the soups, shape (n,).
-        spaces: α → chosen λ and its score; at least one.
-        label: what the scores are.
+        scores: the scores of the soups, shape (n,).
+        spaces: α → the chosen λ and its score; at least one entry.
+        label: the name of the score, for the axis.
     """
     order = np.argsort(lam)
     x, y = (np.asarray(values, float)[order] for values in (lam, scores))
     lines = ROW * len(spaces)
-    figure = _figure(f"Soup of {_pair(names)}: chosen in [α, 1]", height=HEIGHT + lines)
+    figure = _figure(f"Soup of {_pair(names)}: λ chosen in [α, 1]", height=HEIGHT + lines)
     above, below = figure.subplots(2, sharex=True, height_ratios=[3.0, lines])
     above.plot(x, y, "o-", color=BLUE, mfc="white", ms=5, label="evaluated λ")
     mark = {"marker": "D", "ls": "", "color": ORANGE, "ms": 7}
     above.plot(*np.transpose(list(spaces.values())), label="chosen λ", **mark)
     for row, (start, (best, score)) in enumerate(spaces.items()):
-        below.plot([start, 1.0], [row, row], color=GREY, lw=2, label="searched")
+        below.plot([start, 1.0], [row, row], color=GREY, lw=2, label="searched range")
         below.plot(best, row, **mark)
         place = (1.01, row)
         text = f"λ = {best:.4g}: {score:.4f}"
@@ -245,7 +250,7 @@ def alpha(
     below.set_ylim(len(spaces) - 0.5, -0.5)
     below.set_xlim(-0.02, 1.02)
     below.set_xlabel(_weight(names), wrap=True)
-    below.set_ylabel("space")
+    below.set_ylabel("search space")
     above.set_ylabel(_short(label))
     above.ticklabel_format(axis="y", useOffset=False)
     _legend(figure)
@@ -255,16 +260,16 @@ def alpha(
 def ood(
     methods: Sequence[str], tasks: Sequence[str], *, ind: ArrayLike, ood: ArrayLike, label: str
 ) -> Figure:
-    """Scores on tasks that chose λ themselves, beside those where other tasks did (Table 3).
+    """The scores on each task with λ found on that task, beside λ found on other tasks (Table 3).
 
     Args:
-        methods: names of m methods.
-        tasks: names of t tasks.
-        ind: scores with λ found on the task itself, shape (m, t).
-        ood: scores with λ found on the held-out tasks, shape (m, t).
-        label: what the scores are.
+        methods: the names of m methods.
+        tasks: the names of t tasks.
+        ind: the scores with λ found on the task itself, shape (m, t).
+        ood: the scores with λ found on the held-out tasks, shape (m, t).
+        label: the name of the score, for the axis.
     """
-    title = "Does λ found on other tasks do as well?"
+    title = "Is λ from other tasks as good as λ from the task itself?"
     figure, panels = _forest(title, dict.fromkeys(tasks, methods), sharex=False)
     own, other = np.asarray(ind, float), np.asarray(ood, float)
     rows = np.arange(len(methods))
@@ -273,7 +278,7 @@ def ood(
         axes.hlines(rows, x, there, color=GREY, lw=2, zorder=1)
         axes.plot(x, rows, "o", color=BLUE, ms=6, label="λ found on this task (IND)")
         hollow: dict[str, Any] = {"mfc": "none", "mew": 1.8, "ms": 9}
-        axes.plot(there, rows, "D", color=ORANGE, label="λ found elsewhere (OOD)", **hollow)
+        axes.plot(there, rows, "D", color=ORANGE, label="λ found on other tasks (OOD)", **hollow)
         axes.ticklabel_format(axis="x", useOffset=False)
     panels[-1].set_xlabel(label, wrap=True)
     _legend(figure)
@@ -281,12 +286,12 @@ def ood(
 
 
 def methods(groups: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str) -> Figure:
-    """Soups of each method against the better parent, as a forest plot (Tables 1 and 2).
+    """A forest plot of each method's soups against their better parent (Tables 1 and 2).
 
     Args:
-        groups: pair → method → paired difference to the pair's better parent, and the bounds of
-            its 95 % interval.
-        label: what the scores are.
+        groups: pair → method → the paired difference, soup minus better parent, and the lower and
+            upper bound of its 95 % interval.
+        label: the name of the score, for the axis.
     """
     figure, panels = _forest("Soups against their better parent", groups, sharex=True)
     for axes, results in zip(panels, groups.values(), strict=True):
@@ -319,7 +324,7 @@ def _figure(title: str, width: float = WIDTH, height: float = HEIGHT) -> Figure:
 def _forest(
     title: str, panels: Mapping[str, Collection[str]], *, sharex: bool
 ) -> tuple[Figure, list[Axes]]:
-    """Panels below each other by title, each with a line per name."""
+    """A figure with one panel per title, one below the other, and one line per name in a panel."""
     lines = [len(names) + 1 for names in panels.values()]
     height = ROW * sum(lines) + 0.6 * len(lines) + 1.2
     figure = _figure(title, height=max(3.0, height))
@@ -332,7 +337,7 @@ def _forest(
 
 
 def _legend(figure: Figure, handles: Iterable[Artist] = ()) -> None:
-    """Below the figure, where it hides nothing; each label once."""
+    """Draw the legend below the figure, where it covers nothing; each label appears once."""
     found = {str(handle.get_label()): handle for handle in handles}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -341,14 +346,17 @@ def _legend(figure: Figure, handles: Iterable[Artist] = ()) -> None:
 
 
 def _outline(axes: Axes, row: int, column: int, **style: Any) -> Artist:
-    """A frame around a cell of a heat map."""
+    """Draw a frame around a cell of a heat map."""
     corner = (column - 0.5, row - 0.5)
     frame = Rectangle(corner, 1, 1, fill=False, clip_on=False, zorder=3, **style)
     return axes.add_patch(frame)
 
 
 def _short(label: str) -> str:
-    """In lines that fit beside an axis; matplotlib's own wrapping knows only the whole figure."""
+    """The label broken into lines that fit beside an axis.
+
+    matplotlib itself only wraps at the edge of the whole figure.
+    """
     return fill(label, 32)
 
 

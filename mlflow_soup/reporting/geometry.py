@@ -1,8 +1,8 @@
-"""Whether parents lie near enough to be merged: the theory's ratio, sentences and a figure.
+"""Tell whether parents are close enough to merge, with the theory's ratio, sentences and a figure.
 
-Checkpoints of one run that lie close together share a basin, and their mean is as good as they are
-or better. Distant ones collapse: merging Baichuan2-7B's at 220B and 2200B tokens left chance level
-(Liu et al. 2024, arXiv:2403.19390, fig. 1).
+Checkpoints of one run that are close together lie in the same basin of the loss, and their mean is
+as good as they are or better. The mean of distant checkpoints can fail: the merge of Baichuan2-7B
+at 220B and 2200B tokens scores at chance level (Liu et al. 2024, arXiv:2403.19390, fig. 1).
 """
 
 import itertools
@@ -17,41 +17,47 @@ from mlflow_soup.reporting import report
 from mlflow_soup.search.space import Space
 
 COLOURS = (report.BLUE, report.ORANGE, report.GREEN, report.GREY)
-# Relative L2 from which on parents look too far apart to merge. It was set on one run of one small
-# model, all 78 pairs of the quickstart's 13 checkpoints (1.3 million weights, a constant learning
-# rate), and held against 46 pairs of another seed at a quarter of that rate:
+# Parents with a larger relative L2 look too far apart to merge. The value comes from one run of one
+# small model: all 78 pairs of the quickstart's 13 checkpoints (1.3 million weights, a constant
+# learning rate). It was then tested on 46 pairs of a run with another seed and a quarter of that
+# learning rate. The first number of each cell is from the first run, the second from the other run:
 #
-#     pairs                        farther: 42 and 17    nearer: 36 and 29
-#     soup beats better parent             0 and 0            29 and 17
-#     soup loses more than a point        36 and 17            1 and 8
+#     pairs                                farther than FAR    nearer
+#     all                                  42 and 17           36 and 29
+#     soup beats the better parent          0 and 0            29 and 17
+#     soup loses more than a point         36 and 17            1 and 8
 #
-# so no pair was warned of that gained, and some lost without a warning, from 0.52 on: what splits
-# the losses best is 0.89 in one run and 0.52 in the other. Relative L2 ranks them a little better
-# (AUC 0.98 and 0.99) than the cosine (0.97 and 0.98). Far parents are unequal parents there, which
-# alone makes a mean worse than the better one, and no soup was worse than both. But the last
-# checkpoint and itself with units of its MLPs swapped about, equal in every answer, lose as well:
-# 0.3 points at 0.49, 1.2 at 0.63, 2.2 at 0.77 and 6.0 at 0.89. Larger models may differ.
+# No pair with a gain got a warning. Some pairs with a loss got none, from a relative L2 of 0.52 on.
+# The best threshold for the losses is 0.89 in the first run and 0.52 in the other. Relative L2
+# ranks the losses a little better (AUC 0.98 and 0.99) than the cosine does (0.97 and 0.98).
+#
+# In these runs, parents that are far apart also have unequal scores. That alone makes the mean
+# worse than the better parent, and no soup was worse than both parents. But distance alone costs
+# score too: the last checkpoint and a copy with permuted MLP units give equal answers, and their
+# soup loses 0.3 points at a relative L2 of 0.49, 1.2 at 0.63, 2.2 at 0.77 and 6.0 at 0.89. Larger
+# models may behave differently.
 FAR = 0.75
 
 
 def kl_ratio(distance: LayerDistance, lam: Sequence[float]) -> float:
-    """KL(Q‖P) of the soup as a share of the newest parent's (Liu et al., arXiv:2403.19390 v2).
+    """The ratio KL(soup‖prior) / KL(newest parent‖prior) (Liu et al., arXiv:2403.19390 v2).
 
-    With the prior P = N(Θ_old, σ²·I) and posteriors Q = N(Θ, σ²·I) around the soup and around the
-    newest parent, KL(Q‖P) = ‖Θ − Θ_old‖² / 2σ², and the share is
+    The prior is P = N(Θ_old, σ²·I). The posterior around Θ, the soup or the newest parent, is
+    Q = N(Θ, σ²·I). Then KL(Q‖P) = ‖Θ − Θ_old‖² / 2σ², and the ratio is
 
         ‖Θ(λ) − Θ_old‖² / ‖Θ_new − Θ_old‖²
 
-    the smaller, the tighter the PAC-Bayes bound. (Another variance of Q adds one term to both.) For
-    a pair it is λ² whatever the parents are; for more, with δ_i = Θ_i − Θ_old, it is
-    Σ λ_i·λ_j·⟨δ_i, δ_j⟩ / ‖δ_new‖² and may exceed 1.
+    A smaller ratio gives a tighter PAC-Bayes bound. (Another variance of Q adds the same term to
+    both divergences.) For a pair the ratio is λ², independent of the parents. For more parents,
+    with δ_i = Θ_i − Θ_old, it is Σ λ_i·λ_j·⟨δ_i, δ_j⟩ / ‖δ_new‖² and can exceed 1.
 
     Args:
-        distance: of the parents, `Distance.whole` as a rule.
+        distance: the distances of the parents, usually `Distance.whole`.
         lam: merge weights λ, one per parent, oldest first; they sum to 1.
 
     Returns:
-        ≥ 0; for more than two parents NaN where the newest equals the oldest.
+        The ratio, ≥ 0. It is NaN if there are more than two parents and the newest equals the
+        oldest.
     """
     if len(lam) == 2:
         return lam[1] ** 2
@@ -64,11 +70,11 @@ def kl_ratio(distance: LayerDistance, lam: Sequence[float]) -> float:
 
 
 def table(distance: Distance, names: Sequence[str]) -> Table:
-    """Each layer's distances, from each parent to the next, and those of all layers together.
+    """The distances from each parent to the next, for each layer and for all layers together.
 
     Args:
-        distance: of all parents.
-        names: theirs, oldest first.
+        distance: the distance of all parents.
+        names: the names of the parents, oldest first.
     """
     rows = [
         (
@@ -79,28 +85,28 @@ def table(distance: Distance, names: Sequence[str]) -> Table:
         for layer in (*distance.layers, distance.whole)
     ]
     return Table(
-        ("parents", "layer", "relative L2", "cosine", "cosine of the delta with the older"),
+        ("parents", "layer", "relative L2", "cosine", "cosine of the older and (newer − older)"),
         tuple(rows),
     )
 
 
 def _farthest(distance: LayerDistance) -> tuple[int, int]:
-    """The two parents, older first, that are farthest apart for the older one's size."""
+    """The two parents with the largest relative L2, older first."""
     pairs = itertools.combinations(range(len(distance.norms)), 2)
     return max(pairs, key=lambda pair: distance.relative(*pair))
 
 
 def _share(value: float) -> str:
-    """`12.3 %`, `0.0123 %`, `1230 %`."""
+    """A share as a percentage of three digits: `12.3 %`, `0.0123 %`, `1230 %`."""
     return f"{100 * value:{'.3g' if value < 10 else '.0f'}} %"
 
 
 def words(distance: Distance, names: Sequence[str]) -> str:
-    """How far apart the parents are, in a sentence; of more than two, those farthest apart.
+    """One sentence that says how far apart the parents are; of more than two, the farthest pair.
 
     Args:
-        distance: of all parents.
-        names: theirs, oldest first.
+        distance: the distance of all parents.
+        names: the names of the parents, oldest first.
     """
     whole = distance.whole
     i, j = _farthest(whole)
@@ -110,30 +116,31 @@ def words(distance: Distance, names: Sequence[str]) -> str:
     if len(names) > 2:
         who = f"The parents farthest apart, {names[i]} and {names[j]}, differ by"
     return (
-        f"{who} {_share(whole.relative(i, j))} of the older one's norm (relative L2), cosine "
-        f"{whole.cosine(i, j):.4f}; most in {most.name} ({_share(most.relative(i, j))})."
+        f"{who} {_share(whole.relative(i, j))} of the older one's norm (relative L2); their "
+        f"cosine is {whole.cosine(i, j):.4f}. They differ most in {most.name} "
+        f"({_share(most.relative(i, j))})."
     )
 
 
 def theory(distance: Distance, recipe: Recipe) -> str:
-    """What the theory says of the soup, in a sentence: its KL ratio, λ² for a pair."""
+    """Sentences that say what the theory predicts for the soup: its KL ratio, λ² for a pair."""
     ratio = kl_ratio(distance.whole, recipe.lam)
     symbol = "KL ratio λ²" if len(recipe.lam) == 2 else "KL ratio"
     return (
-        f"{symbol} = {ratio:.4g}: the divergence from the oldest parent, which a PAC-Bayes bound "
-        f"of the loss grows with, is {_share(ratio)} of the newest parent's (Liu et al., "
-        "arXiv:2403.19390 v2)."
+        f"{symbol} = {ratio:.4g}: the soup's divergence from the oldest parent is {_share(ratio)} "
+        "of the newest parent's. A PAC-Bayes bound of the loss grows with this divergence (Liu et "
+        "al., arXiv:2403.19390 v2)."
     )
 
 
 def caution(distance: Distance, names: Sequence[str]) -> str:
-    """A warning when parents look too far apart to merge, empty when they do not.
+    """A warning when parents look too far apart to merge; empty otherwise.
 
-    Nothing is forbidden: `FAR` rests on one small model.
+    It is a warning and not an error, because `FAR` was measured on one small model.
 
     Args:
-        distance: of all parents.
-        names: theirs, oldest first.
+        distance: the distance of all parents.
+        names: the names of the parents, oldest first.
     """
     whole = distance.whole
     i, j = _farthest(whole)
@@ -142,22 +149,23 @@ def caution(distance: Distance, names: Sequence[str]) -> str:
         return ""
     return (
         f"{names[i]} and {names[j]} look too far apart to merge: they differ by {_share(apart)} of "
-        f"the older one's norm, and beyond {_share(FAR)} no uniform soup of a pair beat its better "
-        "parent in our trials on a small model. Merge neighbours: versions that were saved shortly "
-        f"one after the other, the last of them {names[-1]}."
+        f"the older one's norm. In our experiments with a small model, no uniform soup of two "
+        f"versions that differ by more than {_share(FAR)} beat its better parent. Merge "
+        f"neighbours: {names[-1]} and the versions saved shortly before it."
     )
 
 
 def barrier(space: Space, trials: Sequence[Trial], *, confidence: float = 0.95) -> str:
-    """A warning when the uniform soup is worse than every parent, empty when that is not certain.
+    """A warning when the uniform soup is certainly worse than every parent; empty otherwise.
 
-    These scores are what a search measures first, so this costs nothing. A mean that is worse than
-    what it is the mean of has left the basin (Frankle et al. 2020, arXiv:1912.05671).
+    A search measures these scores first, so the check costs nothing. If the mean of the parents is
+    worse than every parent, it lies outside their basin (Frankle et al. 2020, arXiv:1912.05671).
 
     Args:
-        space: what is searched.
-        trials: the history; there is no warning while parents or uniform soup have no score.
-        confidence: of the two-sided intervals of the paired differences, all below 0.
+        space: the space of merge weights that is searched.
+        trials: the history. There is no warning until all parents and the uniform soup have scores.
+        confidence: the confidence of the two-sided intervals. The warning needs every interval of
+            a paired difference, uniform soup minus parent, to lie below 0.
     """
     scores = {trial.recipe: trial.held_out for trial in trials if trial.held_out is not None}
     if not {*space.start()} <= {*scores}:
@@ -168,18 +176,20 @@ def barrier(space: Space, trials: Sequence[Trial], *, confidence: float = 0.95) 
         return ""
     least = max(losses, key=lambda loss: loss.value)
     return (
-        "There is a barrier between the parents: against the worst of them their uniform soup "
-        f"scores {report.format_difference(least, confidence)}. Merge nearer neighbours; a search "
-        "can only find weights close to one parent here."
+        "There is a barrier between the parents: their uniform soup scores "
+        f"{report.format_difference(least, confidence)} against the worst of them. Merge closer "
+        "neighbours: for these parents, a search can only find weights close to one parent."
     )
 
 
 def distances(distance: Distance, names: Sequence[str]) -> Figure:
-    """Relative L2 of each layer, from each parent to the next; dashed, of all layers together.
+    """The figure of each layer's relative L2, from each parent to the next.
+
+    A dashed line shows the relative L2 of all layers together.
 
     Args:
-        distance: of all parents.
-        names: theirs, oldest first.
+        distance: the distance of all parents.
+        names: the names of the parents, oldest first.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -212,5 +222,5 @@ def distances(distance: Distance, names: Sequence[str]) -> Figure:
 
 
 def _width(layer: LayerDistance, count: int) -> float:
-    """Room for a layer's bars; for what has a word for a label in deep networks that of several."""
+    """The width of a layer's bars, wider for a label that is a word if there are many layers."""
     return 1.0 if layer.name.startswith("layer ") else max(1.0, count / 14)

@@ -1,7 +1,7 @@
-"""Records → words and pictures: Markdown for MLflow's pages, lines for the terminal, one figure.
+"""Write a run's report: Markdown for MLflow's pages, lines for the terminal, and one figure.
 
-Scores that are shares (accuracies) are shown as such; differences of them in points would hide what
-unit other metrics have, so every difference keeps its metric's unit.
+Every score and every difference has the unit of its metric. An accuracy is a share between 0 and 1,
+not percentage points: points would hide that other metrics have other units.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def _trial_of(trials: Sequence[Trial], recipe: Recipe) -> Trial | None:
 
 
 def format_difference(difference: Difference, confidence: float = 0.95) -> str:
-    """`+0.0142 (95 % interval +0.0021 to +0.0263, 1500 paired items)`."""
+    """A difference as text: `+0.0142 (95 % interval +0.0021 to +0.0263, 1500 paired items)`."""
     low, high = pairing.interval(difference, confidence)
     return (
         f"{difference.value:+.4f} ({confidence:.0%} interval {low:+.4f} to {high:+.4f}, "
@@ -50,7 +50,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_check(check: Check) -> str:
-    """One rule of the gate in words and numbers."""
+    """One check of the gate in words and numbers, in one line."""
     verdict = "holds" if check.passed else "REFUSED"
     against = f"{check.name} against {check.against}: {check.difference.value:+.4f}"
     if check.name == "held-out":
@@ -71,12 +71,19 @@ def checks_table(verdict: Verdict) -> str:
         ]
         for check in verdict.checks
     ]
-    head = ["check", "against", "difference ± paired s.e.", "bound", "required", "holds"]
+    head = [
+        "check",
+        "against",
+        "difference ± paired standard error",
+        "bound",
+        "must not be below",
+        "holds",
+    ]
     return _table(head, rows)
 
 
 def ood_table(roles: Mapping[str, Evidence]) -> str:
-    """Held-out and OOD numbers of every model as a Markdown table, as lm-eval prints them."""
+    """The held-out and OOD scores of every model as a Markdown table, as lm-eval prints them."""
     soup = roles["soup"]
     names = ["held-out", *(name for name, _ in soup.ood)]
     rows = []
@@ -89,21 +96,21 @@ def ood_table(roles: Mapping[str, Evidence]) -> str:
 
 @dataclass(frozen=True)
 class Story:
-    """All that a run has to tell.
+    """Everything that the report of a run shows.
 
     Attributes:
-        method: how the soup was found.
-        space: what was searched.
-        soup: what was registered.
-        existed: whether an earlier run of the same request had registered it.
-        trials: every evaluation.
-        gain: paired held-out difference between the soup and its better parent.
-        better: that parent.
-        roles: evidence of the OOD stage; empty when there was none.
-        verdict: the gate's, or None.
-        promoted: where the soup was promoted to; empty when it was not.
-        distance: of the parents.
-        notes: further sentences a reader should know.
+        method: the name of the method that found the soup.
+        space: the space of merge weights that was searched.
+        soup: the registered soup.
+        existed: True when an earlier run of the same request registered the soup.
+        trials: all trials, in order.
+        gain: the paired held-out difference between the soup and its better parent.
+        better: the better parent.
+        roles: role → evidence of the OOD stage; empty when there was no OOD stage.
+        verdict: the verdict of the gate, or None when there was no OOD stage.
+        promoted: the target of the promotion; empty when the soup was not promoted.
+        distance: the distance of the parents.
+        notes: more sentences for the reader.
     """
 
     method: str
@@ -121,7 +128,7 @@ class Story:
 
 
 def baselines(story: Story) -> list[tuple[str, Trial]]:
-    """The soup's trial beside what it has to beat: parents and uniform soup."""
+    """The trials of the parents, the uniform soup and the chosen soup, each with a label."""
     space, soup, trials = story.space, story.soup, story.trials
     alone = zip(soup.parents, space.parents(), strict=True)
     named = [(f"{p.version} alone ({recipe.label})", recipe) for p, recipe in alone]
@@ -134,10 +141,10 @@ def baselines(story: Story) -> list[tuple[str, Trial]]:
 
 
 def markdown(story: Story, links: Mapping[str, str]) -> str:
-    """The whole story, for a run's note and a version's page.
+    """The report in Markdown, for the note of the run and the page of the version.
 
     Args:
-        story: what happened.
+        story: what the report shows.
         links: Markdown link targets for `run`, `trials` and each parent's name.
     """
     soup, trials = story.soup, story.trials
@@ -156,13 +163,13 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
         f"{mixture}, {story.method}: {METHODS[story.method].words}; {len(trials)} evaluations "
         f"([run]({links['run']}), [all λ]({links['trials']})).",
         f"## Held-out: {metrics}",
-        _table(["model", "score", "s.e."], rows),
+        _table(["model", "score", "standard error"], rows),
         f"Against the better parent, {story.better}: **{format_difference(story.gain)}**. "
         + (
-            "The soup was chosen on these items, so the gain is somewhat optimistic; the OOD items "
-            "took no part in the choice."
+            "The soup was chosen on these items, so the gain is somewhat optimistic. The OOD items "
+            "did not influence the choice."
             if METHODS[story.method].chooses
-            else "Nothing was chosen by these scores."
+            else "These scores did not influence the choice of the soup."
         ),
     ]
     if story.verdict is not None:
@@ -179,7 +186,7 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
 
 
 def trials_table(story: Story) -> str:
-    """Every evaluation in order, as a Markdown section."""
+    """All trials in order, as a Markdown section."""
     history = [
         [str(t.number), str(t.recipe), f"{t.held_out.value:.4f}" if t.held_out else "failed"]
         for t in story.trials
@@ -188,9 +195,10 @@ def trials_table(story: Story) -> str:
 
 
 def landscape(story: Story) -> Figure:
-    """Held-out scores: over λ with the curve that is believed in, or of more parents by trial.
+    """The held-out scores: over λ for two parents, by trial number for more.
 
-    Marked are parents, uniform soup and the chosen one.
+    The parents, the uniform soup and the chosen soup have marks of their own. For two parents, the
+    figure also shows the curve that the search estimated.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -234,19 +242,19 @@ def landscape(story: Story) -> Figure:
 
 
 def _draw_curve(axes: Axes, story: Story) -> None:
-    """The curve of a pair with its 95 % band, and where nothing was searched."""
+    """Draw the estimated curve of a pair with its 95 % band, and shade the part not searched."""
     alpha = story.space.alpha
     belief = believe(story.trials)
     grid = np.linspace(0.0, 1.0, 401)
     points = np.column_stack([1.0 - grid, grid])
     mean, std = belief.posterior.predict(points)
     axes.fill_between(grid, mean - 1.96 * std, mean + 1.96 * std, color=BLUE, alpha=0.15, lw=0)
-    what = "from the items" if belief.landscape is not None else "Gaussian process"
+    what = "curve from the items" if belief.landscape is not None else "Gaussian process"
     axes.plot(grid, mean, color=BLUE, label=f"{what}, 95 % band")
     if belief.landscape is not None:
         smooth = belief.landscape.population(points)
-        smooth += np.mean(mean - smooth)  # its shape is what counts
-        axes.plot(grid, smooth, "--", color=ORANGE, label="smoothed: what is chosen by")
+        smooth += np.mean(mean - smooth)  # only the shape of this curve matters
+        axes.plot(grid, smooth, "--", color=ORANGE, label="smoothed curve, which chooses λ")
     if alpha > 0:
         axes.axvspan(-0.02, alpha, color=GREY, alpha=0.08, lw=0)
         axes.annotate(
@@ -260,11 +268,11 @@ def _draw_curve(axes: Axes, story: Story) -> None:
 
 
 def summary(story: Story, look: Sequence[str]) -> str:
-    """The command's last lines.
+    """The last lines that the command prints.
 
     Args:
-        story: what happened.
-        look: lines that say where to look at it.
+        story: what the lines report.
+        look: lines that say where to find the run and the version.
     """
     soup = story.soup
     width = max(len(label) for label, _ in baselines(story))
@@ -273,14 +281,14 @@ def summary(story: Story, look: Sequence[str]) -> str:
         assert trial.held_out is not None
         lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
     lines.append(f"soup against its better parent, {story.better}: {format_difference(story.gain)}")
-    done = "was registered before as" if story.existed else "registered as"
+    done = "an earlier run registered it as" if story.existed else "registered as"
     how = f"{soup.recipe.label}, {len(story.trials)} evaluations"
     lines.append(f"{done} {soup.version.uri} ({how})")
     if story.verdict is not None:
         lines.append(f"gate {'passed' if story.verdict.passed else 'REFUSED'}")
         lines += [f"  {format_check(check)}" for check in story.verdict.checks]
     else:
-        lines.append("gate not asked: no OOD tasks were given (--ood-tasks)")
+        lines.append("gate not run: no OOD tasks were given (--ood-tasks)")
     if story.promoted:
         lines.append(f"promoted: {story.promoted}")
     return "\n".join([*lines, *story.notes, *look])

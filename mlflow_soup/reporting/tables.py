@@ -1,7 +1,7 @@
-"""One table, three readers: a page, a terminal, a program.
+"""Write a table as Markdown for a page, as text for a terminal, or as CSV for a program.
 
-People get four decimals and see the best of a column; what reads equal is equally good. Programs
-get every digit.
+People get four decimals, and the best numbers of a column are marked. Numbers that look equal in
+four decimals count as equal. Programs get every digit.
 """
 
 import io
@@ -13,7 +13,7 @@ from mlflow_soup.records import Cell, Table
 
 
 def best(table: Table) -> set[tuple[int, int]]:
-    """(row, column) of every number that none in its group is better than, to four decimals."""
+    """The (row, column) of every best number of its group, compared to four decimals."""
     key = table.columns.index(table.group) if table.group else None
     groups: dict[Cell, list[int]] = {}
     for number, row in enumerate(table.rows):
@@ -35,7 +35,7 @@ def best(table: Table) -> set[tuple[int, int]]:
 
 
 def markdown(table: Table) -> str:
-    """For a page: the best in bold, numbers to the right."""
+    """The table in Markdown, with the best numbers in bold and numbers aligned to the right."""
     head, body = _shown(table)
     bold = best(table)
     rows = [
@@ -48,13 +48,13 @@ def markdown(table: Table) -> str:
 
 
 def text(table: Table) -> str:
-    """For a terminal: aligned columns, numbers to the right, the best with a `*`."""
+    """The table in aligned columns, with a `*` after the best and numbers aligned to the right."""
     head, body = _shown(table)
     stars = best(table)
     columns = []
     for j, (name, numeric) in enumerate(zip(head, _numeric(table), strict=True)):
         cells = [name, *(row[j] for row in body)]
-        if table.columns[j] in table.best:  # -1: the name stands over the digits, not the stars
+        if table.columns[j] in table.best:  # -1: the head counts as row -1, which has no star
             cells = [cell + " *"[(i, j) in stars] for i, cell in enumerate(cells, -1)]
         width = max(len(cell) for cell in cells)
         columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in cells])
@@ -62,7 +62,7 @@ def text(table: Table) -> str:
 
 
 def csv(table: Table) -> str:
-    """For a program: `float` of a cell is exactly the number, an empty one is None."""
+    """The table as CSV: `float` of a cell gives the exact number, an empty cell is None."""
     out = io.StringIO()
     lines = writer(out, lineterminator="\n")
     lines.writerow(table.columns)
@@ -71,7 +71,7 @@ def csv(table: Table) -> str:
 
 
 def _shown(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Names and rows as people read them, each cell on one line."""
+    """The column names and rows as people read them, each cell on one line."""
     signs = ["+" if name.startswith(("Δ", "gain")) else "" for name in table.columns]
     rows = [[_words(*pair) for pair in zip(row, signs, strict=True)] for row in table.rows]
     return [_words(name, "") for name in table.columns], rows
@@ -79,7 +79,7 @@ def _shown(table: Table) -> tuple[list[str], list[list[str]]]:
 
 def _words(cell: Cell, sign: str) -> str:
     if isinstance(cell, float):
-        return format(cell, f"{sign}z.4f")  # z: what rounds to zero has no minus
+        return format(cell, f"{sign}z.4f")  # z: a number that rounds to zero gets no minus sign
     if isinstance(cell, int):
         return format(cell, f"{sign}d")
     return " ".join((cell or "").split())
@@ -90,7 +90,7 @@ def _escaped(words: str) -> str:
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Which columns hold numbers, as far as they hold anything."""
+    """For each column, True if it holds numbers and no text."""
     columns = [[row[j] for row in table.rows] for j in range(len(table.columns))]
     return [
         any(c is not None for c in cells) and not any(isinstance(c, str) for c in cells)

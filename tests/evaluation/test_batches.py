@@ -9,7 +9,7 @@ tokens = st.lists(st.integers(0, 2), min_size=2, max_size=12)
 
 @st.composite
 def inputs(draw):
-    """Distinct sequences of a few tokens, so that many begin alike; the longest first."""
+    """Distinct sequences of few different tokens, so that many begin alike; the longest first."""
     drawn = draw(st.lists(st.tuples(tokens, st.integers(1, 12)), min_size=1, max_size=20))
     found = {
         pack(own): Input(pack(own), f"task {rows % 2}", [(0, own[: min(rows, len(own))])])

@@ -130,7 +130,7 @@ def test_a_model_that_gives_no_finite_likelihoods_is_no_good_model(checkpoints, 
 
 
 def rescaled(model, factor):
-    """Values of the attention times a factor, and what is made of them divided by it: the same."""
+    """Scale the attention values by a factor and divide the output by it: an equal model."""
     with torch.no_grad():
         for layer in model.gpt_neox.layers:
             attention = layer.attention
@@ -168,7 +168,7 @@ def test_a_perplexity_beyond_all_numbers_is_no_score(live, tasks, monkeypatch):
     monkeypatch.setattr(
         scoring._lm, "loglikelihood_rolling", lambda *a, **k: [1e4 * x for x in rolling(*a, **k)]
     )
-    with pytest.raises(errors.NonFiniteError, match="exceeds all numbers"):
+    with pytest.raises(errors.NonFiniteError, match="too large for a float"):
         scoring.score()
 
 
@@ -284,7 +284,7 @@ def rows_of(path):
 
 @pytest.fixture
 def texts(live, tasks):
-    """What the texts of a suite are."""
+    """A function that returns the texts of a suite."""
 
     def read(names, **options):
         folders = dict.fromkeys([str(options.pop("folder", tasks)), str(tasks)])
@@ -331,7 +331,7 @@ def test_a_reference_follows_its_prompt_as_in_few_shot_examples(texts, tasks, tm
 
 def test_an_item_without_one_right_answer_has_no_text(texts, tasks, tmp_path):
     rows = rows_of(tasks / "letters.jsonl")[:3]
-    rows[1]["answer"] = -100  # as some data sets mark what nobody labelled
+    rows[1]["answer"] = -100  # as some data sets mark items without a label
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "some"}
     config["dataset_kwargs"]["data_files"]["validation"] = str(tmp_path / "some.jsonl")

@@ -65,7 +65,7 @@ IDS = torch.arange(20)[None]
 
 
 def save_pair(family, dtype, root):
-    """Two checkpoints that agree in some tensors, as those of an expert nobody was routed to."""
+    """Save two checkpoints with some equal tensors, like an expert that no token was routed to."""
     folders = []
     for i in (1, 2):
         torch.manual_seed(i)
@@ -86,7 +86,7 @@ def merge(folders, lam, out):
 
 
 def reload(folder, live):
-    """The model as it is loaded from a folder, where the live one is."""
+    """Load the model from a folder, onto the device of the live model."""
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return loaded.to(live.model.device)
 
@@ -116,7 +116,7 @@ def test_the_live_model_is_the_written_file_bit_for_bit(tmp_path, family, dtype)
 
 
 def old_pythia(folder):
-    """Buffers as GPTNeoX checkpoints of transformers 4 have them, and no `dtype` in the config."""
+    """Add the buffers of a transformers 4 GPTNeoX checkpoint, and rename `dtype` in the config."""
     path = folder / "model.safetensors"
     content = load_file(path)
     for layer in range(SMALL["num_hidden_layers"]):
@@ -183,7 +183,7 @@ def test_a_head_saved_beside_the_embedding_it_is_tied_to_is_written_once(tmp_pat
 
 
 def test_versions_of_transformers_that_drop_dimensions_of_one_are_followed(tmp_path, monkeypatch):
-    def squeezing(model, weights):  # as 5.17 does with what it takes apart
+    def squeezing(model, weights):  # as transformers 5.17 does when it splits tensors
         reverted = revert_weight_conversion(model, weights)
         return {name: weight.squeeze() for name, weight in reverted.items()}
 
@@ -254,13 +254,13 @@ def test_a_head_that_only_one_parent_ties_to_its_embedding_is_refused(tmp_path, 
         content["lm_head.weight"] = content["model.embed_tokens.weight"] * (1 if i == base else 2)
         save_file(content, folder / "model.safetensors", {"format": "pt"})
     live = LiveModel(find_checkpoint(folders[base], "base"))
-    with pytest.raises(errors.ParentError, match=r"embed_tokens.* differ, and the model ties them"):
+    with pytest.raises(errors.ParentError, match=r"embed_tokens.* differ, but the model ties them"):
         link(live, folders)
 
 
 @pytest.fixture
 def transposing():
-    """A transformers that transposes Llama's output projections on loading, as it does others'."""
+    """Make transformers transpose Llama's output projections when it loads them."""
     name = "self_attn.o_proj.weight"
     before = get_checkpoint_conversion_mapping("llama")
     converter = WeightConverter(name, name, operations=[Transpose(0, 1)])
@@ -277,7 +277,7 @@ def test_weights_that_are_transposed_on_loading_are_refused(tmp_path, transposin
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.data.zero_()
     toy.save(model, tmp_path / "v1")
-    with pytest.raises(errors.ParentError, match=r"cannot be followed: .*o_proj"):
+    with pytest.raises(errors.ParentError, match=r"cannot match the weights of v1 .*o_proj"):
         LiveModel(find_checkpoint(tmp_path / "v1", "v1"))
 
 

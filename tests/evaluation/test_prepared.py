@@ -20,7 +20,7 @@ from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
 from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.weights.find import find_checkpoint
 
-NATS = 1e-4  # what a log-likelihood may differ by in fp32
+NATS = 1e-4  # the largest allowed difference of a log-likelihood in fp32
 SIZES = {
     "vocab_size": len(toy.tokenizer()),
     "hidden_size": 32,
@@ -101,7 +101,10 @@ def assert_same(ours, theirs):
 
 @pytest.fixture(autouse=True, scope="module")
 def free_forwards():
-    """Let tokens decide whether to share: models this small spend their time elsewhere."""
+    """Set the fixed cost of a forward pass to 0, so that only tokens decide whether to share.
+
+    On models this small, the fixed cost would decide alone.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(prepared.OVERHEAD, "cpu", 0.0)
         yield
@@ -118,9 +121,9 @@ def live(checkpoints):
 
 @pytest.fixture(scope="module")
 def mixed(tasks, tmp_path_factory):
-    """Tasks of every kind, with the folder they are in."""
+    """A folder with tasks of every kind."""
     folder = tmp_path_factory.mktemp("mixed")
-    for path in tasks.iterdir():  # a task's data are in its folder
+    for path in tasks.iterdir():  # a task's data must be in its own folder
         text = path.read_text().replace(str(tasks), str(folder))
         (folder / path.name).write_text(text)
     base = yaml.safe_load((folder / "letters.yaml").read_text())
@@ -157,7 +160,7 @@ MIXED = "several:acc_norm,drawn:acc,same:acc,long:bits_per_byte,generate:exact_m
 
 @pytest.fixture(scope="module")
 def theirs(live, mixed):
-    """What lm-eval's own function says about those tasks."""
+    """The results of lm-eval's own function for those tasks."""
     return simple_evaluate(
         wrapped(live.model, HFLM, 32, None),
         tasks=[term.split(":")[0] for term in MIXED.split(",")],
@@ -264,7 +267,7 @@ def test_the_same_question_in_two_tasks_is_forwarded_once():
 
 
 class Untrusting(nn.Module):
-    """A head that sees more than one position: it wants the hidden states of a whole batch."""
+    """A head that needs the hidden states of a whole batch, not single positions."""
 
     def __init__(self, head, fails):
         super().__init__()
@@ -278,7 +281,7 @@ class Untrusting(nn.Module):
 
 
 class Hidden(nn.Linear):
-    """A head whose model takes its weight and never calls it."""
+    """A head that its model never calls: the model only uses the weight."""
 
     def forward(self, hidden):
         return torch.nn.functional.linear(hidden, self.weight)
@@ -296,7 +299,7 @@ def test_a_model_whose_head_does_not_cooperate_is_forwarded_as_lm_eval_does(way,
         monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
     else:
         monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    # one batch, which the head that looks at its whole batch needs to agree with lm-eval's
+    # one batch: a head that reads the whole batch only agrees with lm-eval on equal batches
     requests = letters(4)[::4]
     lm = wrapped(model)
     lm.prepare({"loglikelihood": requests})

@@ -53,13 +53,13 @@ def test_tasks_are_named_as_lm_eval_names_them(tasks, text, terms):
     [
         ("toy_lettres", "no task 'toy_lettres'", "did you mean toy_letters"),
         ("toy_letters:accc", "no metric 'accc'", "did you mean acc"),
-        ("toy_letters:acc,non", "no filter 'non'", "it has none"),
+        ("toy_letters:acc,non", "no filter 'non'", "choose one of: none"),
         ("toy_all,toy_digits", "Duplicate task", "name each task once"),
         ("toy_letters,toy_letters:acc", "named twice", "name each task once"),
-        ("toy_split", "KeyError", "mend its YAML"),
+        ("toy_split", "KeyError", "correct its YAML"),
         ("toy_unsafe", "runs code", "sandbox"),
-        ("a/b", "'a/b' is no lm-eval task", "task:metric"),
-        ("toy_f1", "no sum over items", "averaged over items"),
+        ("a/b", "'a/b' is not an lm-eval task", "task:metric"),
+        ("toy_f1", "is not a sum over items", "averaged over items"),
     ],
 )
 def test_wrong_task_names_are_answered_with_near_ones(tasks, tmp_path, text, what, fix):

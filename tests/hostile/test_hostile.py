@@ -402,17 +402,20 @@ ESCAPE = "{{ cycler.__init__.__globals__.os.system('touch canary') }}"
 FILE = {"test": "SECRET"}
 
 TASKS = {
-    "a function": (with_lines("process_docs: !function utils.run\n"), "mine.yaml runs a function"),
+    "a function": (
+        with_lines("process_docs: !function utils.run\n"),
+        "mine.yaml runs a Python function",
+    ),
     "a function of Python's": (with_lines("doc_to_text: !function os.system\n"), "os.system"),
     "a function for few shots": (
         with_lines("fewshot_config: {samples: !function utils.run}\n"),
-        "runs a function, utils.run",
+        "runs a Python function, utils.run",
     ),
     "a function as metric": (
         with_lines("metric_list: [{metric: !function utils.run}]\n"),
-        "runs a function, utils.run",
+        "runs a Python function, utils.run",
     ),
-    "a class": (with_lines("class: !function utils.Task\n"), "runs a function, utils.Task"),
+    "a class": (with_lines("class: !function utils.Task\n"), "runs a Python function, utils.Task"),
     "a class by name": (with_fields(**{"class": "utils.Task"}), "is a Python class"),
     "an include above": (include_of("../elsewhere/base.yaml"), "includes '../elsewhere/base.yaml'"),
     "an include by path": (include_of("{}/base.yaml"), "which is outside its folder"),
@@ -426,12 +429,12 @@ TASKS = {
         with_data(data_dir="ELSEWHERE", data_files="secret.jsonl"),
         "elsewhere', which is outside",
     ),
-    "data by a pattern": (with_data(data_files="ELSEWHERE/*.jsonl"), "which is no plain file"),
+    "data by a pattern": (with_data(data_files="ELSEWHERE/*.jsonl"), "which is not a plain file"),
     "data from the network": (
         with_data(data_files="http://169.254.169.254/latest"),
-        "no plain file",
+        "not a plain file",
     ),
-    "data in an archive": (with_data(data_files="zip://a::SECRET"), "no plain file"),
+    "data in an archive": (with_data(data_files="zip://a::SECRET"), "not a plain file"),
     "data by a script": (with_fields(dataset_path="UTILS"), "takes its data from '/.*utils.py'"),
     "data by a folder": (
         with_fields(dataset_path="ELSEWHERE"),
@@ -440,12 +443,15 @@ TASKS = {
     "data by a folder above": (with_fields(dataset_path="../elsewhere"), "'../elsewhere'"),
     "remote code": (with_data(trust_remote_code=True), "with trust_remote_code"),
     "a cache elsewhere": (with_data(cache_dir="ELSEWHERE"), "loads its data with cache_dir"),
-    "data by code": (with_fields(custom_dataset="utils.run"), "makes its data by code"),
+    "data by code": (with_fields(custom_dataset="utils.run"), "makes its data with code"),
     "a metric of evaluate": (
         with_fields(metric_list=[{"metric": "acc", "hf_evaluate": True}]),
-        "from the evaluate library, which fetches code",
+        "from the evaluate library, which downloads code",
     ),
-    "a metric by a script": (with_fields(metric_list=[{"metric": "UTILS"}]), "would fetch as code"),
+    "a metric by a script": (
+        with_fields(metric_list=[{"metric": "UTILS"}]),
+        "would download as code",
+    ),
     "prompts elsewhere": (with_fields(use_prompt="ELSEWHERE/prompts.yaml:a"), "takes prompts from"),
     "generation by code": (
         with_fields(
@@ -457,7 +463,7 @@ TASKS = {
     "code that is not unsafe": (with_fields(unsafe_code=False), "unsafe_code"),
     "a group gives data": (
         group(task=[{"task": "arc_easy", "dataset_path": "json", "dataset_kwargs": {}}]),
-        "gives tasks another dataset_",
+        "replaces the dataset_",
     ),
     "a group takes a warning off": (group(task=["humaneval"], unsafe_code=False), "unsafe_code"),
     "a group in a group": (
@@ -472,7 +478,7 @@ TASKS = {
     "YAML holds itself": (with_lines("a: &a [*a]\n"), r"mine\.yaml cannot be read: the alias \*a"),
     "YAML nested": (with_lines("a: " + "[" * 100_000), r"mine\.yaml cannot be read: .* too deep"),
     "YAML is a link": (linked_yaml, r"mine\.yaml cannot be read: it is a link"),
-    "a name that is a number": (with_fields(task=5), "names a task 5, which is no text"),
+    "a name that is a number": (with_fields(task=5), "has a task named 5, which is not text"),
     "a template that escapes": (
         with_fields(doc_to_text=ESCAPE),
         "mine could not .*: SecurityError",
@@ -533,7 +539,7 @@ def test_code_runs_when_the_digest_of_its_folder_is_allowed(place, live):
     place.folder.mkdir()
     write(place, yaml.safe_dump(plain(place)) + "process_docs: !function utils.keep\n")
     (place.folder / "utils.py").write_text(f"{place.code}\ndef keep(docs): return docs\n")
-    with pytest.raises(SpecError, match="runs a function") as refusal:
+    with pytest.raises(SpecError, match="runs a Python function") as refusal:
         load_suite("mine", include_path=str(place.folder))
     its = refusal.value.fix.rpartition("--allow-task-code ")[2]
     assert its == task_folders.digest(place.folder)
@@ -546,7 +552,7 @@ def test_code_runs_when_the_digest_of_its_folder_is_allowed(place, live):
         before = (place.folder / change).read_bytes() if change != "more.txt" else None
         with (place.folder / change).open("a") as file:
             file.write("\n")
-        with pytest.raises(SpecError, match="runs a function"):
+        with pytest.raises(SpecError, match="runs a Python function"):
             load_suite("mine", include_path=spec.include_path, allowed=spec.allowed_code)
         if before is not None:
             (place.folder / change).write_bytes(before)
@@ -624,7 +630,7 @@ def test_the_name_of_a_task_is_no_path(place, monkeypatch, name):
     place.folder.mkdir()
     write(place, plain(place, process_docs="x"))
     monkeypatch.chdir(place.folder)
-    with Watch() as watched, pytest.raises(SpecError, match=r"no lm-eval task|knows no task"):
+    with Watch() as watched, pytest.raises(SpecError, match=r"not an lm-eval task|has no task"):
         load_suite(name, include_path=str(place.folder))
     untouched(place, watched)
 

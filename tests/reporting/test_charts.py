@@ -1,4 +1,4 @@
-"""The figures of the studies: what is drawn is what was measured, and says what it is."""
+"""Tests of the study figures: each draws the measured numbers and labels them."""
 
 import io
 import warnings
@@ -17,7 +17,7 @@ SCORES = {(0, 0): 0.40, (1, 1): 0.50, (2, 2): 0.55, (0, 1): 0.45, (1, 2): 0.56}
 
 
 def render(figure):
-    """Draw a figure in earnest; what matplotlib complains of is an error."""
+    """Draw a figure to a file; a warning of matplotlib is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure.savefig(io.BytesIO(), dpi=40)
@@ -25,7 +25,7 @@ def render(figure):
 
 
 def line(axes, label):
-    """Points (x, y) of all lines of that label."""
+    """The points (x, y) of all lines with that label."""
     found = [drawn.get_xydata() for drawn in axes.lines if drawn.get_label() == label]
     return np.concatenate(found).tolist()
 
@@ -36,7 +36,7 @@ def legend(figure):
 
 
 def segments(axes):
-    """Ends of every error bar, in the order drawn."""
+    """The ends of every error bar, in the order in which they are drawn."""
     bars = [found for found in axes.containers if isinstance(found, ErrorbarContainer)]
     return [ends.tolist() for bar in bars for ends in bar.lines[2][0].get_segments()]
 
@@ -85,7 +85,7 @@ def test_the_numbers_of_a_heat_map_can_be_read_on_every_colour():
         j, i = text.get_position()
         cell = luminance(axes.images[0].to_rgba(scores[i, j])[:3])
         ink = {"black": 0.0, "white": 1.0}[text.get_color()]
-        # WCAG 2.2 asks 4.5 of small text
+        # WCAG 2.2 requires a contrast of 4.5 for small text
         assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) >= 4.5
 
 
@@ -109,7 +109,7 @@ def test_soups_of_more_versions_stand_beside_the_best_of_them():
         )
     )
     (axes,) = figure.axes
-    assert line(axes, "best of the versions alone") == [[2, 0.51], [3, 0.51], [4, 0.515]]
+    assert line(axes, "best of these versions alone") == [[2, 0.51], [3, 0.51], [4, 0.515]]
     assert axes.lines[1].get_xydata().tolist() == [[2, 0.53], [3, 0.52], [4, 0.51]]
     np.testing.assert_allclose(
         segments(axes), [[[k, a], [k, b]] for k, a, b in zip((2, 3, 4), lows, highs, strict=True)]
@@ -125,8 +125,8 @@ def test_a_landscape_marks_the_weights_that_beat_the_better_parent():
     (axes,) = figure.axes
     curve = [[0.0, 0.50], [0.5, 0.51], [0.75, 0.54], [1.0, 0.52]]
     assert line(axes, "soup") == curve
-    assert line(axes, "λ that beats the parent") == [[0.75, 0.54]]
-    assert line(axes, "λ that does not") == [curve[0], curve[1], curve[3]]
+    assert line(axes, "λ that beats the better parent") == [[0.75, 0.54]]
+    assert line(axes, "λ that does not beat it") == [curve[0], curve[1], curve[3]]
     assert "1 of 4 λ (25 %) beat" in figure.get_suptitle()
     (band,) = axes.collections
     (outline,) = (path.vertices for path in band.get_paths())
@@ -149,14 +149,21 @@ def test_each_draw_of_the_items_is_a_point_and_their_median_a_line():
     scores = [[0.50, 0.56, NAN], [0.55, 0.55, 0.55]]
     figure = render(charts.heldout(PAIR, [0.25, 1.0], lam, scores, full_best=0.57, label=LABEL))
     chosen, worth = figure.axes
-    assert [y for _, y in line(chosen, "one draw of the items")] == [0.7, 0.9, 1.0, 0.8, 0.8, 0.8]
-    assert [round(x) for x, _ in line(chosen, "one draw of the items")] == [0, 0, 0, 1, 1, 1]
+    assert [y for _, y in line(chosen, "one random draw of items")] == [
+        0.7,
+        0.9,
+        1.0,
+        0.8,
+        0.8,
+        0.8,
+    ]
+    assert [round(x) for x, _ in line(chosen, "one random draw of items")] == [0, 0, 0, 1, 1, 1]
     assert [y for _, y in line(chosen, "median")] == [0.9, 0.9, 0.8, 0.8]
-    assert [y for _, y in line(worth, "one draw of the items")] == [0.50, 0.56, 0.55, 0.55, 0.55]
+    assert [y for _, y in line(worth, "one random draw of items")] == [0.50, 0.56, 0.55, 0.55, 0.55]
     assert [y for _, y in line(worth, "median")] == pytest.approx([0.53, 0.53, 0.55, 0.55])
     assert {y for _, y in line(worth, "best λ on all items")} == {0.57}
     assert [t.get_text() for t in worth.get_xticklabels()] == ["25", "100"]
-    assert legend(figure) == ["one draw of the items", "median", "best λ on all items"]
+    assert legend(figure) == ["one random draw of items", "median", "best λ on all items"]
 
 
 def test_spaces_that_choose_the_same_weight_are_all_seen():
@@ -167,7 +174,7 @@ def test_spaces_that_choose_the_same_weight_are_all_seen():
     assert line(above, "evaluated λ") == [[0.0, 0.40], [0.87, 0.56], [0.93, 0.55]]
     assert line(above, "chosen λ") == [[0.87, 0.56], [0.87, 0.56], [0.93, 0.55]]
     bars = [[0.0, 0], [1, 0], [0.5, 1], [1, 1], [0.9, 2], [1, 2]]
-    assert line(below, "searched") == bars
+    assert line(below, "searched range") == bars
     assert [t.get_text() for t in below.get_yticklabels()] == ["[0, 1]", "[0.5, 1]", "[0.9, 1]"]
     assert [t.get_text() for t in below.texts] == [
         "λ = 0.87: 0.5600",
@@ -182,10 +189,10 @@ def test_a_dumbbell_joins_what_a_task_chose_and_what_others_chose():
     for column, (axes, task) in enumerate(zip(figure.axes, ["piqa", "gsm8k"], strict=True)):
         own, other = np.array(ind)[:, column], np.array(ood)[:, column]
         np.testing.assert_equal(np.transpose(line(axes, "λ found on this task (IND)"))[0], own)
-        np.testing.assert_equal(np.transpose(line(axes, "λ found elsewhere (OOD)"))[0], other)
+        np.testing.assert_equal(np.transpose(line(axes, "λ found on other tasks (OOD)"))[0], other)
         assert axes.get_title(loc="left") == task
         assert [t.get_text() for t in axes.get_yticklabels()] == ["greedy", "ours"]
-    assert legend(figure) == ["λ found on this task (IND)", "λ found elsewhere (OOD)"]
+    assert legend(figure) == ["λ found on this task (IND)", "λ found on other tasks (OOD)"]
 
 
 def test_a_forest_has_every_interval_in_the_order_given():

@@ -17,7 +17,7 @@ PAIR = Space.pair(0.0)
 
 
 def layer(name, *parents):
-    """A layer of parents given as points."""
+    """A layer whose parents are the given points."""
     at = np.array(parents, float)
     squares = ((at[:, None] - at[None]) ** 2).sum(axis=2)
     norms = tuple((at**2).sum(axis=1).tolist())
@@ -25,7 +25,7 @@ def layer(name, *parents):
 
 
 def line(*places):
-    """Parents along a line, (1, place)."""
+    """The distance of parents along a line, at the points (1, place)."""
     return Distance((layer("layer 0", *((1.0, place) for place in places)),))
 
 
@@ -77,8 +77,8 @@ def test_the_theory_is_told_with_its_number():
 def test_the_distance_of_a_pair_is_told_with_every_number():
     measured = Distance((layer("layer 2", (3, 0), (3, 0)), layer("layer 3", (0, 4), (3, 4))))
     assert words(measured, ["llm v1", "llm v2"]) == (
-        "The parents differ by 60 % of the older one's norm (relative L2), cosine 0.8575; most in "
-        "layer 3 (75 %)."
+        "The parents differ by 60 % of the older one's norm (relative L2); their cosine is 0.8575. "
+        "They differ most in layer 3 (75 %)."
     )
 
 
@@ -90,7 +90,7 @@ def test_of_more_parents_those_farthest_apart_are_told():
 
 def test_a_layer_that_began_as_zeros_is_not_the_farthest():
     measured = Distance((layer("layer 0", (1,), (1.5,)), layer("other", (0,), (1,))))
-    assert words(measured, ["v1", "v2"]).endswith("most in layer 0 (50 %).")
+    assert words(measured, ["v1", "v2"]).endswith("They differ most in layer 0 (50 %).")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_near_parents_are_not_warned_of():
 def test_far_parents_are_warned_of_with_the_number_and_what_to_do():
     told = caution(line(0, 0.8), ["llm v1", "llm v9"])
     assert told.startswith("llm v1 and llm v9 look too far apart to merge: they differ by 80 % of")
-    assert "beyond 75 %" in told
+    assert "by more than 75 %" in told
     assert "Merge neighbours" in told
     assert caution(line(0, 0.4, 0.8), ["v1", "v2", "v3"]).startswith("v1 and v3 look too far")
 
@@ -132,24 +132,26 @@ def test_the_warning_has_no_scale(measured, factor):
 
 
 def answered(right, items=200):
-    """A score with its items, the first `right` of them right."""
+    """A score with its items; the first `right` items are right."""
     return scored(choices([[1.0, 0.0]] * items, [0] * right + [1] * (items - right)))
 
 
 def started(space, *right):
-    """The first trials of a search: the parents', then the uniform soup's."""
+    """The first trials of a search: those of the parents, then that of the uniform soup."""
     recipes = space.start()
     return [Trial(i, r, answered(n)) for i, (r, n) in enumerate(zip(recipes, right, strict=True))]
 
 
 def test_a_uniform_soup_far_below_both_parents_has_met_a_barrier():
     told = barrier(PAIR, started(PAIR, 120, 100, 60))
-    assert "against the worst of them their uniform soup scores -0.2000 (95 % interval" in told
-    assert "200 paired items" in told
-    assert "Merge nearer neighbours" in told
+    assert "their uniform soup scores -0.2000 (95 % interval" in told
+    assert "200 paired items) against the worst of them" in told
+    assert "Merge closer neighbours" in told
 
 
-@pytest.mark.parametrize("uniform", [80, 99, 100, 130])  # 99 is below both, but may be chance
+@pytest.mark.parametrize(
+    "uniform", [80, 99, 100, 130]
+)  # 99 is below both parents, but may be chance
 def test_a_uniform_soup_that_is_not_surely_below_both_has_met_none(uniform):
     assert barrier(PAIR, started(PAIR, 120, 80, uniform)) == ""
 
@@ -177,7 +179,7 @@ def test_the_figure_shows_each_layer_and_all_of_them():
         (
             layer("embedding", (1, 0), (1, 0.5)),
             layer("layer 0", (1,), (1.2,)),
-            layer("other", (0,), (1,)),  # infinitely far for its size: no bar
+            layer("other", (0,), (1,)),  # its relative L2 is infinite: no bar
         )
     )
     (axes,) = distances(measured, ["v1", "v2"]).axes

@@ -109,7 +109,7 @@ def test_the_figure_marks_each_kind_of_point(story):
 
 
 def three(story, tmp_path):
-    """The same story of three parents."""
+    """The same story with three parents."""
     space = Space.simplex(3, 0.5)
     recipes = [*space.start(), space.recipe((0.1, 0.2, 0.7))]
     trials = [Trial(i, r, score(0.5 + 0.01 * i)) for i, r in enumerate(recipes)]

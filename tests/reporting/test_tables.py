@@ -1,4 +1,4 @@
-"""Tables as their readers get them: a Markdown page, a terminal, a program that reads CSV."""
+"""Tests of tables as Markdown for a page, as text for a terminal, and as CSV for a program."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ cells = st.none() | texts | st.integers() | st.floats(allow_nan=False)
 
 @st.composite
 def any_tables(draw):
-    """One to four columns of anything, the first of them a group, the best sought in the others."""
+    """Tables of one to four columns with any cells; the first column may be the group."""
     names = draw(st.lists(texts, min_size=1, max_size=4, unique=True))
     rows = draw(st.lists(st.tuples(*[cells] * len(names)), max_size=5))
     best = draw(st.dictionaries(st.sampled_from(names), st.booleans()))
@@ -102,7 +102,7 @@ def test_every_line_of_a_page_has_a_cell_per_column(table):
     assert len(lines) == 2 + len(table.rows)
     for line in lines:
         assert len(line.splitlines()) == 1
-        separators = re.findall(r"\\.|(\|)", line)  # an escaped character separates nothing
+        separators = re.findall(r"\\.|(\|)", line)  # an escaped bar does not separate cells
         assert separators.count("|") == len(table.columns) + 1
 
 

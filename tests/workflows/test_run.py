@@ -465,7 +465,7 @@ def test_a_promotion_needs_out_of_domain_tasks(client):
         run_soup(Spec(pair="v1,v2", promote="champion"))
     outcome = run_soup(Spec(pair="v1,v2"))
     assert outcome.verdict is None
-    assert "gate not asked" in outcome.summary
+    assert "gate not run" in outcome.summary
 
 
 def test_two_models_with_these_versions_must_be_told_apart(client, checkpoints):
