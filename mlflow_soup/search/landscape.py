@@ -163,7 +163,7 @@ class _Choices:
 
     @cached_property
     def _bandwidth(self) -> float:
-        """The bandwidth h, by Silverman's rule (1986, eq. 3.31) times `BROADER`, from mean margins."""
+        """The bandwidth h: Silverman's rule (1986, eq. 3.31), times `BROADER`, for mean margins."""
         count = len(self.levels)
         margins = self._margins(np.full((1, count), 1.0 / count), slice(None))[0]
         low, high = np.quantile(margins, [0.25, 0.75])
