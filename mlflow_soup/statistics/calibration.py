@@ -93,6 +93,6 @@ def calibrate(
         raise SpecError(
             "the calibration text is too short: no document has two tokens",
             where=f"--calibration ({tokens} tokens wanted, in windows of {length})",
-            fix="give more text, which Fisher and RegMean statistics are measured on",
+            fix="give more calibration text; Fisher and RegMean statistics are measured on it",
         )
     return Calibration(tuple(windows))
