@@ -52,7 +52,7 @@ def paired(ours: Score, theirs: Score) -> Difference:
         unlike = [f"{a[0]} {a[1]}" for a, b in zip(ours_on, theirs_on, strict=False) if a != b]
         raise ObjectiveError(
             "two models were not scored on the same items",
-            where=", ".join(unlike) or "one of them was scored on more tasks",
+            where=", ".join(unlike) or "their lists of tasks, of which one is longer",
             fix="evaluate both models again with the same tasks and settings",
         )
     tasks = [(a.weight, _paired_task(a, b)) for a, b in zip(ours.items, theirs.items, strict=True)]

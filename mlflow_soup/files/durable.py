@@ -41,7 +41,7 @@ def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
     taken = SpecError(
         f"{folder} exists already",
         where=where,
-        fix="name a folder that does not exist, or delete this one first",
+        fix="name a folder that does not exist, or delete this one",
     )
     try:
         there = folder.is_symlink() or folder.exists()

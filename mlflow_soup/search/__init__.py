@@ -1,1 +1,1 @@
-"""Which merge weights λ are evaluated, and which are chosen. Pure functions of the trials."""
+"""The search: which merge weights λ are evaluated, and which are chosen. Pure functions."""

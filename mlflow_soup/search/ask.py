@@ -1,7 +1,7 @@
-"""Which weights λ are evaluated next, and when the search ends.
+"""Which merge weights λ are evaluated next, and when the search ends.
 
-All functions are pure functions of the trials and the seed, so a search that was interrupted
-continues as if it had not been. To *tell* is to append a record.
+All functions are pure functions of the trials and the seed, so an interrupted search continues as
+if it had not been interrupted. There is no `tell`: the caller appends a trial to the history.
 """
 
 import math
@@ -26,14 +26,15 @@ from mlflow_soup.search.belief import (
 from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Space, distances, points_of
 
-# a landscape that was checked knows between which of them an item turns
+# smallest distance between an asked and a measured λ, once a landscape has been checked: it knows
+# at which λ the answers to single items change
 FINE = 0.002
-# how many candidates the costly utilities are computed at, twice
+# candidates per pass of the search for the best one; a prediction by a landscape is costly
 LOOKS = 200
 
 
 def _nominate(trials: Sequence[Trial], candidates: Array) -> dict[str, Array]:
-    """Each base acquisition's favourite candidate."""
+    """Base acquisition → its best candidate."""
     posterior = fit(trials)
     mean, std = posterior.predict(candidates)
     best = posterior.predict(points_of([recipe for recipe, _ in scored(trials)]))[0].max()
@@ -44,16 +45,16 @@ def _nominate(trials: Sequence[Trial], candidates: Array) -> dict[str, Array]:
 
 
 def _gains(space: Space, trials: Sequence[Trial], begin: int) -> dict[str, float]:
-    """GP-Hedge's gains, replayed from the history alone (Hoffman et al. 2011, algorithm 2).
+    """The gains of GP-Hedge, recomputed from the history (Hoffman et al. 2011, algorithm 2).
 
-    After each step every base is rewarded with the updated posterior mean at its own nominee,
-    g_i += μ_t(x_i), in standardised units.
+    After each step, the gain of each base acquisition grows by the updated posterior mean at its
+    own nominee, g_i += μ_t(x_i), in standardised units.
     """
     gains = dict.fromkeys(ACQUISITIONS, 0.0)
     for step in range(begin, len(trials)):
         past = trials[:step]
         if not scored(past):
-            continue  # the step was a random one: nobody nominated
+            continue  # the step was random, without nominees
         nominees = _nominate(past, space.fresh([trial.recipe for trial in past]))
         posterior = fit(trials[: step + 1])
         mean, _ = posterior.predict(np.array(list(nominees.values())))
@@ -65,10 +66,10 @@ def _gains(space: Space, trials: Sequence[Trial], begin: int) -> dict[str, float
 def _most_improving(
     space: Space, known: Sequence[Recipe], posterior: Posterior, candidates: Array
 ) -> tuple[Array, float]:
-    """The candidate of largest expected improvement on what is known, and that improvement's log.
+    """The candidate with the largest expected improvement on the best so far, and its logarithm.
 
-    Every item is predicted at every candidate, so first some all over the space are looked at,
-    then those around the best of them.
+    A landscape predicts every item at every candidate, which is costly. So the first pass looks at
+    some candidates in the whole space, the second pass at those near the best one.
     """
     done = [recipe for recipe in known if space.feasible(recipe)] or known
     best = posterior.predict(points_of(done))[0].max()
@@ -95,23 +96,25 @@ def ask(
 ) -> Recipe:
     """The recipe to evaluate next.
 
-    First the parents and the uniform soup. Then `landscape`: the maximiser of the expected
-    improvement on the curve that is reconstructed from the items; where the items do not tell of
-    it, `gp-hedge`. The others (Liu et al. 2024, algorithm 1): a pair's λ = α, then the maximiser of
-    the acquisition, for `gp-hedge` that of one base acquisition drawn by
+    The parents and the uniform soup come first. After them, `landscape` maximises the expected
+    improvement on the curve that is reconstructed from the items; if the items do not determine the
+    curve, it works as `gp-hedge`. All others follow Liu et al. 2024, algorithm 1: a pair's λ = α
+    comes next, then the maximiser of the acquisition. For `gp-hedge` the acquisition is drawn with
+    the probabilities
 
         p_j = exp(g_j) / Σ exp(g_l)        (Hoffman, Brochu & de Freitas 2011, η = 1)
 
     Args:
         space: the feasible merge weights.
-        trials: the history in order; failed trials (no score) are not asked again.
+        trials: the history in order; a failed trial (without a score) is not asked again.
         acquisition: one of `CHOICES`.
-        seed: together with the number of trials it fixes the draw.
-        pending: recipes that are being evaluated: not asked again, and imagined to come out as is
-            expected ("kriging believer", Ginsbourger, Le Riche & Carraro 2010, sec. 4.2.1).
+        seed: the seed of the draw, together with the number of trials.
+        pending: recipes that are being evaluated now. They are not asked again; their scores are
+            taken to be the expected ones ("kriging believer", Ginsbourger, Le Riche & Carraro 2010,
+            sec. 4.2.1).
 
     Raises:
-        SpecError: nothing is left to ask.
+        SpecError: every candidate has been evaluated.
     """
     known = [*(trial.recipe for trial in trials), *pending]
     for recipe in space.start():
@@ -120,9 +123,9 @@ def ask(
     fresh = space.fresh(known)
     if not fresh.size:
         raise SpecError(
-            "every candidate λ has been measured",
-            where=f"[{space.alpha}, 1] in steps of 1e-4",
-            fix="lower --trials or --alpha",
+            "every candidate λ has been measured already",
+            where=f"λ in [{space.alpha}, 1], in steps of 1e-4",
+            fix="lower --trials, or lower --alpha to search a wider range",
         )
     if acquisition == LANDSCAPE:
         belief = believe(trials) if scored(trials) else None
@@ -149,7 +152,7 @@ def ask(
 
 
 def _imagine(trials: Sequence[Trial], pending: Sequence[Recipe]) -> Sequence[Trial]:
-    """The trials, and what is pending as if it came out as expected."""
+    """The trials, and the pending recipes as trials with their expected scores."""
     if not pending:
         return trials
     mean, _ = fit(trials).predict(points_of(pending))
@@ -158,11 +161,11 @@ def _imagine(trials: Sequence[Trial], pending: Sequence[Recipe]) -> Sequence[Tri
 
 
 def improvement(space: Space, trials: Sequence[Trial]) -> float:
-    """How much one more evaluation is expected to gain on the best so far, in score units, ≥ 0.
+    """The expected gain of one more evaluation on the best so far, in score units, ≥ 0.
 
     Args:
         space: the feasible merge weights.
-        trials: the history; one of them at least has a score.
+        trials: the history; at least one trial has a score.
     """
     fresh = space.fresh([trial.recipe for trial in trials])
     if not fresh.size:
@@ -180,19 +183,20 @@ def proceed(
     budget: int,
     tolerance: float,
 ) -> Recipe | None:
-    """The next recipe of a search that comes to an end, or None at its end.
+    """The recipe to evaluate next, or None at the end of the search.
 
-    It ends when the budget or the space is spent, or early when one more evaluation is expected to
-    gain less than `tolerance`; but not before what is then recommended has been measured itself. So
-    the last trial of a budget may be a recommendation, where a larger budget would go on asking.
+    The search ends when the budget or the candidates are used up. It ends early when one more
+    evaluation is expected to gain less than `tolerance`. Before either end, the recommended recipe
+    is evaluated if it has not been; so the last trial of a budget may be the recommendation, where
+    a larger budget would ask for another recipe.
 
     Args:
-        space: as of `ask`.
-        trials: as of `ask`.
-        acquisition: as of `ask`.
-        seed: as of `ask`.
-        budget: how many trials there may be.
-        tolerance: in score units; 0 never ends early.
+        space: as for `ask`.
+        trials: as for `ask`.
+        acquisition: as for `ask`.
+        seed: as for `ask`.
+        budget: the largest number of trials.
+        tolerance: the smallest expected gain, in score units; with 0 the search never ends early.
     """
     left = budget - len(trials)
     if left <= 0:

@@ -1,4 +1,4 @@
-"""What the trials say of the whole space: the landscape of the items, or a Gaussian process."""
+"""The predicted score at any weights: from the landscape of the items, or a Gaussian process."""
 
 import math
 from collections.abc import Sequence
@@ -16,30 +16,30 @@ from mlflow_soup.search.space import points_of
 from mlflow_soup.search.surrogate import Surrogate
 
 Array = NDArray[np.float64]
-# how many of its own standard deviations a landscape may be off where it can be checked
+# how many of its own standard deviations a landscape may be wrong at the points that check it
 DOUBT = 3.0
 LANDSCAPE, HEDGE = "landscape", "gp-hedge"
 CHOICES = (LANDSCAPE, HEDGE, *ACQUISITIONS)
 
 
 class Posterior(Protocol):
-    """What is believed of the score at any weights."""
+    """The predicted score at any weights."""
 
     @property
     def scale(self) -> float:
-        """Standard deviation of the scores, or 1 when they are all equal."""
+        """Standard deviation of the measured scores, or 1 if they are all equal."""
 
     def predict(self, points: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation, shape (m,), at points of shape (m, count)."""
+        """Mean and standard deviation, each of shape (m,), at points of shape (m, count)."""
 
 
 @dataclass(frozen=True)
 class Belief:
-    """What the trials say of the whole space.
+    """The posterior of the held-out score, given the trials.
 
     Attributes:
-        posterior: of the held-out score.
-        why: why it was not reconstructed from the items, in words.
+        posterior: the landscape of the items, or a Gaussian process.
+        why: why the landscape was not used, in words for people; empty if it was.
     """
 
     posterior: Posterior
@@ -47,26 +47,27 @@ class Belief:
 
     @property
     def landscape(self) -> Landscape | None:
-        """The posterior where it was reconstructed from the items."""
+        """The posterior if it is a landscape, else None."""
         return self.posterior if isinstance(self.posterior, Landscape) else None
 
 
 def scored(trials: Sequence[Trial]) -> list[tuple[Recipe, Score]]:
-    """The trials whose evaluation gave a score, in order."""
+    """Recipe and score of each trial with a score, in order."""
     return [(trial.recipe, trial.held_out) for trial in trials if trial.held_out is not None]
 
 
 def fit(trials: Sequence[Trial]) -> Surrogate:
-    """The Gaussian process of the trials that have a score, at least one."""
+    """The Gaussian process fitted to the trials with a score, of which there is at least one."""
     recipes, scores = zip(*scored(trials), strict=True)
     return surrogate.fit(points_of(recipes), np.array([score.value for score in scores]))
 
 
 def believe(trials: Sequence[Trial]) -> Belief:
-    """The landscape if the items tell of it and it can be trusted, else the Gaussian process.
+    """The landscape if the items determine it and it can be trusted, else the Gaussian process.
 
-    It is not where scores that were left out lie far outside its own band and the process misses
-    them by less.
+    The check is leave-one-out. The landscape is not trusted if it misses the scores that were left
+    out by more than `DOUBT` of its standard deviations, and the Gaussian process misses them by
+    less.
     """
     process = fit(trials)
     try:
@@ -81,7 +82,7 @@ def believe(trials: Sequence[Trial]) -> Belief:
         )
         if ours > theirs:
             why = (
-                f"scores that were left out were missed by {ours:.4f}, by the Gaussian process by "
+                f"its leave-one-out error would be {ours:.4f}, that of the Gaussian process is "
                 f"{theirs:.4f}"
             )
             return Belief(process, why)

@@ -2,9 +2,11 @@
 
     y_j(λ) = h(λ)ᵀβ_j + σ·z_j(λ),   z_j ~ GP(0, Matérn_5/2(|λ−λ'|/l) + τ²)
 
-Thousands of curves measured at the same few points say how smooth they are: l and τ by restricted
-maximum likelihood (Patterson & Thompson 1971, Biometrika 58) pooled over all curves j, σ² profiled
-out per group of them. The prediction is W(λ)·Y with the same weights W for every curve.
+h is the trend's basis, l the length-scale, τ² the nugget, Y the measurements (n points × M curves).
+Thousands of curves, measured at the same few points, determine how smooth they are: l and τ
+maximise the restricted likelihood (Patterson & Thompson 1971, Biometrika 58), pooled over all
+curves j, with σ² profiled out for each group of curves. The prediction is W(λ)·Y, with the same
+weights W for every curve.
 """
 
 import math
@@ -20,9 +22,9 @@ from mlflow_soup.search.space import distances
 
 Array = NDArray[np.float64]
 
-LENGTHS = (0.25, 0.4, 0.6, 0.9, 1.4, 2.2)
-NUGGETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-# what is assumed while there are too few points to learn it
+LENGTHS = (0.25, 0.4, 0.6, 0.9, 1.4, 2.2)  # the grid of l
+NUGGETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # the grid of τ
+# l and τ when there are too few points to estimate them
 LENGTH, NUGGET = 0.9, 0.01
 
 
@@ -33,10 +35,10 @@ def _matern(distance: Array, length: Array) -> Array:
 
 
 def _trends(points: Array) -> list[Array]:
-    """Bases of the trend, each wider than the one before: constant, linear, curved, quadratic.
+    """The bases of the trend, each wider than the one before: constant, linear, curved, quadratic.
 
-    Scheffé's polynomials (1958, J. R. Stat. Soc. B 20): λ_i, then Σ λ_i·λ_j, then each λ_i·λ_j. For
-    a pair they are the ordinary ones in λ.
+    They are Scheffé's polynomials (1958, J. R. Stat. Soc. B 20): λ_i, then also Σ λ_i·λ_j, then
+    each λ_i·λ_j. For a pair they span the ordinary polynomials in λ.
     """
     first, second = np.triu_indices(points.shape[1], k=1)
     products = points[:, first] * points[:, second]
@@ -50,16 +52,19 @@ def _trends(points: Array) -> list[Array]:
 
 
 class _Solution(NamedTuple):
-    """What every prediction and likelihood is made of; leading axes are those of l and τ."""
+    """The matrices that predictions and likelihoods share; the leading axes are those of l and τ.
+
+    H is the trend's basis at the n points, with p columns; K is the Matérn correlation.
+    """
 
     inverse: Array  # V⁻¹, shape (…, n, n), with V = K + τ²I
-    projection: Array  # (HᵀV⁻¹H)⁻¹HᵀV⁻¹, shape (…, p, n): the trend's coefficients of a curve
+    projection: Array  # (HᵀV⁻¹H)⁻¹HᵀV⁻¹, shape (…, p, n): curve → coefficients of its trend
     covariance: Array  # (HᵀV⁻¹H)⁻¹, shape (…, p, p)
     log_determinants: Array  # log|V| + log|HᵀV⁻¹H|, shape (…)
 
 
 def _solve(points: Array, basis: Array, length: Array, nugget: Array) -> _Solution:
-    """The equations of universal kriging, for hyper-parameters of any shape."""
+    """Solve the equations of universal kriging, for arrays of hyper-parameters of any shape."""
     correlation = _matern(distances(points, points), length[..., None, None])
     covariance = correlation + nugget[..., None, None] ** 2 * np.eye(len(points))
     inverse = np.asarray(np.linalg.inv(covariance), np.float64)
@@ -70,7 +75,10 @@ def _solve(points: Array, basis: Array, length: Array, nugget: Array) -> _Soluti
 
 
 def _left_over(solution: _Solution, basis: Array, gram: Array) -> Array:
-    """What curves are besides their trend, tr(P·Y·Yᵀ/M) with P = V⁻¹ − V⁻¹H(HᵀV⁻¹H)⁻¹HᵀV⁻¹."""
+    """The mean of yᵀPy over M curves y: how large the curves are apart from their trend.
+
+    tr(P·Y·Yᵀ/M),   P = V⁻¹ − V⁻¹H(HᵀV⁻¹H)⁻¹HᵀV⁻¹
+    """
     residual = solution.inverse @ (gram - basis @ (solution.projection @ gram))
     out: Array = np.trace(residual, axis1=-2, axis2=-1)
     return out
@@ -78,12 +86,12 @@ def _left_over(solution: _Solution, basis: Array, gram: Array) -> Array:
 
 @dataclass(frozen=True)
 class Kriging:
-    """Best linear unbiased prediction of any curve measured at some points."""
+    """The best linear unbiased prediction of curves that were measured at n points."""
 
-    points: Array  # (n, count)
-    order: int  # of the trend, an index of `_trends`
-    length: float
-    nugget: float
+    points: Array  # merge weights, shape (n, count)
+    order: int  # the order of the trend: an index of `_trends`
+    length: float  # l
+    nugget: float  # τ
 
     @cached_property
     def _basis(self) -> Array:
@@ -96,11 +104,11 @@ class Kriging:
 
     @property
     def freedom(self) -> int:
-        """How many more points than terms of the trend, n − p."""
+        """Degrees of freedom, n − p: the number of points minus the terms of the trend."""
         return len(self.points) - int(self._basis.shape[1])
 
     def scale(self, gram: Array) -> float:
-        """σ² of curves, REML's; where the trend takes all freedom, by the next narrower trend.
+        """The REML estimate of σ². If no freedom is left, the next narrower trend gives it.
 
         Args:
             gram: Y·Yᵀ/M of M curves, shape (n, n).
@@ -110,9 +118,12 @@ class Kriging:
         return max(float(_left_over(self._solution, self._basis, gram)) / max(self.freedom, 1), 0.0)
 
     def weights(self, points: Array) -> tuple[Array, Array]:
-        """W of the prediction W·y, shape (m, n), and the variance of h(λ)ᵀβ + σ·z(λ), shape (m,).
+        """The weights W of the prediction W·y, shape (m, n), and its variance, shape (m,).
 
-        The variance is in units of σ² and without the nugget τ².
+        The variance is that of h(λ)ᵀβ + σ·z(λ) in units of σ², without the nugget τ².
+
+        Args:
+            points: the m points to predict at, shape (m, count).
         """
         inverse, projection, covariance, _ = self._solution
         cross = _matern(distances(points, self.points), np.array(self.length))
@@ -123,7 +134,7 @@ class Kriging:
 
 
 def _order(points: Array) -> int:
-    """The widest trend that the points carry; the last one only with a point to spare."""
+    """The widest trend that the points determine; the quadratic one needs one more point."""
     bases = _trends(points)
     carried = [
         basis.shape[1] + (order == 3) <= len(points)
@@ -134,22 +145,22 @@ def _order(points: Array) -> int:
 
 
 def at(points: Array, like: Kriging) -> Kriging:
-    """Kriging from other points with the same hyper-parameters, as wide a trend as they carry."""
+    """Kriging from other points, with the hyper-parameters of `like` and the widest trend."""
     return replace(like, points=points, order=_order(points))
 
 
 def estimate(points: Array, grams: Sequence[Array], counts: Sequence[int]) -> Kriging:
-    """The kriging with the largest pooled restricted likelihood, σ² of each group profiled out.
+    """The kriging with the largest restricted log-likelihood, pooled over groups k of curves.
 
         −½ Σ_k M_k·(log|V| + log|HᵀV⁻¹H| + (n − p)·log σ_k²),   σ_k² = tr(P·Y_kY_kᵀ)/(M_k·(n − p))
 
     Args:
-        points: shape (n, count), n ≥ 2.
-        grams: one Y·Yᵀ/M per group of curves, shape (n, n).
-        counts: its number of curves M.
+        points: merge weights, shape (n, count), n ≥ 2.
+        grams: Y·Yᵀ/M of each group, shape (n, n).
+        counts: the number M of curves in each group.
     """
     default = Kriging(points, _order(points), LENGTH, NUGGET)
-    if default.freedom < 2:  # one contrast says how large it is, not how smooth
+    if default.freedom < 2:  # one degree of freedom gives the scale, but not the smoothness
         return default
     basis = _trends(points)[default.order]
     length, nugget = np.meshgrid(LENGTHS, NUGGETS, indexing="ij")

@@ -1,11 +1,12 @@
-"""The whole held-out curve from a handful of evaluations, through the items' log-likelihoods.
+"""The whole held-out curve from a few evaluations, reconstructed from the items' log-likelihoods.
 
-Accuracy is a staircase of the merge weights; the log-likelihoods that it counts are smooth. Each
-evaluation gives one per item and choice: all of these curves are predicted by kriging, and
+Accuracy is a step function of the merge weights λ, but the log-likelihoods that decide it are
+smooth. Each evaluation gives one log-likelihood per item and choice. Kriging predicts all of these
+curves, and
 
-    accuracy(λ) = mean over items of P(the right choice wins).
+    accuracy(λ) = mean over items of P(the right choice has the largest log-likelihood).
 
-Scores that are sums of log-likelihoods, as bits per byte, are predicted as they are.
+Scores that are sums of log-likelihoods, such as bits per byte, are predicted directly.
 """
 
 import itertools
@@ -24,26 +25,26 @@ from mlflow_soup.search.kriging import Kriging, at, estimate
 
 Array = NDArray[np.float64]
 
-# numbers held at once while a curve is predicted, 32 MB
+# numbers in memory at a time while a curve is predicted: 32 MB
 CHUNK = 4_000_000
-# Silverman's rule is for the height of a curve; to see where it peaks takes more smoothing
+# Silverman's rule gives the bandwidth for the height of a curve; finding its peak needs more
 BROADER = 3.0
-LEAST = 3  # weights
-FLOOR = 1e-3  # of an item's variance: an item is never quite certain
-ROUNDING = 1e-9  # of a score: what is closer is equal
-DISAGREE = 0.01  # share of items that may be right or wrong for another reason
+LEAST = 3  # fewest λ with a score
+FLOOR = 1e-3  # smallest variance of an item's answer: no prediction is quite certain
+ROUNDING = 1e-9  # relative difference below which scores are equal
+DISAGREE = 0.01  # share of items whose answer may differ from the largest log-likelihood
 
 
 class NoLandscape(Exception):
-    """The items say too little about other weights; the message says why."""
+    """The items do not determine the score at other λ; the message says why."""
 
 
 class _Scales(NamedTuple):
-    """How far a task's curves are from their trend: variances, for one of kriging's units."""
+    """The variances of a task's curves around their trend."""
 
-    curve: float  # σ² of one curve
-    common: float  # σ² of what the curves have in common
-    nugget: float  # τ²
+    curve: float  # σ² of a single curve
+    common: float  # σ² of the part that all curves of the task share
+    nugget: float  # τ², in units of σ²
 
 
 class _Part(Protocol):
@@ -51,41 +52,46 @@ class _Part(Protocol):
 
     @property
     def gram(self) -> Array:
-        """Y·Yᵀ/M of its curves, shape (n, n)."""
+        """Y·Yᵀ/M of the task's curves, shape (n, n)."""
 
     @property
     def count(self) -> int:
-        """M, how many curves it has."""
+        """M, the number of the task's curves."""
 
     @property
     def common(self) -> tuple[Array, float]:
-        """What its curves have in common, shape (n,); and its σ² for σ² = 1, were they independent.
+        """The part that all curves share, shape (n,), and its σ² if the curves were independent.
 
-        Curves of one model bend alike: what is wrong with the prediction of one is wrong with all.
+        That σ² is for curves with σ² = 1. In fact the curves of one model bend together, so the
+        errors of their predictions are correlated.
         """
 
     def predict(
         self, weights: Array, variance: Array, scales: _Scales, *, soften: bool = False
     ) -> tuple[Array, Array, Array]:
-        """Its part of the score, the variance of that, and what a measurement adds; shape (m,).
+        """The predicted part of the score, its variance, and the extra variance of a measurement.
+
+        Each has shape (m,).
 
         Args:
-            weights: W of the kriging, shape (m, n).
-            variance: its variance in units of σ², shape (m,).
-            scales: of its curves.
-            soften: count each item by Φ(margin/h) instead of 0 or 1.
+            weights: the weights W of the kriging, shape (m, n).
+            variance: the kriging's variance in units of σ², shape (m,).
+            scales: the variances of the task's curves.
+            soften: if True, count each item by Φ(margin/h) instead of 0 or 1.
         """
 
 
 @dataclass(frozen=True)
 class _Choices:
-    """A task whose items are right when the right choice has the largest log-likelihood per size.
+    """A task where an item is right if its right choice has the largest log-likelihood per size.
 
     Attributes:
-        levels: those, shape (n, N, C), each item's with mean 0; −inf where it has fewer choices.
-        rows: which item, shape (R,), R ≥ N: one whose right choice is not known stands in several.
-        gold: its right choice, shape (R,).
-        shares: what it adds to the score when it is right, shape (R,).
+        levels: the log-likelihoods per size, shape (n, N, C) for n points, N items and C choices;
+            their mean over an item's choices is 0; −inf where an item has fewer choices.
+        rows: the item of each row, shape (R,), R ≥ N. An item with an unknown right choice has one
+            row for each choice that may be right.
+        gold: the right choice of each row, shape (R,).
+        shares: how much each row adds to the score if its right choice wins, shape (R,).
     """
 
     levels: Array
@@ -110,7 +116,7 @@ class _Choices:
 
     @cached_property
     def common(self) -> tuple[Array, float]:
-        # the mean margin over the mean of the other choices
+        # the mean over items of the margin of the right choice over the mean of the other choices
         choices = self._present.sum(axis=1)[self.rows]
         margins = self.levels[:, self.rows, self.gold] * choices / np.maximum(choices - 1, 1)
         return margins.mean(axis=1), 2.0 / len(self.rows)
@@ -132,14 +138,14 @@ class _Choices:
             mean += chance @ self.shares[part]
             alone += (chance * (1.0 - chance)) @ self.shares[part] ** 2
             density += np.exp(-0.5 * margins**2) @ self.shares[part]
-        # what all margins have in common moves the items on the edge together
+        # the part that all margins share moves the undecided items together
         density /= math.sqrt(2.0 * math.pi) * scale[:, 0]
         together = density**2 * variance * scales.common
         known = alone * variance / total
         return mean, known + together, alone - known + FLOOR * float(self.shares @ self.shares)
 
     def _margins(self, weights: Array, part: slice) -> Array:
-        """How far the right choice is ahead of the best other one, shape (m, rows of `part`)."""
+        """Margins, shape (m, rows of `part`): the right choice minus the best other choice."""
         gold = self.gold[part]
         right = np.zeros((len(weights), len(gold)))
         other = np.full_like(right, -np.inf)
@@ -151,13 +157,13 @@ class _Choices:
 
     @cached_property
     def _by_choice(self) -> Array:
-        """Levels, shape (C, n, R); far below all others where an item has fewer choices."""
+        """Levels, shape (C, n, R); −1e6 where an item has fewer choices."""
         levels = np.where(np.isfinite(self.levels), self.levels, -1e6)[:, self.rows]
         return np.ascontiguousarray(np.moveaxis(levels, 2, 0))
 
     @cached_property
     def _bandwidth(self) -> float:
-        """`BROADER` times Silverman's rule (1986, eq. 3.31), from each margin's mean over λ."""
+        """The bandwidth h: Silverman's rule (1986, eq. 3.31), times `BROADER`, for mean margins."""
         count = len(self.levels)
         margins = self._margins(np.full((1, count), 1.0 / count), slice(None))[0]
         low, high = np.quantile(margins, [0.25, 0.75])
@@ -170,7 +176,7 @@ class _Sums:
     """A task whose score is a sum of smooth curves, one per document.
 
     Attributes:
-        curves: what each document adds to the score, shape (n, N).
+        curves: how much each document adds to the score, shape (n, N).
     """
 
     curves: Array
@@ -196,18 +202,18 @@ class _Sums:
 
 
 def _stack(scores: Sequence[Score]) -> list[list[Items]]:
-    """Per task its items at every weight.
+    """For each task, its items at every λ.
 
     Raises:
-        NoLandscape: the scores have no items, or not the same ones.
+        NoLandscape: there are too few scores, or they have no items or different items.
     """
     if len(scores) < LEAST:
-        raise NoLandscape(f"fewer than {LEAST} weights were scored")
+        raise NoLandscape(f"fewer than {LEAST} values of λ have a score")
     if not scores[0].items:
-        raise NoLandscape("the scores come without items")
+        raise NoLandscape("the scores have no items")
     names = [[(i.task, i.metric, i.weight, i.ids) for i in score.items] for score in scores]
     if any(name != names[0] for name in names):
-        raise NoLandscape("not every weight was scored on the same items")
+        raise NoLandscape("not every λ was scored on the same items")
     for score in scores:
         total = math.fsum(i.weight * float(np.dot(i.shares, i.values)) for i in score.items)
         if not math.isclose(score.value, total, rel_tol=1e-6, abs_tol=1e-9):
@@ -216,10 +222,10 @@ def _stack(scores: Sequence[Score]) -> list[list[Items]]:
 
 
 def _part(task: Sequence[Items]) -> _Part:
-    """What kind of task it is, given its items at every weight.
+    """The part of the score for a task of any kind, given its items at every λ.
 
     Raises:
-        NoLandscape: its score is no function of log-likelihoods that is known here.
+        NoLandscape: the task's score is not a known function of log-likelihoods.
     """
     first = task[0]
     values = np.array([items.values for items in task])
@@ -227,12 +233,12 @@ def _part(task: Sequence[Items]) -> _Part:
     counts = [len(row) for row in first.log_likelihoods]
     same = all([len(row) for row in items.log_likelihoods] == counts for items in task)
     if not counts or not same or 0 in counts:
-        raise NoLandscape(f"the items of {first.task} come without log-likelihoods")
-    alone = set(counts) == {1} and set(first.gold) == {0}  # a single choice is always right
+        raise NoLandscape(f"the items of {first.task} have no log-likelihoods")
+    alone = set(counts) == {1} and set(first.gold) == {0}  # one choice each, always right
     if not np.isin(values, (0.0, 1.0)).all() or (alone and values.all()):
         return _Sums(values * shares)
     if set(counts) == {1}:
-        raise NoLandscape(f"{first.metric} of {first.task} compares no choices")
+        raise NoLandscape(f"{first.metric} of {first.task} does not compare choices")
     if first.sizes and [len(row) for row in first.sizes] != counts:
         raise NoLandscape(f"{first.metric} of {first.task} compares more than log-likelihoods")
     levels = _levels(task, counts)
@@ -243,7 +249,7 @@ def _part(task: Sequence[Items]) -> _Part:
     predicted = np.zeros_like(values)
     np.add.at(predicted.T, rows, (winner[:, rows] == gold).T)
     if np.abs(predicted - values).mean() > DISAGREE:
-        raise NoLandscape(f"in {first.task} not the largest log-likelihood decides what is right")
+        raise NoLandscape(f"{first.task} does not take the largest log-likelihood as the answer")
     finite = np.where(np.isfinite(levels), levels, 0.0)
     levels = levels - (finite.sum(axis=2) / np.array(counts))[:, :, None]
     return _Choices(levels, rows, gold, shares[rows] * parts)
@@ -263,10 +269,10 @@ def _levels(task: Sequence[Items], counts: Sequence[int]) -> Array:
 def _rows(
     first: Items, winner: NDArray[np.intp], right: NDArray[np.bool_], present: NDArray[np.bool_]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], Array]:
-    """Items, their right choices, and which part of an item's share each such row has.
+    """The rows of `_Choices`: item, right choice, and the part of the item's share.
 
-    Where the right choices are not known, those that won and were right are; and of an item that
-    was never right, any choice may be that never won.
+    If the right choice of an item is not known, each choice is right that won while the item was
+    right. If the item was never right, any choice that never won may be right, with equal parts.
     """
     known = np.array(first.gold or [-1] * len(first.ids), dtype=np.intp)
     rows = [np.flatnonzero(known >= 0)]
@@ -285,15 +291,13 @@ class Landscape:
     """The reconstructed curve of the held-out score over the merge weights.
 
     Attributes:
-        points: where it was measured, shape (n, count).
-        values: what was measured there, shape (n,).
-        parts: one per task.
+        points: the measured points, shape (n, count).
+        values: the scores at these points, shape (n,).
+        parts: the parts of the score, one per task.
         model: the kriging that all curves share.
-        doubt: by what the standard deviation is multiplied, ≥ 1: how far off it was where it
-            could be checked.
-        misses: what was measured less what was predicted without it, one per point that is no
-            parent.
-        pending: points that are being measured: they narrow the band, but tell nothing new.
+        doubt: factor ≥ 1 on the standard deviation, from the leave-one-out errors.
+        misses: leave-one-out errors (measured minus predicted), one per point that is not a parent.
+        pending: points that are being measured now: they narrow the band but do not move the mean.
     """
 
     points: Array
@@ -306,15 +310,15 @@ class Landscape:
 
     @property
     def scale(self) -> float:
-        """Standard deviation of the measured scores, or 1 when they are all equal."""
+        """Standard deviation of the measured scores, or 1 if they are all equal."""
         spread, size = float(self.values.std()), float(np.abs(self.values).max())
         return spread if spread > ROUNDING * max(1.0, size) else 1.0
 
     def predict(self, points: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation of the smooth curve below the measured scores, shape (m,).
+        """Mean and standard deviation of the smooth curve behind the scores, each of shape (m,).
 
         Args:
-            points: shape (m, count).
+            points: merge weights, shape (m, count).
         """
         weights, variance = self.model.weights(points)
         mean, square, _ = self._add_up(self.model, weights, variance)
@@ -325,18 +329,21 @@ class Landscape:
         return mean, self.doubt * np.sqrt(np.maximum(square, 1e-24))
 
     def population(self, points: Array) -> Array:
-        """How the score goes on items like these rather than on just these, shape (m,).
+        """The curve for the population that the held-out items are a sample of, shape (m,).
 
-        How many held-out items lie exactly between right and wrong is luck. Counting each by
-        Φ(margin/h) instead of 0 or 1 lets those beside them vote as well (Azzalini 1981, Biometrika
-        68: the kernel estimate of a distribution function). So much smoothing shifts the level; it
-        is for comparing points with each other.
+        It is luck how many of these held-out items change between right and wrong at one λ. The
+        curve counts each item by Φ(margin/h) instead of 0 or 1, so that items close to a change
+        count too (Azzalini 1981, Biometrika 68: the kernel estimate of a distribution function).
+        The smoothing shifts the level, so use the curve only to compare points with each other.
+
+        Args:
+            points: merge weights, shape (m, count).
         """
         mean: Array = self._add_up(self.model, *self.model.weights(points), soften=True)[0]
         return mean
 
     def miss(self, trial: int) -> tuple[float, float]:
-        """A score less what the others predict of it, and the same in standard deviations."""
+        """The leave-one-out error of one trial, in score units and in standard deviations."""
         rest = np.delete(np.arange(len(self.points)), trial)
         model = at(self.points[rest], self.model)
         weights, variance = model.weights(self.points[trial : trial + 1])
@@ -356,16 +363,16 @@ class Landscape:
         among: NDArray[np.intp] | slice = slice(None),
         soften: bool = False,
     ) -> Array:
-        """Mean, variance, and what a measurement adds to that, of all parts: shape (3, m).
+        """Mean, variance, and extra variance of a measurement, summed over all parts: shape (3, m).
 
-        `among` are the trials that `model` knows; `weights` has columns for all.
+        `among` are the trials that `model` uses; `weights` has a column for every trial.
         """
         total = np.zeros((3, len(weights)))
         for part in self.parts:
             curve = model.scale(part.gram[among][:, among])
             alike, alone = part.common
             own = model.scale(np.outer(alike[among], alike[among]))
-            # one observation of σ² per degree of freedom, and independence as one more
+            # average of one estimate of σ² per degree of freedom, and one more for independence
             freedom = max(model.freedom, 1)
             common = (freedom * own + alone * curve) / (freedom + 1)
             scales = _Scales(curve, common, model.nugget**2)
@@ -374,10 +381,10 @@ class Landscape:
 
 
 def fit(trials: Sequence[Trial]) -> Landscape:
-    """The landscape that the trials with a score tell of.
+    """The landscape reconstructed from the trials with a score.
 
     Raises:
-        NoLandscape: their items do not say enough.
+        NoLandscape: their items do not determine it.
     """
     scored = [(trial.recipe, trial.held_out) for trial in trials if trial.held_out is not None]
     parts = tuple(_part(task) for task in _stack([score for _, score in scored]))

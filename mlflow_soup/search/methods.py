@@ -1,7 +1,8 @@
-"""The ways to make one model out of several, a row each: what is evaluated, what is chosen.
+"""The methods that make one model out of several; each is a row of the table `METHODS`.
 
-All run on the same parents, items, registry and gate. Like the search they are pure functions of
-the trials, so whatever was cut short goes on from what MLflow remembers of it.
+A method decides which recipes are evaluated and which one is chosen. All methods use the same
+parents, items, registry and gate. They are pure functions of the trials, so an interrupted run
+continues from the trials that MLflow has.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from mlflow_soup.search import ask, belief
 from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Array, Space
 
-DRAWS = 1000  # until one is new
+DRAWS = 1000  # attempts to draw a new recipe
 Proceed = Callable[[Space, Sequence[Trial], Spec], Recipe | None]
 Choose = Callable[[Space, Sequence[Trial], Spec], Recipe]
 
@@ -29,14 +30,14 @@ class Method:
     """One way to make one model out of several.
 
     Attributes:
-        words: what it does, for people.
-        proceed: what is evaluated next, or None at the end; first the parents.
-        choose: what is registered in the end; it has been evaluated, perhaps in vain.
-        knobs: of the spec, those that decide what is evaluated, besides parents and tasks.
-        searches: whether it looks around in the space of weights, at the price of `--trials`.
-        chooses: whether it takes the best of several, whose score is somewhat luck.
-        merges: whether it may choose anything but a parent.
-        needs: the statistics of the parents that it takes from calibration text; empty for none.
+        words: what the method does, in words for people.
+        proceed: gives the recipe to evaluate next, or None at the end; the parents come first.
+        choose: gives the recipe to register; it has been evaluated, but may have failed.
+        knobs: the fields of the spec that decide what is evaluated, besides parents and tasks.
+        searches: True if the method evaluates many weights, up to `--trials`.
+        chooses: True if it picks the best of several scores, so that the best is partly luck.
+        merges: True if it may choose a merge, not only a parent.
+        needs: the statistics that it measures on calibration text, `fisher` or `regmean`; or empty.
     """
 
     words: str
@@ -55,12 +56,12 @@ def _next(recipes: Sequence[Recipe], trials: Sequence[Trial]) -> Recipe | None:
 
 
 def _highest(trials: Sequence[Trial], among: Callable[[Recipe], bool]) -> Recipe:
-    """The recipe with the highest score; the one that weighs the newest most, among equals."""
+    """The recipe with the highest score; among equals, the one with most weight on the newest."""
     scores = {recipe: score.value for recipe, score in belief.scored(trials) if among(recipe)}
     if not scores:
         raise ObjectiveError(
-            "nothing that might be chosen has a score",
-            where=f"{len(trials)} trials; tag soup.failed of their runs says why",
+            "no recipe that may be chosen has a score",
+            where=f"{len(trials)} trials; the tag soup.failed of their runs says why they failed",
             fix="choose other versions, or raise --trials",
         )
     return max(scores, key=lambda recipe: (scores[recipe], recipe.lam[-1]))
@@ -73,7 +74,8 @@ def _feasible(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
 def resolution(space: Space, trials: Sequence[Trial]) -> float:
     """The paired standard error between the best merge so far and the better parent.
 
-    Much smaller gains cannot be told from none on these items. 0 before there are both.
+    A gain that is much smaller cannot be told from zero on these items. It is 0 until a parent and
+    a merge have a score.
     """
     scored = belief.scored(trials)
     parents = [score for recipe, score in scored if recipe in space.parents()]
@@ -100,9 +102,9 @@ def _recommend(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
 
 
 def _fixed(recipe: Callable[[Space], Recipe]) -> tuple[Proceed, Choose]:
-    """Evaluate the parents and one recipe, and choose that one, good or bad.
+    """Evaluate the parents and one recipe, and choose this recipe, whether it is good or bad.
 
-    Even without a score: whoever relies on it then says that its evaluation failed.
+    It is chosen even if its evaluation failed; the caller then reports the failure.
     """
 
     def proceed(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
@@ -115,7 +117,7 @@ def _fixed(recipe: Callable[[Space], Recipe]) -> tuple[Proceed, Choose]:
 
 
 def _alike(method: str) -> Callable[[Space], Recipe]:
-    """Equal weights that the statistics of the parents refine."""
+    """The recipe of a method that refines equal weights with statistics of the parents."""
     return lambda space: Recipe(method, space.uniform().lam)
 
 
@@ -124,7 +126,7 @@ def _parents(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None
 
 
 def _best(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
-    """The parent one would ship without a soup; the newest among equals, as the gate has it."""
+    """The parent with the best score; the newest among equals, as in the gate."""
     scored = [
         (r, score) for r in space.parents() for found, score in belief.scored(trials) if found == r
     ]
@@ -132,13 +134,14 @@ def _best(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
 
 
 def _stir(space: Space, trials: Sequence[Trial], tie: str) -> tuple[Recipe, Recipe | None]:
-    """Greedy soup (Wortsman et al. 2022, recipe 1), as far as the trials go.
+    """The greedy soup (Wortsman et al. 2022, recipe 1), as far as the trials determine it.
 
-    Parents by held-out score, the newest first among equals; each is added to the soup where the
-    uniform average does not get worse by it (`tie` = add), or gets better (drop).
+    The parents are tried in the order of their held-out score, the newest first among equals. A
+    parent is added if the uniform average does not get worse (`tie` = add), or only if it gets
+    better (`tie` = drop).
 
     Returns:
-        The soup so far; and what has to be evaluated to go on, None at the end.
+        The soup so far, and the recipe to evaluate next; None at the end.
     """
     scores = {recipe: score.value for recipe, score in belief.scored(trials)}
     failed = {trial.recipe for trial in trials} - set(scores)
@@ -167,16 +170,17 @@ def _stirred(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
 
 @lru_cache(maxsize=32)
 def lattice(space: Space, most: int) -> tuple[Recipe, ...]:
-    """The parents and the finest regular grid over the feasible weights, `most` recipes in all.
+    """The parents and the finest regular grid over the feasible weights, at most `most` recipes.
 
-    For a pair equal steps of λ from α to 1, for n parents the lattice of weights k/m, Σ k = m, on
-    the feasible simplex; as many as fit.
+    For a pair the grid has equal steps of λ from α to 1. For n parents it is the lattice of the
+    weights k/m with Σ k = m, on the feasible simplex.
     """
     parents, count = list(space.parents()), space.count
     found = parents
-    # that it fits can be told before it is made: at most all corners are parents
-    first = max(most - 2, 1) if count == 2 else 1  # of a pair, two counts can be the finest
+    # with the parents, a pair's grid of m steps has m + 1 or m + 2 recipes: try only the largest m
+    first = max(most - 2, 1) if count == 2 else 1
     for steps in range(first, most + 1):
+        # the number of grid points: stop before building a grid that is too large
         if comb(steps + count - 1, count - 1) > most:
             break
         corner = np.eye(count)[-1]
@@ -192,7 +196,7 @@ def lattice(space: Space, most: int) -> tuple[Recipe, ...]:
 
 
 def _compositions(total: int, parts: int) -> list[tuple[int, ...]]:
-    """All ways to write a number as an ordered sum of so many whole numbers from 0."""
+    """All ways to write `total` as an ordered sum of `parts` whole numbers ≥ 0."""
     if parts == 1:
         return [(total,)]
     return [(k, *rest) for k in range(total + 1) for rest in _compositions(total - k, parts - 1)]
@@ -203,7 +207,7 @@ def _walk(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
 
 
 def _draw(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
-    """Weights drawn uniformly from the feasible simplex, none twice."""
+    """New weights, drawn uniformly from the feasible simplex."""
     if (parent := _next(space.parents(), trials)) is not None or len(trials) >= spec.budget:
         return parent
     known = [trial.recipe for trial in trials]
@@ -214,7 +218,7 @@ def _draw(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
         recipe = space.recipe(space.alpha * corner + (1.0 - space.alpha) * share)
         if recipe not in known and space.feasible(recipe):
             return recipe
-    return None  # hardly anything is left
+    return None  # almost all recipes have been evaluated
 
 
 METHODS = {
@@ -225,26 +229,27 @@ METHODS = {
         searches=True,
     ),
     "uniform": Method(
-        "the plain average (Wortsman et al. 2022); LAWA, where it is of the last k versions "
+        "the plain average (Wortsman et al. 2022); for the last k versions of a run it is LAWA "
         "(Sanyal et al. 2023)",
         *_fixed(Space.uniform),
         chooses=False,
     ),
     "greedy": Method(
-        "from the best parent on, each is added to the average unless that gets worse "
-        "(Wortsman et al. 2022, recipe 1)",
+        "starting with the best parent, each parent is added to the average unless the score gets "
+        "worse (Wortsman et al. 2022, recipe 1)",
         *(_stir_on, _stirred),
         knobs=("greedy_tie",),
     ),
     "fisher": Method(
-        "every parameter weighted by its diagonal Fisher information (Matena & Raffel 2022)",
+        "each parameter is weighted by its diagonal Fisher information (Matena & Raffel 2022)",
         *_fixed(_alike("fisher")),
         knobs=("fisher_estimator",),
         chooses=False,
         needs="fisher",
     ),
     "regmean": Method(
-        "every linear layer by regression on its inputs, the rest averaged (Jin et al. 2022)",
+        "each linear layer is fitted by regression on its inputs, the rest is averaged "
+        "(Jin et al. 2022)",
         *_fixed(_alike("regmean")),
         knobs=("regmean_scale",),
         chooses=False,
@@ -262,5 +267,5 @@ METHODS = {
         knobs=("alpha", "seed"),
         searches=True,
     ),
-    "best": Method("no merge: the better parent", _parents, _best, merges=False),
+    "best": Method("no merge: the best parent", _parents, _best, merges=False),
 }

@@ -1,4 +1,4 @@
-"""Which weights λ are chosen in the end."""
+"""Which merge weights λ are chosen at the end of a search."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from mlflow_soup.search.space import Space, points_of
 
 
 def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) -> Recipe:
-    """The feasible recipe of which most is expected, not the luckiest trial.
+    """The feasible recipe with the largest expected score, not the luckiest trial.
 
-    By posterior mean; where the curve was reconstructed, by the one of the population that the
-    held-out items are a sample of. What was measured to be worse than a feasible parent is out.
+    The expected score is the posterior mean; if the curve was reconstructed from the items, it is
+    `Landscape.population`. A recipe that scored worse than a feasible parent is left out.
 
     Args:
         space: the feasible merge weights.
         trials: the history.
-        measured: only among recipes that have a score. Otherwise the choice may be one that was
-            never measured: measure it before it is relied on.
+        measured: if True, choose among recipes with a score. If False, the choice may be a recipe
+            that was never evaluated; evaluate it before you use it.
 
     Raises:
         SpecError: no feasible trial has a score.
@@ -31,7 +31,7 @@ def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) 
         raise SpecError(
             "no feasible trial has a score",
             where=f"{len(trials)} trials, λ in [{space.alpha}, 1]",
-            fix="raise --trials",
+            fix="raise --trials; the tag soup.failed of a trial's run says why it failed",
         )
     least = max((v for recipe, v in feasible if recipe in space.parents()), default=-math.inf)
     options = points_of([recipe for recipe, value in feasible if value >= least])

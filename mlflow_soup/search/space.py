@@ -1,12 +1,13 @@
-"""Where the search may look: the merge weights of two or more parents.
+"""The space of the search: the merge weights of two or more parents.
 
-For a pair λ weighs the newer checkpoint: Θ(λ) = λ·Θ_new + (1−λ)·Θ_old with λ ∈ [α, 1] (Liu et al.
-2024, eq. 2-3). For n parents Θ = Σ λ_i·Θ_i with λ on the simplex and λ_newest ≥ α (eq. 1). Every
-parent alone is measured anyway and informs the surrogate even where α > 0 keeps the search away.
+For a pair, λ is the weight of the newer checkpoint: Θ(λ) = λ·Θ_new + (1−λ)·Θ_old with λ ∈ [α, 1]
+(Liu et al. 2024, eq. 2-3). For n parents, Θ = Σ λ_i·Θ_i with λ on the simplex and λ_newest ≥ α
+(eq. 1). Each parent alone is always evaluated. Its score informs the surrogate even if α > 0 makes
+the parent infeasible.
 
-A point is the vector of weights itself, and points are compared by their distance on the simplex
-with edges of length 1: |λ − λ'| for a pair. Softmax or stick-breaking coordinates would squeeze
-the corners and prefer some parents to others.
+A point is the vector of weights itself. The distance of two points is measured on a simplex with
+edges of length 1, so for a pair it is |λ − λ'|. Softmax or stick-breaking coordinates would squeeze
+the corners and favour some parents.
 """
 
 import itertools
@@ -23,11 +24,11 @@ from mlflow_soup.records import Recipe
 
 Array = NDArray[np.float64]
 
-# weights closer than this to measured ones would mostly measure the same again
+# smallest distance between a new point and the measured ones; a closer one would give little news
 SPACING = 0.01
-# 1,001 candidates: exact enough in one dimension that no inner optimiser is needed
+# candidates for a pair: dense enough that no inner optimiser is needed
 GRID = 1001
-# of three or more: on the whole simplex, and on its faces of each lower dimension
+# candidates for three or more parents: inside the simplex, and on its faces of each dimension
 INSIDE, ON_FACES = 2048, 512
 
 
@@ -40,22 +41,23 @@ class Space:
 
     @classmethod
     def pair(cls, alpha: float) -> "Space":
-        """Two parents, the newer weighing at least α ∈ [0, 1), rounded up to 1e-4 as λ is."""
+        """Two parents; the newer weighs at least α ∈ [0, 1), rounded up to a multiple of 1e-4."""
         return cls.simplex(2, alpha)
 
     @classmethod
     def simplex(cls, count: int, alpha: float) -> "Space":
-        """`count` ≥ 2 parents, the newest weighing at least α ∈ [0, 1), rounded up to 1e-4."""
+        """`count` ≥ 2 parents; the newest weighs at least α, rounded up to a multiple of 1e-4."""
         return cls(count, math.ceil(round(alpha * 1e4, 6)) / 1e4)
 
     def recipe(self, weights: float | Sequence[float] | Array) -> Recipe:
-        """The recipe of some weights, rounded to 1e-4: what a run shows is what was merged.
+        """The recipe with these weights, rounded to 1e-4, so that a run shows the exact weights.
 
-        The largest takes what rounding leaves, so that they sum to 1 as well as decimals can. What
-        rounding took too much is given back by an older one: the newest stays at α where it was.
+        The weights must sum to 1 after rounding. If the sum is too small, the largest weight gets
+        the rest. If it is too large, the rest is taken from the largest weight of an older parent,
+        so that the newest parent does not fall below α.
 
         Args:
-            weights: one per parent, oldest first; or λ of a pair.
+            weights: one weight per parent, oldest first; or λ of a pair.
         """
         if isinstance(weights, float | int):
             weights = (1.0 - weights, weights)
@@ -67,7 +69,7 @@ class Space:
         return Recipe("linear", tuple(step / 1e4 for step in steps))
 
     def feasible(self, recipe: Recipe) -> bool:
-        """Whether the recipe may be recommended."""
+        """True if the newest parent weighs at least α, so that the recipe may be recommended."""
         return self.alpha <= recipe.lam[-1] <= 1.0
 
     def parents(self) -> tuple[Recipe, ...]:
@@ -79,25 +81,26 @@ class Space:
         return self.recipe(np.full(self.count, 1.0 / self.count))
 
     def start(self) -> tuple[Recipe, ...]:
-        """What is measured before anything is fitted: parents and uniform soup."""
+        """The recipes that are evaluated first: the parents and the uniform soup."""
         return (*self.parents(), self.uniform())
 
     def ends(self) -> tuple[Recipe, ...]:
-        """The ends of a pair's [α, 1], where the paper begins (Liu et al. 2024, algorithm 1)."""
+        """The ends of a pair's [α, 1], where the paper starts (Liu et al. 2024, algorithm 1)."""
         return (self.recipe(self.alpha), self.recipe(1.0)) if self.count == 2 else ()
 
     def candidates(self) -> Array:
-        """Points among which the next recipe is chosen, shape (m, count), distinct, read-only.
+        """The points among which the next recipe is chosen, shape (m, count), distinct, read-only.
 
-        A pair: λ from α to 1 in equal steps. More: evenly spread over the feasible simplex and over
-        each of its faces.
+        For a pair they are equal steps of λ from α to 1. For more parents they are spread evenly
+        over the feasible simplex and over each of its faces.
         """
         return _candidates(self.count, self.alpha)
 
     def fresh(self, taken: Sequence[Recipe], spacing: float = SPACING) -> Array:
         """The candidates that are not taken yet, shape (m, count).
 
-        Those farther than `spacing` from every taken recipe; if there are none, all that differ.
+        They are farther than `spacing` from every taken recipe. If there are no such candidates,
+        all candidates that differ from the taken recipes are returned.
         """
         candidates = self.candidates()
         distance = distances(candidates, points_of(taken)).min(axis=1)
@@ -123,7 +126,7 @@ def _candidates(count: int, alpha: float) -> Array:
 
 
 def _spread(count: int) -> Array:
-    """Points all over the unit simplex of `count` corners: the corners, the inside, the faces."""
+    """Points on the unit simplex with `count` corners: the corners, the inside and the faces."""
     parts = [np.eye(count), _uniform(count, INSIDE)]
     for corners in range(2, count):
         faces = list(itertools.combinations(range(count), corners))
@@ -136,10 +139,10 @@ def _spread(count: int) -> Array:
 
 
 def _uniform(corners: int, size: int) -> Array:
-    """Points spread evenly over a simplex, shape (size, corners): a Halton sequence, mapped.
+    """Points spread evenly over a simplex, shape (size, corners), from a Halton sequence.
 
-    Each weight is a Beta-distributed share of what those before it left, so that all together are
-    uniform (Devroye 1986, ch. XI.4).
+    Each weight is a Beta-distributed share of the rest that the weights before it left. So the
+    points are uniform on the simplex (Devroye 1986, ch. XI.4).
     """
     cube = (qmc.Halton(corners - 1, scramble=False).random(size) + 0.5 / size) % 1.0
     left = np.cumprod(cube ** (1.0 / np.arange(corners - 1, 0, -1)), axis=1)

@@ -1,1 +1,1 @@
-"""What Fisher averaging and RegMean measure of a parent from calibration text."""
+"""The statistics of the parents on calibration text, and the averages that use them."""

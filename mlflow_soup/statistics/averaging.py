@@ -1,7 +1,8 @@
-"""Averages that weigh what each parent learnt from data: Fisher-weighted averaging and RegMean.
+"""Averages that use statistics of the parents: Fisher-weighted averaging and RegMean.
 
-`statistics` measures what they need. Both are written as a plain value plus what the statistics add
-to it, so that where these say nothing, or the parents agree, nothing is moved by rounding.
+`measure` gives the statistics. Both averages are computed as a plain value plus a correction by the
+statistics. If the parents are equal, or the statistics are zero, the correction is exactly zero, so
+rounding changes nothing.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 from mlflow_soup.errors import SpecError
 from mlflow_soup.weights.mix import Scratch, terms
 
-_BLOCK = 1024  # rows of a layer that are solved for at a time
+_BLOCK = 1024  # rows of a layer that are solved at a time
 
 
 @torch.no_grad()
@@ -24,25 +25,27 @@ def fisher(
     name: str = "",
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """Each element weighed by its Fisher information (Matena & Raffel 2022, arXiv:2111.09832).
+    """The average weighted by Fisher information (Matena & Raffel 2022, arXiv:2111.09832).
 
         out = Σ w_i·Θ_i = Θ_n + Σ w_i·(Θ_i − Θ_n),   w_i = (F_i + floor) / Σ (F_j + floor)
 
-    In fp32 (fp64 for F64), by separate operations, with one rounding to the parents' dtype: neither
-    chunks nor threads can be seen in the result. Elements that agree stay what they are.
+    Computed element by element in fp32 (fp64 for F64), in separate operations, with one rounding to
+    the parents' dtype. The result does not depend on chunks or threads. Elements that are equal in
+    all parents do not change.
 
     Args:
         tensors: n tensors of one shape (...) and dtype. Not modified.
-        fishers: n fp32 tensors of that shape, F ≥ 0; not modified. All 0 gives the plain mean.
-        floor: ≥ 0, in units of F; the larger, the nearer to the plain mean.
+        fishers: n fp32 tensors of that shape, F ≥ 0; not modified. If all are 0, the result is the
+            plain mean.
+        floor: ≥ 0, in units of F; a larger floor brings the result closer to the plain mean.
         name: the tensor's name, for the error.
-        scratch: working memory to use again; there is no other besides the result.
+        scratch: working memory to reuse; nothing else is allocated but the result.
 
     Returns:
-        A tensor (...) of the parents' dtype; one of `tensors` itself where they all agree.
+        A tensor (...) of the parents' dtype; one of `tensors` itself if all are equal.
 
     Raises:
-        ParentError: the parents disagree on a tensor that is not of floating point.
+        ParentError: the tensors are not floating-point, and differ.
     """
     if len(terms(tensors, _equal(tensors), name=name)) == 1:
         return tensors[0]
@@ -77,28 +80,28 @@ def regmean(
     ridge: float = 1e-6,
     name: str = "",
 ) -> Tensor:
-    """The layer that answers as its parents do, each on its own inputs, by least squares.
+    """The linear layer that fits the outputs of all parents, each on its own inputs (RegMean).
 
         W = W̄ + Σ (W_i − W̄)·G'_i · (Σ G'_i + ρ·I)⁻¹,   G' = scale·G + (1 − scale)·diag(G)
 
     with G = XᵀX / tokens, W̄ the plain mean and ρ = ridge · mean diagonal of Σ G'_i (Jin et al.
-    2022, arXiv:2212.09849; the mean in front is ours: what the inputs do not determine stays there
-    and is not drawn to zero). By Cholesky in fp64; memory: four matrices like G, a block of rows of
-    W, and the result.
+    2022, arXiv:2212.09849). The W̄ in front is our addition: weights that the inputs do not
+    determine stay at the plain mean instead of shrinking to zero. Least squares by Cholesky in
+    fp64. The memory is four matrices like G, a block of rows of W, and the result.
 
     Args:
-        weights: n tensors [out, in] of one dtype, as `nn.Linear` has them. Not modified.
+        weights: n tensors [out, in] of one dtype, as in `nn.Linear`. Not modified.
         grams: n fp32 Gram matrices [in, in] of the layer's inputs. Not modified.
-        scale: what is left of the off-diagonals, in [0, 1].
-        ridge: ≥ 0; with scale 1 and fewer tokens than inputs it must not be 0.
+        scale: factor on the off-diagonal elements, in [0, 1].
+        ridge: ≥ 0; must not be 0 if scale is 1 and there are fewer tokens than inputs.
         name: the tensor's name, for errors.
 
     Returns:
-        A tensor [out, in] of the parents' dtype; one of `weights` itself where they all agree.
+        A tensor [out, in] of the parents' dtype; one of `weights` itself if all are equal.
 
     Raises:
-        ParentError: the parents disagree on a tensor that is not of floating point.
-        SpecError: the inputs do not determine the layer, and `ridge` is too small to.
+        ParentError: the tensors are not floating-point, and differ.
+        SpecError: the inputs do not determine the layer, and `ridge` is too small.
     """
     if len(terms(weights, _equal(weights), name=name)) == 1:
         return weights[0]
@@ -106,14 +109,15 @@ def regmean(
     for gram in grams[1:]:
         mixed += _shrunk(gram, scale)
     least = mixed.diagonal().mean()
-    mixed.diagonal().add_(ridge * least if least > 0 else 1.0)  # no inputs at all: the plain mean
+    # if all inputs are zero, any positive diagonal gives the plain mean
+    mixed.diagonal().add_(ridge * least if least > 0 else 1.0)
     lower, failed = torch.linalg.cholesky_ex(mixed)
     del mixed
     if failed:
         raise SpecError(
-            f"the inputs of {name!r} do not determine its mean at scale {scale} and ridge {ridge}",
+            f"the inputs do not determine {name!r} at scale {scale} and ridge {ridge}",
             where="the calibration text",
-            fix="raise the ridge, lower the scale, or calibrate with more text",
+            fix="give more calibration text, lower --regmean-scale, or raise the ridge",
         )
     out = torch.empty(weights[0].shape, dtype=weights[0].dtype)
     for start in range(0, len(out), _BLOCK):
@@ -130,12 +134,12 @@ def regmean(
 
 
 def _equal(tensors: Sequence[Tensor]) -> list[float]:
-    """Merge weights of the plain mean."""
+    """The merge weights of the plain mean."""
     return [1 / len(tensors)] * len(tensors)
 
 
 def _shrunk(gram: Tensor, scale: float) -> Tensor:
-    """A Gram matrix in fp64 whose off-diagonals are scaled."""
+    """A copy of a Gram matrix in fp64, with its off-diagonal elements scaled."""
     shrunk = gram.to(torch.float64, copy=True)
     diagonal = shrunk.diagonal().clone()
     shrunk.mul_(scale).diagonal().copy_(diagonal)

@@ -1,4 +1,4 @@
-"""The text that statistics are measured on: read from a file, cut into windows of tokens."""
+"""Calibration text, which statistics are measured on: read from a file, cut into token windows."""
 
 import hashlib
 import json
@@ -9,32 +9,32 @@ from pathlib import Path
 from mlflow_soup.errors import SpecError
 from mlflow_soup.evaluation.live import LiveModel
 
-WINDOW = 256  # tokens that are read together: memory for activations grows with them
+WINDOW = 256  # most tokens in a window; the memory for activations grows with it
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows of text in a tokenizer's tokens, each at least 2, and their digest."""
+    """Windows of text as tokens, at least 2 tokens each."""
 
     documents: tuple[tuple[int, ...], ...]
 
     @property
     def tokens(self) -> int:
-        """In all windows."""
+        """The number of tokens in all windows."""
         return sum(map(len, self.documents))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the tokens; the order of the windows does not matter."""
+        """SHA-256 of the tokens; it does not depend on the order of the windows."""
         lines = sorted(json.dumps(document) for document in self.documents)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_texts(path: Path) -> list[str]:
-    """Documents: the rows `{"text": …}` of a .jsonl file, or plain text with blank lines between.
+    """The documents in a file: rows `{"text": …}` of a .jsonl file, or text between blank lines.
 
     Raises:
-        SpecError: it cannot be read, a row has no text, or there is none at all.
+        SpecError: the file cannot be read, a row has no text, or all documents are empty.
     """
     where = f"--calibration {path}"
     try:
@@ -50,32 +50,32 @@ def read_texts(path: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecError(
             f"{path} is not calibration text: "
-            + ("a row has no field text" if isinstance(error, KeyError) else str(error)),
+            + ('a row has no field "text"' if isinstance(error, KeyError) else str(error)),
             where=where,
-            fix='write rows {"text": "…"} into a .jsonl file, or UTF-8 text into any other',
+            fix='write rows {"text": "…"} into a .jsonl file, or UTF-8 text into any other file',
         ) from error
     if not all(isinstance(text, str) for text in texts):
-        fix = 'make it rows {"text": "…"}'
+        fix = 'write each row as {"text": "…"}, with the text in quotes'
         raise SpecError(f"a text in {path} is not a string", where=where, fix=fix)
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise SpecError(f"{path} holds no text", where=where, fix="put some text into it")
+        raise SpecError(f"{path} holds no text", where=where, fix="put some text into the file")
     return texts
 
 
 def calibrate(
     texts: Iterable[str], live: LiveModel, *, tokens: int, max_length: int | None = None
 ) -> Calibration:
-    """Texts in the model's tokens, cut into windows, until there are as many as wanted.
+    """Tokenise texts and cut them into windows, until there are enough tokens.
 
     Args:
-        texts: read no further than needed.
-        live: whose tokenizer it is.
-        tokens: most of them; fewer when the texts end before.
-        max_length: most in a window, besides `WINDOW` and the model's own limit.
+        texts: the documents; read only as far as needed.
+        live: the model whose tokenizer is used.
+        tokens: the largest number of tokens; there are fewer if the texts end before.
+        max_length: a further limit on the tokens in a window, besides `WINDOW` and the model's own.
 
     Raises:
-        SpecError: the texts are shorter than two tokens.
+        SpecError: no text has two tokens.
     """
     longest = getattr(live.model.config, "max_position_embeddings", None)
     length = min(limit for limit in (WINDOW, longest, max_length) if limit)
@@ -84,15 +84,15 @@ def calibrate(
         ids = live.tokenizer(text, verbose=False)["input_ids"]
         for start in range(0, len(ids), length):
             window = tuple(ids[start : start + length][:left])
-            if len(window) >= 2:  # of a single one, nothing is predicted
+            if len(window) >= 2:  # in a window of one token, nothing is predicted
                 windows.append(window)
                 left -= len(window)
         if left < 2:
             break
     if not windows:
         raise SpecError(
-            "there is no calibration text to speak of: not two tokens",
-            where=f"--calibration, {tokens} tokens wanted, windows of {length}",
-            fix="give it more text; Fisher and RegMean weights are measured on it",
+            "the calibration text is too short: no document has two tokens",
+            where=f"--calibration ({tokens} tokens wanted, in windows of {length})",
+            fix="give more calibration text; Fisher and RegMean statistics are measured on it",
         )
     return Calibration(tuple(windows))

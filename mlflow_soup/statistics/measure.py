@@ -1,7 +1,8 @@
-"""What parents learnt from data: Fisher diagonals and Gram matrices, for `averaging`.
+"""The statistics of a parent on calibration text: Fisher diagonals or Gram matrices.
 
-They are measured by `passes` and kept in a folder, by what they depend on: what was measured once
-is not measured again, when a third parent comes or a run is repeated.
+`passes` measures them and `averaging` uses them. They are cached in a folder, under a key made of
+all that they depend on. So a repeated run, or a run with one more parent, measures only what is
+new.
 """
 
 import contextlib
@@ -31,23 +32,25 @@ from mlflow_soup.weights.compatibility import function_of
 from mlflow_soup.weights.digests import of_file
 from mlflow_soup.weights.mix import Scratch
 
-FLOOR = 1e-6  # of the mean Fisher information, so that what no parent uses is averaged
-_FORMAT = 1  # of the files; part of their name
+# in units of the mean Fisher information; it makes elements that no parent uses the plain mean
+FLOOR = 1e-6
+_FORMAT = 1  # version of the file format; part of the cache key
 _TENSORS, _ABOUT = "tensors.safetensors", "statistics.json"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was measured of one parent.
+    """The statistics of one parent.
 
     Attributes:
         kind: `fisher` or `regmean`.
-        places: name of a tensor on disk → key of its statistics; what has none is averaged.
-        turned: names on disk that are [in, out], as GPT-2's.
-        mean: of all Fisher information; 0 for `regmean`.
-        tokens: read.
-        notes: sentences about what was not measured.
-        tensors: key → fp32 Fisher information of the tensor's shape, or Gram matrix [in, in];
+        places: tensor name on disk → key of its statistics; tensors that are not in it are averaged
+            plainly.
+        turned: names on disk of matrices stored as [in, out], as in GPT-2.
+        mean: the mean of all Fisher information; 0 for `regmean`.
+        tokens: the number of tokens read.
+        notes: sentences for people about tensors without statistics.
+        tensors: key → Fisher information in the tensor's shape, or Gram matrix [in, in], in fp32;
             memory-mapped.
     """
 
@@ -73,32 +76,33 @@ def measure(
 ) -> Statistics:
     """The statistics of a parent, from the cache if they were measured before.
 
-    The live model is afterwards what it was, and its links hold.
+    The live model gets the parent's weights for the measurement, and its own weights back
+    afterwards.
 
     Args:
         kind: `fisher` or `regmean`.
-        live: a model of the parent's architecture; what weights it has does not matter.
-        parent: whose weights are to be averaged.
-        digest: the parent's canonical one.
+        live: a model of the parent's architecture, with any weights.
+        parent: the checkpoint to measure.
+        digest: the parent's canonical digest.
         calibration: the text.
-        folder: the cache; made if it is not there. What is damaged in it is measured anew.
-        estimator: of Fisher information: `empirical` takes the labels from the text; `sampled`
-            draws them from the model at every position, the text before it given, so that the
-            expectation is the model's true Fisher information.
-        seed: of the draws; each window's depend on it and on the window alone.
+        folder: the cache; made if it does not exist. A damaged entry is measured again.
+        estimator: for Fisher information: `empirical` takes the labels from the text; `sampled`
+            draws a label from the model at each position, so that the expectation is the model's
+            true Fisher information.
+        seed: the seed of the draws; the draws of a window depend only on the seed and the window.
 
     Raises:
         NonFiniteError: the weights gave NaN or infinity.
-        ObjectiveError: there is no memory for it.
-        ParentError: the parent holds different tensors where the model has one.
-        SpecError: an unknown kind or estimator, or a folder that cannot be written.
+        ObjectiveError: there is not enough memory.
+        ParentError: the parent's tensors do not fit the model.
+        SpecError: the kind or estimator is unknown, or the folder cannot be written.
         StoreError: the disk is full or fails.
     """
     if kind not in KINDS or estimator not in ESTIMATORS:
         raise SpecError(
             f"there are no {estimator} {kind} statistics",
-            where="measure",
-            fix=f"kinds: {', '.join(KINDS)}; estimators: {', '.join(ESTIMATORS)}",
+            where="the arguments `kind` and `estimator` of `measure`",
+            fix=f"choose a kind from {', '.join(KINDS)}, an estimator from {', '.join(ESTIMATORS)}",
         )
     recipe = {"estimator": estimator, "seed": seed * (estimator == "sampled")}
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
@@ -121,7 +125,7 @@ def measure(
                 content = {"kind": kind, "tokens": calibration.tokens, "turned": [], "mean": 0.0}
                 content |= about | {"sha256": of_file(partial / _TENSORS)}
                 (partial / _ABOUT).write_text(json.dumps(content), encoding="utf-8")
-    except SpecError:  # another was quicker, or it cannot be written there
+    except SpecError:  # another process was faster, or the folder cannot be written
         if _open(place) is None:
             raise
     measured = _open(place)
@@ -130,7 +134,7 @@ def measure(
 
 
 def _open(place: Path) -> Statistics | None:
-    """What lies in the cache; None if nothing does, or it is damaged."""
+    """The statistics at a place in the cache; None if there are none or they are damaged."""
     try:
         about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
         if of_file(place / _TENSORS) != about["sha256"]:
@@ -157,25 +161,26 @@ def _enough_memory(parent: Checkpoint) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ObjectiveError(
-            f"no memory left to measure {parent.label}: {error}",
+            f"there is not enough memory to measure {parent.label}: {error}",
             where="--device",
-            fix="measure on the CPU; it takes the model twice in fp32, one of them in page cache",
+            fix="measure on the CPU, which needs memory for two copies of the model in fp32, one "
+            "of them in the page cache",
         ) from error
 
 
 def blend(
     parents: Sequence[Statistics], *, scale: float = 0.9, ridge: float = 1e-6
 ) -> Callable[[str, Sequence[Tensor]], Tensor | None]:
-    """How the parents are averaged by their statistics: a function for `soup.write`.
+    """A function for `soup.write` that averages the parents with their statistics.
 
     Args:
-        parents: their statistics, of one kind and one calibration, oldest first.
-        scale: what RegMean leaves of the off-diagonals of Gram matrices.
-        ridge: what it adds to their diagonals, in units of their mean.
+        parents: the parents' statistics, of one kind and one calibration, oldest first.
+        scale: RegMean's factor on the off-diagonal elements of Gram matrices.
+        ridge: RegMean's addition to their diagonals, in units of the mean diagonal.
 
     Returns:
-        Name on disk and the parents' tensors → the soup's tensor; None where a parent has no
-        statistics, for the plain mean.
+        A function: name on disk and tensors of the parents → tensor of the soup. It returns None,
+        for the plain mean, if a parent has no statistics for the tensor.
     """
     floor = FLOOR * math.fsum(parent.mean for parent in parents) / len(parents)
     scratch = Scratch()

@@ -1,6 +1,6 @@
-"""A model reads the calibration text: its gradients, or the inputs of its layers, are summed up.
+"""The passes over the calibration text: sums of squared gradients, or of the inputs of layers.
 
-Window by window and each alone: nothing is padded, and no batch size can be seen in the result.
+Each window is a batch of its own. So nothing is padded, and the result depends on no batch size.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from mlflow_soup.statistics.calibration import Calibration
 from mlflow_soup.statistics.sums import Sums
 from mlflow_soup.weights.checkpoint import MIXED, Checkpoint
 
-_ROWS = 64  # positions whose labels are drawn together
+_ROWS = 64  # positions whose labels are drawn at a time
 Recipe = Mapping[str, Any]
 
 
@@ -32,16 +32,27 @@ Recipe = Mapping[str, Any]
 def fisher(
     live: LiveModel, parent: Checkpoint, calibration: Calibration, path: Path, recipe: Recipe
 ) -> dict[str, Any]:
-    """Squared gradients of log p of each window, averaged: F = E (∂ log p / ∂Θ)²."""
+    """Write the mean squared gradients of log p of the windows, F = E (∂ log p / ∂Θ)².
+
+    Args:
+        live: the model, with the parent's weights.
+        parent: the checkpoint.
+        calibration: the windows.
+        path: the file for the sums; must not exist.
+        recipe: the estimator and the seed.
+
+    Returns:
+        The fields `places`, `mean` and `notes` of `Statistics`.
+    """
     shapes = {name: parent.tensors[name].shape for name in live.places}
     sums = Sums(path, shapes, live.model.device)
     parameters = live.model.state_dict()
-    names: dict[int, list[str]] = {}  # tied parameters are one storage
+    names: dict[int, list[str]] = {}  # storage → names on disk; tied parameters share a storage
     for name, place in live.places.items():
         names.setdefault(parameters[place.parameter].data_ptr(), []).append(name)
 
     def add(parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None  # one is alive at a time
+        gradient, parameter.grad = parameter.grad, None  # keep one gradient in memory at a time
         assert gradient is not None
         for name in names[parameter.data_ptr()]:
             place = live.places[name]
@@ -57,7 +68,9 @@ def fisher(
     totals = {name: sums.finish(name, count, parent.label) for name in sums}
     notes, still = _unused(live, parent), sum(total == 0.0 for total in totals.values())
     if still:
-        notes.append(_count(still, "tensor", "without influence on the calibration text"))
+        notes.append(
+            _count(still, "tensor", "without influence on the likelihood of the calibration text")
+        )
     return {
         "places": {name: name for name in sums} | live.tied,
         "mean": math.fsum(totals.values()) / sum(tensor.numel() for tensor in sums.values()),
@@ -68,8 +81,8 @@ def fisher(
 def _backward(model: nn.Module, window: Sequence[int], recipe: Recipe) -> None:
     """Back-propagate −log p of one window's labels: its own tokens, or drawn ones.
 
-    The slope of −log p in the logits, softmax − onehot, takes the logits' place in memory: where
-    the vocabulary is large, there is nothing larger.
+    The gradient of −log p in the logits, softmax − onehot, overwrites the logits: with a large
+    vocabulary they are the largest tensor.
     """
     ids = _ids(model, window)
     with torch.enable_grad():
@@ -81,12 +94,12 @@ def _backward(model: nn.Module, window: Sequence[int], recipe: Recipe) -> None:
     if recipe["estimator"] == "sampled":
         labels = _draw(slopes[:-1], window, recipe["seed"])
     slopes.scatter_add_(1, labels[:, None], slopes.new_full((len(labels), 1), -1.0))
-    slopes[-1] = 0.0  # what follows the window is not known
+    slopes[-1] = 0.0  # the token after the window is not known
     logits.backward(slopes[None])
 
 
 def _draw(probabilities: Tensor, window: Sequence[int], seed: int) -> Tensor:
-    """A label for each row of probabilities (T, V), shape (T,)."""
+    """Draw a label from each row of probabilities (T, V); shape (T,)."""
     key = hashlib.sha256(json.dumps([seed, window]).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
     shares = torch.rand(len(probabilities), 1, generator=generator, dtype=torch.float64)
@@ -105,13 +118,24 @@ def _draw(probabilities: Tensor, window: Sequence[int], seed: int) -> Tensor:
 def regmean(
     live: LiveModel, parent: Checkpoint, calibration: Calibration, path: Path, recipe: Recipe
 ) -> dict[str, Any]:
-    """XᵀX of the inputs of every linear layer, divided by the tokens in them."""
+    """Write XᵀX / tokens for the inputs X of every linear layer.
+
+    Args:
+        live: the model, with the parent's weights.
+        parent: the checkpoint.
+        calibration: the windows.
+        path: the file for the sums; must not exist.
+        recipe: not used.
+
+    Returns:
+        The fields `places`, `turned` and `notes` of `Statistics`.
+    """
     parameters = live.model.state_dict()
     users = Counter(p.data_ptr() for m in live.model.modules() for p in m.parameters(False))
     layers: dict[str, Any] = {
         name: module
         for name, module in live.model.named_modules()
-        # a head tied to the embedding is two layers in one
+        # a head that is tied to the embedding is left out: its weights serve two layers
         if isinstance(module, nn.Linear | Conv1D) and users[module.weight.data_ptr()] == 1
     }
     owner = _owners(live.model, layers, calibration.documents[0])
@@ -140,7 +164,7 @@ def regmean(
             without[_NO_LAYER[min(max(parameter.ndim, 1), 3)]] += 1
         elif not seen[owner[layer]]:
             without[_UNCALLED] += 1
-        else:  # rows of a fused layer are solved for one by one, but not rows of a turned one
+        else:  # a tensor may be some rows of a fused layer, but not of a layer stored [in, out]
             assert isinstance(layers[layer], nn.Linear) or place.rows == _inputs(layers[layer])
             places[name] = owner[layer]
             turned += [name] if isinstance(layers[layer], Conv1D) else []
@@ -148,16 +172,18 @@ def regmean(
     short = {n: _inputs(layers[n]) for n, o in owner.items() if 0 < seen[o] < _inputs(layers[n])}
     if short:
         least = min(seen[owner[name]] for name in short)
-        told = f"given fewer tokens than inputs ({least} for up to {max(short.values())})"
+        told = (
+            f"given fewer tokens than inputs ({least} tokens, up to {max(short.values())} inputs)"
+        )
         notes.append(_count(len(short), "linear layer", told))
     return {"places": places, "turned": turned, "notes": [*_unused(live, parent), *notes]}
 
 
 def _owners(model: nn.Module, layers: Mapping[str, Any], window: Sequence[int]) -> dict[str, str]:
-    """Layer → the one whose Gram matrix it uses: the first that is given the same tensor."""
+    """Layer → the layer whose Gram matrix it uses: the first one with the same input tensor."""
     owner = {name: name for name in layers}
     calls = Counter[str]()
-    given: list[tuple[Tensor, int, str]] = []  # held, so that no other takes its place in memory
+    given: list[tuple[Tensor, int, str]] = []  # keeps the tensors alive, so that none is reused
 
     def meet(name: str, inputs: Tensor) -> None:
         calls[name] += 1
@@ -170,7 +196,7 @@ def _owners(model: nn.Module, layers: Mapping[str, Any], window: Sequence[int]) 
 
     with _listening(layers, meet):
         _forward(model, window)
-    # one that is called again has other inputs besides
+    # a layer that is called more than once also has other inputs
     return {n: first if calls[n] == calls[first] == 1 else n for n, first in owner.items()}
 
 
@@ -178,7 +204,7 @@ def _owners(model: nn.Module, layers: Mapping[str, Any], window: Sequence[int]) 
 def _listening(
     layers: Mapping[str, nn.Module], hear: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Have a function called with the name and the input of every layer."""
+    """Call `hear` with the name and the input of each layer, whenever the layer is called."""
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
 
@@ -190,46 +216,46 @@ def _listening(
 
 
 def _inputs(layer: Any) -> int:
-    """How many inputs a linear layer has."""
+    """The number of inputs of a linear layer."""
     return int(layer.weight.shape[0 if isinstance(layer, Conv1D) else 1])
 
 
 def _windows(calibration: Calibration, what: str) -> Iterable[Sequence[int]]:
-    """The windows, with a bar where there is a terminal."""
+    """The windows, with a progress bar if there is a terminal."""
     return tqdm(calibration.documents, what, unit="window", disable=None)
 
 
 def _ids(model: nn.Module, window: Sequence[int]) -> Tensor:
-    """A window as the model takes it, shape (1, T)."""
+    """A window as a batch for the model, shape (1, T)."""
     return torch.tensor([window], device=next(model.parameters()).device)
 
 
 @torch.no_grad()
 def _forward(model: nn.Module, window: Sequence[int]) -> None:
-    """Run the model for those who listen."""
+    """Run the model on a window; only the hooks of its layers use the result."""
     model(input_ids=_ids(model, window), use_cache=False)
 
 
-# -- what has no statistics ------------------------------------------------------------------------
+# -- tensors without statistics --------------------------------------------------------------------
 
 _NO_LAYER = {
     1: ("vector", "norms and biases have no Gram matrix"),
-    2: ("matrix", "embeddings, heads tied to them and routers are no linear layers"),
-    3: ("3-D tensor", "the inputs of experts and convolutions are not seen by linear layers"),
+    2: ("matrix", "embeddings, tied heads and routers are not treated as linear layers"),
+    3: ("3-D tensor", "experts and convolutions are not treated as linear layers"),
 }
-_UNCALLED = ("matrix", "its layer was never called with the calibration text")
+_UNCALLED = ("matrix", "the calibration text did not reach the layer")
 
 
 def _unused(live: LiveModel, parent: Checkpoint) -> list[str]:
-    """Whether there are weights on disk that the model was loaded without."""
+    """A note if the checkpoint has tensors that the model does not use; else an empty list."""
     infos = parent.tensors.items()
     floats = [name for name, info in infos if info.dtype in MIXED and 0 not in info.shape]
     count = len({*floats} - {*live.places} - {*live.tied})
-    return [_count(count, "tensor", "averaged: the model has no use for it")] if count else []
+    return [_count(count, "tensor", "averaged: not used by the model")] if count else []
 
 
 def _count(count: int, what: str, happened: str) -> str:
-    """`1 matrix was averaged: …`, `2 matrices were averaged: …`."""
+    """A sentence, `1 matrix was averaged: …` or `2 matrices were averaged: …`."""
     many = what.removesuffix("x") + ("ces" if what.endswith("x") else "s")
     return f"{count} {what if count == 1 else many} {'was' if count == 1 else 'were'} {happened}."
 

@@ -1,4 +1,4 @@
-"""Sums in fp32 that grow in the safetensors file they are kept in: page cache, not memory."""
+"""Sums in fp32, held in a memory-mapped safetensors file: they use page cache, not memory."""
 
 import json
 import math
@@ -19,17 +19,18 @@ from mlflow_soup.weights.mix import Scratch, is_finite
 
 
 class Sums(Mapping[str, Tensor]):
-    """Tensors of zeros in a new file; what is added to them is in the file.
+    """Sums by name, zeros at first, in a new safetensors file.
 
-    On an accelerator they grow there, and come to the file when they are finished.
+    On the CPU, adding to a tensor changes the file. On an accelerator the sums are kept on the
+    device, and `finish` copies them to the file.
 
     Args:
-        path: must not exist.
-        shapes: of the tensors, by name.
-        device: where they grow.
+        path: the file; must not exist.
+        shapes: name → shape of the tensor.
+        device: the device on which the sums are computed.
 
     Raises:
-        StoreError: the disk has no room for them.
+        StoreError: the disk has no space for the file.
     """
 
     def __init__(
@@ -50,10 +51,15 @@ class Sums(Mapping[str, Tensor]):
         return len(self._kept)
 
     def finish(self, name: str, count: int, label: str) -> float:
-        """Divide a sum by a count; the sum of its elements.
+        """Divide a sum by a count, write it to the file, and return the total of its elements.
+
+        Args:
+            name: the name of the sum.
+            count: the divisor.
+            label: the name of the parent, for the error.
 
         Raises:
-            NonFiniteError: it holds NaN or infinity, which is the fault of `label`.
+            NonFiniteError: the sum holds NaN or infinity.
         """
         kept = self._kept[name]
         kept.copy_(self._growing[name].div_(count))
@@ -61,16 +67,18 @@ class Sums(Mapping[str, Tensor]):
             raise NonFiniteError(
                 f"the statistics of {name} are not finite",
                 where=label,
-                fix="merge another version; this one gives NaN on the calibration text",
+                fix="merge another version; this one gives NaN or infinity on the calibration text",
             )
         return float(kept.sum())
 
 
 def mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of such a file, memory-mapped: never write into one.
+    """The tensors of a file of sums, memory-mapped read-only.
+
+    Writing into one crashes the process.
 
     Raises:
-        OSError, SafetensorError: it cannot be read, or is damaged.
+        OSError, SafetensorError: the file cannot be read, or is damaged.
     """
     with safe_open(path, framework="np"), path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -78,10 +86,10 @@ def mapped(path: Path) -> dict[str, Tensor]:
 
 
 def _zeros(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Zeros in a new safetensors file: what is written into them is written into the file.
+    """Tensors of zeros, mapped from a new safetensors file; writing to them changes the file.
 
     Raises:
-        StoreError: the disk has no room for them.
+        StoreError: the disk has no space for the file.
     """
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -92,7 +100,8 @@ def _zeros(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]
     check_space(path.parent, 8 + len(text) + end)
     with on_disk(path), path.open("xb+") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        # not only sized: on a disk that fills later, memory laid over it ends the process
+        # write all zeros: if the file were sparse and the disk became full, writing to the mapping
+        # would crash the process
         for start in range(0, end, BUFFER):
             file.write(bytes(min(BUFFER, end - start)))
         file.flush()
@@ -100,11 +109,11 @@ def _zeros(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]
 
 
 def _laid_over(content: mmap.mmap, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors over the bytes of a mapped file, all fp32."""
+    """The fp32 tensors of a mapped file."""
     data = _data(content)
     tensors = {}
     with warnings.catch_warnings():
-        # torch says which cannot be written to; that is as it should be
+        # torch warns about read-only buffers; those of `mapped` are read-only on purpose
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         for name, info in header.items():
             begin, end = info["data_offsets"]
@@ -116,5 +125,5 @@ def _laid_over(content: mmap.mmap, header: Mapping[str, Any]) -> dict[str, Tenso
 
 
 def _data(content: mmap.mmap) -> int:
-    """Where the data begin."""
+    """The byte at which the data begin."""
     return 8 + int.from_bytes(content[:8], "little")

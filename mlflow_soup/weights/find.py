@@ -207,7 +207,7 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     if not (weights / "tokenizer_config.json").is_file():
         holders = sorted({path.parent for path in root.rglob("tokenizer_config.json")})
         if holders or with_tokenizer:
-            fix = "register the tokenizer beside the model"
+            fix = "register the model together with its one tokenizer"
             tokenizer = _only(holders, root, "a tokenizer", label, fix)
             _check_plain(tokenizer, label)
     if (tokenizer / "tokenizer_config.json").is_file():

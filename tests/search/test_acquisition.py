@@ -1,4 +1,4 @@
-"""Utilities against integrals and numbers worked by hand."""
+"""Acquisition functions against integrals and numbers computed by hand."""
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ def one(utility, mean, std, best, scale=1.0):
 
 
 def integrated_log_ei(mean, std, best):
-    """log ∫ max(f − best, 0) N(f; mean, std²) df, its Gaussian taken out of the integral.
+    """log ∫ max(f − best, 0) N(f; mean, std²) df, with the Gaussian outside the integral.
 
     With z = (mean − best)/std and t = (f − best)/std, φ(t − z) = φ(z)·exp(tz − t²/2), so
 
         EI = std·φ(z)·∫₀^∞ t·exp(tz − t²/2) dt
 
-    which for z < 0 is scaled by u = −tz, so that no part of it is ever tiny.
+    For z < 0 it is scaled by u = −tz, so that no part of it is tiny.
     """
     z = (mean - best) / std
     if z < -1:
@@ -46,7 +46,7 @@ def test_log_ei_is_the_log_of_the_integral(z, std):
 def test_log_ei_by_hand():
     # mean = best: E max(N(0, 1), 0) = φ(0) = 1/√(2π)
     assert one(log_ei, 0.3, 1.0, 0.3) == pytest.approx(-0.5 * np.log(2 * np.pi))
-    # hardly any doubt: all of the difference
+    # hardly any uncertainty: EI is the difference
     assert one(log_ei, 0.8, 1e-6, 0.3) == pytest.approx(np.log(0.5))
 
 
@@ -71,13 +71,13 @@ stds = st.floats(1e-6, 10)
 
 
 @given(mean=sixteenths, std=stds, best=sixteenths, more=st.floats(1e-3, 1))
-def test_a_larger_mean_is_never_worth_less(mean, std, best, more):
+def test_a_larger_mean_never_lowers_the_utility(mean, std, best, more):
     for utility in ACQUISITIONS.values():
         assert one(utility, mean + more, std, best) >= one(utility, mean, std, best)
 
 
 @given(mean=sixteenths, std=stds, short=st.floats(0, 2), factor=st.floats(1.01, 10))
-def test_below_the_incumbent_more_doubt_is_worth_more(mean, std, short, factor):
+def test_below_the_incumbent_a_larger_std_raises_the_utility(mean, std, short, factor):
     for utility in (log_ei, log_pi, ucb):
         assert one(utility, mean, factor * std, mean + short) > one(
             utility, mean, std, mean + short
@@ -92,7 +92,7 @@ def test_only_the_distance_to_the_incumbent_matters(mean, std, best, shift):
 
 
 def test_log_pi_by_hand():
-    # half the chance to pass best + ξ·scale when the mean lies just there
+    # the probability of passing best + ξ·scale is one half if the mean is exactly there
     assert one(log_pi, 0.3 + XI * 2.0, 0.1, 0.3, scale=2.0) == pytest.approx(np.log(0.5))
     # one standard deviation above and below: Φ(1) = 0.8413447, Φ(−1) = 0.1586553
     assert np.exp(one(log_pi, 0.4, 0.1, 0.3, scale=0.0)) == pytest.approx(0.8413447)
@@ -113,7 +113,7 @@ def test_ucb_by_hand():
 
 
 @pytest.mark.parametrize("name", sorted(ACQUISITIONS))
-def test_utilities_leave_their_arguments_alone(name):
+def test_acquisition_functions_do_not_change_their_arguments(name):
     mean, std = np.linspace(-1, 1, 5), np.linspace(0.1, 2, 5)
     before = mean.copy(), std.copy()
     assert ACQUISITIONS[name](mean, std, 0.2, 0.5).shape == (5,)

@@ -1,4 +1,4 @@
-"""Ask, recommend and proceed: what is searched, when it ends, and that the history decides it."""
+"""`ask`, `recommend` and `proceed`: what is evaluated, when the search ends, what is chosen."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ counts = pytest.mark.parametrize("count", [2, 3])
 
 
 def pairs(lams):
-    """Weights of two parents, the newer weighing λ."""
+    """The merge weights of two parents for given λ."""
     return np.column_stack([1.0 - np.array(lams), lams])
 
 
 def dome(peak, width=0.5):
-    """A landscape like those of equal parents: one smooth hill around the peak."""
+    """A score like that of a soup of equally good parents: one smooth hill."""
 
     def score(lam):
         there = lam[-1:] if np.ndim(peak) == 0 else lam
@@ -41,12 +41,12 @@ def dome(peak, width=0.5):
 
 
 def nothing(lam):
-    """An evaluation that fails wherever it is."""
+    """An evaluation that always fails."""
     return
 
 
 def searched(space, score, count, trials=(), **options):
-    """The history after `count` trials; `score` gives None where an evaluation fails."""
+    """The history after `count` trials; `score` returns None if an evaluation fails."""
     trials = list(trials)
     while len(trials) < count:
         recipe = ask(space, trials, **options)
@@ -55,24 +55,24 @@ def searched(space, score, count, trials=(), **options):
 
 
 def told(space, history):
-    """A history of given weights and scores."""
+    """A history with the given weights and scores."""
     scores = [(lam, None if y is None else Score(y, 0.01)) for lam, y in history]
     return [Trial(i, space.recipe(lam), score) for i, (lam, score) in enumerate(scores)]
 
 
 def spaced(recipes):
-    """The smallest distance between two of some recipes."""
+    """The smallest distance between two of the recipes."""
     points = np.array([recipe.lam for recipe in recipes])
     return min(distances(points, points)[np.triu_indices(len(points), k=1)])
 
 
 def nearest(acquisition, kind):
-    """How near to what is known one may ask: a landscape knows where an item turns."""
+    """The smallest allowed distance to known recipes; it is smaller for a landscape."""
     return 0.002 if (acquisition, kind) == ("landscape", "items") else 0.01
 
 
 def scores_of(kind, space):
-    """Scores that come with items, and such without."""
+    """A score function, with items or without."""
     if kind == "items":
         return s.Quiz(4, count=space.count, items=60, wild=0.2).score
     return dome(0.8) if space.count == 2 else dome(np.array([0.2, 0.3, 0.5]))
@@ -86,7 +86,7 @@ kinds = pytest.mark.parametrize("kind", ["items", "scores"])
 
 @choices
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.7])
-def test_parents_uniform_soup_and_alpha_are_measured_before_the_surrogate_speaks(
+def test_parents_uniform_soup_and_alpha_are_evaluated_before_the_surrogate_is_used(
     acquisition, alpha
 ):
     space = Space.pair(alpha)
@@ -97,16 +97,16 @@ def test_parents_uniform_soup_and_alpha_are_measured_before_the_surrogate_speaks
 
 
 @choices
-def test_more_than_two_parents_and_their_uniform_soup_are_measured_first(acquisition):
+def test_more_than_two_parents_and_their_uniform_soup_are_evaluated_first(acquisition):
     space = Space.simplex(3, 0.2)
     trials = searched(space, scores_of("scores", space), 6, acquisition=acquisition)
     assert tuple(t.recipe for t in trials[:4]) == space.start()
     assert all(space.feasible(t.recipe) for t in trials[4:])
 
 
-def test_where_the_items_tell_of_the_curve_its_end_is_not_measured_for_its_own_sake():
+def test_with_a_landscape_lambda_alpha_is_not_evaluated_first():
     space = Space.pair(0.7)
-    # the newer parent is by far the better one: nothing is to be gained at the other end
+    # the newer parent is much better, so nothing can be gained at the other end
     quiz = s.Quiz(1, items=200, bend=0.2, side=1.0)
     trials = searched(space, quiz.score, 6)
     assert tuple(t.recipe for t in trials[:3]) == space.start()
@@ -118,7 +118,7 @@ def test_where_the_items_tell_of_the_curve_its_end_is_not_measured_for_its_own_s
 @choices
 @s.FEW
 @given(drawn=st.data(), space=s.spaces(), seed=st.integers(0, 99))
-def test_nothing_measured_or_pending_is_asked_again(acquisition, drawn, space, seed):
+def test_no_evaluated_or_pending_recipe_is_asked_again(acquisition, drawn, space, seed):
     trials = drawn.draw(s.histories(space))
     nearby = [space.recipe(point) for point in space.candidates()[::10]]
     pending = drawn.draw(st.lists(st.sampled_from([*space.start(), *nearby]), max_size=5))
@@ -133,7 +133,7 @@ def test_nothing_measured_or_pending_is_asked_again(acquisition, drawn, space, s
 
 @choices
 @kinds
-def test_nothing_of_three_parents_is_asked_again(acquisition, kind):
+def test_no_recipe_of_three_parents_is_asked_again(acquisition, kind):
     space = Space.simplex(3, 0.1)
     trials = searched(space, scores_of(kind, space), 8, acquisition=acquisition)
     pending = []
@@ -158,7 +158,7 @@ def test_four_at_once_are_distinct_and_well_apart(acquisition, count, kind):
 
 
 @pytest.mark.parametrize("acquisition", ["ei", "pi", "ucb"])
-def test_what_is_pending_is_imagined_to_come_out_as_expected(acquisition):
+def test_a_pending_recipe_counts_with_its_expected_score(acquisition):
     space = Space.pair(0.5)
     trials = told(space, [(0.0, 0.41), (1.0, 0.47), (0.5, 0.478), (0.7, 0.486)])
     pending = [space.recipe(0.62), space.recipe(0.8)]
@@ -171,7 +171,7 @@ def test_what_is_pending_is_imagined_to_come_out_as_expected(acquisition):
     assert asked == ask(space, [*trials, *imagined], acquisition=acquisition)
 
 
-def test_what_is_pending_makes_a_landscape_look_elsewhere():
+def test_a_pending_recipe_makes_a_landscape_look_elsewhere():
     space = Space.pair(0.0)
     apart = []
     for seed in range(5):
@@ -179,7 +179,7 @@ def test_what_is_pending_makes_a_landscape_look_elsewhere():
         trials = searched(space, quiz.score, 5)
         first = ask(space, trials)
         second = ask(space, trials, pending=[first])
-        # where it is merely asked not to ask the same, without imagining that it is measured
+        # for comparison: a recipe that is only excluded and does not narrow the band
         failed = ask(space, [*trials, Trial(5, first, None)])
         apart.append((spaced([first, second]), spaced([first, failed])))
     there, beside = np.array(apart).T
@@ -187,7 +187,7 @@ def test_what_is_pending_makes_a_landscape_look_elsewhere():
 
 
 @counts
-def test_what_is_pending_of_the_start_is_not_waited_for(count):
+def test_the_search_does_not_wait_for_pending_start_recipes(count):
     space, pending = Space.simplex(count, 0.0), []
     for recipe in space.start():
         assert ask(space, [], pending=pending) == recipe
@@ -198,7 +198,7 @@ def test_what_is_pending_of_the_start_is_not_waited_for(count):
 @choices
 @kinds
 @counts
-def test_a_search_cut_short_goes_on_as_if_it_never_was(acquisition, kind, count):
+def test_an_interrupted_search_continues_with_the_same_trials(acquisition, kind, count):
     space = Space.simplex(count, 0.5)
     whole = searched(space, scores_of(kind, space), 8, acquisition=acquisition, seed=3)
     surrogate._fit.cache_clear()
@@ -249,7 +249,7 @@ def test_another_process_asks_the_same():
     assert [list(map(float, line.split())) for line in there.stdout.splitlines()] == here
 
 
-def test_the_seed_matters_to_gp_hedge_alone():
+def test_the_seed_matters_only_for_gp_hedge():
     space = Space.pair(0.0)
     trials = searched(space, dome(0.6), 6, acquisition="ei")
     asked = {
@@ -262,7 +262,7 @@ def test_the_seed_matters_to_gp_hedge_alone():
 
 
 @counts
-def test_the_seed_does_not_matter_where_the_items_tell_of_the_curve(count):
+def test_the_seed_does_not_matter_for_a_landscape(count):
     space = Space.simplex(count, 0.0)
     trials = searched(space, scores_of("items", space), 6)
     assert len({ask(space, trials, seed=seed) for seed in range(5)}) == 1
@@ -286,7 +286,7 @@ def test_without_items_a_landscape_is_searched_by_gp_hedge(drawn, seed):
 
 @choices
 @kinds
-def test_the_search_moves_on_from_an_evaluation_that_failed(acquisition, kind):
+def test_the_search_continues_after_an_evaluation_that_failed(acquisition, kind):
     space = Space.pair(0.5)
     score = scores_of(kind, space)
 
@@ -300,7 +300,7 @@ def test_the_search_moves_on_from_an_evaluation_that_failed(acquisition, kind):
 
 
 @kinds
-def test_a_failed_trial_tells_the_surrogate_nothing(kind):
+def test_a_failed_trial_does_not_change_the_surrogate(kind):
     space = Space.pair(0.5)
     score = scores_of(kind, space)
     trials = [Trial(i, space.recipe(x), score((1 - x, x))) for i, x in enumerate((0, 1, 0.5, 0.7))]
@@ -314,7 +314,7 @@ def test_a_failed_trial_tells_the_surrogate_nothing(kind):
 
 @choices
 @counts
-def test_without_any_score_the_search_goes_on_at_random_within_bounds(acquisition, count):
+def test_without_any_score_the_search_draws_at_random_within_bounds(acquisition, count):
     space = Space.simplex(count, 0.5)
     trials = searched(space, nothing, 8, acquisition=acquisition, seed=1)
     assert len({t.recipe for t in trials}) == 8
@@ -324,7 +324,7 @@ def test_without_any_score_the_search_goes_on_at_random_within_bounds(acquisitio
 
 
 @choices
-def test_the_search_goes_on_once_a_trial_succeeds_after_a_start_that_failed(acquisition):
+def test_the_search_continues_once_a_trial_succeeds_after_a_failed_start(acquisition):
     space = Space.pair(0.5)
     trials = told(space, [(0.0, None), (1.0, None), (0.5, None), (0.7, 0.5)])
     recipe = ask(space, trials, acquisition=acquisition)
@@ -334,7 +334,7 @@ def test_the_search_goes_on_once_a_trial_succeeds_after_a_start_that_failed(acqu
 
 @choices
 @pytest.mark.parametrize("score", [0.5, None], ids=["scored", "failed"])
-def test_when_nothing_is_left_to_ask_the_request_is_refused(acquisition, score):
+def test_when_no_candidate_is_left_ask_raises_an_error(acquisition, score):
     space = Space.pair(0.9999)
     trials = told(space, [(lam, score) for lam in (0.0, 1.0, 0.5, 0.9999)])
     with pytest.raises(SpecError) as refusal:
@@ -361,7 +361,7 @@ def test_twelve_trials_find_the_top_of_a_dome_over_a_triangle(acquisition, peak)
 
 @pytest.mark.parametrize(("count", "alpha"), [(2, 0.0), (2, 0.6), (3, 0.0), (4, 0.0)])
 def test_five_evaluations_find_the_top_where_curves_are_smooth(count, alpha):
-    """Of a pair; one more for each further parent, which is measured too."""
+    """Five for a pair, and one more for each further parent, which is evaluated too."""
     space = Space.simplex(count, alpha)
     for seed in range(4):
         quiz = s.Quiz(seed, count=count, items=300)
@@ -378,7 +378,7 @@ def test_five_evaluations_find_the_top_where_curves_are_smooth(count, alpha):
 
 @s.FEW
 @given(drawn=st.data(), space=s.spaces())
-def test_of_the_measured_recipes_the_one_of_largest_expectation_is_recommended(drawn, space):
+def test_the_evaluated_recipe_with_the_largest_expected_score_is_recommended(drawn, space):
     trials = drawn.draw(s.histories(space, least=3))
     scored = [t for t in trials if t.held_out is not None]
     feasible = [t for t in scored if space.feasible(t.recipe)]
@@ -404,7 +404,7 @@ def test_of_the_measured_recipes_the_one_of_largest_expectation_is_recommended(d
 
 @s.FEW
 @given(drawn=st.data(), space=s.spaces(3))
-def test_what_is_recommended_is_feasible_and_no_known_failure_or_loser(drawn, space):
+def test_the_recommendation_is_feasible_and_not_known_to_have_failed_or_lost(drawn, space):
     trials = drawn.draw(s.histories(space, least=4))
     values = {t.recipe: t.held_out for t in trials}
     parents = [values.get(r) for r in space.parents() if space.feasible(r)]
@@ -417,14 +417,14 @@ def test_what_is_recommended_is_feasible_and_no_known_failure_or_loser(drawn, sp
         assert all(values[chosen].value >= p.value for p in parents if p is not None)
 
 
-def test_what_was_measured_to_be_worse_than_a_parent_is_not_recommended():
+def test_a_recipe_that_scored_worse_than_a_parent_is_not_recommended():
     space = Space.pair(0.5)
-    # so near each other that they are expected to be alike; the soup was the unlucky one
+    # so close that their expected scores are equal; the soup was the unlucky one
     trials = told(space, [(0.0, 0.40), (1.0, 0.50), (0.5, 0.44), (0.98, 0.499), (0.99, 0.501)])
     assert recommend(space, trials, measured=True).lam[-1] in (0.99, 1.0)
     trials = told(space, [(0.0, 0.40), (1.0, 0.50), (0.5, 0.49), (0.7, 0.4999), (0.8, 0.4999)])
     assert recommend(space, trials, measured=True) == space.recipe(1.0)
-    # an older parent counts only where it may be recommended itself
+    # an older parent counts only if it may be recommended itself
     old = [(0.0, 0.6), (1.0, 0.50), (0.5, 0.52), (0.7, 0.51)]
     assert recommend(space, told(space, old), measured=True) == space.recipe(0.5)
     everywhere = Space.pair(0.0)
@@ -445,7 +445,7 @@ def test_the_newest_parent_can_always_be_recommended(kind, alpha):
 
 
 @kinds
-def test_without_measured_what_was_never_measured_may_be_recommended(kind):
+def test_without_measured_a_recipe_that_was_never_evaluated_may_be_recommended(kind):
     space = Space.pair(0.0)
     score = s.Quiz(6, items=300, bend=1.0).score if kind == "items" else dome(0.3)
     lams = (0.0, 1.0, 0.12, 0.9)
@@ -474,7 +474,7 @@ def test_a_lucky_trial_among_worse_neighbours_is_not_recommended():
     space = Space.pair(0.0)
     lams = [0.0, 1.0, 0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.19, 0.21]
     scores = {lam: dome(0.7)((1 - lam, lam)).value for lam in lams}
-    scores[0.2] = max(scores.values()) + 0.01  # its neighbours at 0.19 and 0.21 are far below
+    scores[0.2] = max(scores.values()) + 0.01  # the neighbours 0.19 and 0.21 score far lower
     trials = told(space, list(scores.items()))
     assert max(scores, key=scores.get) == 0.2
     assert recommend(space, trials, measured=True).lam[-1] == 0.7
@@ -492,9 +492,9 @@ def test_without_a_feasible_score_nothing_is_recommended(history, measured):
 
 
 class Hoffman:
-    """Algorithm 2 of Hoffman, Brochu & de Freitas (UAI 2011), played forward and kept simple.
+    """Algorithm 2 of Hoffman, Brochu & de Freitas (UAI 2011), step by step.
 
-    Nothing is replayed: gains are kept from step to step, each utility is a textbook formula, each
+    The gains are kept from step to step, each utility is a textbook formula, each
     maximum a loop. The posterior is the package's, which has tests of its own.
     """
 
@@ -514,7 +514,7 @@ class Hoffman:
         self.nominees, utmost = {}, dict.fromkeys(self.gains, -math.inf)
         for (_, lam), mean, std in zip(candidates, *posterior.predict(candidates), strict=True):
             if min(abs(lam - known) for known, _ in self.history) <= 0.01 + 1e-9:
-                continue  # ours: so near it would mostly measure the same again
+                continue  # our rule: a closer point would give little news
             z = (mean - best) / std
             utilities = {
                 "ei": (mean - best) * cdf(z) + std * math.exp(-z * z / 2) / math.sqrt(2 * math.pi),
@@ -530,7 +530,7 @@ class Hoffman:
         return {name: math.exp(gain) / total for name, gain in self.gains.items()}
 
     def draw(self, seed):
-        """The nominee of the base in whose share of [0, 1) the seed's first number falls."""
+        """The nominee of the base whose share of [0, 1) contains the seed's first number."""
         u, reached = np.random.default_rng([seed, len(self.history)]).random(), 0.0
         for name, probability in self.probabilities().items():
             reached += probability
@@ -561,7 +561,7 @@ def test_gp_hedge_is_hoffmans_algorithm():
             recipe = ask(space, told(space, slow.history), acquisition="gp-hedge", seed=seed)
             assert recipe.lam[-1] == slow.draw(seed)
             asked.add((len(slow.history), recipe.lam[-1]))
-    # the bases did differ, in what they nominated and in what they gained
+    # the test data are not trivial: the bases differ in nominees and gains
     assert len(asked) >= 10
     assert max(slow.probabilities().values()) > 1.3 * min(slow.probabilities().values())
 
@@ -569,12 +569,12 @@ def test_gp_hedge_is_hoffmans_algorithm():
 @choices
 @kinds
 @pytest.mark.parametrize(("count", "alpha"), [(2, 0.5), (3, 0.0)])
-def test_what_is_asked_keeps_its_distance_from_what_is_known(acquisition, kind, count, alpha):
+def test_an_asked_recipe_keeps_its_distance_from_the_known_ones(acquisition, kind, count, alpha):
     space = Space.simplex(count, alpha)
     trials = []
     if kind == "items":
         score = scores_of(kind, space)
-    else:  # the best is where one knows already
+    else:  # the best point is one that is known already
         score = dome(np.array(space.uniform().lam), width=0.3)
     while len(trials) < 9:
         recipe = ask(space, trials, acquisition=acquisition, seed=1)
@@ -585,7 +585,7 @@ def test_what_is_asked_keeps_its_distance_from_what_is_known(acquisition, kind, 
 
 
 @choices
-def test_where_all_is_near_something_known_the_rest_is_asked(acquisition):
+def test_if_every_candidate_is_close_to_a_known_recipe_the_rest_is_asked(acquisition):
     space = Space.pair(0.99)
     known = [(0.0, 0.4), (1.0, 0.5), (0.5, 0.45), (0.99, 0.5), (0.995, 0.5)]
     lam = ask(space, told(space, known), acquisition=acquisition).lam[-1]
@@ -597,9 +597,9 @@ def test_where_all_is_near_something_known_the_rest_is_asked(acquisition):
 
 
 def loud(items):
-    """A straight curve of scores, but the older parent's log-likelihoods are a thousandfold.
+    """A straight curve of scores; the older parent's log-likelihoods are a thousand times larger.
 
-    What is learnt from them drowns all others, so the landscape is worthless.
+    They dominate all others, so the landscape is worthless.
     """
 
     def score(lam):
@@ -610,7 +610,7 @@ def loud(items):
     return score
 
 
-def test_a_landscape_that_missed_what_was_left_out_is_not_trusted():
+def test_a_landscape_with_large_leave_one_out_errors_is_not_trusted():
     space = Space.pair(0.0)
     lams = (0.0, 1.0, 0.5, 0.7, 0.8, 0.9, 0.2)
     trials = [Trial(i, space.recipe(x), loud(100)((1 - x, x))) for i, x in enumerate(lams)]
@@ -622,8 +622,8 @@ def test_a_landscape_that_missed_what_was_left_out_is_not_trusted():
     np.testing.assert_array_equal(belief.posterior.predict(grid), process.predict(grid))
     ours = math.sqrt(np.mean(np.square(scape.misses)))
     theirs = math.sqrt(np.mean(process.misses[2:] ** 2))  # the parents come first
-    assert f"missed by {ours:.4f}" in belief.why
-    assert f"Gaussian process by {theirs:.4f}" in belief.why
+    assert f"error would be {ours:.4f}" in belief.why
+    assert f"Gaussian process is {theirs:.4f}" in belief.why
     for seed in range(3):
         hedge = ask(space, trials, acquisition="gp-hedge", seed=seed)
         assert ask(space, trials, acquisition="landscape", seed=seed) == hedge
@@ -645,13 +645,13 @@ def test_a_landscape_that_doubts_itself_is_trusted_while_it_misses_by_less(monke
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_why_there_is_no_landscape_is_said(count):
+def test_the_reason_for_having_no_landscape_is_given(count):
     space = Space.pair(0.0)
     plain = searched(space, dome(0.6), count)
     belief = believe(plain)
     assert belief.landscape is None
-    least = "fewer than 3 weights were scored"
-    assert belief.why == (least if count < 3 else "the scores come without items")
+    least = "fewer than 3 values of λ have a score"
+    assert belief.why == (least if count < 3 else "the scores have no items")
 
 
 # --- improvement
@@ -670,11 +670,11 @@ def test_an_improvement_is_never_negative(drawn, space):
     ("alpha", "history"),
     [
         (0.0, [(0.0, 0.41), (1.0, 0.47), (0.5, 0.478), (0.64, 0.486)]),
-        # the best of all may not be recommended, so it is not what has to be improved on
+        # the best score is infeasible, so it is not the one to improve on
         (0.5, [(0.0, 0.6), (1.0, 0.5), (0.5, 0.52), (0.75, 0.55)]),
     ],
 )
-def test_the_improvement_is_the_largest_expected_one_of_all_candidates(alpha, history):
+def test_the_improvement_is_the_largest_of_all_candidates(alpha, history):
     space = Space.pair(alpha)
     trials = told(space, history)
     posterior = fit(trials)
@@ -693,7 +693,7 @@ def test_the_improvement_is_the_largest_expected_one_of_all_candidates(alpha, hi
 
 @counts
 @pytest.mark.parametrize("wild", [0.0, 0.05])
-def test_the_improvement_fades_as_smooth_curves_become_known(count, wild):
+def test_the_improvement_shrinks_as_smooth_curves_become_known(count, wild):
     space = Space.simplex(count, 0.0)
     score = s.Quiz(7, count=count, items=200, wild=wild).score
     trials = searched(space, score, count + 6)
@@ -702,7 +702,7 @@ def test_the_improvement_fades_as_smooth_curves_become_known(count, wild):
     assert late < 0.5 * early
 
 
-def test_where_nothing_is_left_nothing_is_gained():
+def test_without_candidates_the_improvement_is_zero():
     space = Space.pair(0.9999)
     trials = told(space, [(lam, 0.5) for lam in (0.0, 1.0, 0.5, 0.9999)])
     assert improvement(space, trials) == 0.0
@@ -712,7 +712,7 @@ def test_where_nothing_is_left_nothing_is_gained():
 
 
 def ended(space, score, trials=(), **options):
-    """The history of a search at its end."""
+    """The history of a search when it has ended."""
     trials = list(trials)
     while (recipe := proceed(space, trials, **options)) is not None:
         trials.append(Trial(len(trials), recipe, score(recipe.lam)))
@@ -722,7 +722,7 @@ def ended(space, score, trials=(), **options):
 @counts
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tolerance", [0.0, 1e-3, 1e-2])
-def test_a_search_ends_within_its_budget_and_only_early_where_little_is_gained(
+def test_a_search_keeps_its_budget_and_ends_early_only_if_little_can_be_gained(
     count, seed, tolerance
 ):
     space = Space.simplex(count, 0.3)
@@ -737,16 +737,16 @@ def test_a_search_ends_within_its_budget_and_only_early_where_little_is_gained(
     if len(trials) < budget:
         assert improvement(space, trials) < tolerance
         assert recommend(space, trials) in recipes
-    # it did not go on where it should have ended
+    # the search did not continue when it should have ended
     for n in range(count + 2, len(trials)):
         if improvement(space, trials[:n]) < tolerance:
             assert trials[n].recipe == recommend(space, trials[:n])
             assert trials[n].recipe not in recipes[:n]
-    # nor was the last evaluation wasted
+    # and the last evaluation was not wasted
     assert recommend(space, trials[: budget - 1]) in recipes
 
 
-def test_with_a_large_tolerance_a_search_ends_once_its_recommendation_is_measured():
+def test_with_a_large_tolerance_a_search_ends_once_its_recommendation_is_evaluated():
     space = Space.pair(0.0)
     quiz = s.Quiz(8, items=200)
     trials = ended(space, quiz.score, budget=50, tolerance=1.0)
@@ -754,7 +754,7 @@ def test_with_a_large_tolerance_a_search_ends_once_its_recommendation_is_measure
     assert recommend(space, trials) in [t.recipe for t in trials]
 
 
-def test_without_a_tolerance_even_curves_that_are_known_exactly_are_searched_on():
+def test_without_a_tolerance_the_search_continues_even_on_exactly_known_curves():
     space = Space.pair(0.0)
     quiz = s.Quiz(7, items=200)
     trials = ended(space, quiz.score, budget=9, tolerance=0.0)
@@ -763,7 +763,7 @@ def test_without_a_tolerance_even_curves_that_are_known_exactly_are_searched_on(
 
 
 @kinds
-def test_the_last_evaluation_is_the_recommendation_if_that_is_unmeasured(kind):
+def test_the_last_evaluation_is_the_recommendation_if_it_was_not_evaluated(kind):
     space = Space.pair(0.0)
     score = s.Quiz(9, items=200, wild=0.2).score if kind == "items" else dome(0.3)
     for budget in range(5, 9):
@@ -783,7 +783,7 @@ def test_a_larger_budget_continues_with_the_same_trials(acquisition):
     quiz = s.Quiz(10, items=60, wild=0.3)
     options = {"acquisition": acquisition, "seed": 5, "tolerance": 0.0}
     short = ended(space, quiz.score, budget=6, **options)
-    # all but the last, which may have been spent on the recommendation
+    # all but the last trial, which may be the recommendation
     whole = ended(space, quiz.score, budget=8, **options)
     assert whole[:5] == short[:5]
     longer = ended(space, quiz.score, short, budget=8, **options)
@@ -792,7 +792,7 @@ def test_a_larger_budget_continues_with_the_same_trials(acquisition):
 
 
 @choices
-def test_proceed_asks_what_ask_asks_until_the_end(acquisition):
+def test_proceed_gives_the_recipes_of_ask_until_the_end(acquisition):
     space = Space.pair(0.4)
     trials = searched(space, dome(0.8), 7, acquisition=acquisition, seed=4)
     for n in range(7):
@@ -804,7 +804,7 @@ def test_proceed_asks_what_ask_asks_until_the_end(acquisition):
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
 @pytest.mark.parametrize("tolerance", [0.0, 1.0])
-def test_a_budget_smaller_than_the_start_is_spent_on_it(budget, tolerance):
+def test_a_budget_smaller_than_the_start_is_used_for_the_start(budget, tolerance):
     space = Space.pair(0.0)
     trials = ended(space, dome(0.5), budget=budget, tolerance=tolerance)
     assert tuple(t.recipe for t in trials) == space.start()[:budget]
@@ -817,7 +817,7 @@ def test_a_search_that_never_scores_spends_its_budget(tolerance):
     assert len(ended(space, nothing, budget=7, tolerance=tolerance)) == 7
 
 
-def test_a_recommendation_whose_measurement_failed_does_not_end_the_search():
+def test_a_recommendation_whose_evaluation_failed_does_not_end_the_search():
     space = Space.pair(0.0)
     quiz = s.Quiz(11, items=200)
     trials = searched(space, quiz.score, 4)

@@ -1,7 +1,7 @@
-"""Universal kriging against textbook equations written out again, and the laws of any prediction.
+"""Universal kriging against textbook equations, and laws that hold for any prediction.
 
-Here the trend is in ordinary monomials of all weights but the first: another basis than the
-package's, but of the same polynomials.
+The trend here uses ordinary monomials of all weights but the first. This is another basis than the
+package's, for the same polynomials.
 """
 
 import math
@@ -22,7 +22,7 @@ PAIR, TRIPLE, QUADRUPLE = 2, 3, 4
 
 
 def scattered(count, size, seed=0):
-    """The start of a search and other points, none near another."""
+    """The start of a search, and more points that are well apart."""
     points = [recipe.lam for recipe in Space.simplex(count, 0.0).start()]
     for point in np.random.default_rng(seed).dirichlet(np.ones(count), 200):
         if distances(point[None], np.array(points)).min() > 0.04:
@@ -35,7 +35,7 @@ def grid(count, size=40):
 
 
 def monomials(points, order):
-    """1; and the weights; and the sum of their squares; and all products of two."""
+    """1, the weights, the sum of their squares, and all products of two weights."""
     free = points[:, 1:]
     columns = [np.ones((len(points), 1))]
     if order >= 1:
@@ -49,7 +49,7 @@ def monomials(points, order):
 
 
 def correlation(first, second, length):
-    """Matérn of smoothness 5/2, by the distance on a simplex with edges of length 1."""
+    """Matérn correlation of smoothness 5/2, for distances on a simplex with edges of length 1."""
     distance = np.linalg.norm(first[:, None] - second[None, :], axis=2) / math.sqrt(2.0)
     r = math.sqrt(5.0) * distance / length
     return (1.0 + r + r * r / 3.0) * np.exp(-r)
@@ -69,7 +69,7 @@ def textbook(model, points):
 
 
 def least_squares(model, points, curve):
-    """Generalised least squares, then simple kriging of what it leaves."""
+    """Generalised least squares, then simple kriging of the residuals."""
     covariance = correlation(model.points, model.points, model.length)
     root = np.linalg.cholesky(covariance + model.nugget**2 * np.eye(len(curve)))
     basis = monomials(model.points, model.order)
@@ -81,7 +81,7 @@ def least_squares(model, points, curve):
 
 
 def contrasts(model):
-    """An orthonormal basis of what no trend explains, and its covariance for σ² = 1."""
+    """An orthonormal basis of the contrasts, which are orthogonal to the trend; its covariance."""
     free = null_space(monomials(model.points, model.order).T)
     covariance = correlation(model.points, model.points, model.length)
     return free, free.T @ (covariance + model.nugget**2 * np.eye(len(free))) @ free
@@ -120,8 +120,8 @@ def test_the_scale_is_that_of_the_contrasts(count, size):
     assert model.scale(gram(curves)) == pytest.approx(expected, rel=1e-8)
 
 
-def test_where_the_trend_takes_all_freedom_the_next_narrower_one_says_how_large_the_rest_is():
-    # three points of a pair: what is no line is one contrast, (y₀ − 2·y½ + y₁)/√6
+def test_without_freedom_the_scale_comes_from_the_next_narrower_trend():
+    # three points of a pair: the part that is not a line is one contrast, (y₀ − 2·y½ + y₁)/√6
     points = scattered(2, 3)
     model = at(points, LIKE)
     assert (model.order, model.freedom) == (2, 0)
@@ -132,12 +132,12 @@ def test_where_the_trend_takes_all_freedom_the_next_narrower_one_says_how_large_
     assert model.scale(gram(curves)) == pytest.approx(expected)
 
 
-def test_a_single_point_says_nothing_of_the_scale():
+def test_a_single_point_gives_no_scale():
     assert at(scattered(2, 1), LIKE).scale(np.array([[4.0]])) == pytest.approx(0.0, abs=1e-12)
 
 
 def likelihood(points, order, groups, length, nugget):
-    """Density of all curves' contrasts, the variance of each group the likeliest one."""
+    """The density of all curves' contrasts, at the most likely variance of each group."""
     free, covariance = contrasts(Kriging(points, order, length, nugget))
     total = 0.0
     for curves in groups:
@@ -150,12 +150,12 @@ def likelihood(points, order, groups, length, nugget):
 
 @pytest.mark.parametrize(("count", "size"), [(2, 5), (2, 8), (3, 6), (3, 10), (4, 7)])
 @pytest.mark.parametrize(("length", "nugget"), [(0.25, 0.01), (0.6, 0.3), (1.4, 0.003)])
-def test_smoothness_is_where_the_contrasts_are_likeliest(count, size, length, nugget):
+def test_the_smoothness_maximises_the_likelihood_of_the_contrasts(count, size, length, nugget):
     points = scattered(count, size)
     rng = np.random.default_rng(3)
     covariance = correlation(points, points, length) + nugget**2 * np.eye(size)
     curves = np.linalg.cholesky(covariance) @ rng.normal(size=(size, 60))
-    groups = [curves[:, :40], 100.0 * curves[:, 40:]]  # σ² is each group's own
+    groups = [curves[:, :40], 100.0 * curves[:, 40:]]  # each group has its own σ²
     found = estimate(points, [gram(g) for g in groups], [g.shape[1] for g in groups])
     table = {
         (a, b): likelihood(points, found.order, groups, a, b) for a in LENGTHS for b in NUGGETS
@@ -173,7 +173,7 @@ def test_groups_count_by_their_number_of_curves():
 
 
 @pytest.mark.parametrize(("count", "size"), [(2, 2), (2, 3), (2, 4), (3, 4), (3, 5), (4, 5)])
-def test_fewer_than_two_contrasts_say_nothing_of_smoothness(count, size):
+def test_fewer_than_two_contrasts_do_not_determine_the_smoothness(count, size):
     curves = np.random.default_rng(5).normal(size=(size, 50))
     found = estimate(scattered(count, size), [gram(curves)], [50])
     assert (found.length, found.nugget) == (LENGTH, NUGGET)
@@ -182,27 +182,27 @@ def test_fewer_than_two_contrasts_say_nothing_of_smoothness(count, size):
 @pytest.mark.parametrize(
     ("count", "orders"),
     [
-        # by the number of points; in brackets how many terms each has
+        # number of points → order of the trend; the comment gives the number of terms of each order
         (PAIR, {1: 0, 2: 1, 3: 2, 9: 2}),  # 1, 2, 3
-        (TRIPLE, {1: 0, 2: 0, 3: 1, 4: 2, 6: 2, 7: 3, 12: 3}),  # 1, 3, 4, 6 and one to spare
-        (QUADRUPLE, {3: 0, 4: 1, 5: 2, 10: 2, 11: 3}),  # 1, 4, 5, 10 and one to spare
+        (TRIPLE, {1: 0, 2: 0, 3: 1, 4: 2, 6: 2, 7: 3, 12: 3}),  # 1, 3, 4, 6 + 1 spare point
+        (QUADRUPLE, {3: 0, 4: 1, 5: 2, 10: 2, 11: 3}),  # 1, 4, 5, 10 + 1 spare point
     ],
 )
-def test_the_trend_is_as_wide_as_the_points_carry(count, orders):
+def test_the_trend_is_as_wide_as_the_points_determine(count, orders):
     for size, order in orders.items():
         assert at(scattered(count, size), LIKE).order == order, size
 
 
-def test_points_that_say_the_same_do_not_carry_a_wider_trend():
+def test_redundant_points_do_not_widen_the_trend():
     two = np.array([[1.0, 0.0], [0.0, 1.0]])
     assert at(np.repeat(two, 4, axis=0), LIKE).order == 1
-    edge = np.column_stack([scattered(2, 8), np.zeros(8)])  # the third parent was never in
+    edge = np.column_stack([scattered(2, 8), np.zeros(8)])  # the third parent has no weight
     assert at(edge, LIKE).order == 0
 
 
 @s.FEW
 @given(drawn=st.data(), count=st.integers(2, 4), size=st.integers(1, 13), seed=st.integers(0, 99))
-def test_weights_sum_to_one_and_every_trend_is_kept_exactly(drawn, count, size, seed):
+def test_weights_sum_to_one_and_every_trend_is_predicted_exactly(drawn, count, size, seed):
     points = scattered(count, size, seed)
     like = Kriging(
         points, 0, drawn.draw(st.sampled_from(LENGTHS)), drawn.draw(st.sampled_from(NUGGETS))
@@ -221,7 +221,7 @@ def test_weights_sum_to_one_and_every_trend_is_kept_exactly(drawn, count, size, 
 
 
 @shapes
-def test_with_a_tiny_nugget_every_curve_goes_through_its_points(count, size):
+def test_with_a_tiny_nugget_every_curve_passes_through_its_points(count, size):
     points = scattered(count, size)
     weights, variance = at(points, Kriging(points, 0, 0.6, 1e-4)).weights(points)
     np.testing.assert_allclose(weights, np.eye(size), atol=1e-4)
@@ -237,7 +237,7 @@ def test_with_a_huge_nugget_nothing_but_the_trend_is_left(count, size):
     np.testing.assert_allclose(model.weights(grid(count))[0], expected, atol=1e-4)
 
 
-def test_variance_grows_with_the_distance_from_what_was_measured():
+def test_variance_grows_with_the_distance_from_the_measured_points():
     lams = np.linspace(0.3, 1.0, 50)
     points, away = (np.column_stack([1.0 - x, x]) for x in (np.array([0.0, 0.1, 0.2, 0.3]), lams))
     for order in (0, 1, 2):
@@ -245,7 +245,7 @@ def test_variance_grows_with_the_distance_from_what_was_measured():
 
 
 @shapes
-def test_another_measurement_never_makes_less_certain(count, size):
+def test_another_measurement_never_raises_the_variance(count, size):
     points = scattered(count, size)
     model = at(points, LIKE)
     before = model.weights(grid(count))[1]
@@ -271,7 +271,7 @@ def test_the_order_of_points_and_of_parents_does_not_matter(count, size):
 
 @shapes
 @pytest.mark.parametrize("nugget", [0.001, 0.1])
-def test_a_point_measured_twice_counts_once_but_its_measurements_alike(count, size, nugget):
+def test_two_measurements_of_one_point_have_equal_weights(count, size, nugget):
     points = scattered(count, size)
     twice = np.vstack([points, points[:1]])
     model = at(points, Kriging(points, 0, 0.9, nugget))

@@ -1,4 +1,4 @@
-"""The reconstructed curve: exact where log-likelihoods are polynomials, honest elsewhere."""
+"""The reconstructed curve: exact for polynomial log-likelihoods, with a fair error elsewhere."""
 
 import math
 from dataclasses import replace
@@ -29,23 +29,23 @@ def grid(count):
 
 
 def start(count, *more):
-    """Parents and uniform soup, and other points."""
+    """The parents, the uniform soup, and other points."""
     return [*(recipe.lam for recipe in Space.simplex(count, 0.0).start()), *more]
 
 
 def history(points, score):
-    """Trials at some points; `score` tells what a merge is worth."""
+    """Trials at the given points; `score` is a function of the weights."""
     space = Space.simplex(len(points[0]), 0.0)
     recipes = [space.recipe(point) for point in points]
     return [Trial(i, recipe, score(np.array(recipe.lam))) for i, recipe in enumerate(recipes)]
 
 
 def five(count):
-    """As many points as leave the trend one to spare."""
+    """One point more than the quadratic trend needs."""
     return start(count, np.eye(count)[-1] * 0.6 + 0.4 / count)
 
 
-# --- exact where the trend is exact
+# --- exact if the trend is exact
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -57,7 +57,7 @@ def test_quadratic_curves_give_the_whole_staircase_of_the_accuracy(count, items)
     truth = quiz.accuracy(grid(count))
     np.testing.assert_allclose(mean, truth, atol=1e-9)
     assert std.max() < 1e-6
-    assert len(set(truth)) > 2  # it is not flat
+    assert len(set(truth)) > 2  # the curve is not flat
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -69,16 +69,16 @@ def test_parents_and_uniform_soup_are_enough_for_straight_curves(count):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_parents_and_uniform_soup_put_every_bent_curve_where_it_is(count):
-    # only how sure one may be of it is unknown: half the chance lies on its side of the edge
+def test_parents_and_uniform_soup_determine_every_bent_curve(count):
+    # only its uncertainty is unknown: at an edge, the probability is one half on either side
     for seed in range(20):
         quiz = s.Quiz(seed, count=count, items=1)
         mean, _ = fit(quiz.trials(start(count))).predict(grid(count))
         np.testing.assert_array_equal(mean > 0.5, quiz.accuracy(grid(count)) > 0.5)
 
 
-def test_margins_are_counted_as_the_formula_says():
-    """Everything written out once more, item by item, for curves that no trend explains."""
+def test_margins_are_counted_by_the_formula():
+    """The formulas once more, item by item, for curves that no trend explains."""
     quiz = s.Quiz(4, items=30, wild=0.4)
     trials = quiz.trials(start(2, *pairs(0.7, 0.85, 0.2)))
     found = replace(fit(trials), doubt=1.0)
@@ -90,7 +90,7 @@ def test_margins_are_counted_as_the_formula_says():
     nugget = found.model.nugget**2
     curves = levels.reshape(len(trials), -1)
     square = found.model.scale(curves @ curves.T / curves.shape[1])
-    # what the margins over the other choices' mean have in common, and one pseudo-observation
+    # the part that all margins over the other choices' mean share, and one pseudo-observation
     ahead = np.mean([levels[:, i, g] * 4.0 / 3.0 for i, g in enumerate(quiz.right)], axis=0)
     freedom = found.model.freedom
     common = freedom * found.model.scale(np.outer(ahead, ahead)) + square * 2.0 / 30
@@ -109,7 +109,7 @@ def test_margins_are_counted_as_the_formula_says():
         assert std[m] == pytest.approx(math.sqrt(alone + together), rel=1e-6)
 
 
-# --- what items may look like
+# --- kinds of items
 
 
 def test_lengths_divide_the_log_likelihoods():
@@ -122,13 +122,13 @@ def test_lengths_divide_the_log_likelihoods():
     for one, other in zip(plain, longer, strict=True):
         assert one.held_out.value == other.held_out.value
     np.testing.assert_allclose(fit(longer).predict(GRID)[0], fit(plain).predict(GRID)[0], atol=1e-9)
-    # the lengths matter: what wins without them is another choice
+    # the lengths matter: without them another choice wins
     raw = [np.argmax(quiz.levels((0.5, 0.5)) * sizes, axis=1) == quiz.right]
     assert np.mean(raw) != quiz.accuracy([(0.5, 0.5)])
 
 
 def ragged(quiz, counts):
-    """The quiz with so many choices per item; the right one is always there."""
+    """The quiz with the given number of choices per item; the right choice is always there."""
 
     def rows(lam):
         levels = quiz.levels(lam)
@@ -160,7 +160,7 @@ def test_items_may_have_different_numbers_of_choices(sized):
 
 
 def ever_right(quiz, points):
-    """Only those items that are right somewhere."""
+    """Only the items that are right at some λ."""
     right = [quiz.levels(lam).argmax(axis=1) == quiz.right for lam in points]
     keep = np.any(right, axis=0)
     for name in ("ends", "bend", "wild", "phase"):
@@ -170,7 +170,7 @@ def ever_right(quiz, points):
 
 
 @pytest.mark.parametrize("unknown", [(), "none", "half"])
-def test_right_choices_that_are_not_known_are_learnt_from_who_was_right(unknown):
+def test_unknown_right_choices_are_inferred_from_the_answers(unknown):
     quiz = ever_right(s.Quiz(7, wild=0.3), five(2))
     count = len(quiz.right)
     gold = {
@@ -185,8 +185,8 @@ def test_right_choices_that_are_not_known_are_learnt_from_who_was_right(unknown)
     np.testing.assert_allclose(learnt.population(GRID), known.population(GRID), atol=1e-9)
 
 
-def test_an_item_that_was_never_right_may_be_so_where_a_choice_wins_that_never_won():
-    # choice 0 wins at all measured λ; 1 or 2 might be right, and choice 1 would win beyond 0.8
+def test_an_item_that_was_never_right_may_be_right_where_a_new_choice_wins():
+    # choice 0 wins at all measured λ; choice 1 or 2 may be right, and 1 would win beyond 0.8
     def score(lam):
         x = lam[1]
         return s.scored(s.choices([[0.0, 5 * (x - 0.8), -9.0]], [1], gold=[-1]))
@@ -198,7 +198,7 @@ def test_an_item_that_was_never_right_may_be_so_where_a_choice_wins_that_never_w
 
 
 def test_several_choices_may_be_right():
-    # 0 wins first, then 1, then 2; the first and last are right
+    # choice 0 wins first, then 1, then 2; choices 0 and 2 are right
     def levels(lam):
         x = lam[1]
         return [[1.0 - 3 * x, 0.2, 3 * x - 2.0], [0.51 - x, x - 0.51, -4.0]]
@@ -225,7 +225,7 @@ def test_a_single_choice_that_is_always_right_is_flat():
 
 
 def documents(curve, weight=1.0, shares=(0.5, 0.3, 0.2), task="rolling"):
-    """A task of log-likelihoods of whole documents, as bits per byte has them."""
+    """A task with log-likelihoods of whole documents, like bits per byte."""
 
     def task_at(lam):
         values = tuple(map(float, curve(lam)))
@@ -256,7 +256,7 @@ def test_a_sum_of_quadratic_curves_is_known_after_parents_and_uniform_soup():
     np.testing.assert_allclose(found.population(GRID), truth, atol=1e-9)
 
 
-def test_a_sum_is_predicted_as_the_score_itself_would_be():
+def test_a_sum_is_predicted_like_the_score_itself():
     task = documents(lambda lam: np.sin([3 * lam[1], 7 * lam[1], 11 * lam[1]]))
     found = fit(history(pairs(0.0, 1.0, 0.5, 0.3, 0.75, 0.9), lambda lam: s.scored(task(lam))))
     weights, _ = found.model.weights(GRID)
@@ -264,7 +264,7 @@ def test_a_sum_is_predicted_as_the_score_itself_would_be():
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.9, -0.1), (-1.0, 2.0)])
-def test_tasks_add_up_with_their_weights_also_where_smaller_is_better(weights):
+def test_tasks_add_up_with_their_weights_also_if_smaller_is_better(weights):
     quiz = s.Quiz(8)
     task = documents(bits, weights[1])
 
@@ -295,16 +295,16 @@ def test_groups_of_two_quizzes_are_a_quiz_of_unequal_shares():
     points = start(2, *pairs(0.7, 0.9))
     for first, second in zip(history(points, apart), history(points, together), strict=True):
         assert first.held_out.value == pytest.approx(second.held_out.value)
-    # each task has a scale of its own, so the two are alike, not the same
+    # each task has its own scale, so the two are close but not equal
     first, second = (fit(history(points, score)).predict(GRID)[0] for score in (apart, together))
     np.testing.assert_allclose(first, second, atol=0.03)
     np.testing.assert_allclose(first[[0, 25, 35, 50]], second[[0, 25, 35, 50]], atol=0.02)
 
 
-# --- little to go by
+# --- little information
 
 
-def test_where_all_scores_are_equal_the_curve_is_flat_and_without_doubt():
+def test_if_all_scores_are_equal_the_curve_is_flat_and_certain():
     quiz = s.Quiz(11)
     quiz.ends[np.arange(200), quiz.right] += 50.0  # every item is right, by far
     found = fit(quiz.trials(start(2, *pairs(0.7, 0.2))))
@@ -331,7 +331,7 @@ def test_nothing_is_nan_where_curves_are_constant(level, count):
 
 @s.FEW
 @given(drawn=st.data(), seed=st.integers(0, 99), wild=st.sampled_from([0.0, 0.3, 3.0]))
-def test_predictions_are_finite_and_between_none_and_all_right(drawn, seed, wild):
+def test_predictions_are_finite_and_between_zero_and_one(drawn, seed, wild):
     count = drawn.draw(st.integers(2, 4))
     quiz = s.Quiz(seed, count=count, items=drawn.draw(st.integers(1, 12)), wild=wild)
     points = drawn.draw(st.lists(s.weights(count), min_size=3, max_size=8))
@@ -358,12 +358,12 @@ def refused(trials):
 def test_fewer_than_three_weights_are_refused(count):
     trials = s.Quiz(12).trials(five(2))
     failed = [replace(trial, held_out=None) for trial in trials[count:]]
-    assert refused([*trials[:count], *failed]) == "fewer than 3 weights were scored"
+    assert refused([*trials[:count], *failed]) == "fewer than 3 values of λ have a score"
 
 
 def test_scores_without_items_are_refused():
     reason = refused(history(five(2), lambda lam: Score(0.5, 0.01)))
-    assert reason == "the scores come without items"
+    assert reason == "the scores have no items"
 
 
 @pytest.mark.parametrize(
@@ -376,11 +376,11 @@ def test_scores_without_items_are_refused():
     ],
     ids=["items", "task", "weight", "none"],
 )
-def test_other_items_at_one_of_the_weights_are_refused(change):
+def test_other_items_at_one_lambda_are_refused(change):
     trials = s.Quiz(13).trials(five(2))
     other = change(trials[2].held_out.items[0])
     trials[2] = replace(trials[2], held_out=s.scored(*filter(None, [other])))
-    assert refused(trials) == "not every weight was scored on the same items"
+    assert refused(trials) == "not every λ was scored on the same items"
 
 
 def test_items_that_do_not_add_up_to_the_score_are_refused():
@@ -396,7 +396,7 @@ def test_items_without_log_likelihoods_are_refused(empty):
         replace(t, held_out=s.scored(replace(t.held_out.items[0], log_likelihoods=empty)))
         for t in s.Quiz(15).trials(five(2))
     ]
-    assert refused(trials) == "the items of quiz come without log-likelihoods"
+    assert refused(trials) == "the items of quiz have no log-likelihoods"
 
 
 def test_sizes_that_do_not_fit_the_choices_are_refused():
@@ -408,27 +408,27 @@ def test_sizes_that_do_not_fit_the_choices_are_refused():
 
 
 def flipped(quiz, lam, share):
-    """The quiz, where of some items the contrary of the largest log-likelihood decides."""
+    """The quiz; for some items, the answer is the opposite of what the log-likelihoods say."""
     items = quiz.score(lam).items[0]
     contrary = int(share * len(items.values))
     values = [1.0 - v if i < contrary else v for i, v in enumerate(items.values)]
     return s.scored(replace(items, values=tuple(values)))
 
 
-def test_values_that_the_largest_log_likelihood_does_not_decide_are_refused():
+def test_answers_that_are_not_the_largest_log_likelihood_are_refused():
     quiz = s.Quiz(16)
     reason = refused(history(five(2), lambda lam: flipped(quiz, lam, 0.05)))
-    assert reason == "in quiz not the largest log-likelihood decides what is right"
-    fit(history(five(2), lambda lam: flipped(quiz, lam, 0.005)))  # one of two hundred may be odd
+    assert reason == "quiz does not take the largest log-likelihood as the answer"
+    fit(history(five(2), lambda lam: flipped(quiz, lam, 0.005)))  # one of 200 items is allowed
 
 
 def test_answers_that_are_right_or_wrong_for_another_reason_are_refused():
-    # `acc` of a task like lambada: one log-likelihood each, right if decoding finds it
+    # `acc` of a task like lambada: one log-likelihood per item, right if greedy decoding gives it
     def score(lam):
         items = s.choices([[-lam[1]]] * 4, [0] * 4)
         return s.scored(replace(items, values=(1.0, 0.0, float(lam[1] > 0.5), 0.0)))
 
-    assert "compares no choices" in refused(history(five(2), score))
+    assert "does not compare choices" in refused(history(five(2), score))
 
 
 def test_one_such_answer_in_many_is_refused_as_well():
@@ -436,7 +436,7 @@ def test_one_such_answer_in_many_is_refused_as_well():
         items = s.choices([[-0.1 * lam[1]]] * 200, [0] * 200)
         return s.scored(replace(items, values=(float(lam[1] > 0.6), *items.values[1:])))
 
-    assert "compares no choices" in refused(history(five(2), score))
+    assert "does not compare choices" in refused(history(five(2), score))
 
 
 def test_a_log_likelihood_that_is_infinite_at_one_weight_is_refused():
@@ -449,7 +449,7 @@ def test_a_log_likelihood_that_is_infinite_at_one_weight_is_refused():
 
 @pytest.mark.parametrize("count", range(4, 10))
 @pytest.mark.parametrize("power", [0, 1, 2])
-def test_curves_that_the_trend_explains_leave_no_doubt(count, power):
+def test_curves_that_the_trend_explains_are_certain(count, power):
     curve = documents(lambda lam: np.array([1.0, 2.0, 3.0]) * lam[1] ** power)
     points = pairs(*np.linspace(0.0, 1.0, count))
     landscape = fit(history(points, lambda lam: s.scored(curve(lam))))
@@ -469,7 +469,7 @@ def test_trials_that_failed_do_not_matter():
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_miss_is_what_a_landscape_without_the_trial_is_off_by(count):
+def test_a_miss_is_the_error_of_a_landscape_without_the_trial(count):
     quiz = s.Quiz(18, count=count, wild=0.4)
     trials = quiz.trials([*five(count), *np.random.default_rng(1).dirichlet(np.ones(count), 4)])
     found = fit(trials)
@@ -479,11 +479,11 @@ def test_a_miss_is_what_a_landscape_without_the_trial_is_off_by(count):
         mean, std = rest.predict(np.array([trial.recipe.lam]))
         miss, deviations = found.miss(i)
         assert miss == pytest.approx(trial.held_out.value - mean[0], abs=1e-9)
-        # measuring adds what is an item's own, so it is at least as far from certain
+        # a measurement adds the variance of single items, so the standard deviation is larger
         assert 0 < abs(deviations) <= abs(miss) / std[0] * (1 + 1e-9)
 
 
-def test_a_miss_of_a_sum_is_counted_in_deviations_of_its_measurement():
+def test_a_miss_of_a_sum_is_divided_by_the_deviation_of_its_measurement():
     task = documents(lambda lam: np.sin([3 * lam[1], 7 * lam[1], 11 * lam[1]]))
     trials = history(pairs(0.0, 1.0, 0.5, 0.3, 0.75, 0.9), lambda lam: s.scored(task(lam)))
     found = fit(trials)
@@ -491,7 +491,7 @@ def test_a_miss_of_a_sum_is_counted_in_deviations_of_its_measurement():
     model = at(found.points[rest], found.model)
     curves = np.array([t.held_out.items[0].values for t in trials])[rest] * [0.5, 0.3, 0.2]
     _, variance = model.weights(found.points[[4]])
-    # σ² of the sum itself, and of three independent curves as one more observation
+    # σ² of the sum, and that of three independent curves as one more observation
     own, apart = model.scale(np.outer(curves.sum(1), curves.sum(1))), model.scale(curves @ curves.T)
     square = (model.freedom * own + apart) / (model.freedom + 1)
     square *= variance[0] + model.nugget**2
@@ -499,7 +499,7 @@ def test_a_miss_of_a_sum_is_counted_in_deviations_of_its_measurement():
     assert deviations == pytest.approx(miss / math.sqrt(square))
 
 
-def test_doubt_is_how_far_off_the_misses_were():
+def test_doubt_is_the_size_of_the_misses_in_deviations():
     quiz = s.Quiz(19, wild=2.0)
     found = fit(quiz.trials(start(2, *pairs(0.1, 0.3, 0.65, 0.8, 0.9))))
     inside = range(2, 8)  # all but the parents
@@ -509,7 +509,7 @@ def test_doubt_is_how_far_off_the_misses_were():
 
 
 def shaken(quiz, by):
-    """All right choices gain or lose together, and not smoothly."""
+    """A quiz where all right choices gain or lose together, and not smoothly."""
 
     def score(lam):
         levels = quiz.levels(lam)
@@ -538,8 +538,8 @@ def test_doubt_widens_the_band_and_leaves_the_mean():
 # --- the population
 
 
-def test_the_population_is_the_held_out_set_where_no_item_is_near_the_edge():
-    # 90 % are right by a hundred, the others wrong by as much
+def test_the_population_equals_the_held_out_set_if_no_item_is_near_the_edge():
+    # 90 % are right with a margin of 100, the others wrong with a margin of −100
     def score(lam):
         rows = [[0.0, (-100.0 if i % 10 else 100.0) + 0.01 * i * lam[1]] for i in range(50)]
         return s.scored(s.choices(rows, [0] * 50))
@@ -550,14 +550,14 @@ def test_the_population_is_the_held_out_set_where_no_item_is_near_the_edge():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_population_is_smoother_than_the_held_out_set_and_not_far_from_it(seed):
+def test_the_population_is_smoother_than_the_held_out_set_and_close_to_it(seed):
     found = fit(s.Quiz(seed, items=100).trials(five(2)))
     held_out, population = found.predict(GRID)[0], found.population(GRID)
     assert np.abs(np.diff(population, 2)).sum() < 0.3 * np.abs(np.diff(held_out, 2)).sum()
     assert np.abs(population - held_out).max() < 0.12
 
 
-def test_the_population_is_nearer_to_more_items_than_the_held_out_set_is():
+def test_the_population_predicts_more_items_better_than_the_held_out_set():
     off = {"held out": [], "population": []}
     for seed in range(12):
         large = s.Quiz(seed, items=4000)
@@ -567,7 +567,7 @@ def test_the_population_is_nearer_to_more_items_than_the_held_out_set_is():
         small.right = large.right[:100]
         found, truth = fit(small.trials(five(2))), large.accuracy(GRID)
         curves = {"held out": found.predict(GRID)[0], "population": found.population(GRID)}
-        for name, curve in curves.items():  # their shape: how high they are is the sample's luck
+        for name, curve in curves.items():  # compare shapes: the level is the sample's luck
             off[name].append(np.std(curve - truth))
     assert np.mean(off["population"]) < np.mean(off["held out"])
 
@@ -575,7 +575,7 @@ def test_the_population_is_nearer_to_more_items_than_the_held_out_set_is():
 # --- pending
 
 
-def test_what_is_pending_narrows_the_band():
+def test_pending_points_narrow_the_band():
     found = fit(s.Quiz(22, wild=0.3).trials(start(2, *pairs(0.75))))
     waiting = replace(found, pending=((0.75, 0.25), (0.1, 0.9)))
     there = np.array(waiting.pending)
@@ -584,14 +584,14 @@ def test_what_is_pending_narrows_the_band():
     np.testing.assert_array_equal(waiting.population(GRID), found.population(GRID))
 
 
-def test_what_is_pending_does_not_move_the_mean_of_choices():
+def test_pending_points_do_not_move_the_mean_of_choices():
     landscape = fit(s.Quiz(22, wild=0.3).trials(start(2, *pairs(0.75))))
     pending = replace(landscape, pending=((0.75, 0.25), (0.1, 0.9)))
     points = np.array(pairs(0.25, 0.6, 0.9))
     np.testing.assert_array_equal(pending.predict(points)[0], landscape.predict(points)[0])
 
 
-def test_what_is_pending_does_not_move_the_mean_of_a_sum():
+def test_pending_points_do_not_move_the_mean_of_a_sum():
     task = documents(lambda lam: np.sin([3 * lam[1], 7 * lam[1], 11 * lam[1]]))
     found = fit(history(pairs(0.0, 1.0, 0.5, 0.3), lambda lam: s.scored(task(lam))))
     waiting = replace(found, pending=((0.25, 0.75),))
@@ -601,11 +601,11 @@ def test_what_is_pending_does_not_move_the_mean_of_a_sum():
     assert its_std[37] < 0.5 * std[37]
 
 
-# --- what does not matter
+# --- invariances
 
 
 def shuffled(items, rng_seed, *, rows=True, columns=True):
-    """The same task with its items, and each item's choices, in another order."""
+    """The same task with its items, and the choices of each item, in another order."""
     rng = np.random.default_rng(rng_seed)
     size = len(items.ids)
     order = rng.permutation(size) if rows else np.arange(size)
@@ -659,7 +659,7 @@ def test_the_order_does_not_matter(which, count):
     np.testing.assert_allclose(again.population(look), found.population(grid(count)), atol=1e-7)
 
 
-def test_what_all_choices_of_an_item_have_in_common_does_not_matter():
+def test_a_term_that_all_choices_of_an_item_share_does_not_matter():
     quiz = s.Quiz(26, items=40, wild=0.3)
     rows = ragged(quiz, np.tile([2, 3, 4, 4], 10))
 
@@ -677,7 +677,7 @@ def test_what_all_choices_of_an_item_have_in_common_does_not_matter():
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_how_much_is_computed_at_once_does_not_matter(known, monkeypatch):
+def test_the_size_of_the_chunks_does_not_matter(known, monkeypatch):
     quiz = s.Quiz(24, items=60, wild=0.3)
     gold = None if known else ()
     trials = history(start(2, *pairs(0.7, 0.9)), lambda lam: quiz.score(lam, gold=gold))
@@ -703,10 +703,10 @@ def test_the_unit_of_log_likelihoods_does_not_matter():
     np.testing.assert_allclose(other.population(GRID), found.population(GRID), atol=1e-7)
 
 
-def test_an_answer_that_happens_to_be_right_everywhere_is_no_single_choice():
-    # as `acc` of lambada: which answer is right is not known, and it may turn elsewhere
+def test_one_log_likelihood_that_is_always_right_is_not_a_single_choice():
+    # as for `acc` of lambada: the right answer is not known, and may be wrong at another λ
     def score(lam):
         items = s.choices([[-lam[1]]] * 4, [0] * 4)
         return s.scored(replace(items, values=(0.0,) * 4, gold=()))
 
-    assert "compares no choices" in refused(history(five(2), score))
+    assert "does not compare choices" in refused(history(five(2), score))

@@ -1,4 +1,4 @@
-"""The table of methods: laws of every row, and each row against numbers of one's own."""
+"""The table of methods: laws for every row, and each row against independent numbers."""
 
 from math import comb
 
@@ -20,16 +20,16 @@ rows = pytest.mark.parametrize("name", METHODS)
 counts = pytest.mark.parametrize("count", [2, 3, 4])
 SEARCHES = [name for name, method in METHODS.items() if method.searches]
 MERGES = [name for name, method in METHODS.items() if method.merges]
-AT_ONCE = ["uniform", "fisher", "regmean"]  # one recipe, good or bad
+AT_ONCE = ["uniform", "fisher", "regmean"]  # these methods choose one fixed recipe, good or bad
 
 
 def request(count, **said):
-    """A request for so many versions."""
+    """A request for the given number of versions."""
     return Spec(versions=",".join(f"v{i}" for i in range(1, count + 1)), **said)
 
 
 def drive(name, spec, score, trials=()):
-    """The history when a method has come to its end; `score` gives None where it fails."""
+    """The history when a method has ended; `score` returns None if an evaluation fails."""
     space, trials = Space.simplex(len(spec.parents), spec.least), list(trials)
     while (recipe := METHODS[name].proceed(space, trials, spec)) is not None:
         trials.append(Trial(len(trials), recipe, score(recipe)))
@@ -38,7 +38,7 @@ def drive(name, spec, score, trials=()):
 
 
 def choose(name, spec, score):
-    """What a method registers in the end."""
+    """The recipe that a method registers."""
     space, trials = drive(name, spec, score)
     return METHODS[name].choose(space, trials, spec)
 
@@ -48,7 +48,7 @@ def recipes(trials):
 
 
 def by_chance(seed, *, fails=0.0):
-    """Scores in steps of 0.05, so that some are equal; of what is no parent, a share fails."""
+    """Random scores in steps of 0.05, so that some are equal; a share of the merges fails."""
 
     def score(recipe):
         steps = [round(1e4 * weight) for weight in recipe.lam]
@@ -60,7 +60,7 @@ def by_chance(seed, *, fails=0.0):
 
 
 def among(values):
-    """Scores of uniform soups by their members, numbered from 1."""
+    """A score function for uniform soups, by their members, numbered from 1."""
 
     def score(recipe):
         members = tuple(i for i, weight in enumerate(recipe.lam, start=1) if weight > 0.0)
@@ -70,7 +70,7 @@ def among(values):
 
 
 def even(count):
-    """The weights of the plain average in steps of 1e-4; the newest takes what is left."""
+    """The weights of the plain average in steps of 1e-4; the newest parent gets the rest."""
     step = round(1 / count, 4)
     return (*[step] * (count - 1), round(1 - (count - 1) * step, 4))
 
@@ -84,7 +84,7 @@ def test_the_command_line_knows_the_same_methods():
 
 @rows
 @counts
-def test_parents_are_scored_first_nothing_twice_and_it_ends(name, count):
+def test_parents_come_first_no_recipe_comes_twice_and_it_ends(name, count):
     most = {"greedy": 2 * count - 1, "best": count} | dict.fromkeys(AT_ONCE, count + 1)
     for seed in range(3):
         asked = request(count, seed=seed, trials=count + 5)
@@ -97,7 +97,7 @@ def test_parents_are_scored_first_nothing_twice_and_it_ends(name, count):
 
 @rows
 @counts
-def test_what_is_chosen_was_scored(name, count):
+def test_the_chosen_recipe_has_a_score(name, count):
     for seed in range(3):
         asked = request(count, seed=seed, trials=count + 5)
         space, trials = drive(name, asked, by_chance(seed))
@@ -111,7 +111,7 @@ def test_what_is_chosen_was_scored(name, count):
 
 @rows
 @counts
-def test_cut_short_anywhere_it_goes_on_as_if_it_never_was(name, count):
+def test_a_method_interrupted_anywhere_continues_with_the_same_trials(name, count):
     asked = request(count, trials=count + 4, seed=3)
     score = by_chance(1, fails=0.3)
     _, whole = drive(name, asked, score)
@@ -121,7 +121,7 @@ def test_cut_short_anywhere_it_goes_on_as_if_it_never_was(name, count):
 
 @rows
 @counts
-def test_merges_that_fail_do_not_stop_it(name, count):
+def test_failed_merges_do_not_stop_a_method(name, count):
     asked = request(count, trials=count + 5)
     for seed in range(3):
         score = by_chance(seed, fails=0.7)
@@ -130,7 +130,7 @@ def test_merges_that_fail_do_not_stop_it(name, count):
         chosen = METHODS[name].choose(space, trials, asked)
         assert name in AT_ONCE or score(chosen) is not None
         assert chosen in recipes(trials)
-    # and where all of them fail, one is left with a parent
+    # if all merges fail, a parent is chosen
     space, trials = drive(name, asked, by_chance(0, fails=1.0))
     assert len(trials) > count or name not in MERGES
     if name not in AT_ONCE:
@@ -139,7 +139,7 @@ def test_merges_that_fail_do_not_stop_it(name, count):
 
 @pytest.mark.parametrize("name", AT_ONCE)
 @counts
-def test_what_is_made_at_once_is_chosen_good_or_bad(name, count):
+def test_a_fixed_recipe_is_chosen_good_or_bad(name, count):
     method = "linear" if name == "uniform" else name
     made = Recipe(method, even(count))
 
@@ -151,14 +151,14 @@ def test_what_is_made_at_once_is_chosen_good_or_bad(name, count):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in SEARCHES])
-def test_only_searches_look_at_budget_seed_and_alpha(name):
+def test_only_searches_use_budget_seed_and_alpha(name):
     first = drive(name, request(3), by_chance(5))[1]
     second = drive(name, request(3, trials=99, seed=7, alpha=0.9), by_chance(5))[1]
     assert first == second
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_searches_look_only_where_alpha_lets_them(name):
+def test_searches_evaluate_only_feasible_weights(name):
     space, trials = drive(name, request(3, alpha=0.6, trials=9, stop=0.0), by_chance(5))
     apart = {*space.start()} if name == "bayesopt" else {*space.parents()}
     assert all(recipe.lam[-1] >= 0.6 for recipe in recipes(trials) if recipe not in apart)
@@ -168,10 +168,10 @@ def test_searches_look_only_where_alpha_lets_them(name):
 # --- greedy
 
 
-def test_greedy_adds_what_helps_and_leaves_out_what_harms():
+def test_greedy_adds_parents_that_help_and_leaves_out_those_that_harm():
     score = among({(1,): 0.5, (2,): 0.6, (3,): 0.4, (1, 2): 0.65, (1, 2, 3): 0.6})
     _, trials = drive("greedy", request(3), score)
-    # v2 is best; v1 is added to it, v3 is not
+    # v2 is the best; v1 is added, v3 is not
     assert [recipe.lam for recipe in recipes(trials)[3:]] == [
         (0.5, 0.5, 0),
         (0.3333, 0.3333, 0.3334),
@@ -179,7 +179,7 @@ def test_greedy_adds_what_helps_and_leaves_out_what_harms():
     assert choose("greedy", request(3), score).lam == (0.5, 0.5, 0.0)
 
 
-def test_greedy_goes_on_after_one_that_was_refused():
+def test_greedy_continues_after_a_parent_that_was_not_added():
     score = among({(1,): 0.5, (2,): 0.6, (3,): 0.4, (1, 2): 0.59, (2, 3): 0.7})
     assert choose("greedy", request(3), score).lam == (0.0, 0.5, 0.5)
 
@@ -192,7 +192,7 @@ def test_greedy_takes_the_newest_first_among_equals():
 
 
 @pytest.mark.parametrize(("tie", "members"), [("add", (1, 3, 4)), ("drop", (1, 4))])
-def test_whether_a_parent_that_changes_nothing_is_added_can_be_said(tie, members):
+def test_greedy_tie_decides_whether_a_parent_without_effect_is_added(tie, members):
     alone = {(1,): 0.6, (2,): 0.6, (3,): 0.5, (4,): 0.7}
     # in the order v4, v2, v1, v3
     score = among(alone | {(2, 4): 0.65, (1, 4): 0.75, (1, 3, 4): 0.75})
@@ -209,7 +209,7 @@ def test_sums_that_differ_by_rounding_are_a_tie(tie, lam, alone, soup):
 
 
 def wortsman(count, values, tie):
-    """Recipe 1 of Wortsman et al. 2022, as it is printed; members numbered from 1."""
+    """Recipe 1 of Wortsman et al. 2022, as printed; members are numbered from 1."""
     ingredients, val_acc = [], -1.0
     for model in sorted(range(1, count + 1), key=lambda i: (-values[(i,)], -i)):
         trial = values[tuple(sorted([*ingredients, model]))]
@@ -248,7 +248,7 @@ def test_a_pairs_grid_is_equally_spaced_from_alpha_to_1(alpha, most):
 
 
 @given(most=st.integers(4, 40))
-def test_a_pairs_grid_from_0_on_has_both_parents_as_its_ends(most):
+def test_a_pairs_grid_with_alpha_0_has_the_parents_as_its_ends(most):
     lams = sorted(recipe.lam[-1] for recipe in lattice(Space.pair(0.0), most))
     np.testing.assert_allclose(lams, np.linspace(0.0, 1.0, most), atol=0.6e-4)
 
@@ -267,7 +267,7 @@ def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
     found = list(lattice(space, most))
     assert found[:count] == list(space.parents())
     assert len(found) == len({*found}) <= max(most, count)
-    # with α = 0 all corners are parents, else only the newest's
+    # with α = 0 all corners are parents, else only the newest parent's corner
     extra = count - 1 if alpha else 0
     sizes = {m: comb(m + count - 1, count - 1) + extra for m in range(1, most + 1)}
     fitting = [m for m, size in sizes.items() if size <= most]
@@ -278,7 +278,7 @@ def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
     assert len(found) == sizes[finest]
     inside = np.array([recipe.lam for recipe in found if space.feasible(recipe)])
     parts = finest * (inside - space.alpha * np.eye(count)[-1]) / (1.0 - space.alpha)
-    # rounded to 1e-4 each, and one of them takes what all others leave
+    # each weight is rounded to 1e-4, and one weight gets the rest
     loose = 0.5e-4 * count * finest / (1.0 - space.alpha)
     np.testing.assert_allclose(parts, parts.round(), atol=loose)
     np.testing.assert_array_equal(parts.round().sum(axis=1), finest)
@@ -292,7 +292,7 @@ def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
 )
 @example(alpha=1 / 3, count=4, most=38)
 @settings(deadline=None)
-def test_the_grid_wastes_no_evaluation_on_what_may_not_be_chosen(alpha, count, most):
+def test_the_grid_evaluates_no_infeasible_merge(alpha, count, most):
     space = Space.simplex(count, alpha)
     found = list(lattice(space, most))
     assert found[:count] == list(space.parents())
@@ -306,7 +306,7 @@ def test_a_grid_of_three_by_hand():
     assert {*found} == {(1, 0, 0), (0, 1, 0), (0, 0, 1), *halves}
 
 
-def test_the_grid_walks_its_lattice():
+def test_the_grid_evaluates_its_lattice_in_order():
     space, trials = drive("grid", request(2, trials=7), by_chance(0))
     assert recipes(trials) == list(lattice(space, 7))
 
@@ -316,7 +316,7 @@ def test_the_grid_walks_its_lattice():
 
 @given(seed=st.integers(0, 9), alpha=st.sampled_from([0.0, 0.3, 0.9]), count=st.integers(2, 4))
 @settings(max_examples=20, deadline=None)
-def test_random_draws_are_feasible_distinct_and_go_on_with_a_larger_budget(seed, alpha, count):
+def test_random_draws_are_feasible_distinct_and_continue_with_a_larger_budget(seed, alpha, count):
     asked = request(count, alpha=alpha, seed=seed, trials=12)
     _, few = drive("random", asked, by_chance(0))
     assert len(few) == 12
@@ -340,14 +340,14 @@ def test_random_draws_are_uniform_on_the_feasible_simplex(alpha):
         assert stats.kstest(weights, law.cdf).pvalue > 0.01
 
 
-def test_random_draws_to_the_end_of_a_small_space():
+def test_random_draws_every_recipe_of_a_small_space():
     # λ = 0 and the eleven from 0.9990 to 1
     _, trials = drive("random", request(2, alpha=0.999, trials=12), by_chance(0))
     lams = sorted(round(recipe.lam[-1], 4) for recipe in recipes(trials))
     assert lams == [0.0, *(round(0.999 + i / 1e4, 4) for i in range(11))]
 
 
-# --- what is chosen
+# --- the choice
 
 
 @pytest.mark.parametrize("name", ["grid", "random"])
@@ -365,7 +365,7 @@ def test_the_highest_feasible_score_is_chosen(name, count):
 
 
 @pytest.mark.parametrize("name", ["grid", "random"])
-def test_among_equals_the_newest_parent_is_chosen_and_never_an_older_one(name):
+def test_among_equal_scores_the_newest_parent_is_chosen(name):
     asked = request(3, trials=12, alpha=0.5)
     assert choose(name, asked, lambda recipe: Score(0.5, 0.01)).lam == (0.0, 0.0, 1.0)
     best_first = choose(name, asked, lambda recipe: Score(recipe.lam[0], 0.01))
@@ -381,7 +381,7 @@ def test_among_equals_the_newest_parent_is_chosen_and_never_an_older_one(name):
         ((0.5, 0.5, 0.5), (0, 0, 1)),
     ],
 )
-def test_best_is_the_better_parent_the_newest_among_equals(values, lam):
+def test_best_chooses_the_best_parent_and_the_newest_among_equals(values, lam):
     score = among({(i,): value for i, value in enumerate(values, start=1)})
     assert choose("best", request(3), score).lam == lam
 
@@ -401,7 +401,7 @@ def test_the_resolution_is_the_paired_error_of_the_best_merge_and_the_better_par
         pairing.paired(m, p).stderr for m in merges for p in parents if (m, p) != (best, parent)
     ]
     assert resolution(space, trials) not in others
-    # other merges do not matter, and neither do those that failed
+    # other merges and failed merges do not matter
     failed = Trial(5, space.recipe(0.3), None)
     assert resolution(space, [*trials, failed]) == resolution(space, trials)
 
@@ -414,7 +414,7 @@ def test_there_is_no_resolution_without_a_merge():
     assert resolution(space, [*trials, Trial(2, space.uniform(), None)]) == 0.0
 
 
-def test_random_ends_where_hardly_anything_is_left_to_draw():
+def test_random_ends_if_almost_no_recipe_is_left():
     space, spec = Space.pair(0.9995), Spec(pair="v1,v2", method="random", trials=60)
     trials = []
     while (recipe := METHODS["random"].proceed(space, trials, spec)) is not None:

@@ -1,4 +1,4 @@
-"""Recipes as weights, and where the search may look."""
+"""Recipes, feasible weights and candidates."""
 
 import itertools
 import math
@@ -24,19 +24,19 @@ def test_a_recipe_is_its_weights_to_four_decimals_and_sums_to_one(drawn, count):
     assert lam == tuple(step / 1e4 for step in steps)
     assert sum(steps) == 10_000
     assert min(steps) >= 0
-    # one, among the largest, takes what rounding leaves: half a step of each at most
+    # one of the largest weights gets the rest: at most half a step per weight
     *off, most = sorted(abs(np.array(lam) - weights))
     assert max(off) <= 0.5e-4 + 1e-12
     assert most <= 0.5e-4 * count + 1e-12
     if most > 0.51e-4:
         taker = int(np.argmax(abs(np.array(lam) - weights)))
-        # too much is given back by an older one
+        # if the sum is too large, the rest is taken from an older parent
         among = weights if lam[taker] > weights[taker] else weights[:-1]
         assert weights[taker] >= among.max() - 1e-4
 
 
 @given(drawn=st.data(), count=st.integers(2, 6))
-def test_a_recipe_of_its_own_weights_is_itself(drawn, count):
+def test_the_recipe_of_a_recipes_weights_is_the_same_recipe(drawn, count):
     space = Space.simplex(count, 0.0)
     recipe = space.recipe(drawn.draw(s.weights(count)))
     assert space.recipe(recipe.lam) == recipe
@@ -45,44 +45,44 @@ def test_a_recipe_of_its_own_weights_is_itself(drawn, count):
 
 
 @given(space=s.spaces(), lam=st.floats(0, 1))
-def test_a_number_is_what_the_newer_of_two_parents_weighs(space, lam):
+def test_a_single_number_is_the_weight_of_the_newer_parent(space, lam):
     recipe = space.recipe(lam)
     assert recipe == space.recipe((1.0 - lam, lam))
     assert abs(recipe.lam[1] - lam) <= 0.5e-4 + 1e-12
     assert recipe.lam[1] == float(f"{recipe.lam[1]:.4f}")
 
 
-def test_what_rounding_leaves_goes_to_the_largest_and_of_equals_to_the_newest():
+def test_a_missing_rest_goes_to_the_largest_weight_and_among_equals_to_the_newest():
     space = Space.simplex(3, 0.0)
     assert space.recipe((1 / 3, 1 / 3, 1 / 3)).lam == (0.3333, 0.3333, 0.3334)
     # 0.66666 and 0.16667 twice would be 1.0001 together
     assert space.recipe((0.66666, 0.16667, 0.16667)).lam == (0.6666, 0.1667, 0.1667)
 
 
-def test_what_rounding_took_too_much_is_given_back_by_an_older_one():
+def test_an_excess_is_taken_from_an_older_parent():
     space = Space.simplex(4, 0.5)
     # 0.1667 three times and 0.5 would be 1.0001 together
     assert space.recipe((1 / 6, 1 / 6, 1 / 6, 0.5)).lam == (0.1667, 0.1667, 0.1666, 0.5)
     assert space.feasible(space.recipe((1 / 6, 1 / 6, 1 / 6, 0.5)))
-    # where no older one has as much to give
+    # no older parent has a large enough weight
     tiny = (*[0.00006] * 7, 1.0 - 0.00042)
     assert Space.simplex(8, 0.0).recipe(tiny).lam == (*[0.0001] * 7, 0.9993)
 
 
 @pytest.mark.parametrize("count", range(2, 51))
-def test_the_plain_average_is_feasible_where_the_newest_must_weigh_that_much(count):
+def test_the_plain_average_is_feasible_if_alpha_is_its_weight(count):
     space = Space.simplex(count, 1 / count)
     assert space.feasible(space.uniform())
     assert sum(round(1e4 * weight) for weight in space.uniform().lam) == 10_000
 
 
 @given(recipe=s.recipes())
-def test_merge_weights_are_shares_and_sum_to_one(recipe):
+def test_merge_weights_are_between_0_and_1_and_sum_to_1(recipe):
     assert all(0.0 <= lam <= 1.0 for lam in recipe.lam)
     assert sum(recipe.lam) == pytest.approx(1.0, abs=1e-15)
 
 
-def test_the_last_weight_is_the_newest_parents():
+def test_the_last_weight_is_that_of_the_newest_parent():
     pair, three = Space.pair(0.5), Space.simplex(3, 0.5)
     assert pair.recipe(0.88) == Recipe("linear", (0.12, 0.88))
     assert pair.parents() == (Recipe("linear", (1.0, 0.0)), Recipe("linear", (0.0, 1.0)))
@@ -93,7 +93,7 @@ def test_the_last_weight_is_the_newest_parents():
 
 @counts
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.7])
-def test_the_start_is_parents_and_uniform_soup(count, alpha):
+def test_the_start_is_the_parents_and_the_uniform_soup(count, alpha):
     space = Space.simplex(count, alpha)
     assert space.start() == (*space.parents(), space.uniform())
     assert len(set(space.start())) == count + 1
@@ -110,7 +110,7 @@ def test_candidates_of_a_pair_reach_from_alpha_to_the_newer_parent(space):
     points = np.sort(space.candidates()[:, 1])
     assert (points[0], points[-1]) == (space.alpha, 1.0)
     assert (np.diff(points) > 0).all()
-    # evenly: no gap is wider than a step of the grid and its rounding
+    # no gap is wider than a step of the grid plus rounding
     assert np.diff(points).max() <= (1.0 - space.alpha) / (GRID - 1) + 1.001e-4
 
 
@@ -133,7 +133,7 @@ def test_candidates_are_feasible_and_on_the_simplex(space):
 
 @counts
 @pytest.mark.parametrize("alpha", [0.0, 0.2929, 0.5, 0.9])
-def test_candidates_are_distinct_and_include_all_corners_of_what_is_feasible(count, alpha):
+def test_candidates_are_distinct_and_include_all_corners_of_the_feasible_simplex(count, alpha):
     space = Space.simplex(count, alpha)
     points = list(map(tuple, space.candidates().tolist()))
     assert len(set(points)) == len(points)
@@ -164,7 +164,7 @@ def test_candidates_are_spread_evenly_along_the_edges_of_three():
 
 
 def interior(count, alpha=0.0):
-    """The candidates that weigh every parent, brought back from [α, 1] to the whole simplex."""
+    """The candidates inside the feasible simplex, mapped to the whole simplex."""
     points = Space.simplex(count, alpha).candidates()
     newest = np.eye(count)[-1]
     scaled = (points - alpha * newest) / (1.0 - alpha)
@@ -175,13 +175,13 @@ def interior(count, alpha=0.0):
 @pytest.mark.parametrize("count", [3, 4, 5])
 def test_inside_candidates_are_uniform_on_the_simplex(count, alpha):
     points = interior(count, alpha)
-    assert 0.95 * INSIDE < len(points) < 1.02 * INSIDE  # α's rounding moves some off the edge
+    assert 0.95 * INSIDE < len(points) < 1.02 * INSIDE  # rounding α moves some points off the edge
     # Dirichlet(1, …, 1): means 1/n, variances (n−1)/(n²(n+1)), covariances −1/(n²(n+1))
     scale = 1.0 / (count**2 * (count + 1))
     expected = scale * (count * np.eye(count) - 1.0)
     np.testing.assert_allclose(points.mean(axis=0), 1.0 / count, atol=0.005)
     np.testing.assert_allclose(np.cov(points.T), expected, atol=0.1 * scale * (count - 1))
-    # each weight has the distribution of one that is Beta(1, n−1)
+    # each weight has the distribution Beta(1, n−1)
     for weight in points.T:
         assert kstest(weight, "beta", (1, count - 1)).statistic < 0.03
 
@@ -199,7 +199,7 @@ def test_candidates_on_every_face_are_spread_evenly(count):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.9, 0.999])
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_no_candidate_is_there_twice(count, alpha):
+def test_no_candidate_occurs_twice(count, alpha):
     points = Space.simplex(count, alpha).candidates()
     assert len(np.unique(points, axis=0)) == len(points)
 
@@ -217,10 +217,10 @@ def test_no_parent_is_preferred_to_another(count):
 @example(alpha=0.29)
 @example(alpha=1 / 3)
 @given(alpha=st.floats(0, 1, exclude_max=True))
-def test_whatever_alpha_is_all_that_is_searched_may_be_recommended(alpha):
+def test_for_any_alpha_every_candidate_is_feasible(alpha):
     space = Space.pair(alpha)
     searched = [*space.ends(), *map(space.recipe, space.candidates())]
-    # 0.29 · 1e4 is 2900.0000000000005: rounding up has to overlook that much
+    # 0.29 · 1e4 is 2900.0000000000005, which must not be rounded up to 2901
     assert all(alpha - 1e-9 <= recipe.lam[-1] <= 1.0 for recipe in searched)
     assert all(space.feasible(recipe) for recipe in searched)
 
@@ -235,20 +235,20 @@ def test_alpha_is_rounded_up_to_a_step_of_the_weights(count, alpha, rounded):
 
 
 @given(drawn=st.data(), space=s.spaces(4))
-def test_feasible_means_the_newest_parent_weighs_at_least_alpha(drawn, space):
+def test_a_recipe_is_feasible_if_the_newest_parent_weighs_at_least_alpha(drawn, space):
     recipe = space.recipe(drawn.draw(s.weights(space.count)))
     assert space.feasible(recipe) is (recipe.lam[-1] >= space.alpha)
 
 
 @given(space=s.spaces(5))
-def test_the_newest_parent_is_always_feasible_and_the_older_only_without_alpha(space):
+def test_the_newest_parent_is_always_feasible_and_older_ones_only_if_alpha_is_0(space):
     *older, newest = space.parents()
     assert space.feasible(newest)
     assert {space.feasible(old) for old in older} == {space.alpha == 0.0}
 
 
 @given(a=s.lams(), b=s.lams())
-def test_the_distance_of_two_pairs_is_that_of_their_lambdas(a, b):
+def test_the_distance_for_a_pair_is_the_difference_of_the_lambdas(a, b):
     there = distances(np.array([[1.0 - a, a]]), np.array([[1.0 - b, b]]))
     assert there == pytest.approx(np.array([[abs(a - b)]]), abs=1e-12)
 
@@ -257,14 +257,14 @@ def test_the_distance_of_two_pairs_is_that_of_their_lambdas(a, b):
 def test_the_simplex_has_edges_of_length_one(count):
     corners = np.eye(count)
     np.testing.assert_allclose(distances(corners, corners), 1.0 - corners, atol=1e-15)
-    # a corner to the middle: the radius of the circumscribed sphere, √((n−1)/2n)
+    # from a corner to the centre: the radius of the circumscribed sphere, √((n−1)/2n)
     middle = np.full((1, count), 1.0 / count)
     np.testing.assert_allclose(distances(corners, middle), math.sqrt((count - 1) / (2 * count)))
 
 
 @s.FEW
 @given(drawn=st.data(), count=st.integers(2, 5), seed=st.integers(0, 99))
-def test_distances_do_not_care_which_parent_is_which(drawn, count, seed):
+def test_distances_do_not_depend_on_the_order_of_the_parents(drawn, count, seed):
     a, b = (np.array([drawn.draw(s.weights(count)) for _ in range(size)]) for size in (2, 3))
     order = np.random.default_rng(seed).permutation(count)
     assert distances(a, b).shape == (2, 3)
@@ -272,6 +272,6 @@ def test_distances_do_not_care_which_parent_is_which(drawn, count, seed):
     np.testing.assert_array_equal(distances(a, b), distances(b, a).T)
 
 
-def test_nobody_can_spoil_the_candidates_that_others_get():
+def test_the_cached_candidates_are_read_only():
     with pytest.raises(ValueError, match="read-only"):
         Space.pair(0.0).candidates()[0] = 0.5

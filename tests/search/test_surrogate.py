@@ -1,4 +1,4 @@
-"""The posterior against formulas written out again, and the laws any fit must keep."""
+"""The posterior against textbook formulas, and laws that hold for any fit."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from mlflow_soup.search.surrogate import fit
 
 
 def pairs(lams):
-    """Weights of two parents, the newer weighing λ."""
+    """The merge weights of two parents for given λ."""
     return np.column_stack([1.0 - np.array(lams), lams])
 
 
@@ -20,7 +20,7 @@ POINTS = pairs([0.0, 0.31, 0.5, 0.64, 0.72, 0.88, 1.0])
 SCORES = np.array([0.412, 0.455, 0.478, 0.486, 0.489, 0.481, 0.470])
 LAMS = np.linspace(0.0, 1.0, 101)
 GRID = pairs(LAMS)
-# of three parents: each alone, all alike, and others
+# weights of three parents: each parent alone, the uniform soup, and others
 THREE = np.array(
     [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.3333, 0.3333, 0.3334], [0.1, 0.3, 0.6], [0, 0.5, 0.5]]
 )
@@ -30,7 +30,7 @@ INSIDE = np.random.default_rng(5).dirichlet(np.ones(3), 40)
 def matern(first, second, length):
     """Matérn correlation of smoothness 5/2 (Rasmussen & Williams 2006, eq. 4.17).
 
-    Of a pair the distance is |λ − λ'|; of more, an edge of the simplex is as long.
+    For a pair the distance is |λ − λ'|; in general the edges of the simplex have length 1.
     """
     if first.shape[1] == 2:
         distance = np.abs(first[:, None, 1] - second[None, :, 1])
@@ -41,7 +41,7 @@ def matern(first, second, length):
 
 
 def log_posterior(points, y, variance, length, noise):
-    """Log density of standardised scores and hyper-parameters, up to a constant."""
+    """The log density of standardised scores and hyper-parameters, up to a constant."""
     covariance = variance * matern(points, points, length) + noise * np.eye(len(points))
     prior = (
         norm.logpdf(np.log(variance), np.log(1.0), 1.0)
@@ -52,20 +52,20 @@ def log_posterior(points, y, variance, length, noise):
 
 
 def everywhere(points):
-    """Merge weights all over, of as many parents as the points have."""
+    """Merge weights in the whole space, for the number of parents in `points`."""
     count = points.shape[1]
     return np.concatenate([np.eye(count), np.random.default_rng(5).dirichlet(np.ones(count), 60)])
 
 
 def learnt(posterior):
-    """Signal variance, length-scale, noise variance."""
+    """The fitted signal variance, length-scale and noise variance."""
     return np.exp(posterior.regressor.kernel_.theta)
 
 
 @pytest.mark.parametrize(
     ("points", "grid"), [(POINTS, GRID), (THREE, INSIDE)], ids=["pair", "three"]
 )
-def test_the_posterior_is_that_of_the_textbook(points, grid):
+def test_the_posterior_equals_the_textbook_formula(points, grid):
     scores = SCORES[: len(points)]
     posterior = fit(points, scores)
     variance, length, noise = learnt(posterior)
@@ -80,7 +80,7 @@ def test_the_posterior_is_that_of_the_textbook(points, grid):
 
 
 @pytest.mark.parametrize("points", [POINTS, THREE], ids=["pair", "three"])
-def test_a_miss_is_a_score_less_what_the_others_predict_of_it(points):
+def test_a_miss_is_a_leave_one_out_error(points):
     scores = SCORES[: len(points)]
     posterior = fit(points, scores)
     variance, length, noise = learnt(posterior)
@@ -103,11 +103,11 @@ def test_no_other_hyper_parameters_are_more_probable():
         for noise in np.geomspace(1e-6, 1.0, 17)
     ]
     assert found >= max(others)
-    assert found - max(others) < 0.5  # the grid is fine enough to have come close
+    assert found - max(others) < 0.5  # the grid is fine enough to come close
 
 
 @pytest.mark.parametrize("curve", [np.sin, np.exp, lambda x: -((x - 0.7) ** 2)])
-def test_a_smooth_curve_is_followed_through_its_points_and_between(curve):
+def test_a_smooth_curve_is_followed_at_and_between_its_points(curve):
     lams = np.linspace(0.0, 1.0, 9)
     mean, std = fit(pairs(lams), curve(lams)).predict(GRID)
     spread = np.ptp(curve(LAMS))
@@ -115,7 +115,7 @@ def test_a_smooth_curve_is_followed_through_its_points_and_between(curve):
     assert std.max() < 0.1 * spread
 
 
-def test_doubt_grows_with_the_distance_from_what_was_measured():
+def test_uncertainty_grows_with_the_distance_from_the_measured_points():
     _, std = fit(pairs([0.0, 0.1, 0.2]), np.array([0.5, 0.6, 0.55])).predict(GRID)
     assert (np.diff(std[20:]) > 0).all()
 
@@ -133,13 +133,13 @@ def test_the_posterior_is_finite_and_never_certain(observed):
 
 @pytest.mark.parametrize("score", [0.0, 0.1, -3.5, 1e6])
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_constant_scores_have_that_constant_for_a_posterior_mean(score, count):
+def test_constant_scores_have_a_constant_posterior_mean(score, count):
     mean, std = fit(POINTS[:count], np.full(count, score)).predict(GRID)
     np.testing.assert_allclose(mean, score, rtol=1e-9, atol=1e-12)
     assert (std > 0).all()
 
 
-def test_one_point_says_nothing_of_what_is_far_from_it():
+def test_one_point_does_not_determine_points_far_from_it():
     mean, std = fit(pairs([1.0]), np.array([0.6])).predict(GRID)
     np.testing.assert_allclose(mean, 0.6)
     assert (np.diff(std) < 0).all()
@@ -160,7 +160,7 @@ def test_a_point_measured_twice_lies_between_its_measurements():
 def test_the_unit_and_origin_of_scores_do_not_matter(observed, factor, shift):
     points, scores = observed
     if np.ptp(scores) == 0.0:
-        return  # constants have a test of their own
+        return  # constant scores have their own test
     grid = everywhere(points)
     mean, std = fit(points, scores).predict(grid)
     its_mean, its_std = fit(points, shift + factor * scores).predict(grid)
@@ -184,7 +184,7 @@ def test_the_order_of_observations_does_not_matter(observed, seed):
 
 @s.FEW
 @given(observed=s.observations(least=2), seed=st.integers(0, 99))
-def test_which_parent_is_which_does_not_matter(observed, seed):
+def test_the_order_of_the_parents_does_not_matter(observed, seed):
     points, scores = observed
     order = np.random.default_rng(seed).permutation(points.shape[1])
     grid = everywhere(points)
@@ -195,7 +195,7 @@ def test_which_parent_is_which_does_not_matter(observed, seed):
     np.testing.assert_allclose(its_std, std, atol=2e-3 * scale)
 
 
-def test_what_happens_to_the_arguments_later_does_not_matter():
+def test_later_changes_of_the_arguments_do_not_matter():
     points, scores = POINTS.copy(), SCORES.copy()
     posterior = fit(points, scores)
     before = posterior.predict(GRID)
@@ -204,10 +204,10 @@ def test_what_happens_to_the_arguments_later_does_not_matter():
     np.testing.assert_array_equal(fit(POINTS, SCORES).predict(GRID), before)
 
 
-def test_the_global_random_state_is_neither_read_nor_moved():
+def test_the_global_random_state_is_neither_read_nor_changed():
     np.random.seed(8)
     before = np.random.get_state()[1].copy()
-    scores = SCORES + 1e-3  # not fitted by any other test, so not remembered
+    scores = SCORES + 1e-3  # no other test fits these scores, so they are not cached
     first = fit(POINTS, scores).predict(GRID)
     np.testing.assert_array_equal(np.random.get_state()[1], before)
     surrogate._fit.cache_clear()

@@ -1,4 +1,4 @@
-"""Fisher-weighted averaging and RegMean, against numbers by hand and NumPy's own solvers."""
+"""Fisher-weighted averaging and RegMean, against numbers by hand and NumPy's solvers."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def drawn(count, *shape, dtype=torch.float32, seed=0):
 
 
 def informations(count, *shape, seed=1):
-    """Over the twelve powers of ten that Fisher information spans."""
+    """Random Fisher information, spread over twelve powers of ten."""
     return [(9 * tensor).exp() * 1e-6 for tensor in drawn(count, *shape, seed=seed)]
 
 
@@ -32,10 +32,10 @@ def gram(inputs):
 # -- fisher ----------------------------------------------------------------------------------------
 
 
-def test_each_element_is_weighed_by_its_own_information():
+def test_each_element_is_weighted_by_its_own_information():
     parents = [torch.tensor([0.0, 0.0, 8.0]), torch.tensor([4.0, 4.0, 0.0])]
     known = [torch.tensor([1.0, 3.0, 1.0]), torch.tensor([3.0, 1.0, 0.0])]
-    # (1·0 + 3·4) / 4, (3·0 + 1·4) / 4, and only the first knows the last
+    # (1·0 + 3·4) / 4, (3·0 + 1·4) / 4, and only the first parent has information on the last
     assert fisher(parents, known, floor=0.0).tolist() == [3.0, 1.0, 8.0]
 
 
@@ -54,7 +54,7 @@ def test_fisher_is_the_weighted_mean_within_rounding(dtype, count):
     expected = (wide * weights).sum(0) / weights.sum(0)
     found = fisher(parents, known, floor=1e-3)
     assert (found.dtype, found.shape) == (dtype, (40, 50))
-    # half a unit of the dtype, and some roundings before, relative to the largest parent
+    # half a unit of the dtype plus the earlier roundings, relative to the largest parent
     work = 4 * count * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
     slack = (torch.finfo(dtype).eps + work) * np.abs(wide).max(0)
     assert (np.abs(found.double().numpy() - expected) <= slack).all()
@@ -68,7 +68,7 @@ def test_without_any_information_fisher_is_the_plain_mean(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(choices=st.data())
-def test_elements_that_agree_stay_what_they_are(dtype, choices):
+def test_elements_that_are_equal_in_all_parents_do_not_change(dtype, choices):
     old, new = choices.draw(s.parents(dtype))
     new = torch.where(torch.arange(new.numel()).view(new.shape) % 2 == 0, old, new)
     found = fisher([old, new, new], informations(3, *old.shape), floor=1e-6)
@@ -78,7 +78,7 @@ def test_elements_that_agree_stay_what_they_are(dtype, choices):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 1024, None])
-def test_neither_chunks_nor_threads_are_seen_in_the_bits(chunk, threads):
+def test_the_bits_do_not_depend_on_chunks_or_threads(chunk, threads):
     parents, known = drawn(3, 5_000, dtype=torch.bfloat16), informations(3, 5_000)
     expected = fisher(parents, known, floor=1e-6, scratch=Scratch(5_000))
     before = torch.get_num_threads()
@@ -88,7 +88,7 @@ def test_neither_chunks_nor_threads_are_seen_in_the_bits(chunk, threads):
     assert same_bytes(found, expected)
 
 
-def test_one_parents_information_on_any_scale_gives_no_nan():
+def test_information_of_one_parent_at_any_scale_gives_no_nan():
     parents = drawn(2, 4)
     for information in (1e-45, 1e-38, 1e-20, 1e20, 1e37):
         found = fisher(parents, [torch.full((4,), information), torch.zeros(4)], floor=0.0)
@@ -98,13 +98,13 @@ def test_one_parents_information_on_any_scale_gives_no_nan():
 # -- regmean ---------------------------------------------------------------------------------------
 
 
-def test_a_single_weight_is_weighed_by_its_inputs_squares():
+def test_a_single_weight_is_weighted_by_the_squares_of_its_inputs():
     weights = [torch.tensor([[1.0]]), torch.tensor([[4.0]])]
     grams = [torch.tensor([[1.0]]), torch.tensor([[2.0]])]
     assert regmean(weights, grams, ridge=0.0).item() == 3.0  # (1·1 + 2·4) / 3
 
 
-def test_regmean_answers_as_its_parents_by_least_squares():
+def test_regmean_fits_the_outputs_of_its_parents_by_least_squares():
     weights, inputs = drawn(3, 20, 8, seed=2), drawn(3, 50, 8, seed=3)
     found = regmean(weights, [gram(x.double()).float() for x in inputs], scale=1.0, ridge=0.0)
     answers = [x @ w.T for x, w in zip(inputs, weights, strict=True)]
@@ -126,7 +126,7 @@ def test_regmean_solves_the_normal_equations(rows, scale):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_inputs_that_say_nothing_leave_the_plain_mean():
+def test_inputs_of_zero_give_the_plain_mean():
     weights, inputs = drawn(2, 5, 8, seed=2), drawn(2, 50, 8, seed=3)
     mean = torch.stack(weights).mean(0)
     assert torch.equal(regmean(weights, [torch.zeros(8, 8)] * 2), mean)
@@ -137,7 +137,7 @@ def test_inputs_that_say_nothing_leave_the_plain_mean():
     assert not torch.isclose(found[:, :3], mean[:, :3]).any()
 
 
-def test_the_larger_the_ridge_the_nearer_to_the_plain_mean():
+def test_a_larger_ridge_is_closer_to_the_plain_mean():
     weights, grams = drawn(2, 5, 8, seed=2), [gram(x) for x in drawn(2, 50, 8, seed=3)]
     mean = torch.stack(weights).mean(0)
     off = [float((regmean(weights, grams, ridge=r) - mean).norm()) for r in (0.0, 0.1, 1.0, 1e9)]
@@ -145,9 +145,9 @@ def test_the_larger_the_ridge_the_nearer_to_the_plain_mean():
     assert off[-1] < 1e-6
 
 
-def test_inputs_that_determine_nothing_are_refused_not_solved():
+def test_inputs_that_do_not_determine_the_layer_are_refused():
     weights, grams = drawn(2, 5, 8), [torch.ones(8, 8)] * 2
-    with pytest.raises(SpecError, match="'w' do not determine its mean at scale 1"):
+    with pytest.raises(SpecError, match="inputs do not determine 'w' at scale 1"):
         regmean(weights, grams, scale=1.0, ridge=0.0, name="w")
     assert torch.isfinite(regmean(weights, grams, scale=1.0, ridge=1e-6)).all()
 
@@ -169,14 +169,14 @@ METHODS = pytest.mark.parametrize("average", [by_fisher, by_regmean])
 
 @METHODS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parents_that_agree_come_out_unchanged(average, dtype):
+def test_equal_parents_give_the_same_bytes(average, dtype):
     (tensor,) = drawn(1, 6, 8, dtype=dtype)
     assert same_bytes(average([tensor, tensor.clone(), tensor.clone()]), tensor)
 
 
 @METHODS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_parents_dtype_is_kept_and_they_are_left_alone(average, dtype):
+def test_the_dtype_is_kept_and_the_parents_are_not_modified(average, dtype):
     tensors = drawn(2, 6, 8, dtype=dtype)
     before = [tensor.clone() for tensor in tensors]
     assert average(tensors).dtype == dtype
@@ -184,7 +184,7 @@ def test_the_parents_dtype_is_kept_and_they_are_left_alone(average, dtype):
 
 
 @METHODS
-def test_how_a_tensor_lies_in_memory_does_not_matter(average):
+def test_the_memory_layout_of_a_tensor_does_not_matter(average):
     tensors = drawn(2, 6, 8)
     turned = [tensor.T.contiguous().T for tensor in tensors]
     torch.testing.assert_close(average(turned), average(tensors), rtol=0, atol=1e-6)
@@ -197,7 +197,7 @@ def test_differing_integers_are_refused_by_name(average):
         average(tensors, name="steps")
 
 
-def test_statistics_are_left_alone():
+def test_statistics_are_not_modified():
     weights, grams = drawn(2, 6, 8), [gram(x.double()) for x in drawn(2, 50, 8)]
     known = informations(2, 6, 8)
     before = [tensor.clone() for tensor in (*grams, *known)]
@@ -206,7 +206,7 @@ def test_statistics_are_left_alone():
     assert all(map(same_bytes, (*grams, *known), before))
 
 
-def test_rows_are_solved_for_one_by_one(monkeypatch):
+def test_each_row_is_solved_separately(monkeypatch):
     weights, grams = drawn(2, 9, 8, seed=2), [gram(x) for x in drawn(2, 50, 8, seed=3)]
     expected = regmean(weights, grams)
     monkeypatch.setattr(averaging, "_BLOCK", 2)

@@ -14,7 +14,7 @@ def live(checkpoints):
     return LiveModel(find_checkpoint(checkpoints[0], "v1"), "cpu")
 
 
-def test_plain_text_is_divided_by_blank_lines(tmp_path):
+def test_plain_text_is_split_at_blank_lines(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("kam kam\nkam\n\n\n\nsüß\n")
     assert read_texts(path) == ["kam kam\nkam", "süß\n"]
@@ -29,7 +29,7 @@ def test_rows_of_json_give_their_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("text.jsonl", b'{"texts": "a"}', "a row has no field text"),
+        ("text.jsonl", b'{"texts": "a"}', 'a row has no field "text"'),
         ("text.jsonl", b'{"text": "a"', "is not calibration text"),
         ("text.jsonl", b'["a"]', "is not calibration text"),
         ("text.jsonl", b'{"text": 3}', "is not a string"),
@@ -38,21 +38,21 @@ def test_rows_of_json_give_their_text(tmp_path):
         ("text.txt", b"\xff\xfe", "is not calibration text"),
     ],
 )
-def test_a_file_that_holds_no_text_is_refused_in_words(tmp_path, name, content, words):
+def test_a_file_without_text_is_refused_with_a_reason(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SpecError, match=words) as refusal:
         read_texts(tmp_path / name)
     assert refusal.value.where == f"--calibration {tmp_path / name}"
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(SpecError, match="cannot be read: No such file"):
         read_texts(tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize("length", [1000, 63, 64, 65, 2])
-def test_windows_are_the_text_cut_where_the_model_ends(live, length):
-    text = "kam " * (length // 4) + "kam"[: length % 4]  # a letter is a token
+def test_windows_are_the_text_cut_at_the_limit_of_the_model(live, length):
+    text = "kam " * (length // 4) + "kam"[: length % 4]  # each letter is one token
     calibration = calibrate([text], live, tokens=10_000)
     own = live.model.config.max_position_embeddings
     assert own == 64
@@ -63,13 +63,13 @@ def test_windows_are_the_text_cut_where_the_model_ends(live, length):
     assert live.tokenizer.decode(ids) == text[: len(ids)]
 
 
-def test_windows_end_at_the_longest_input_asked_for(live):
+def test_windows_keep_the_requested_limit(live):
     calibration = calibrate(["kam " * 10], live, tokens=100, max_length=15)
     assert [len(window) for window in calibration.documents] == [15, 15, 10]
 
 
 @pytest.mark.parametrize("tokens", [2, 9, 10, 11, 20, 21, 29, 30])
-def test_no_more_tokens_are_taken_than_wanted(live, tokens):
+def test_no_more_tokens_are_read_than_wanted(live, tokens):
     def texts():
         for _ in range(3):
             yield "kam kam ka"
@@ -81,12 +81,12 @@ def test_no_more_tokens_are_taken_than_wanted(live, tokens):
 
 
 @pytest.mark.parametrize("texts", [[], ["k"], [""]])
-def test_text_in_which_nothing_is_predicted_is_refused(live, texts):
-    with pytest.raises(SpecError, match="no calibration text to speak of"):
+def test_text_without_two_tokens_is_refused(live, texts):
+    with pytest.raises(SpecError, match="the calibration text is too short"):
         calibrate(texts, live, tokens=100)
 
 
-def test_the_digest_is_that_of_the_windows_in_any_order():
+def test_the_digest_does_not_depend_on_the_order_of_the_windows():
     first = Calibration(((1, 2, 3), (4, 5)))
     assert first.tokens == 5
     assert first.digest == Calibration(((4, 5), (1, 2, 3))).digest
@@ -94,7 +94,7 @@ def test_the_digest_is_that_of_the_windows_in_any_order():
     assert len({first.digest, *(Calibration(other).digest for other in others)}) == 5
 
 
-def test_rows_as_the_toys_tasks_have_them_can_be_read(tasks):
+def test_the_rows_of_the_toy_tasks_can_be_read(tasks):
     texts = read_texts(tasks / "text.jsonl")
     assert len(texts) == 40
     assert texts[0] == json.loads((tasks / "text.jsonl").read_text().splitlines()[0])["text"]

@@ -1,4 +1,4 @@
-"""Fisher information and Gram matrices, against slow references that share no code with ours."""
+"""Fisher information and Gram matrices, against slow references that share no code with them."""
 
 import json
 import re
@@ -45,14 +45,14 @@ def measured(kind, parent, folder, calibration=CALIBRATION, live=None, **options
 
 
 def exact(parent):
-    """The model in double precision, in which experts know no faster way than one by one."""
+    """The model in double precision, where experts have no fused implementation."""
     return AutoModelForCausalLM.from_pretrained(
         parent.weights, dtype=torch.float64, experts_implementation="eager"
     )
 
 
 def on_disk(model, tensors, folder):
-    """Tensors for each of a model's parameters, as transformers would save them."""
+    """One tensor per parameter of a model, as transformers would save them."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
@@ -61,12 +61,12 @@ def on_disk(model, tensors, folder):
 
 
 def log_p(model, window):
-    """log p(·|what is before) of each position but the last, shape (T − 1, V)."""
+    """log p(·|text before) at each position but the last, shape (T − 1, V)."""
     return model(torch.tensor([window])).logits[0, :-1].log_softmax(-1)
 
 
 def squares(model, value):
-    """Squared derivatives of a number in all parameters."""
+    """The squared derivatives of a number in all parameters."""
     parameters = dict(model.named_parameters())
     slopes = torch.autograd.grad(
         value, list(parameters.values()), retain_graph=True, allow_unused=True
@@ -95,7 +95,7 @@ def empirical(model, windows):
 
 
 def expected(model, windows):
-    """True Fisher information given each text before: all labels, weighed by their probability."""
+    """The true Fisher information: all labels at each position, weighted by their probability."""
     parts = []
     for window in windows:
         for row in log_p(model, window):
@@ -104,7 +104,7 @@ def expected(model, windows):
 
 
 def check_close(found, wanted, rtol=1e-4):
-    """Within `rtol`, and what is nothing beside the rest of its tensor only nearly so."""
+    """Compare within `rtol`; elements that are tiny in their tensor only have to be tiny."""
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         slack = 1e-6 * float(tensor.abs().max())
@@ -121,7 +121,7 @@ def check_close(found, wanted, rtol=1e-4):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fisher_is_the_mean_square_of_each_windows_slope(tmp_path, family):
+def test_fisher_is_the_mean_squared_gradient_of_the_windows(tmp_path, family):
     parent = save(family, tmp_path / "v1")
     made = measured("fisher", parent, tmp_path / "cache")
     model = exact(parent)
@@ -132,7 +132,7 @@ def test_fisher_is_the_mean_square_of_each_windows_slope(tmp_path, family):
     assert made.tokens == CALIBRATION.tokens == 51
 
 
-def test_sampled_fisher_tends_to_the_true_one(tmp_path, parent):
+def test_sampled_fisher_converges_to_the_true_one(tmp_path, parent):
     windows = Calibration(TEXT[:2])
     model = exact(parent)
     wanted = on_disk(model, expected(model, windows.documents), tmp_path / "expected")
@@ -154,7 +154,7 @@ def test_sampled_fisher_tends_to_the_true_one(tmp_path, parent):
     assert traces[0] / 96 == pytest.approx(traces[1], rel=0.05)
 
 
-def test_the_text_decides_the_labels_of_the_empirical_estimator_alone(tmp_path, parent):
+def test_only_the_empirical_estimator_takes_its_labels_from_the_text(tmp_path, parent):
     first, again, other, drawn = (
         measured("fisher", parent, tmp_path / name, estimator=estimator, seed=seed).tensors
         for name, estimator, seed in (
@@ -174,7 +174,7 @@ def test_the_text_decides_the_labels_of_the_empirical_estimator_alone(tmp_path, 
 
 
 def inputs_of(model, windows):
-    """Module → all its inputs in rows, in double precision."""
+    """Module → all of its inputs as rows, in double precision."""
     heard = {}
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear", "Conv1D"):
@@ -197,7 +197,7 @@ def test_gram_matrices_are_those_of_the_layers_inputs(tmp_path, family):
     inputs = inputs_of(model, TEXT)
     assert made.tensors.keys() <= inputs.keys()
     check_close(made.tensors, {n: inputs[n].T @ inputs[n] / len(inputs[n]) for n in made.tensors})
-    # the layer that a tensor on disk belongs to: the only one to change when it is changed there
+    # a tensor on disk belongs to the layer that changes when the tensor is changed
     modules = dict(model.named_modules())
     for module, rows in inputs.items():
         marked = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
@@ -213,7 +213,7 @@ def test_gram_matrices_are_those_of_the_layers_inputs(tmp_path, family):
             torch.testing.assert_close(gram, rows.T @ rows / len(rows), rtol=1e-4, atol=slack)
 
 
-def test_layers_with_one_input_share_its_gram_matrix(tmp_path):
+def test_layers_with_the_same_input_share_a_gram_matrix(tmp_path):
     made = measured("regmean", save("llama", tmp_path / "v1"), tmp_path / "cache")
     layer = "model.layers.1"
     names = {
@@ -227,11 +227,11 @@ def test_layers_with_one_input_share_its_gram_matrix(tmp_path):
         assert of_owner == {
             n for n in made.places if n.startswith(layer) and n.split(".")[-2] in sharing
         }
-    assert len(made.tensors) == 4 * 2 + 1  # and the head's
+    assert len(made.tensors) == 4 * 2 + 1  # and one for the head
 
 
 class Recurrent(torch.nn.Module):
-    """One layer that is called again with what another gave."""
+    """A model whose first layer is called again, with the output of another layer."""
 
     def __init__(self):
         super().__init__()
@@ -242,11 +242,11 @@ class Recurrent(torch.nn.Module):
         inputs = self.embedding(input_ids)
         given = self.first(inputs) + self.second(inputs)
         changed = self.third(given) + self.first(given)
-        given += changed  # no longer what the third was given
+        given += changed  # changed in place, so it is no longer the input of the third layer
         return self.fourth(given)
 
 
-def test_layers_share_nothing_where_inputs_change_or_layers_are_called_again():
+def test_layers_share_nothing_if_inputs_change_or_layers_are_called_again():
     model = Recurrent()
     layers = {name: layer for name, layer in model.named_children() if name != "embedding"}
     assert passes._owners(model, layers, (1, 2)) == {name: name for name in layers}
@@ -288,7 +288,7 @@ def test_the_order_of_the_text_does_not_matter(tmp_path, parent, kind, estimator
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_measured_in_parts_adds_up(tmp_path, parent, kind):
+def test_statistics_of_parts_of_the_text_add_up(tmp_path, parent, kind):
     parts = [Calibration(TEXT[:1]), Calibration(TEXT[1:])]
     counts = [len(part.documents) if kind == "fisher" else part.tokens for part in parts]
     tensors = [measured(kind, parent, tmp_path, part).tensors for part in parts]
@@ -299,7 +299,7 @@ def test_text_measured_in_parts_adds_up(tmp_path, parent, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_parent_averaged_with_itself_is_that_parent(tmp_path, family, kind):
+def test_a_parent_averaged_with_itself_does_not_change(tmp_path, family, kind):
     parent = save(family, tmp_path / "v1", dtype=torch.bfloat16)
     made = [measured(kind, parent, tmp_path / "cache")] * 2
     (tmp_path / "soup").mkdir()
@@ -327,7 +327,7 @@ def test_every_tensor_has_statistics_or_a_note(tmp_path, family, kind):
             assert (merged.shape, merged.dtype) == (tensors[0].shape, tensors[0].dtype)
 
 
-def test_a_soup_is_written_as_it_is_averaged_and_verified_so(tmp_path):
+def test_a_written_soup_equals_the_average_and_its_comparison_passes(tmp_path):
     parents = [save("llama", tmp_path / f"v{seed}", seed, torch.bfloat16) for seed in (1, 2)]
     average = blend([measured("regmean", parent, tmp_path / "cache") for parent in parents])
     (tmp_path / "soup").mkdir()
@@ -344,7 +344,7 @@ def test_a_soup_is_written_as_it_is_averaged_and_verified_so(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_is_measured_in_single(tmp_path, kind):
+def test_half_precision_is_measured_in_single_precision(tmp_path, kind):
     half = save("llama", tmp_path / "half", dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(half.weights, dtype=torch.float32)
     single = find_checkpoint(toy.save(model, tmp_path / "single"), "single")
@@ -380,7 +380,7 @@ def test_the_live_model_is_left_as_it_was(tmp_path, kind, dtype):
     loaded = LiveModel(parents[1], "cpu")
     wanted = loaded.model.state_dict()
     assert all(same_bytes(wanted[name], tensor) for name, tensor in after.items())
-    # and the parent was measured, not what the model had been
+    # the parent was measured, not the model's earlier weights
     check_close(made.tensors, measured(kind, parents[1], tmp_path / "new", live=loaded).tensors)
 
 
@@ -399,30 +399,32 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_kept(tmp_path, p
     assert all(same_bytes(after[name], tensor) for name, tensor in before.items())
 
 
-def test_weights_that_the_text_does_not_reach_are_told_and_averaged(tmp_path):
+def test_weights_that_the_text_does_not_reach_are_noted_and_averaged(tmp_path):
     parents = [save("mixtral", tmp_path / f"v{seed}", seed) for seed in (1, 2)]
-    one = Calibration(((1, 2),))  # two tokens choose two experts of four each
+    one = Calibration(((1, 2),))  # each of the two tokens uses two experts of four
     made = [measured("fisher", parent, tmp_path / "cache", one) for parent in parents]
     unmoved = [{n for n, t in own.tensors.items() if not t.any()} for own in made]
-    told = f"{len(unmoved[0])} tensors were without influence on the calibration text."
-    assert told in made[0].notes
+    told = "tensors were without influence on the likelihood of the calibration text."
+    assert f"{len(unmoved[0])} {told}" in made[0].notes
     name = min(unmoved[0] & unmoved[1])
     tensors = [dict(parent.read())[name] for parent in parents]
     torch.testing.assert_close(blend(made)(name, tensors), sum(tensors) / 2)
 
 
-def test_too_little_text_for_a_layer_is_told(tmp_path, parent):
+def test_too_little_text_for_a_layer_is_noted(tmp_path, parent):
     notes = measured("regmean", parent, tmp_path / "cache").notes
-    assert "2 linear layers were given fewer tokens than inputs (51 for up to 64)." in notes
+    assert (
+        "2 linear layers were given fewer tokens than inputs (51 tokens, up to 64 inputs)." in notes
+    )
 
 
-def test_buffers_that_the_model_does_not_use_are_told(tmp_path, parent):
+def test_buffers_that_the_model_does_not_use_are_noted(tmp_path, parent):
     toy.edit_tensors(
         parent.weights, **{"gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.rand(4)}
     )
     for kind in KINDS:
         made = measured(kind, find_checkpoint(parent.root, "v1"), tmp_path / "cache")
-        assert "1 tensor was averaged: the model has no use for it." in made.notes
+        assert "1 tensor was averaged: not used by the model." in made.notes
 
 
 def test_the_floor_is_relative_to_the_mean_of_all_parents():
@@ -440,7 +442,7 @@ def test_the_floor_is_relative_to_the_mean_of_all_parents():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_measured_is_not_measured_again(tmp_path, parent, kind):
+def test_measured_statistics_are_not_measured_again(tmp_path, parent, kind):
     first = measured(kind, parent, tmp_path / "cache")
     (place,) = (tmp_path / "cache").iterdir()
     before = {path: path.stat() for path in place.iterdir()}
@@ -453,7 +455,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, parent, kind):
         assert getattr(again, field) == getattr(first, field)
 
 
-def test_whatever_else_is_asked_for_is_measured_anew(tmp_path, parent):
+def test_any_other_request_is_measured_anew(tmp_path, parent):
     live, cache = LiveModel(parent, "cpu"), tmp_path / "cache"
     asked = [
         ("fisher", "a", CALIBRATION, {}),
@@ -466,7 +468,7 @@ def test_whatever_else_is_asked_for_is_measured_anew(tmp_path, parent):
     for count, (kind, digest, calibration, options) in enumerate(asked, start=1):
         measure(kind, live, parent, digest, calibration, cache, **options)
         assert len(list(cache.iterdir())) == count
-    measure("fisher", None, parent, "a", CALIBRATION, cache, seed=1)  # nothing is drawn
+    measure("fisher", None, parent, "a", CALIBRATION, cache, seed=1)  # the seed is not used
     measure("regmean", None, parent, "a", CALIBRATION, cache, estimator="sampled")
 
 
@@ -475,7 +477,7 @@ def cut(path):
 
 
 def flip(path):
-    """The last byte of the data; of JSON, a brace."""
+    """Change the last byte of a file: of the data, or the closing brace of the JSON."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -486,10 +488,10 @@ def spoil(path):
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "statistics.json"])
 @pytest.mark.parametrize("damage", [cut, spoil, flip, lambda path: path.unlink()])
-def test_what_is_damaged_is_measured_anew(tmp_path, parent, file, damage):
+def test_damaged_statistics_are_measured_anew(tmp_path, parent, file, damage):
     first = measured("regmean", parent, tmp_path / "cache")
     wanted = {name: tensor.clone() for name, tensor in first.tensors.items()}
-    del first  # its file is about to be cut
+    del first  # release the mapping before the file is cut
     (place,) = (tmp_path / "cache").iterdir()
     damage(place / file)
     again = measured("regmean", parent, tmp_path / "cache")
@@ -497,7 +499,7 @@ def test_what_is_damaged_is_measured_anew(tmp_path, parent, file, damage):
     assert list((tmp_path / "cache").iterdir()) == [place]
 
 
-def test_the_file_is_one_that_safetensors_reads(tmp_path, parent):
+def test_safetensors_can_read_the_file(tmp_path, parent):
     made = measured("fisher", parent, tmp_path / "cache")
     (place,) = (tmp_path / "cache").iterdir()
     read = load_file(place / "tensors.safetensors")
@@ -506,7 +508,7 @@ def test_the_file_is_one_that_safetensors_reads(tmp_path, parent):
     assert json.loads((place / "statistics.json").read_text())["tokens"] == 51
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, parent):
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path, parent):
     (tmp_path / "cache").write_text("")
     with pytest.raises(SpecError) as refusal:
         measured("fisher", parent, tmp_path / "cache")

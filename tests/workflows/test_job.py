@@ -233,7 +233,7 @@ def test_checkpoints_that_are_not_named_by_age_are_told_aloud(client, caplog):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("\n\n\n", "holds no text"), ("k", "no calibration text to speak of")]
+    ("content", "words"), [("\n\n\n", "holds no text"), ("k", "the calibration text is too short")]
 )
 def test_a_calibration_file_must_hold_text(client, tmp_path, content, words):
     path = tmp_path / "text.txt"

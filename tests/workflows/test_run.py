@@ -311,7 +311,7 @@ def test_where_items_do_not_tell_the_report_says_why(client, outcome):
     assert "not reconstructed" not in outcome.summary
     request = {"tasks": "toy_spelling", "ood_tasks": "toy_letters", "limit": 20}
     outcome = run_soup(Spec(pair="v1,v2", **request))
-    assert "the items of toy_spelling come without log-likelihoods" in outcome.summary
+    assert "the items of toy_spelling have no log-likelihoods" in outcome.summary
 
 
 def test_an_evaluation_that_broke_off_is_repeated(client, monkeypatch):
