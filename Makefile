@@ -13,7 +13,7 @@ check:
 	mypy
 	pytest $(SPREAD)
 
-# about two minutes of tests, a main job among them, with the lowest versions that we allow
+# some four minutes of tests, a main job among them, with the lowest versions that we allow
 lowest: .venv-lowest/installed
 	.venv-lowest/bin/pytest $(SPREAD) $(FAST)
 
