@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ def stores(tmp_path_factory, trained, tasks) -> dict[str, Path]:
         "soup.ood_tasks": "toy_digits,toy_digits_bpb:bits_per_byte",
         "soup.margin": "0.05",
         "soup.include_path": str(tasks),
-        "soup.trials": "4",
+        "soup.trials": "6",
     }
     client.create_registered_model(MODEL, tags=policy)
     folders = [toy.save(toy.noisy(trained, i, 0.9), root / f"step-{i}") for i in (1, 2)]
@@ -87,16 +88,17 @@ def stores(tmp_path_factory, trained, tasks) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory) -> Iterator[Path]:
+def programs() -> Iterator[Path]:
     """A folder for PATH in which the commands start at once."""
-    root = tmp_path_factory.mktemp("warm")
-    command = [sys.executable, warm.__file__, str(root / "socket")]
-    with subprocess.Popen(command) as server:
-        while not (root / "socket").exists():
-            assert server.poll() is None
-            time.sleep(0.1)
-        yield warm.stubs(root / "bin", root / "socket")
-        server.terminate()
+    # not pytest's folder: the path of a socket has 104 characters at most
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        with subprocess.Popen([sys.executable, warm.__file__, str(root / "socket")]) as server:
+            while not (root / "socket").exists():
+                assert server.poll() is None
+                time.sleep(0.1)
+            yield warm.stubs(root / "bin", root / "socket")
+            server.terminate()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,8 @@ def test_the_code_blocks_of_a_page_run(page, stores, programs, tasks, tmp_path):
         '"soup.margin": "0.01"': f'"soup.margin": "0.05", "soup.include_path": "{tasks}"',
         # no minutes of training
         QUICKSTART: QUICKSTART_SOUP,
-        # what is open to all on this machine
+        # the environment of the tests stays as it is
+        "pip install": "pip install --no-deps --target installed",
         "5000": str(free_port()),
         "mlflow run .": f"mlflow run {ROOT}",
     }
