@@ -53,8 +53,9 @@ def commands() -> str:
     parts = []
     for name, command in command_names():
         program = f"mlflow-soup {name}"
-        with click.Context(command, info_name=program, max_content_width=100) as context:
-            context.help_option_names = ["-h", "--help"]
+        # of the command's own class, with the settings of `main`
+        context = command.context_class(command, info_name=program, **main.context_settings)
+        with context:
             words = command.get_help(context)
         parts.append(f"## {name}\n\n```text\n{words}\n```")
     return "\n\n".join(parts)

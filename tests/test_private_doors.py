@@ -60,7 +60,7 @@ PUBLIC = {
     *("transformers", "torch", "torch.nn", "datasets", "tokenizers", "tqdm"),
     *("safetensors", "safetensors.torch", "jinja2", "jinja2.sandbox", "jinja2.exceptions"),
     *("boto3.exceptions", "botocore.exceptions", "requests", "requests.exceptions"),
-    *("sqlalchemy.exc", "click", "yaml", "pyarrow", "pyarrow.parquet"),
+    *("sqlalchemy.exc", "click", "cloup", "platformdirs", "yaml", "pyarrow", "pyarrow.parquet"),
     *("numpy", "numpy.typing", "scipy.interpolate", "scipy.linalg", "scipy.optimize"),
     *("scipy.special", "scipy.stats", "sklearn.exceptions", "sklearn.gaussian_process"),
     "sklearn.gaussian_process.kernels",

@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.api.metrics  # the import fills the registry
-import lm_eval.api.registry
+import lm_eval.api.metrics  # private door; the import fills the registry
+import lm_eval.api.registry  # private door
 
 from mlflow_soup.errors import SpecError
 from mlflow_soup.files.untrusted import LARGEST_YAML, Function, parse_yaml, read_regular
