@@ -39,9 +39,25 @@ ATTEMPT = "soup.attempt"  # names one attempt to create something; it finds what
 ORPHANED_BY = "soup.orphaned_by"  # the run that continues this one, which was cut short
 # tag of the experiment of a registered model's ledger: the ledger's run
 LEDGER = "soup.ledger"
-# metrics and artifacts
-OBJECTIVE = "dev/objective"
+# metrics of search runs
+SEARCH_OBJECTIVE = "search/objective"  # the score of each trial, by step
+SEARCH_LAMBDA = "search/lambda"  # the newest parent's weight in each trial, by step
+SEARCH_BEST = "search/best"  # the best score so far, by step
+GAIN = "search/gain"  # the soup's held-out score minus that of its better parent
+GAIN_STDERR = "search/gain_stderr"  # the paired standard error of the gain
+CHOSEN_LAMBDA = "search/chosen_lambda"  # the newest parent's weight in the soup
+KL_RATIO = "search/kl_ratio"  # λ² of the paper's theory
+CURVE = "curve/objective"  # the score over λ of a pair; the step is round(1000·λ)
+RELATIVE_L2 = "distance/relative_l2"  # between the oldest and the newest parent
+COSINE = "distance/cosine"  # between the oldest and the newest parent
+# metrics of trial, search and OOD runs; below HELD_OUT and OOD each task has `<task>/<metric>`
+HELD_OUT, OOD = "dev", "ood"
+OBJECTIVE = "dev/objective"  # the held-out score, the mean over tasks
+STDERR = "dev/stderr"  # its standard error
 TRUNCATED = "dev/truncated"  # number of requests that were cut to the longest input
+SECONDS_MERGE = "seconds/merge"  # time of a trial to set the weights
+SECONDS_EVALUATE = "seconds/evaluate"  # time of a trial to score them
+# artifacts
 ITEMS = "items.parquet"
 EVIDENCE = "evidence.json"
 REPORT = "report.md"

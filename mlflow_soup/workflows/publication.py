@@ -108,20 +108,20 @@ def _metrics(story: report.Story) -> list[Metric]:
     """The metrics of the search run."""
     soup, apart = story.soup, story.distance
     numbers = {
-        "search/gain": story.gain.value,
-        "search/gain_stderr": story.gain.stderr,
-        "search/chosen_lambda": soup.recipe.lam[-1],
-        "search/kl_ratio": geometry.kl_ratio(apart.whole, soup.recipe.lam),
-        "distance/relative_l2": apart.whole.relative(0, -1),
-        "distance/cosine": apart.whole.cosine(0, -1),
+        naming.GAIN: story.gain.value,
+        naming.GAIN_STDERR: story.gain.stderr,
+        naming.CHOSEN_LAMBDA: soup.recipe.lam[-1],
+        naming.KL_RATIO: geometry.kl_ratio(apart.whole, soup.recipe.lam),
+        naming.RELATIVE_L2: apart.whole.relative(0, -1),
+        naming.COSINE: apart.whole.cosine(0, -1),
     }
-    metrics = score_metrics(soup.held_out, "dev")
+    metrics = score_metrics(soup.held_out, naming.HELD_OUT)
     metrics += [tracking.metric(key, value) for key, value in numbers.items()]
     metrics += [
-        tracking.metric("curve/objective", t.held_out.value, round(1000 * t.recipe.lam[-1]))
+        tracking.metric(naming.CURVE, t.held_out.value, round(1000 * t.recipe.lam[-1]))
         for t in story.trials
         if t.held_out is not None and story.space.count == 2
     ]
     for _, score in story.roles["soup"].ood if story.roles else ():
-        metrics += [tracking.metric(f"ood/{m.key}", m.value) for m in score.metrics]
+        metrics += [tracking.metric(f"{naming.OOD}/{m.key}", m.value) for m in score.metrics]
     return metrics
