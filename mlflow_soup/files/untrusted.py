@@ -59,7 +59,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a regular file, at most `most` of them.
+    """The bytes of a regular file that has at most `most` of them.
 
     Raises:
         ValueError: it is not a regular file, or it is longer than `most` bytes.

@@ -108,7 +108,7 @@ class Kriging:
         return len(self.points) - int(self._basis.shape[1])
 
     def scale(self, gram: Array) -> float:
-        """The REML estimate of σ². If no freedom is left, the next narrower trend gives it.
+        """The REML estimate of σ². If n = p, the next narrower trend gives it.
 
         Args:
             gram: Y·Yᵀ/M of M curves, shape (n, n).

@@ -74,8 +74,8 @@ def _feasible(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
 def resolution(space: Space, trials: Sequence[Trial]) -> float:
     """The paired standard error between the best merge so far and the better parent.
 
-    A gain that is much smaller cannot be told from zero on these items. It is 0 until a parent and
-    a merge have a score.
+    A gain that is much smaller cannot be told from zero on these items. The result is 0
+    until a parent and a merge have a score.
     """
     scored = belief.scored(trials)
     parents = [score for recipe, score in scored if recipe in space.parents()]

@@ -175,10 +175,7 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     if not folders and any(root.rglob("adapter_config.json")):
         fix = _ADAPTER
     elif not folders and any(root.rglob("*.bin")):
-        fix = (
-            "save the model again with save_pretrained, which writes safetensors; *.bin files "
-            "are pickles, which are not read"
-        )
+        fix = "save it again with save_pretrained, which writes safetensors; pickles are not read"
     else:
         fix = "register one Hugging Face checkpoint folder, with config.json and *.safetensors"
     weights = _only(folders, root, "config.json and *.safetensors", label, fix)
@@ -263,7 +260,7 @@ def _code(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_with_safetensors(path: Path, label: str) -> None:
-    """Refuse a file that safetensors refuses, because users of the soup read it with that."""
+    """Refuse a file that safetensors refuses; the soup's users will read it with safetensors."""
     try:
         # framework="pt" would reserve memory for the whole file, and fail if there is less
         with safe_open(path, framework="np"):

@@ -115,8 +115,8 @@ def card(manifest: Manifest) -> str:
     how = (
         "A weighted average of checkpoints"
         if manifest.method == "linear"
-        else f"Checkpoints merged with {manifest.method}: equal weights, refined by statistics of "
-        "the parents"
+        else f"Checkpoints merged with {manifest.method}, which refines equal weights with "
+        "statistics of the parents"
     )
     return f"""---
 library_name: transformers

@@ -145,7 +145,7 @@ def config_is_nested_too_deep(folder):
     ("spoil", "words"),
     [
         (no_weights, "0 folders with config.json and"),
-        (pickle, "are pickles, which are not read"),
+        (pickle, "pickles are not read"),
         (adapter, "merge_and_unload"),
         (adapter_beside_weights, "an adapter beside its weights"),
         (two_models, "2 folders with config.json"),
