@@ -345,7 +345,7 @@ def _uploads(model: _Registered) -> Iterator[tuple[str, Complaint]]:
     """Logged models without a registered version, each with the key of its request."""
     client = model.client
     remedies = {
-        LoggedModelStatus.PENDING: "--fix marks it as FAILED; the same command uploads the soup again",
+        LoggedModelStatus.PENDING: "--fix marks it as FAILED; the same command uploads again",
         LoggedModelStatus.READY: "--fix deletes it; run `mlflow gc` to remove its files",
     }
     for experiment in sorted({search.info.experiment_id for search in model.searches}):

@@ -433,8 +433,8 @@ WRONG = [
         "no filter 'nune'",
         "none",
     ),
-    ({"pair": "v1,v2", "tasks": "toy_digits"}, errors.SpecError, "at once", "drop it"),
-    ({"pair": "v1,v2", "tasks": "toy_all"}, errors.SpecError, "toy_digits is held-out", "drop it"),
+    ({"pair": "v1,v2", "tasks": "toy_digits"}, errors.SpecError, "overlap", "one option only"),
+    ({"pair": "v1,v2", "tasks": "toy_all"}, errors.SpecError, "overlap: toy_digits", "one option only"),
 ]
 
 
@@ -456,7 +456,7 @@ def test_an_alias_of_the_same_version_is_no_pair(client):
 
 def test_without_policy_and_tasks_there_is_nothing_to_score_on(client):
     client.delete_registered_model_tag(MODEL, "soup.tasks")
-    with pytest.raises(errors.SpecError, match="nothing to score"):
+    with pytest.raises(errors.SpecError, match="no tasks to score"):
         run_soup(Spec(pair="v1,v2"))
 
 
