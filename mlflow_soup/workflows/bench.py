@@ -74,7 +74,7 @@ def load_suites(spec: Spec) -> Suites:
         raise SpecError(
             "there are no tasks to score a soup on",
             where="--tasks, and the registered model has no tag soup.tasks",
-            fix="name lm-eval tasks, such as --tasks arc_easy,piqa, or set the tag soup.tasks",
+            fix="name lm-eval tasks: --tasks arc_easy,piqa, or set the tag soup.tasks",
         )
     load = partial(load_suite, include_path=spec.include_path, allowed=spec.allowed_code)
     held_out = load(spec.tasks, where="--tasks")
