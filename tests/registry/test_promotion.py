@@ -148,7 +148,7 @@ def test_what_a_person_put_there_is_written_down_when_it_is_promoted(client, out
 
 def test_what_was_moved_by_hand_stays_and_is_said_otherwise(client, outcome):
     client.set_registered_model_alias(MODEL, "champion", "3")
-    with pytest.raises(errors.GateError, match="was not examined"):
+    with pytest.raises(errors.GateError, match="were not scored out of domain together"):
         release.promote(Spec(version="v4", promote="champion"))
     assert at(client) == 3
 

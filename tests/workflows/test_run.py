@@ -201,7 +201,7 @@ def test_a_verdict_is_void_once_the_champion_has_moved(client):
     run_soup(Spec(pair="v1,v2"))
     client.set_registered_model_alias(MODEL, "champion", "3")
     for step in (release.gate, release.promote):
-        with pytest.raises(errors.GateError, match="was not examined"):
+        with pytest.raises(errors.GateError, match="were not scored out of domain together"):
             step(Spec(version="v4", promote="champion"))
     assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 3
     assert "champion 0" in release.evaluate(Spec(version="v4"))

@@ -628,7 +628,7 @@ def test_a_parent_without_a_finite_score_is_said_by_name(client, monkeypatch, na
         raise errors.NonFiniteError("not finite", where="here", fix="none")
 
     monkeypatch.setattr(evaluator.Evaluator, "score", fail)
-    with pytest.raises(errors.ObjectiveError, match="toy-llm v1 could not be scored"):
+    with pytest.raises(errors.ObjectiveError, match="toy-llm v1 has no finite score"):
         study(name, Spec(**REQUESTS[name]))
 
 
