@@ -143,7 +143,7 @@ def test_knobs_can_stand_in_a_file_which_the_command_line_overrides(client, tmp_
 def test_options_may_be_spelt_with_underscores_as_mlflow_projects_pass_them(client):
     done = command("run", "--pair=v1,v2", "--model=", "--ood_tasks", "toy_letters")
     assert done.returncode == 2
-    assert "toy_letters is held-out and out of domain at once" in done.stderr
+    assert "held-out and out-of-domain tasks overlap: toy_letters" in done.stderr
 
 
 def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Registered versions side by side: opened, loaded into a live model, scored on the same items."""
+"""Open registered versions, load them into a live model, and score them on the same items."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ Suites = tuple[Suite, Suite | None]  # held-out, OOD
 
 @dataclass(frozen=True)
 class Opened:
-    """A registered version whose files were pulled, read once and found sound."""
+    """A registered version: its files were pulled, read once, and found to be valid."""
 
     parent: Parent
     checkpoint: Checkpoint
@@ -39,10 +39,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class Bench:
-    """The live model and how it is scored: held-out by the search, OOD after it.
+    """A live model and its evaluators: held-out for the search, OOD for the gate.
 
-    `spec` and `suites` are what it was set up from: a champion of another architecture needs one
-    more like it.
+    `spec` and `suites` are what the bench was set up from. A champion with another architecture
+    needs a second bench from the same `spec` and `suites`.
     """
 
     spec: Spec
@@ -53,10 +53,10 @@ class Bench:
 
 
 def open_version(client: Store, version: Version, *, fresh: bool = False) -> Opened:
-    """Pull a version, and read it once: every value is finite, and its digest is known.
+    """Pull a version, check that every value is finite, and compute its digest, in one read.
 
     Raises:
-        ParentError: its files are missing or no sound checkpoint.
+        ParentError: files are missing, or they are not a valid checkpoint.
     """
     folder = pull(client, version, fresh=fresh)
     found = find_checkpoint(folder, version.uri)
@@ -65,16 +65,16 @@ def open_version(client: Store, version: Version, *, fresh: bool = False) -> Ope
 
 
 def load_suites(spec: Spec) -> Suites:
-    """Held-out and OOD tasks, which share neither a task nor a document.
+    """The held-out and the OOD tasks. They share neither a task nor a document.
 
     Raises:
-        SpecError: no tasks, or the two sets overlap.
+        SpecError: there are no tasks, or the two sets overlap.
     """
     if not spec.tasks:
         raise SpecError(
-            "there is nothing to score a soup on",
+            "there are no tasks to score a soup on",
             where="--tasks, and the registered model has no tag soup.tasks",
-            fix="name lm-eval tasks: --tasks arc_easy,piqa, or set the tag as the model's policy",
+            fix="name lm-eval tasks: --tasks arc_easy,piqa, or set the tag soup.tasks",
         )
     load = partial(load_suite, include_path=spec.include_path, allowed=spec.allowed_code)
     held_out = load(spec.tasks, where="--tasks")
@@ -84,9 +84,10 @@ def load_suites(spec: Spec) -> Suites:
     shared = sorted({*held_out.loaded["tasks"]} & {*ood.loaded["tasks"]})
     if shared:
         raise SpecError(
-            f"{', '.join(shared[:5])} is held-out and out of domain at once",
+            f"held-out and out-of-domain tasks overlap: {', '.join(shared[:5])}",
             where="--tasks and --ood-tasks",
-            fix="the gate must judge on items that the search never saw: drop it from one of them",
+            fix="name each task in one option only: the gate must judge on items that the search "
+            "never saw",
         )
     seen = held_out.documents()
     common = [
@@ -94,16 +95,16 @@ def load_suites(spec: Spec) -> Suites:
     ]
     if common:
         raise SpecError(
-            f"{len(common)} documents are in held-out and OOD tasks alike, "
+            f"{len(common)} documents are in both held-out and out-of-domain tasks, "
             f"the first in {common[0][0]} and {common[0][1]}",
             where="--tasks and --ood-tasks",
-            fix="the gate must judge on items that the search never saw: choose other tasks",
+            fix="choose other tasks: the gate must judge on items that the search never saw",
         )
     return held_out, ood
 
 
 def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
-    """Load the live model of a checkpoint's architecture and freeze the tasks for it."""
+    """Load a live model with the architecture of a checkpoint, and tokenize the tasks for it."""
     live = LiveModel(donor, spec.device)
     held_out, ood = suites
     return Bench(
@@ -116,11 +117,11 @@ def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
 
 
 def aim(bench: Bench, task: str) -> Bench:
-    """The same live model, scored on one task alone.
+    """A bench with the same live model, scored on one task only.
 
     Args:
-        bench: whose model and settings it shares.
-        task: `task:metric`, as a term of a suite is written.
+        bench: the bench that provides the model and the settings.
+        task: `task:metric`, in the syntax of a suite's terms.
     """
     spec = bench.spec
     suite = load_suite(task, include_path=spec.include_path, allowed=spec.allowed_code)
@@ -141,7 +142,7 @@ def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
 
 
 def check_stored(client: Store, version: Version, expected: str) -> Opened:
-    """Read a version back from the store, not from a cache, and compare it with what it should be.
+    """Read a version from the store, not from the cache, and compare it with its digest.
 
     Raises:
         StoreError: the store holds other bytes.
@@ -152,10 +153,10 @@ def check_stored(client: Store, version: Version, expected: str) -> Opened:
 
 
 def check_digest(folder: Path, what: str, expected: str) -> None:
-    """Refuse an artifact tree that does not hold the tensors it should.
+    """Refuse an artifact tree whose tensors do not have the expected digest.
 
     Raises:
-        StoreError: it holds other bytes.
+        StoreError: the tree holds other bytes.
     """
     try:
         found = digest(find_checkpoint(folder, what))
@@ -169,13 +170,13 @@ def _compare(found: str, expected: str, what: str, folder: Path) -> None:
         raise StoreError(
             f"{what} holds other weights than it should",
             where=f"{folder}: {found}, expected {expected}",
-            fix="do not use it: something writes into the artifact store, or it fails; delete the "
-            "version if there is one, and run the same command again",
+            fix="do not use these weights: something else changed the files, or the artifact store "
+            "is faulty; delete the version if there is one, and run the same command again",
         )
 
 
 def rivals(client: Store, name: str, spec: Spec) -> list[Version]:
-    """What stands where the soup would stand: the champion, and what `promote` points to."""
+    """The versions that the soup would replace: the champion, and the one at `promote`."""
     found = [holder(client, name, spec.champion)]
     if spec.promote:
         target = parse_target(spec.promote)
@@ -184,7 +185,7 @@ def rivals(client: Store, name: str, spec: Spec) -> list[Version]:
 
 
 def open_rivals(client: Store, name: str, spec: Spec, at_hand: Sequence[Opened]) -> list[Opened]:
-    """The rivals as they stand now, opened; those at hand are not pulled again."""
+    """The current rivals, opened. Versions in `at_hand` are not pulled again."""
     opened = {o.parent.version: o for o in at_hand}
     return [opened.get(v) or open_version(client, v) for v in rivals(client, name, spec)]
 
@@ -192,7 +193,7 @@ def open_rivals(client: Store, name: str, spec: Spec, at_hand: Sequence[Opened])
 def contenders(
     soup: Opened, parents: Sequence[Opened], champions: Sequence[Opened]
 ) -> dict[str, Opened]:
-    """Whom the OOD stage examines: soup, parents, and champions unless they are the soup.
+    """The versions to score out of domain: soup, parents, and champions other than the soup.
 
     Returns:
         Role (`soup`, `parent 0`, `parent 1` …, `champion 0` …) → opened version.
@@ -206,7 +207,7 @@ def contenders(
 
 
 def conditions(bench: Bench) -> str:
-    """Digest of everything that evidence depends on besides the weights."""
+    """Digest of everything that the evidence depends on, except the weights."""
     assert bench.ood is not None
     return naming.key_of({"held_out": bench.held_out.fingerprint, "ood": bench.ood.fingerprint})
 
@@ -219,22 +220,22 @@ def examine(
     journal: Journal,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Evidence]:
-    """Score soup, parents and champion, held-out where it is not known yet and out of domain.
+    """Score the soup, the parents and the champions out of domain, and held-out if unknown.
 
     Args:
-        bench: live model and evaluators, of the soup's architecture.
-        models: role → opened version, as of `contenders`.
+        bench: a live model with the soup's architecture, and its evaluators.
+        models: role → opened version, from `contenders`.
         known: tensor digest → held-out score that the search measured already.
         measured: tensor digest → evidence of an earlier examination under the same conditions.
-        journal: keeps what was scored until `forget` is told that MLflow has it.
-        check: is called before each model and in the end, and raises where there is to be none.
+        journal: keeps the scores until `forget` drops them, after MLflow has stored them.
+        check: is called before each model and at the end; it raises to stop the examination.
     """
     roles: dict[str, Evidence] = {}
     soup = models["soup"].checkpoint
     for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
         check()
         its = opened.parent.digest
-        # at λ = 1 the soup is its parent; a parent may be the champion
+        # two roles can have the same weights: at λ = 1 the soup equals its parent
         same = measured.get(its) or next((e for e in roles.values() if e.digest == its), None)
         if same is not None:
             roles[role] = replace(same, version=opened.parent.version)
@@ -261,32 +262,32 @@ def _examine(evaluator: Evaluator) -> Scores:
 
 
 def _entries(bench: Bench, its: str) -> tuple[str, str]:
-    """The journal's names for the held-out and the OOD scores of a model."""
+    """The names of a model's journal entries: one for its held-out, one for its OOD scores."""
     assert bench.ood is not None
     held_out, ood = (measured_key(e, [(its, 1.0)]) for e in (bench.held_out, bench.ood))
     return held_out, ood
 
 
 def measured_key(evaluator: Evaluator, parts: Sequence[tuple[str, float]]) -> str:
-    """Digest of weights and of how they are scored: the same is not scored twice.
+    """Digest of the weights and of how they are scored; an equal digest is not scored twice.
 
     Args:
-        evaluator: what scores them.
-        parts: digest and weight λ of each checkpoint that they are mixed of.
+        evaluator: the evaluator that scores the weights.
+        parts: digest and λ of each checkpoint in the mixture.
     """
     weights = [(digest, weight.hex()) for digest, weight in parts if weight]
     return naming.key_of({"evaluator": evaluator.fingerprint, "weights": weights})
 
 
 def forget(bench: Bench, roles: Mapping[str, Evidence], journal: Journal) -> None:
-    """Drop from the journal what MLflow was told of an examination."""
+    """Drop the scores of an examination from the journal, once MLflow has stored them."""
     for evidence in roles.values():
         for entry in _entries(bench, evidence.digest):
             journal.drop(entry)
 
 
 def open_journal() -> Journal:
-    """Of what the store was not told yet; each store has its own."""
+    """The journal of scores that MLflow has not stored yet. Each store has its own journal."""
     journal = Journal(cache_folder() / "journal" / store_id())
     journal.open()
     return journal

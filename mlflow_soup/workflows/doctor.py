@@ -1,8 +1,9 @@
-"""What a registered model's ledger, aliases, versions, runs and bytes say of each other.
+"""Complaints about a registered model: its ledger, aliases, versions, runs and bytes disagree.
 
-Others write to the registry too, and processes are killed: where accounts differ, a complaint says
-how that can be and what to do. A repair settles or takes back what we began; where a person has
-decided otherwise, it writes that down. It never moves what deployments read by its own judgement.
+Other programs write to the registry too, and processes are killed. Where two records disagree, a
+complaint says how that happens and what to do. A repair completes or undoes what mlflow-soup began.
+If a person decided otherwise, the repair records that decision. No repair moves an alias or a stage
+that deployments read.
 """
 
 import time
@@ -33,18 +34,18 @@ from mlflow_soup.registry.versions import (
 )
 from mlflow_soup.workflows.bench import check_stored
 
-_LONG_S = 86400.0  # that nobody works on a run without a lease for so long is likely
+_LONG_S = 86400.0  # a run without a lease that is older than a day is probably abandoned
 
 
 @dataclass(frozen=True)
 class Complaint:
-    """Two accounts that differ.
+    """Two records that disagree.
 
     Attributes:
-        what: is wrong.
-        why: how that can be.
-        remedy: what `repair` does, or what a person should.
-        repair: mends it; None where that takes a person.
+        what: what is wrong.
+        why: how that happens.
+        remedy: what `repair` does, or what a person should do.
+        repair: removes the cause of the complaint; None if only a person can.
     """
 
     what: str
@@ -55,7 +56,7 @@ class Complaint:
 
 @dataclass(frozen=True)
 class _Registered:
-    """A registered model and its ledger; versions as they are when they are asked for."""
+    """A registered model and its ledger; the versions are read from the store at each access."""
 
     client: Store
     name: str
@@ -63,19 +64,19 @@ class _Registered:
 
     @property
     def soups(self) -> list[tuple[Version, ModelVersion]]:
-        """The versions that we have registered, by number."""
+        """The versions that mlflow-soup registered, in the order of their numbers."""
         versions = versions_of(self.client, self.name)
         found = [(Version(self.name, int(v.version)), v) for v in versions]
         return sorted((at, v) for at, v in found if naming.DIGEST in v.tags)
 
     @cached_property
     def searches(self) -> list[Run]:
-        """All search runs about it, those within studies too."""
+        """All search runs of the model, including those within studies."""
         about = {naming.MODEL: self.name, naming.ROLE: "search"}
         return tracking.find_runs(self.client, about)
 
     def pointers(self) -> dict[Version, list[str]]:
-        """Version → aliases and stages that point to it."""
+        """Version → the aliases and stages that point to the version."""
         found = defaultdict(list)
         with asking(f"read the aliases of {self.name}"):
             aliases = self.client.get_registered_model(self.name).aliases
@@ -87,14 +88,14 @@ class _Registered:
         return found
 
     def uses(self, version: Version) -> list[str]:
-        """Why a version is not to be deleted: what points to it, promotions, soups and copies."""
+        """What uses a version: aliases and stages, promotions, soups and copies."""
         found = self.pointers()[version]
         for series in self.ledger.series(promotion.SERIES) if self.ledger else ():
             assert self.ledger is not None
             for entry in self.ledger.read(series):
                 if entry.told.get("to") == version.number:
                     found.append(f"promotion {entry.number} to {promotion.target_of(series)}")
-        made = f"tags.`{naming.PARENTS}` LIKE '%'"  # in whatever model
+        made = f"tags.`{naming.PARENTS}` LIKE '%'"  # in all registered models
         for other in pages(self.client.search_model_versions, made):
             of = Version(other.name, int(other.version))
             if version in {parent for parent, _ in family.read(of, other.tags).parents}:
@@ -106,14 +107,15 @@ class _Registered:
 
 @asking("examine the registered model")
 def examine(model: str = "", *, digests: bool = True) -> tuple[str, Iterator[Complaint]]:
-    """All complaints of a registered model, one after the other; nothing is touched.
+    """All complaints about a registered model, one after the other. Nothing is changed.
 
     Args:
-        model: its name; empty where MLFLOW_SOUP_MODEL or the store leave no choice.
+        model: the model's name; may be empty if MLFLOW_SOUP_MODEL is set or the store has only
+            one model.
         digests: read the bytes of all soups, too.
 
     Returns:
-        The model that is meant, and its complaints.
+        The name of the model, and the complaints about it.
 
     Raises:
         ParentError: there is no such model.
@@ -131,7 +133,7 @@ def _complaints(model: _Registered, digests: bool) -> Iterator[Complaint]:
 
 
 def mend(complaint: Complaint) -> bool:
-    """Do what a complaint offers; False where that takes a person."""
+    """Run the repair of a complaint; False if only a person can repair it."""
     if complaint.repair is None:
         return False
     with asking("repair what disagrees"):
@@ -140,7 +142,7 @@ def mend(complaint: Complaint) -> bool:
 
 
 def _ledger(model: _Registered) -> Iterator[Complaint]:
-    """The ledger against what its targets point to."""
+    """Compare the ledger with the versions that its targets point to."""
     ledger = model.ledger
     for series in ledger.series(promotion.SERIES) if ledger is not None else ():
         assert ledger is not None
@@ -150,8 +152,8 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
         if numbers != list(range(1, len(numbers) + 1)):
             yield Complaint(
                 f"the ledger of {target} has entries {numbers}",
-                "somebody else wrote to it, or deleted from it",
-                "find out who may write to that experiment; later promotions go on from the last",
+                "someone else wrote to the ledger, or deleted entries from it",
+                "find out who can write to that experiment; new promotions follow the last entry",
             )
         last = entries[-1]
         made = promotion.last_made(entries)
@@ -160,17 +162,19 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
         if not last.mark:
             stands = last.told.get("to") == number
             if promotion.is_under_way(last):
-                remedy = "its process may be at it: look again in ten minutes"
+                remedy = "the process may still be working: look again in ten minutes"
             elif stands:
-                remedy = "--fix marks it as made: nothing moves"
+                remedy = "--fix marks the promotion as made; it moves nothing"
             else:
-                remedy = "--fix marks it as void: nothing moves; run the promotion again if it is "
-                remedy += "still wanted"
+                remedy = (
+                    "--fix marks the promotion as void; it moves nothing; promote again if you "
+                )
+                remedy += "still want it"
             settle = partial(promotion.settle, ledger, series, last)
             yield Complaint(
-                f"promotion {last.number} to {target}, of v{last.told.get('to')}, was begun and "
+                f"promotion {last.number}, of v{last.told.get('to')} to {target}, was begun and "
                 "not finished",
-                f"its process was killed in between, or is at it now; {target} points to "
+                f"the process was killed halfway, or it is still working; {target} points to "
                 f"{_shown(number)}",
                 remedy,
                 None if promotion.is_under_way(last) else settle,
@@ -178,11 +182,12 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
         elif made is not None and made.told.get("to") != number:
             told = {"to": number, "from": made.told.get("to"), "moved": "past mlflow-soup"}
             yield Complaint(
-                f"{target} points to {_shown(number)}, and the last promotion that was made, "
-                f"{made.number} to {target}, of v{made.told.get('to')}, by {made.told.get('by')}",
-                "it was moved by hand, past mlflow-soup; or its version was deleted; or what a "
-                "process asked for that was taken for dead came late",
-                "--fix writes into the ledger where it stands now; it is not moved back",
+                f"{target} points to {_shown(number)}, but the last promotion, number "
+                f"{made.number} by {made.told.get('by')}, pointed it to v{made.told.get('to')}",
+                f"someone moved {target} by hand; or someone deleted the version; or the late "
+                "request of a process that seemed dead moved it",
+                f"--fix records in the ledger what {target} points to now; it does not move "
+                f"{target} back",
                 partial(_write_down, ledger, series, last.number + 1, told),
             )
 
@@ -197,22 +202,22 @@ def _write_down(ledger: Ledger, series: str, number: int, told: Mapping[str, obj
 
 
 def _aliases(model: _Registered) -> Iterator[Complaint]:
-    """Aliases and stages against verdicts."""
+    """Compare aliases and stages with the gate's verdicts."""
     pointers = model.pointers()
     for version, found in model.soups:
         gate = found.tags.get(naming.GATE)
         if version in pointers and gate != naming.PASSED:
             yield Complaint(
-                f"{', '.join(pointers[version])} points to soup {version}, whose gate is "
-                f"{gate or 'not judged'}",
-                "it was put there by hand, or its verdict changed afterwards",
-                f"point it elsewhere, or judge it: mlflow-soup gate --model {version.name} "
-                f"--version v{version.number}",
+                f"{', '.join(pointers[version])} points to soup {version}, which "
+                f"{f'has the gate verdict {gate}' if gate else 'the gate has not judged'}",
+                "someone moved the alias or stage by hand, or the verdict changed afterwards",
+                "point the alias or stage to another version, or judge the soup: mlflow-soup gate "
+                f"--model {version.name} --version v{version.number}",
             )
 
 
 def _duplicates(model: _Registered) -> Iterator[Complaint]:
-    """Versions that were registered for one request; copies of other versions are none."""
+    """Versions that were registered for the same request. Copies of other versions do not count."""
     requests: dict[str, list[Version]] = defaultdict(list)
     for version, found in model.soups:
         if naming.REQUEST in found.tags and model_id(model.client, version):
@@ -221,17 +226,17 @@ def _duplicates(model: _Registered) -> Iterator[Complaint]:
         for version in others:
             uses = ", ".join(model.uses(version))
             yield Complaint(
-                f"{version} and {first} are soups of one request",
-                "a process was killed before it took back what it had registered in vain",
-                f"{version} is in use ({uses}): have {first} used instead, or keep both"
+                f"{version} and {first} are soups of the same request",
+                f"a process registered {version} and was killed before it deleted this duplicate",
+                f"{version} is in use ({uses}): use {first} instead, or keep both"
                 if uses
-                else f"--fix deletes {version}: nothing needs it",
+                else f"--fix deletes {version}: nothing uses it",
                 None if uses else partial(unregister, model.client, version),
             )
 
 
 def _incomplete(model: _Registered) -> Iterator[Complaint]:
-    """Versions whose files never arrived completely, or are gone."""
+    """Versions whose upload never finished, or whose logged model is gone."""
     for version, _ in model.soups:
         logged_id = model_id(model.client, version)
         if logged_id is None:
@@ -239,18 +244,18 @@ def _incomplete(model: _Registered) -> Iterator[Complaint]:
         logged = find_upload(model.client, logged_id)
         if logged is None or logged.status != LoggedModelStatus.READY:
             yield Complaint(
-                f"{version} is registered, and its logged model {logged_id} is "
+                f"{version} is registered, but its logged model {logged_id} is "
                 f"{logged.status if logged is not None else 'gone'}",
-                "MLflow registers what was never uploaded completely, too"
+                "MLflow also registers logged models whose upload never finished"
                 if logged is not None
-                else "somebody deleted it",
-                "point elsewhere what points to the version, and delete it; the same request then "
-                "registers it anew",
+                else "someone deleted the logged model",
+                "point the aliases and stages of this version elsewhere, and delete the version; "
+                "then run the same request again, which registers a new one",
             )
 
 
 def _verdicts(model: _Registered) -> Iterator[Complaint]:
-    """Verdicts of versions against those of the runs that judged them."""
+    """Compare the verdict of each version with that of the run that judged it."""
     for version, found in model.soups:
         gate, run_id = found.tags.get(naming.GATE), found.tags.get(naming.GATE_RUN)
         if gate is None:
@@ -258,25 +263,27 @@ def _verdicts(model: _Registered) -> Iterator[Complaint]:
         runs = tracking.find_runs(model.client, {naming.DIGEST: found.tags[naming.DIGEST]})
         judged = {run.info.run_id: run.data.tags.get(naming.GATE) for run in runs}
         again = (
-            f"mlflow-soup evaluate, then gate: --model {version.name} --version v{version.number}"
+            "run mlflow-soup evaluate, then mlflow-soup gate, both with "
+            f"--model {version.name} --version v{version.number}"
         )
         if run_id not in judged:
             yield Complaint(
-                f"the gate of {version} is {gate}, and there is no run that judged it",
-                "the run was deleted, or the tag was written by hand",
+                f"the gate verdict of {version} is {gate}, but there is no run that judged it",
+                "someone deleted the run, or wrote the tag by hand",
                 again,
             )
         elif judged[run_id] != gate:
             yield Complaint(
-                f"the gate of {version} is {gate}, and {judged[run_id]} in run {run_id}, "
-                "which judged it",
-                "a tag was written by hand, or a process was killed between the two",
+                f"the gate verdict of {version} is {gate}, but run {run_id}, which judged it, says "
+                f"{judged[run_id]}",
+                "someone wrote a tag by hand, or a process was killed after it wrote the first "
+                "of the two tags",
                 again,
             )
 
 
 def _parents(model: _Registered) -> Iterator[Complaint]:
-    """Soups whose parents are gone."""
+    """Soups with a parent that is gone."""
     for version, found in model.soups:
         gone = [
             parent
@@ -285,14 +292,16 @@ def _parents(model: _Registered) -> Iterator[Complaint]:
         ]
         if gone:
             yield Complaint(
-                f"{' and '.join(map(str, gone))}, of which {version} was made, is gone",
-                "somebody deleted it",
-                f"none is needed to serve {version}; mlflow-soup verify cannot mix it again",
+                f"{version} was made of {' and '.join(map(str, gone))}, which no longer "
+                f"exist{'s' if len(gone) == 1 else ''}",
+                "someone deleted the version" if len(gone) == 1 else "someone deleted the versions",
+                f"serving {version} needs no parent, so this can stay; mlflow-soup verify cannot "
+                "merge the soup again",
             )
 
 
 def _left(model: _Registered) -> Iterator[Complaint]:
-    """Runs and uploads that nobody works on any more."""
+    """Runs and uploads that no process works on any more."""
     left = [*_running(model), *_uploads(model)]
     keys = {key for key, _ in left if key}
     ledger, folder = model.ledger, lease_folder()
@@ -301,7 +310,7 @@ def _left(model: _Registered) -> Iterator[Complaint]:
 
 
 def _running(model: _Registered) -> Iterator[tuple[str, Complaint]]:
-    """Runs that are RUNNING, with the key of the request whose lease tells whether they are."""
+    """Runs with status RUNNING, each with the key of its request, which names the lease."""
     client = model.client
     keys = {
         search.info.run_id: search.data.tags.get(naming.KEY, "")
@@ -315,17 +324,17 @@ def _running(model: _Registered) -> Iterator[tuple[str, Complaint]]:
         owners = tags.get(naming.MODEL), tags.get(naming.VERSION, "").rpartition("/")[0]
         if of in keys:
             complaint = Complaint(
-                f"{what}, and nobody works on it",
-                "its process was killed",
-                "--fix ends it as KILLED; the same command continues the search anyway",
+                f"{what}, but no process works on it",
+                "the process was killed",
+                "--fix ends the run as KILLED; the same command still continues the search",
                 partial(client.set_terminated, run_id, "KILLED"),
             )
             yield keys[of], complaint
         elif model.name in owners and time.time() - run.info.start_time / 1000.0 > _LONG_S:
             complaint = Complaint(
                 f"{what} for more than a day",
-                "its process was killed, or is at it still: evaluations and studies hold no lease, "
-                "so nobody can tell",
+                "the process was killed, or it is still working: evaluations and studies hold no "
+                "lease, so mlflow-soup cannot tell",
                 'look for the process; if there is none, end the run: python -c "import mlflow; '
                 f"mlflow.MlflowClient().set_terminated('{run_id}', 'KILLED')\"",
             )
@@ -333,11 +342,11 @@ def _running(model: _Registered) -> Iterator[tuple[str, Complaint]]:
 
 
 def _uploads(model: _Registered) -> Iterator[tuple[str, Complaint]]:
-    """Logged models that no version is made of, with the key of their request."""
+    """Logged models without a registered version, each with the key of its request."""
     client = model.client
     remedies = {
         LoggedModelStatus.PENDING: "--fix marks it as FAILED; the same command uploads again",
-        LoggedModelStatus.READY: "--fix deletes it; `mlflow gc` then removes its files",
+        LoggedModelStatus.READY: "--fix deletes it; run `mlflow gc` to remove its files",
     }
     for experiment in sorted({search.info.experiment_id for search in model.searches}):
         for logged in uploads(client, experiment, {naming.MODEL: model.name}):
@@ -345,8 +354,8 @@ def _uploads(model: _Registered) -> Iterator[tuple[str, Complaint]]:
                 continue
             complaint = Complaint(
                 f"logged model {logged.model_id} of run {logged.source_run_id} is {logged.status}, "
-                "and no version is made of it",
-                "its process was killed before it was registered, or its version was deleted",
+                "but no version was registered from it",
+                "the process was killed before it registered one, or someone deleted the version",
                 remedies[logged.status],
                 partial(_discard, client, logged.model_id),
             )
@@ -354,7 +363,7 @@ def _uploads(model: _Registered) -> Iterator[tuple[str, Complaint]]:
 
 
 def _discard(client: Store, logged_id: str) -> None:
-    """End an upload that is not complete and delete one that is, unless it was registered since."""
+    """Mark an incomplete upload as FAILED, delete a complete one, keep a registered one."""
     logged = find_upload(client, logged_id)
     if logged is None or is_registered(client, logged_id):
         return
@@ -365,28 +374,28 @@ def _discard(client: Store, logged_id: str) -> None:
 
 
 def _asides(model: _Registered) -> Iterator[Complaint]:
-    """Ledgers that were made and not needed."""
+    """Ledger experiments that were created but never used."""
     for experiment_id, title in leftovers(model.client, model.name):
         yield Complaint(
-            f"experiment {title!r} is the beginning of a ledger that nobody uses",
-            "a process was killed while it made one, or another was quicker",
-            "--fix deletes it",
+            f"experiment {title!r} is an unfinished ledger that nothing uses",
+            "a process was killed while it created the ledger, or another process created it first",
+            "--fix deletes the experiment",
             partial(model.client.delete_experiment, experiment_id),
         )
 
 
 def _digests(model: _Registered) -> Iterator[Complaint]:
-    """The bytes of soups against the digests that they were registered with."""
-    for version, found in tqdm(model.soups, "read soups", unit="version", disable=None):
+    """Compare the bytes of each soup with the digest that it was registered with."""
+    for version, found in tqdm(model.soups, "reading soups", unit="version", disable=None):
         try:
             check_stored(model.client, version, found.tags[naming.DIGEST])
         except SoupError as error:
             if is_transient(error) or is_full(error):
-                raise  # the store is away, or our disk is full: that says nothing of the version
+                raise  # an unreachable store or a full disk says nothing about the version
             yield Complaint(
                 f"{error.what} ({error.where})",
-                "the artifact store lost or changed its files after they were registered, or does "
+                "the artifact store lost or changed the files after they were registered, or does "
                 "not let you read them",
-                f"do not use {version} before its files are back; else delete it, and run its "
-                "request again",
+                f"do not use {version} until its files are restored; or delete the version and "
+                "run its request again",
             )

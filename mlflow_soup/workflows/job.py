@@ -1,4 +1,4 @@
-"""A request found sound: versions opened, tasks frozen, and one key of all that decides on it."""
+"""Check a request: open its versions, load its tasks, and compute the key that identifies it."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -37,15 +37,15 @@ logger = logging.getLogger("mlflow_soup")
 
 
 def _plain(text: str) -> str:
-    """A text whatever its white space."""
+    """The text with each run of white space replaced by one space."""
     return " ".join(text.split())
 
 
 @dataclass(frozen=True)
 class Session:
-    """What requests about one registered model share: its versions at hand, and a bench.
+    """What requests about one registered model share: the opened versions and a bench.
 
-    `spec` is settled: what its caller left open came from the model's policy.
+    `spec` is settled: the model's policy filled in what the caller left open.
     """
 
     client: Store
@@ -56,15 +56,15 @@ class Session:
 
     @cached_property
     def journal(self) -> Journal:
-        """Of what the store was not told yet."""
+        """The journal of scores that the store does not have yet."""
         return open_journal()
 
     @cached_property
     def calibration(self) -> Calibration:
-        """The text that statistics are taken from.
+        """The text that the statistics are computed on.
 
         Raises:
-            SpecError: there is none, or it holds an out-of-domain item.
+            SpecError: there is no text, or it contains an out-of-domain item.
         """
         spec, bench = self.spec, self.bench
         if not spec.calibration:
@@ -75,16 +75,16 @@ class Session:
             items = map(_plain, bench.ood.texts()) if bench.ood is not None else ()
             if seen := sum(item in read for item in items if item):
                 raise SpecError(
-                    f"{seen} out-of-domain items are in the calibration text",
+                    f"the calibration text contains {seen} out-of-domain items",
                     where=f"--calibration {spec.calibration}",
-                    fix="the gate must judge on items that no method saw: drop them",
+                    fix="remove them: the gate must judge on items that no method saw",
                 )
         return calibrate(
             texts, bench.live, tokens=spec.calibration_tokens, max_length=spec.max_length
         )
 
     def on(self, task: str) -> "Session":
-        """The same versions, scored on one task alone; the task is no longer out of domain."""
+        """A session with the same versions, scored on one task only and without OOD tasks."""
         spec = replace(self.spec, tasks=task, ood_tasks="")
         return replace(self, spec=spec, bench=aim(self.bench, task))
 
@@ -93,10 +93,10 @@ class Session:
 
         Args:
             versions: the parents, oldest first.
-            spec: the session's, with what this request has of its own.
+            spec: the session's spec with the changes of this request; None for no changes.
 
         Raises:
-            SpecError: the method cannot do what is asked.
+            SpecError: the method cannot run with these settings.
         """
         numbers = ",".join(f"v{version.number}" for version in versions)
         spec = replace(spec or self.spec, pair="", versions=numbers, last=None, pairs="")
@@ -107,11 +107,11 @@ class Session:
 
 @dataclass(frozen=True)
 class Job:
-    """Parents, and a method to make one model of them.
+    """Parents, and the method that makes one model from them.
 
     Attributes:
-        session: where they were opened.
-        spec: the session's, with what this request has of its own.
+        session: the session in which the parents were opened.
+        spec: the session's spec with the changes of this request.
         opened: the parents, oldest first.
     """
 
@@ -121,7 +121,7 @@ class Job:
 
     @property
     def client(self) -> Store:
-        """Of the store."""
+        """The store's client."""
         return self.session.client
 
     @property
@@ -131,7 +131,7 @@ class Job:
 
     @property
     def journal(self) -> Journal:
-        """The session's."""
+        """The session's journal."""
         return self.session.journal
 
     @property
@@ -141,17 +141,17 @@ class Job:
 
     @property
     def method(self) -> Method:
-        """The row of the table of methods."""
+        """The method's row in `METHODS`."""
         return METHODS[self.spec.method]
 
     @property
     def space(self) -> Space:
-        """The merge weights that may be chosen."""
+        """The merge weights that the method may choose."""
         return Space.simplex(len(self.opened), self.spec.least)
 
     @cached_property
     def key(self) -> str:
-        """Digest of all that decides what is evaluated, but for when it ends."""
+        """Digest of everything that decides what is evaluated, except when the search ends."""
         spec, space = self.spec, self.space
         own = {"alpha": space.alpha, "trials": spec.budget}
         knobs = {name: own.get(name, getattr(spec, name)) for name in self.method.knobs}
@@ -169,16 +169,16 @@ class Job:
 
     @cached_property
     def request(self) -> str:
-        """Digest of that and of when it ends: one request registers one version."""
+        """Digest of the key and of when the search ends. One request registers one version."""
         return naming.key_of({"key": self.key, "trials": self.spec.budget, "stop": self.spec.stop})
 
     def recipe(self, lam: Sequence[float]) -> Recipe:
-        """The recipe that the method makes of chosen weights."""
+        """The recipe of the method for the chosen weights."""
         return replace(self.space.recipe(lam), method=self.method.needs or "linear")
 
     @cached_property
     def statistics(self) -> tuple[Statistics, ...]:
-        """Of each parent, for the methods that need them; measured once and kept on disk."""
+        """The statistics of each parent, if the method needs them; measured once, kept on disk."""
         return tuple(
             measure(
                 self.method.needs,
@@ -195,7 +195,7 @@ class Job:
 
     @property
     def statistics_notes(self) -> list[str]:
-        """What a reader should know of the statistics, once for all parents."""
+        """What a reader should know about the statistics, said once for all parents."""
         calibration = self.session.calibration
         source = self.spec.calibration or "the held-out items"
         notes = [note for own in self.statistics for note in own.notes]
@@ -206,57 +206,57 @@ class Job:
         ]
 
     def blend(self, recipe: Recipe) -> Blend | None:
-        """How tensors are mixed by statistics; None for the plain weighted sum."""
+        """How the statistics mix the tensors; None for the plain weighted sum."""
         if recipe.method == "linear":
             return None
         return blend(self.statistics, scale=self.spec.regmean_scale)
 
     def check(self) -> None:
-        """Refuse what the method cannot do, before anything is evaluated.
+        """Refuse settings that the method cannot run with, before anything is evaluated.
 
         Raises:
-            SpecError: too many versions for a search, a wrong budget, no text to calibrate on.
+            SpecError: too many versions for a search, a wrong budget, no calibration text.
         """
         spec, space, count = self.spec, self.space, len(self.opened)
         if self.method.needs:
-            self.key  # noqa: B018  # reads the text
+            self.key  # noqa: B018  # reads and checks the text
             check_writable(cache_folder() / "statistics", CACHE_ENV)
         if not self.method.searches:
             return
         if count > MOST:
             raise SpecError(
-                f"{count} versions are too many to be weighed against each other",
+                f"--method {spec.method} cannot search the weights of {count} versions",
                 where=f"--versions, with --method {spec.method}",
-                fix=f"name at most {MOST}: checkpoints far apart do not merge well; or take "
-                "--method uniform or greedy",
+                fix=f"name at most {MOST} versions, because checkpoints far apart merge badly; or "
+                "use --method uniform or greedy",
             )
         if spec.budget < count + 2:
             raise SpecError(
-                f"--trials {spec.budget} is out of range",
-                where="--trials, or tag soup.trials of the model",
-                fix=f"at least {count + 2}: {count} parents, uniform soup, one more",
+                f"--trials {spec.budget} is too small",
+                where="--trials, or the model's tag soup.trials",
+                fix=f"set at least {count + 2}: {count} parents, the uniform soup, and one more",
             )
         if spec.method == "grid" and len(lattice(space, spec.budget)) == count:
             raise SpecError(
-                f"--trials {spec.budget} leave nothing for a grid but its {count} parents",
-                where="--trials, or tag soup.trials of the model",
-                fix=f"at least {2 * count - 1}",
+                f"a grid of {spec.budget} trials contains nothing but the {count} parents",
+                where="--trials, or the model's tag soup.trials",
+                fix=f"set --trials to at least {2 * count - 1}",
             )
         known = (*space.start(), *space.ends())
         choice = {*(recipe.lam for recipe in known), *map(tuple, space.candidates().tolist())}
         if len(choice) < spec.budget:
             raise SpecError(
-                f"there are only {len(choice)} different λ for {spec.budget} trials",
-                where=f"--trials and --alpha: [{space.alpha}, 1] in steps of 1e-4",
+                f"{spec.budget} trials need as many different λ, but there are only {len(choice)}",
+                where=f"--trials and --alpha: [{space.alpha}, 1] has steps of 1e-4",
                 fix="lower --trials or --alpha",
             )
 
 
 def settle(spec: Spec, refs: Sequence[VersionRef]) -> tuple[Store, str, Spec]:
-    """The store, the registered model that is meant, and the spec with its policy.
+    """The store, the name of the registered model, and the spec with the model's policy.
 
     Raises:
-        SpecError: no model, or a policy tag that cannot be read.
+        SpecError: there is no model, or a policy tag cannot be read.
     """
     client = connect(60.0 * spec.store_patience)
     name = find_model(client, spec.model, refs)
@@ -270,22 +270,22 @@ def open_session(
     groups: Sequence[Sequence[VersionRef]],
     where: str,
 ) -> tuple[Session, list[list[Version]]]:
-    """Check a request against the store, the tasks and the parents; nothing is touched.
+    """Check a request against the store, the tasks and the parents. Nothing is changed.
 
     Args:
-        client: of the store.
+        client: the store's client.
         name: the registered model.
-        spec: settled.
-        groups: the versions it names, oldest first, those that are merged together in one group;
-            with `spec.last` they are looked up.
-        where: the option that names them, for errors.
+        spec: a settled spec.
+        groups: the versions that the request names, oldest first; the versions of one group are
+            merged together. Ignored if `spec.last` is set: the last versions are looked up.
+        where: the option that names the versions, for errors.
 
     Returns:
-        The session, and the groups resolved.
+        The session, and the versions of each group.
 
     Raises:
         SpecError: the request is wrong.
-        ParentError: a version is missing, damaged, or unlike another.
+        ParentError: a version is missing, damaged, or does not match another.
     """
     if spec.last:
         resolved = [last(client, name, spec.last)]
@@ -304,18 +304,18 @@ def open_session(
 
 
 def _check_distinct(refs: Sequence[VersionRef], versions: Sequence[Version], where: str) -> None:
-    """Refuse a version that was named twice, once by an alias perhaps."""
+    """Refuse a version that is named twice, for example by its number and by an alias."""
     for i, version in enumerate(versions):
         if version in versions[:i]:
             raise SpecError(
                 f"{refs[versions.index(version)]} and {refs[i]} are the same version, {version}",
                 where=where,
-                fix="name different versions",
+                fix="name each version once",
             )
 
 
 def _check_order(client: Store, versions: Sequence[Version], where: str) -> None:
-    """Say aloud that checkpoints were not named by age; of soups, numbers say nothing."""
+    """Warn if checkpoints are not named by age. The number of a soup says nothing about its age."""
     by_age = sorted(versions, key=lambda version: version.number)
     if list(versions) == by_age or any(
         naming.DIGEST in tags_of(client, version) for version in versions
@@ -323,6 +323,6 @@ def _check_order(client: Store, versions: Sequence[Version], where: str) -> None
         return
     said, meant = (",".join(f"v{v.number}" for v in group) for group in (versions, by_age))
     logger.warning(
-        "%s %s is not by age: λ weighs the last one, v%d. Did you mean %s %s?",
+        "%s %s is not by age: λ is the weight of the last version, v%d. Did you mean %s %s?",
         *(where, said, versions[-1].number, where, meant),
     )

@@ -1,6 +1,6 @@
-"""What happens to a registered soup: examined out of domain, judged, promoted.
+"""The stages of a registered soup: score it out of domain, judge it, promote it.
 
-The main job does all of it in one go; a pipeline whose steps are apart calls one after the other.
+The command `run` runs all stages in one process; a pipeline can also run each as its own step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ def examine_once(
     at_hand: Sequence[Opened],
     check: Callable[[], None] = lambda: None,
 ) -> tuple[str, Mapping[str, Evidence]]:
-    """The OOD run and its evidence; what an earlier run measured is not measured again."""
+    """The OOD run and its evidence. Evidence that an earlier run measured is not measured again."""
     client, bench = job.client, job.bench
     stored = check_stored(client, soup.version, soup.digest)
     champions = open_rivals(client, job.session.name, job.spec, at_hand)
@@ -78,7 +78,7 @@ def _examine(
     journal: Journal,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Evidence]:
-    """Score everyone out of domain, and keep the evidence in a run."""
+    """Score all models out of domain, and store the evidence in a run."""
     roles = examine(bench, models, known, measured, journal, check)
     assert bench.ood is not None
     model_ids = {role: opened.parent.model_id for role, opened in models.items()}
@@ -90,7 +90,7 @@ def _examine(
 def judge(
     client: Store, version: Version, roles: Mapping[str, Evidence], spec: Spec, ood_run: str
 ) -> Verdict:
-    """The gate's verdict, written to the version and the OOD run before anyone reads it here."""
+    """The gate's verdict. It is written to the version and to the OOD run before it is returned."""
     parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
     rules = gates.Rules(spec.margin, spec.confidence)
     champions = [evidence for role, evidence in roles.items() if role.startswith("champion")]
@@ -114,10 +114,10 @@ def _tags(version: Version, digest: str, key: str) -> dict[str, str]:
 
 
 def _soup_version(client: Store, spec: Spec) -> tuple[Version, dict[str, str]]:
-    """The registered soup that a later stage is about, with its tags.
+    """The registered soup that `spec.version` names, and its tags.
 
     Raises:
-        SpecError: no version was named, or it is no soup.
+        SpecError: no version was named, or the version is not a soup.
     """
     if not spec.version:
         raise SpecError(
@@ -131,16 +131,17 @@ def _soup_version(client: Store, spec: Spec) -> tuple[Version, dict[str, str]]:
 
 @asking("evaluate the soup")
 def evaluate(spec: Spec) -> dict[str, Evidence]:
-    """Examine a registered soup, its parents and the champion out of domain, in a run of its own.
+    """Score a registered soup, its parents and the champion out of domain, in a separate run.
 
     Args:
         spec: `version` names the soup.
 
     Returns:
-        `soup`, `parent 0`, `parent 1` …, `champion` → its evidence, which `gate` reads from MLflow.
+        Role (`soup`, `parent 0`, `parent 1` …, `champion 0` …) → evidence. `gate` reads the
+        evidence from MLflow.
 
     Raises:
-        SpecError: the version is no soup, or no tasks are known.
+        SpecError: the version is not a soup, or there are no tasks.
         ParentError: the soup, a parent or the champion is missing or damaged.
     """
     client = connect(60.0 * spec.store_patience)
@@ -161,7 +162,9 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
     models = contenders(soup, parents, champions)
     bench = set_up(spec, soup.checkpoint, suites)
     known: dict[str, Score] = {}
-    if tags.get(naming.EVALUATOR) == bench.held_out.fingerprint:  # the search measured the same
+    if (
+        tags.get(naming.EVALUATOR) == bench.held_out.fingerprint
+    ):  # the search used the same evaluator
         scores = {
             t.recipe.lam: t.held_out
             for t in read_trials(client, tags[naming.KEY])
@@ -182,13 +185,14 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
 
 @asking("judge the soup")
 def gate(spec: Spec) -> tuple[Version, Verdict]:
-    """Judge a soup by its newest examination and write the verdict to its tags.
+    """Judge a soup by its newest OOD run, and write the verdict to its tags.
 
     Args:
         spec: `version` names the soup; `margin` and `confidence` are the rules.
 
     Raises:
-        GateError: it was never examined, or not with what stands in its place by now.
+        GateError: the soup was never scored out of domain, or not together with the version that
+            it would replace now.
     """
     client = connect(60.0 * spec.store_patience)
     version, tags = _soup_version(client, spec)
@@ -197,7 +201,7 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
     runs = [r for r in tracking.find_runs(client, about) if r.info.status == "FINISHED"]
     if not runs:
         raise GateError(
-            f"{version} was never examined out of domain",
+            f"{version} was never scored out of domain",
             where=version.uri,
             fix=_how_to_evaluate(version),
         )
@@ -208,18 +212,18 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
 
 
 def _evidence(client: Store, version: Version, run_id: str) -> dict[str, Evidence]:
-    """What an OOD run says of a soup, under the number that it has now.
+    """The evidence of an OOD run about a soup, with the soup's current version number.
 
     Raises:
-        GateError: it is lost or damaged.
+        GateError: the evidence is lost or damaged.
     """
     roles = read_evidence(client, run_id) if run_id else {}
     if "soup" not in roles:
         raise GateError(
-            f"what was examined of {version} is lost or damaged",
+            f"the out-of-domain scores of {version} are lost or damaged",
             where=f"artifacts of run {run_id}"
             if run_id
-            else f"{version.uri}: no {naming.GATE_RUN}",
+            else f"{version.uri}: the tag {naming.GATE_RUN} is missing",
             fix=_how_to_evaluate(version),
         )
     return roles | {"soup": replace(roles["soup"], version=version)}
@@ -227,32 +231,32 @@ def _evidence(client: Store, version: Version, run_id: str) -> dict[str, Evidenc
 
 def _how_to_evaluate(version: Version) -> str:
     return (
-        f"mlflow-soup evaluate --model {version.name} --version v{version.number}, then gate; "
-        "with --promote, what stands at that target is examined too"
+        f"run mlflow-soup evaluate --model {version.name} --version v{version.number}, then "
+        "mlflow-soup gate; with --promote, evaluate also scores the version at that target"
     )
 
 
 def _check_examined(
     client: Store, version: Version, rival: Version, roles: Mapping[str, Evidence]
 ) -> None:
-    """Refuse a verdict that says nothing of what stands in the soup's place now.
+    """Refuse a verdict that does not cover the version that the soup would replace now.
 
     Raises:
-        GateError: the rival's weights were not examined together with the soup.
+        GateError: the rival's weights were not scored together with the soup.
     """
     if rival in {evidence.version for evidence in roles.values()}:
         return
     digest = open_version(client, rival).parent.digest
     if digest not in {evidence.digest for evidence in roles.values()}:
         raise GateError(
-            f"{rival} stands there by now, which was not examined with {version}",
+            f"{version} would replace {rival}, but the two were not scored out of domain together",
             where=rival.uri,
             fix=_how_to_evaluate(version),
         )
 
 
 def point(client: Store, version: Version, target: Target) -> Version:
-    """Promote on the strength of a verdict that still applies."""
+    """Promote a soup if the gate passed it and the verdict still applies."""
 
     def check(standing: Version) -> None:
         gate_run = tags_of(client, version).get(naming.GATE_RUN, "")
@@ -264,22 +268,24 @@ def point(client: Store, version: Version, target: Target) -> Version:
 
 @asking("promote the soup")
 def promote(spec: Spec) -> tuple[Version, str]:
-    """Point an alias, a stage or another model's alias at a soup that its gate passed.
+    """Point an alias, a stage or another model's alias to a soup that passed the gate.
 
     Args:
         spec: `version` names the soup, `promote` the target.
 
     Returns:
-        What the target points to now, and the target in words.
+        The version that the target points to now, and the target in words.
 
     Raises:
-        GateError: the gate has not passed it, or not against what stands there now.
-        StoreError: the store holds other bytes than were judged.
-        OvertakenError: another promotion came between.
+        GateError: the soup has not passed the gate, or not against the version at the target now.
+        StoreError: the store holds other bytes than the gate judged.
+        OvertakenError: another promotion moved the target meanwhile.
     """
     if not spec.promote:
         raise SpecError(
-            "no target was named", where="--promote", fix="name one: --promote alias:champion"
+            "no target was named",
+            where="--promote",
+            fix="name a target: --promote alias:champion",
         )
     client = connect(60.0 * spec.store_patience)
     version, tags = _soup_version(client, spec)

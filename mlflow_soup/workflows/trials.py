@@ -1,8 +1,8 @@
-"""One recipe, one child run; and a method's recipes one after the other until it ends.
+"""Score one recipe in one child run, or all recipes of a method, one after the other.
 
-What any request has scored already is not scored again: the trial is written down as usual, and
-says whose score it took over. What is scored goes into the journal first and to MLflow then; while
-that is away, the search goes on.
+A recipe that any request has scored already is not scored again: the trial's run is written as
+usual, and it names the run that measured the score. A new score goes into the journal first, and
+then to MLflow. While MLflow is unreachable, the search continues.
 """
 
 import contextlib
@@ -37,16 +37,17 @@ logger = logging.getLogger("mlflow_soup")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A recipe that was scored, and all that its run says of it.
+    """A recipe that was scored, and everything that its run records.
 
     Attributes:
-        recipe: what was scored.
-        measured: digest of its weights and how they were scored.
-        scores: None when they were not finite.
-        source: the run that measured it, where its score was taken over; else empty.
-        tags: of its run.
-        began, ended: in milliseconds since 1970.
-        attempt: names its run, so that it is found where the answer to its creation was lost.
+        recipe: the recipe that was scored.
+        measured: digest of the recipe's weights and of how they were scored.
+        scores: the scores; None if they were not finite.
+        source: the run that measured the score, if another run did; else empty.
+        tags: tags for the recipe's run.
+        began, ended: times in milliseconds since 1970.
+        attempt: an id of the recipe's run. If the store's answer to its creation is lost, the run
+            is found by this id.
     """
 
     recipe: Recipe
@@ -65,7 +66,7 @@ class Evaluation:
 
 
 def search_tags(job: Job, name: str, study: str = "") -> dict[str, str]:
-    """What a search run is created with; a search within a study is known by its study's run."""
+    """The tags of a new search run. `study` is the run of the study that it belongs to."""
     return ({naming.STUDY: study} if study else {}) | {
         "mlflow.runName": name,
         naming.ROLE: "search",
@@ -77,10 +78,10 @@ def search_tags(job: Job, name: str, study: str = "") -> dict[str, str]:
 
 
 def request_params(job: Job) -> dict[str, str]:
-    """Params under `cfg.`: MLproject's own are logged by `mlflow run`, quoted and write-once."""
+    """Params, prefixed `cfg.`: `mlflow run` logs MLproject's params, quoted and write-once."""
     said = {f"cfg.{f.name}": getattr(job.spec, f.name) for f in fields(job.spec)}
     said |= {"cfg.alpha": job.space.alpha, "cfg.trials": job.spec.budget}
-    del said["cfg.store_patience"]  # whoever tries again may be more patient
+    del said["cfg.store_patience"]  # a later attempt may set another patience
     params = {k: v for k, v in said.items() if v not in ("", None)}
     params |= {f"cfg.evaluator.{k}": v for k, v in job.bench.held_out.settings().items()}
     return {k: redact(str(v)) for k, v in params.items()}
@@ -92,7 +93,7 @@ def _log_request(job: Job, run_id: str) -> None:
 
 @dataclass
 class _Outbox:
-    """What MLflow is still to be told of a search. What it is told, the journal may forget."""
+    """What MLflow does not have yet of a search. The journal drops a score once MLflow has it."""
 
     job: Job
     run_id: str
@@ -101,10 +102,13 @@ class _Outbox:
     runs: dict[int, str] = field(default_factory=dict)  # number of a trial → its run
 
     def flush(self, *, patiently: bool) -> None:
-        """Send all of it; else as much as goes at once.
+        """Send everything to MLflow.
+
+        Args:
+            patiently: wait for a store that is unreachable; otherwise, fail at once.
 
         Raises:
-            StoreError: the store is away; what was not sent waits on.
+            StoreError: the store is unreachable. What was not sent stays in the outbox.
         """
         client = self.job.client if patiently else self.job.client.hasty
         while self.waiting:
@@ -126,17 +130,18 @@ class _Outbox:
 def explore(
     job: Job, run_id: str, *, alone: bool = True, check: Callable[[], None] = lambda: None
 ) -> list[Trial]:
-    """Trials until the method ends; those of an earlier run with the same key count.
+    """All trials of a search. The trials of earlier runs with the same key count too.
 
     Args:
         job: the request.
-        run_id: the search run; trials are its children.
-        alone: it is all that the user waits for: say on the way what is amiss with the parents.
-        check: is called before and after each evaluation, and raises where there is to be none.
+        run_id: the search run; the trials' runs are its children.
+        alone: the user waits for this search only: keep its progress bar, and warn during the
+            search if the parents do not merge well.
+        check: is called before and after each evaluation; it raises to stop the search.
 
     Raises:
-        StoreError: the store was away for longer than patience lasts; the journal has what it
-            was not told.
+        StoreError: the store was unreachable for longer than the set patience. The journal keeps
+            the scores that the store does not have.
     """
     spec, space = job.spec, job.space
     parents = [o.checkpoint for o in job.opened]
@@ -148,20 +153,20 @@ def explore(
     total = spec.budget if job.method.searches else None
     with tqdm(total=total, desc="search", unit="λ", disable=None, leave=alone) as bar:
         while (recipe := job.method.proceed(space, trials, spec)) is not None:
-            # what was evaluated stands; it ends here, however far another request went on
+            # trials of earlier runs are reused; this search ends where its own request says
             number = len(trials)
             if number in history:
                 trials.append(history[number])
             else:
                 check()
                 evaluation = _evaluate(job, recipe, links, job.bench.held_out)
-                check()  # that took long: another may have written it down
+                check()  # the evaluation took long: another process may have recorded this trial
                 outbox.waiting.append((number, evaluation))
                 trials.append(Trial(number, recipe, evaluation.score))
             trial = trials[-1]
             bar.update()
             if trial.held_out is None and trial.recipe in space.parents():
-                break  # nothing can be compared with it
+                break  # without a parent's score, nothing can be compared
             if trial.held_out is not None:
                 started = {*space.start()} == {t.recipe for t in trials}
                 if alone and started and (warning := geometry.barrier(space, trials)):
@@ -177,10 +182,10 @@ def explore(
             try:
                 outbox.flush(patiently=False)
                 away = False
-            except StoreError as error:  # evaluations go on
+            except StoreError as error:  # the search continues
                 if not away:
                     logger.warning(
-                        "%s; the search goes on, and what it finds is kept in %s",
+                        "%s; the search continues, and its scores are kept in %s",
                         *(error.what, job.journal.folder),
                     )
                 away = True
@@ -191,17 +196,17 @@ def explore(
 def find_recipe(
     job: Job, run_id: str, *, alone: bool = True, check: Callable[[], None] = lambda: None
 ) -> Found:
-    """What the method of a job makes of its parents, all of it in a search run.
+    """The recipe that the method of a job finds for its parents, with all trials.
 
     Args:
         job: the request.
         run_id: the search run.
-        alone: as of `explore`.
-        check: as of `explore`.
+        alone: as in `explore`.
+        check: as in `explore`.
 
     Raises:
-        ObjectiveError: a parent, or what was chosen, has no finite score.
-        StoreError: as of `explore`.
+        ObjectiveError: a parent or the chosen recipe has no finite score.
+        StoreError: as in `explore`.
     """
     _log_request(job, run_id)
     trials = explore(job, run_id, alone=alone, check=check)
@@ -219,7 +224,7 @@ def _now() -> int:
 
 
 def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evaluator) -> Evaluation:
-    """A recipe's score; taken over where it is known already."""
+    """Score a recipe, or take its score over from an earlier evaluation."""
     client, bench, began = job.client, job.bench, _now()
     tags: dict[str, str] = {}
     if recipe.method == "linear":
@@ -235,7 +240,7 @@ def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evalua
     measured = measured_key(evaluator, parts)
     scores, source = job.journal.read(measured), ""
     if scores is None:
-        with contextlib.suppress(StoreError):  # away: what it knows is measured once more
+        with contextlib.suppress(StoreError):  # if the store is unreachable, score the recipe again
             known = find_score(client.hasty, measured)
             if known is not None:
                 scores, source = known.scores, known.run_id
@@ -247,9 +252,9 @@ def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evalua
                 bench.live.set_weights(links, recipe.lam)
             merged = time.monotonic()
             score = evaluator.score()
-        except NonFiniteError as error:  # it would be so again; anything else ends the run
+        except NonFiniteError as error:  # another try gives the same; other errors end the run
             if recipe.method != "linear":
-                raise  # with other statistics it might not
+                raise  # other statistics might give finite scores
             return Scores({}, failed=error.what[:5000])
         about = {
             "seconds/merge": merged - begin,
@@ -274,7 +279,7 @@ def _publish(
     tags: Mapping[str, str],
     evaluation: Evaluation,
 ) -> str:
-    """An evaluation as a run of its own, FINISHED once all of it is there; its id."""
+    """Write an evaluation as a separate run, ended once everything is stored; the id of the run."""
     recipe, scores = evaluation.recipe, evaluation.scores
     known = {**tags, naming.ATTEMPT: evaluation.attempt}
     child = tracking.begin_child(client, parent, name, known, evaluation.began)
@@ -301,7 +306,7 @@ def look(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Score:
     """A recipe's score by another evaluator than the job's, in a run that no search reads.
 
     Raises:
-        NonFiniteError: it is not finite.
+        NonFiniteError: the score is not finite.
     """
     links = job.bench.live.link([o.checkpoint for o in job.opened])
     evaluation = _evaluate(job, recipe, links, evaluator)
@@ -310,7 +315,7 @@ def look(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Score:
     _publish(job, job.client, run_id, about, tags, evaluation)
     if evaluation.scores is None:
         raise NonFiniteError(
-            evaluation.tags[naming.FAILED], where=recipe.label, fix="leave this one out"
+            evaluation.tags[naming.FAILED], where=recipe.label, fix="leave this recipe out"
         )
     return evaluation.scores.mean
 
@@ -319,13 +324,13 @@ def scored(trials: Sequence[Trial], recipe: Recipe, what: str) -> Score:
     """A recipe's held-out score.
 
     Raises:
-        ObjectiveError: its evaluation failed.
+        ObjectiveError: the evaluation of the recipe failed.
     """
     for trial in trials:
         if trial.recipe == recipe and trial.held_out is not None:
             return trial.held_out
     raise ObjectiveError(
-        f"{what} could not be scored",
-        where=f"{recipe.label}, see tag {naming.FAILED} of its run",
-        fix="a parent must have a finite score; choose other versions or tasks",
+        f"{what} has no finite score",
+        where=f"{recipe.label}; the tag {naming.FAILED} of its run says why",
+        fix="choose other versions or tasks: each parent and the soup need a finite score",
     )

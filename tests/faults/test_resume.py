@@ -299,7 +299,7 @@ def test_evidence_that_is_damaged_is_measured_anew_and_promotes_nothing(client):
     file.write_bytes(file.read_bytes()[:-100])
     client.set_registered_model_alias(MODEL, "champion", "2")
     for step in (release.gate, release.promote):
-        with pytest.raises(errors.GateError, match="is lost or damaged"):
+        with pytest.raises(errors.GateError, match="are lost or damaged"):
             step(Spec(version="v4", promote="champion"))
     again = run_soup(Spec(pair="v1,v2", promote="champion"))
     assert again.soup.version == first.soup.version

@@ -169,7 +169,7 @@ def test_promoting_a_version_that_someone_put_there_by_hand_writes_an_entry(clie
 
 def test_a_target_that_was_moved_by_hand_stays_and_is_a_gate_error(client, outcome):
     client.set_registered_model_alias(MODEL, "champion", "3")
-    with pytest.raises(errors.GateError, match="was not examined"):
+    with pytest.raises(errors.GateError, match="were not scored out of domain together"):
         release.promote(Spec(version="v4", promote="champion"))
     assert at(client) == 3
 

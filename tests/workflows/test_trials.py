@@ -306,7 +306,7 @@ def test_a_merge_that_cannot_be_scored_ends_in_words_of_an_evaluation(client, mo
         return scores(self)
 
     monkeypatch.setattr(evaluator.Evaluator, "score", fail_at_the_merge)
-    with pytest.raises(errors.ObjectiveError, match="the soup could not be scored") as caught:
+    with pytest.raises(errors.ObjectiveError, match="the soup has no finite score") as caught:
         run("uniform")
     assert caught.value.exit_code == 1
     assert len(client.search_model_versions(f"name='{MODEL}'")) == 3
