@@ -21,7 +21,7 @@ def test_it_is_short():
 
 def test_every_command_is_in_its_table_and_has_help():
     table = set(re.findall(r"^\| `mlflow-soup ([a-z]+)` \|", README, re.MULTILINE))
-    assert table - {"quickstart"} == set(main.commands) - {"quickstart"}
+    assert table == set(main.commands)
     for name in main.commands:
         done = CliRunner().invoke(main, [name, "--help"])
         assert done.exit_code == 0

@@ -433,7 +433,12 @@ WRONG = [
         "none",
     ),
     ({"pair": "v1,v2", "tasks": "toy_digits"}, errors.SpecError, "overlap", "one option only"),
-    ({"pair": "v1,v2", "tasks": "toy_all"}, errors.SpecError, "overlap: toy_digits", "one option only"),
+    (
+        {"pair": "v1,v2", "tasks": "toy_all"},
+        errors.SpecError,
+        "overlap: toy_digits",
+        "one option only",
+    ),
 ]
 
 
