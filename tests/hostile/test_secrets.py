@@ -113,7 +113,7 @@ def test_neither_a_good_run_nor_its_mistakes_tell_a_secret(
         ((*common, "--tasks", "toy_lost"), 1, "toy_lost could not be loaded"),
         ((*common, "--tasks", "toy_none"), 2, "lm-eval has no task"),
         ((*good, "--model", "nobody"), 4, "no registered model"),
-        ((*good, "--model", PASSWORD), 2, "'…' is not taken as the name"),
+        ((*good, "--model", PASSWORD), 2, "'…' cannot be the name"),
         ((*good, "--alpha", PASSWORD), 2, "is not a valid float"),
         (("lineage", f"models:/{MODEL}/3"), 0, "soup"),
         (("verify", f"models:/{MODEL}/3"), 0, "verified"),

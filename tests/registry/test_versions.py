@@ -229,7 +229,7 @@ def test_a_name_with_filter_syntax_is_refused(client, name):
         lambda: find_soup(client, name, {}),
         lambda: version_at(client, name, Target("stage", "Production")),
     ):
-        with pytest.raises(errors.SpecError, match="is not taken as the name"):
+        with pytest.raises(errors.SpecError, match="cannot be the name"):
             ask()
 
 
