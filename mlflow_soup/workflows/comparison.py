@@ -47,7 +47,10 @@ def _compare(
 
 
 def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Result:
-    """Scores of each method's soups, found on the task itself (IND) or held-out (OOD) (Table 3)."""
+    """Score each method's soups on the out-of-domain tasks (Table 3).
+
+    IND soups are found on the task itself, OOD soups on the held-out tasks.
+    """
     outside = outside_of(session)
     rows: list[tuple[Any, ...]] = []
     ind, beside = [], []

@@ -52,9 +52,9 @@ _NAMING = {
     "pair": "name the older version, then the newer: --pair v12,v13",
     "versions": "name them oldest first: --versions v10,v11,v12,v13, or --last 4",
 }
-# The method of the studies `pairs` and `count`. The paper names greedy, but shows soups that score
-# below their parents (Fig. 1), and only plain averages can. Averages also show which checkpoints
-# are close to each other.
+# The method of the studies `pairs` and `count`. The paper names greedy, but its Fig. 1 shows soups
+# that score below their parents. Greedy soups never do, so these are plain averages. Averages also
+# show which checkpoints are close to each other.
 PILOT = "uniform"
 
 
@@ -75,12 +75,8 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
             fix=f"name one of {', '.join(STUDIES)}",
         )
     option = STUDIES[name].named_by
-    for other in (
-        "pair",
-        "versions",
-        "last",
-        "pairs",
-    ):  # a Spec can set options that no command takes
+    # a Spec can set options that no command takes
+    for other in ("pair", "versions", "last", "pairs"):
         if getattr(spec, other) and other != option and (option, other) != ("versions", "last"):
             raise SpecError(
                 f"the study {name} does not take --{other}",
