@@ -104,7 +104,7 @@ def load_suites(spec: Spec) -> Suites:
 
 
 def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
-    """Load a live model with the architecture of a checkpoint, and tokenize the tasks for it."""
+    """Load a live model with the architecture of a checkpoint, and prepare the tasks for it."""
     live = LiveModel(donor, spec.device)
     held_out, ood = suites
     return Bench(

@@ -1,4 +1,4 @@
-"""All methods side by side, on tasks that chose them and on tasks that did not."""
+"""Compare all methods, on the tasks that chose the soups and on out-of-domain tasks."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,27 +27,30 @@ from mlflow_soup.workflows.trials import look
 
 
 def _jobs(session: Session, pair: Sequence[Version]) -> dict[str, Job]:
-    """Name of a method → what it is to do with a pair."""
+    """Name of a method → the job that merges the pair by this method."""
     names = session.spec.compared
     return {name: session.job(pair, replace(session.spec, method=name)) for name in names}
 
 
 def method_jobs(session: Session, pairs: Sequence[Sequence[Version]]) -> list[Job]:
-    """One of each pair by each method."""
+    """One job for each pair and method."""
     return [job for pair in pairs for job in _jobs(session, pair).values()]
 
 
 def _compare(
     session: Session, pair: Sequence[Version], run_id: str
 ) -> dict[str, tuple[Job, Found]]:
-    """What every method makes of a pair."""
+    """Name of a method → its job for the pair, and the result of its search."""
     jobs = _jobs(session, pair)
     bar = tqdm(jobs.items(), desc=f"methods on {names_of(pair)}", unit="method", disable=None)
     return {name: (job, run_search(job, run_id)) for name, job in bar}
 
 
 def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Result:
-    """Found on the task itself, or on the held-out tasks: IND and OOD of every method (Table 3)."""
+    """Score each method's soups on the out-of-domain tasks (Table 3).
+
+    IND soups are found on the task itself, OOD soups on the held-out tasks.
+    """
     outside = outside_of(session)
     rows: list[tuple[Any, ...]] = []
     ind, beside = [], []
@@ -73,9 +76,12 @@ def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Re
     for row in rows:
         totals.setdefault(row[1], []).append(row[-1])
     notes = [f"{name}: total |IND − OOD| {np.mean(gaps):.4f}." for name, gaps in totals.items()]
-    notes.append("Methods that read no items, as uniform, cannot differ; |Δ| has its task's units.")
     notes.append(
-        "IND soups were found on the out-of-domain items themselves: no evidence for a gate."
+        "IND and OOD are equal for methods that read no items, such as uniform; "
+        "|Δ| has the units of its task."
+    )
+    notes.append(
+        "IND soups were found on the out-of-domain items, so they are no evidence for a gate."
     )
     labels = [f"{row[1]} {row[0]}" if len(pairs) > 1 else row[1] for row in rows]
     figure = charts.ood(labels, list(outside), ind=ind, ood=beside, label="score")
@@ -83,7 +89,7 @@ def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Re
 
 
 def methods(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Result:
-    """All methods on all tasks (Tables 1, 2 and 5)."""
+    """Score all methods on all tasks (Tables 1, 2 and 5)."""
     outside = outside_of(session)
     rows: list[tuple[Cell, ...]] = []
     forest: dict[str, dict[str, tuple[float, float, float]]] = {}
@@ -125,10 +131,10 @@ def methods(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -
 
 
 def _standing(pair: str, scores: Sequence[tuple[str, Score]]) -> list[str]:
-    """Who is ahead on a pair, and how far the searched soup is from it, paired."""
+    """Which methods score highest on a pair, and the paired difference of bayesopt to the first."""
     best = max((score for _, score in scores), key=lambda score: score.value)
     first = [name for name, score in scores if score.value >= best.value - pairing.ROUNDING]
-    lines = [f"{pair}: highest is {best.value:.4f}, by {', '.join(first)}."]
+    lines = [f"{pair}: the highest score is {best.value:.4f}, by {', '.join(first)}."]
     own = dict(scores).get("bayesopt")
     if own is not None and "bayesopt" not in first:
         lines.append(f"{pair}: bayesopt against {first[0]} {says(pairing.paired(own, best))}.")

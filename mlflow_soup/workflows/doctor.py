@@ -166,10 +166,8 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
             elif stands:
                 remedy = "--fix marks the promotion as made; it moves nothing"
             else:
-                remedy = (
-                    "--fix marks the promotion as void; it moves nothing; promote again if you "
-                )
-                remedy += "still want it"
+                remedy = "--fix marks the promotion as void; it moves nothing; "
+                remedy += "promote again if you still want it"
             settle = partial(promotion.settle, ledger, series, last)
             yield Complaint(
                 f"promotion {last.number}, of v{last.told.get('to')} to {target}, was begun and "

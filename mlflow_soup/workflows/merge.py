@@ -20,24 +20,26 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
-    """What a user names: a folder, or `models:/name/12`, which is pulled.
+    """The folder or the registered version that a text names. A version is pulled.
 
     Args:
-        text: what the user wrote.
-        where: which argument that was, for errors.
-        fresh: as the store holds it now, not as a cache does.
+        text: a folder's path, or a URI such as `models:/name/12`.
+        where: the argument that the text came from, for errors.
+        fresh: read the version from the store, not from the cache.
 
     Raises:
-        SpecError: it is neither.
-        ParentError: it is not there.
+        SpecError: the text is neither a folder nor a version.
+        ParentError: the folder or version does not exist.
     """
     if not text.isprintable():
         raise SpecError(
-            f"{text!r} cannot be printed", where=where, fix="rename it to letters that can be"
+            f"{text!r} contains characters that cannot be printed",
+            where=where,
+            fix="rename the folder or version, with printable characters only",
         )
     if text.startswith("models:"):
         name, ref = parse_uri(text, where)
-        # mlflow takes longer to import than folders of a gigabyte to merge
+        # importing mlflow takes longer than merging folders of a gigabyte
         from mlflow_soup.registry import store
         from mlflow_soup.registry.pull import pull
         from mlflow_soup.registry.versions import find_model, origin_of, resolve, tags_of
@@ -50,7 +52,9 @@ def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
         return Origin(folder, version.uri, run_id, location, tags)
     folder, fix = Path(text), "name a checkpoint folder, or a version: models:/my-llm/12"
     if _URI.match(text):
-        raise SpecError(f"{text} is neither a folder nor a version", where=where, fix=fix)
+        raise SpecError(
+            f"{text} is neither a folder nor a registered version", where=where, fix=fix
+        )
     with readable(text):
         if not folder.is_dir():
             what = f"{text} is a file" if folder.exists() else f"there is no folder {text}"
@@ -66,36 +70,39 @@ def merge_checkpoints(
     *,
     digests: bool = False,
 ) -> Manifest:
-    """Merge checkpoints with given weights, without search: Σ λ_i·Θ_i.
+    """Merge checkpoints with given weights, without a search: Σ λ_i·Θ_i.
 
-    The soup has the files, names and dtypes of the last parent. `out` appears when it is complete.
+    The soup has the files, names and dtypes of the last parent. The folder `out` appears once the
+    soup is complete.
 
     Args:
         parents: folders or `models:/` URIs, oldest first.
         weights: λ, one per parent, each in [0, 1], summing to 1.
-        out: a folder that is not there yet.
-        digests: record those of all files and tensors, so that `verify` can tell which of them
-            changed; takes longer than the merge itself.
+        out: a folder that does not exist yet.
+        digests: record the digests of all files and tensors, so that `verify` can say which ones
+            changed. This takes longer than the merge itself.
 
     Returns:
-        What `soup_manifest.json` in `out` says.
+        The content of `soup_manifest.json` in `out`.
 
     Raises:
-        SpecError: the weights are none, or `out` is there.
-        ParentError: a parent is missing, damaged or unlike the others.
+        SpecError: the weights are invalid, or `out` exists.
+        ParentError: a parent is missing, damaged, or does not match the others.
         StoreError: the disk is full, or a store cannot be reached.
     """
     if isinstance(parents, str | os.PathLike):
         raise SpecError(
-            f"the parents are {parents!r}",
+            f"the parents are not a list but {parents!r}",
             where="merge_checkpoints(parents, …)",
-            fix="a list of at least two: [older, newer]",
+            fix="give a list of at least two parents: [older, newer]",
         )
     names = [os.fspath(parent) for parent in parents]
     lam = [float(weight) for weight in weights]
     _check_weights(names, lam)
     if _URI.match(os.fspath(out)):
-        raise SpecError(f"{os.fspath(out)} is no folder", where="--out", fix="name a folder")
+        raise SpecError(
+            f"{os.fspath(out)} is not a folder", where="--out", fix="name a local folder"
+        )
     origins = [fetch(name, "PARENT") for name in names]
     checkpoints = [
         find_checkpoint(origin.folder, name, with_tokenizer=False)
@@ -105,9 +112,9 @@ def merge_checkpoints(
     for origin in origins:
         if Path(out).resolve().is_relative_to(origin.folder.resolve()):
             raise SpecError(
-                f"the soup would lie inside its parent {origin.uri}",
+                f"--out is inside the folder of parent {origin.uri}",
                 where=f"--out {os.fspath(out)}",
-                fix="name a folder beside it",
+                fix="name a folder outside the parent",
             )
     with staged(Path(out)) as folder:
         return make(checkpoints, origins, lam, folder, digests=digests)
@@ -117,21 +124,23 @@ def _check_weights(parents: Sequence[str], lam: Sequence[float]) -> None:
     where = "--weights " + ",".join(f"{weight:g}" for weight in lam)
     if len(parents) < 2:
         raise SpecError(
-            f"a merge needs two parents, and there are {len(parents)}",
+            f"a merge needs at least two parents; {len(parents)} given",
             where="PARENT",
             fix="name two or more folders or versions, oldest first",
         )
     if len(lam) != len(parents):
         raise SpecError(
-            f"the number of weights is {len(lam)}, and that of parents {len(parents)}",
+            f"{len(parents)} parents need {len(parents)} weights, not {len(lam)}",
             where=where,
-            fix="one weight for each parent, in their order",
+            fix="give one weight for each parent, in the order of the parents",
         )
     if not all(0.0 <= weight <= 1.0 for weight in lam):
-        raise SpecError("a weight is not between 0 and 1", where=where, fix="weights from 0 to 1")
+        raise SpecError(
+            "a weight is not between 0 and 1", where=where, fix="give weights from 0 to 1"
+        )
     total = fsum(lam)
     if abs(total - 1.0) > 1e-6:
-        fix = "weights that sum to 1"
+        fix = "give weights that sum to 1"
         if total > 0.0:
             fix += ": " + ",".join(f"{weight / total:.10g}" for weight in lam)
         raise SpecError(f"the weights sum to {total:g}", where=where, fix=fix)

@@ -1,7 +1,7 @@
-"""The paper's pilot experiments on one's own versions (Liu et al. 2024, arXiv:2403.19390).
+"""The paper's pilot experiments on registered versions (Liu et al. 2024, arXiv:2403.19390).
 
-Which pairs, how many parents, which λ, on how many items, in which space. What any request has
-scored before is not scored again.
+They show which pairs to merge, how many parents, which λ, how many held-out items, and which search
+space. A recipe that any request has scored before is not scored again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,18 +26,18 @@ from mlflow_soup.weights import distance
 from mlflow_soup.workflows.job import Job, Session
 from mlflow_soup.workflows.trials import explore, find_recipe, look, scored, search_tags
 
-DRAWS = 10  # of each share of the held-out items
+DRAWS = 10  # random draws for each share of the held-out items
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a study measured, and what it says.
+    """What a study measured, as a table and a figure, and its conclusions.
 
     Attributes:
-        title: in one line.
+        title: one line.
         table: the numbers.
-        figure: of them.
-        notes: sentences.
+        figure: a chart of the numbers.
+        notes: the conclusions, one sentence or two each.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Result:
 
 
 def run_search(job: Job, run_id: str, name: str = "") -> Found:
-    """A method's search as a child of the study, with its result."""
+    """Run a method's search as a child run of the study, and return its result."""
     title = name or f"{job.spec.method} of {names_of(job.versions)}"
     with tracking.open_child(job.client, run_id, title, search_tags(job, title, run_id)) as child:
         found = find_recipe(job, child, alone=False)
@@ -63,7 +63,7 @@ def run_search(job: Job, run_id: str, name: str = "") -> Found:
 
 
 def names_of(versions: Sequence[Version]) -> str:
-    """`v12,v13`."""
+    """The versions' numbers, such as `v12,v13`."""
     return ",".join(f"v{version.number}" for version in versions)
 
 
@@ -73,7 +73,7 @@ def _both(versions: Sequence[Version]) -> tuple[str, str]:
 
 
 def gain_of(found: Found) -> Difference:
-    """Against the better parent."""
+    """The score of the soup minus that of the better parent, paired over items."""
     return pairing.paired(found.score, found.alone[pairing.better(found.alone)])
 
 
@@ -89,28 +89,28 @@ def says(difference: Difference) -> str:
 
 
 def outside_of(session: Session) -> dict[str, Session]:
-    """Each out-of-domain task's name → the session that scores on it alone."""
+    """Name of each out-of-domain task → the session that scores on this task only."""
     suite = session.bench.suites[1]
     terms = [str(term) for term in suite.terms] if suite is not None else []
     return {term: session.on(term) for term in terms}
 
 
 def label_of(score: Score) -> str:
-    """What a score is of."""
+    """A label for a score that names its tasks."""
     return "held-out score: " + ", ".join(dict.fromkeys(m.task for m in score.metrics))
 
 
 def luck(found: Iterable[Found]) -> str:
-    """What to think of the best of all that some searches have scored, in words."""
+    """A sentence on how much too high the best score of some searches is expected to be."""
     scores = [t.held_out for one in found for t in one.trials if t.held_out is not None]
-    # parents, and what several have scored, count once
+    # parents and recipes that several searches scored count once
     return _luck(list({(s.value, *(i.values for i in s.items)): s for s in scores}.values()))
 
 
 def _luck(scores: Sequence[Score]) -> str:
     return (
         f"The best of {len(scores)} scores on the same items is expected to look "
-        f"{pairing.optimism(scores):.4f} better than it is; the intervals do not allow for that."
+        f"{pairing.optimism(scores):.4f} better than it is; the intervals ignore this bias."
     )
 
 
@@ -118,12 +118,12 @@ def _luck(scores: Sequence[Score]) -> str:
 
 
 def pair_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
-    """One of each pair, by age."""
+    """One job for each pair, with its versions in order of age."""
     return [session.job(pair) for pair in combinations(versions, 2)]
 
 
 def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
-    """All pairs, by one method (Fig. 1 and 6)."""
+    """Merge all pairs by one method (Fig. 1 and 6)."""
     places = combinations(range(len(versions)), 2)
     jobs = dict(zip(places, pair_jobs(session, versions), strict=True))
     near = distance.measure([session.opened[version].checkpoint for version in versions]).whole
@@ -132,12 +132,12 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     for place, job in tqdm(jobs.items(), desc="pairs", unit="pair", disable=None):
         try:
             found[place] = run_search(job, run_id)
-        except ObjectiveError as error:  # of one version; the other pairs are as good as before
+        except ObjectiveError as error:  # one version fails; pairs without it are still valid
             failed.append(error)
     if not found:
         raise failed[0]
     gains = {place: gain_of(one) for place, one in found.items()}
-    best, *_ = order = sorted(  # the newest first among equals
+    best, *_ = order = sorted(  # the newest first among equal scores
         found, key=lambda place: (found[place].score.value, place[1]), reverse=True
     )
     rows: list[tuple[Cell, ...]] = [
@@ -158,7 +158,9 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     single = singles[pairing.better(singles)]
     ahead = pairing.paired(found[best].score, single)
     verdict = (
-        "Recommended" if ahead.value > pairing.ROUNDING else "Highest, but no version is beaten"
+        "Recommended"
+        if ahead.value > pairing.ROUNDING
+        else "Highest, but not better than the best version"
     )
     notes = [
         f"{verdict}: {names_of(found[best].versions)}, {found[best].score.value:.4f}; "
@@ -171,7 +173,7 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
         if not those:
             continue
         notes.append(
-            f"{apart} apart: gain {fsum(those) / len(those):+z.4f} on average, "
+            f"{apart} apart: the average gain is {fsum(those) / len(those):+z.4f}; "
             f"{sum(value > pairing.ROUNDING for value in those)} of {len(those)} pairs gain."
         )
     label = label_of(found[best].score)
@@ -180,12 +182,12 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
 
 
 def count_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
-    """One of the last 2, 3, 4 … versions each."""
+    """One job each for the last 2, 3, 4 … versions."""
     return [session.job(versions[-count:]) for count in range(2, len(versions) + 1)]
 
 
 def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
-    """The last 2, 3, 4 … versions, by one method (Fig. 3)."""
+    """Merge the last 2, 3, 4 … versions by one method (Fig. 3)."""
     bar = tqdm(count_jobs(session, versions), desc="count", unit="soup", disable=None)
     found = [run_search(job, run_id) for job in bar]
     rows: list[tuple[Cell, ...]] = []
@@ -224,13 +226,13 @@ def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
 
 
 def grid_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
-    """The one of equally spaced λ from 0 to 1."""
+    """The job that scores equally spaced λ from 0 to 1."""
     spec = session.spec
     return [session.job(versions, replace(spec, method="grid", alpha=0.0, trials=spec.points))]
 
 
 def _measure(session: Session, versions: Sequence[Version], run_id: str) -> list[Trial]:
-    """Their trials in the order of λ; those that failed are left out.
+    """The trials of equally spaced λ, in the order of λ, without failed ones.
 
     Raises:
         ObjectiveError: a parent has no finite score.
@@ -252,7 +254,7 @@ def _scores(trials: Sequence[Trial]) -> list[Score]:
 
 
 def landscape(session: Session, versions: Sequence[Version], run_id: str) -> Result:
-    """The curve over λ with its paired band (Fig. 2 and 7)."""
+    """The score as a function of λ, with a paired interval (Fig. 2 and 7)."""
     trials = _measure(session, versions, run_id)
     lam, scores = [trial.recipe.lam[-1] for trial in trials], _scores(trials)
     parents = [scores[0], scores[-1]]
@@ -270,7 +272,7 @@ def landscape(session: Session, versions: Sequence[Version], run_id: str) -> Res
     notes = [
         f"{100 * won / len(lam):.0f} % of λ from 0 to 1 ({won} of {len(lam)}) beat the better "
         f"parent, v{versions[better].number}; {sure} of them with 95 % confidence each.",
-        f"The highest is λ = {lam[best]:g}: {says(against[best])} against it.",
+        f"λ = {lam[best]:g} scores highest: {says(against[best])} against the better parent.",
         _luck(scores),
     ]
     figure = charts.landscape(
@@ -285,9 +287,10 @@ def landscape(session: Session, versions: Sequence[Version], run_id: str) -> Res
 
 
 def _part(score: Score, share: float, seed: int) -> Score:
-    """A score on a share of its items, drawn from each task; smaller shares of one seed are inside.
+    """The score on a random share of the items of each task.
 
-    What a task's value is linear in is kept: its items' values, their shares made to sum to 1.
+    With the same seed, a smaller share is a subset of a larger one. The value of a task stays the
+    weighted mean of its items' values: the weights (`shares`) of the drawn items sum to 1.
     """
     kept = []
     for position, items in enumerate(score.items):
@@ -306,7 +309,7 @@ def _part(score: Score, share: float, seed: int) -> Score:
 
 
 def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Result:
-    """Which λ shares of the held-out items would have chosen, and what it is worth (Table 4)."""
+    """Which λ a share of the held-out items would choose, and how that λ scores (Table 4)."""
     spec, space = session.spec, Space.pair(0.0)
     trials = _measure(session, versions, run_id)
     shares = spec.shares
@@ -321,7 +324,7 @@ def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Resul
             for trial in trials
         ]
         if share == 1.0 and seed:
-            chosen[-1].append(chosen[-1][0])  # all items are the same items
+            chosen[-1].append(chosen[-1][0])  # a share of 1 draws all items each time
         else:
             chosen[-1].append(recommend(space, seen, measured=True))
     outside = outside_of(session)
@@ -350,8 +353,8 @@ def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Resul
     lams = [[recipe.lam[-1] for recipe in row] for row in chosen]
     fulls = [[whole[recipe].value for recipe in row] for row in chosen]
     notes = [
-        f"{share:g} of the items: what they choose scores {best - float(np.mean(full)):z.4f} below "
-        f"the best of {len(whole)} λ on all items, on average over {DRAWS} draws."
+        f"Share {share:g}: the chosen λ scores {best - float(np.mean(full)):z.4f} below the best "
+        f"of {len(whole)} λ on all items, on average over {DRAWS} draws."
         for share, full in zip(shares, fulls, strict=True)
     ]
     label = label_of(whole[trials[0].recipe])
@@ -361,14 +364,14 @@ def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Resul
 
 
 def alpha_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
-    """A search in each space."""
+    """One search job for each search space."""
     spec = session.spec
     specs = [replace(spec, method="bayesopt", alpha=end) for end in spec.ends]
     return [session.job(versions, spec) for spec in specs]
 
 
 def alpha(session: Session, versions: Sequence[Version], run_id: str) -> Result:
-    """The search in spaces [α, 1] (Fig. 5)."""
+    """Search in several spaces [α, 1] (Fig. 5)."""
     jobs = alpha_jobs(session, versions)
     ends = [job.space.alpha for job in jobs]
     bar = tqdm(jobs, desc="alpha", unit="space", disable=None)

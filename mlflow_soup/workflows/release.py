@@ -162,9 +162,8 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
     models = contenders(soup, parents, champions)
     bench = set_up(spec, soup.checkpoint, suites)
     known: dict[str, Score] = {}
-    if (
-        tags.get(naming.EVALUATOR) == bench.held_out.fingerprint
-    ):  # the search used the same evaluator
+    # scores of the search are known if it used the same evaluator
+    if tags.get(naming.EVALUATOR) == bench.held_out.fingerprint:
         scores = {
             t.recipe.lam: t.held_out
             for t in read_trials(client, tags[naming.KEY])

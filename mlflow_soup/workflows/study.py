@@ -1,7 +1,7 @@
-"""One of the paper's experiments from request to report: a run, a table, a figure, and words.
+"""Run one of the paper's experiments, from request to report: a run, a table, a figure and notes.
 
-Nothing is registered. Every evaluation is a run, and none is made twice, so a study that was cut
-short goes on.
+No version is registered. Each evaluation is stored as a run and is never repeated. The same command
+therefore continues a study that was stopped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +27,8 @@ class Study:
     """One experiment.
 
     Attributes:
-        named_by: the option that names its versions.
-        jobs: session, versions or pairs → what it will ask for; refuses what cannot be.
+        named_by: the option that names the versions.
+        jobs: session, versions or pairs → the jobs of the study; refuses invalid requests.
         work: session, versions or pairs, study run → result.
     """
 
@@ -46,20 +46,21 @@ STUDIES: Mapping[str, Study] = {
     "ood": Study("pairs", comparison.method_jobs, comparison.ood),
     "methods": Study("pairs", comparison.method_jobs, comparison.methods),
 }
-# option → how to name versions by it
+# option → how to name versions with this option
 _NAMING = {
-    "pairs": "one pair or more: --pairs 'v11,v12 v12,v13'",
-    "pair": "older, then newer: --pair v12,v13",
-    "versions": "oldest first: --versions v10,v11,v12,v13, or --last 4",
+    "pairs": "name one pair or more: --pairs 'v11,v12 v12,v13'",
+    "pair": "name the older version, then the newer: --pair v12,v13",
+    "versions": "name them oldest first: --versions v10,v11,v12,v13, or --last 4",
 }
-# Which pairs and how many: the paper says greedy, but shows soups below their parents (Fig. 1),
-# which only plain averages can be; and those tell which checkpoints lie near each other.
+# The method of the studies `pairs` and `count`. The paper names greedy, but its Fig. 1 shows soups
+# that score below their parents. Greedy soups never do, so these are plain averages. Averages also
+# show which checkpoints are close to each other.
 PILOT = "uniform"
 
 
 @dataclass(frozen=True)
 class Report:
-    """A study as it was told: the run that holds it, and the words for the terminal."""
+    """The result of a study, the run that stores it, and the text for the terminal."""
 
     result: Result
     run_id: str
@@ -69,13 +70,18 @@ class Report:
 def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
     if name not in STUDIES:
         raise SpecError(
-            f"there is no study {name!r}", where="its name", fix=f"one of {', '.join(STUDIES)}"
+            f"there is no study {name!r}",
+            where="the name of the study",
+            fix=f"name one of {', '.join(STUDIES)}",
         )
     option = STUDIES[name].named_by
-    for other in ("pair", "versions", "last", "pairs"):  # a Spec may hold what no command takes
+    # a Spec can set options that no command takes
+    for other in ("pair", "versions", "last", "pairs"):
         if getattr(spec, other) and other != option and (option, other) != ("versions", "last"):
             raise SpecError(
-                f"the study {name} takes no --{other}", where=f"--{option}", fix=_NAMING[option]
+                f"the study {name} does not take --{other}",
+                where=f"--{option}",
+                fix=_NAMING[option],
             )
     groups = spec.couples if option == "pairs" else (spec.parents,)
     if not any(groups) and not spec.last:
@@ -87,7 +93,7 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
     client, model, spec = settle(spec, [ref for group in groups for ref in group])
     if name == "ood" and not spec.ood_tasks:
         raise SpecError(
-            "there are no out-of-domain tasks to look at",
+            "there are no out-of-domain tasks",
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
@@ -100,15 +106,15 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
 @redacting()
 @asking("study the versions")
 def run_study(name: str, spec: Spec) -> Report:
-    """One of the paper's pilot experiments on registered versions; nothing is registered.
+    """Run one of the paper's pilot experiments on registered versions. It registers no version.
 
     Args:
-        name: of `STUDIES`.
-        spec: which versions, tasks and settings; what it leaves open comes from the model's policy.
+        name: a name in `STUDIES`.
+        spec: the versions, tasks and settings; the model's policy fills in what it leaves open.
 
     Raises:
-        SpecError: the request is wrong; nothing was touched.
-        ParentError: a version is missing, damaged, or unlike another.
+        SpecError: the request is wrong; nothing was changed.
+        ParentError: a version is missing, damaged, or does not match another.
         ObjectiveError: a version has no finite score.
     """
     session, subject = _prepare(name, spec)
@@ -127,7 +133,7 @@ def run_study(name: str, spec: Spec) -> Report:
 
 
 def _about(session: Session) -> str:
-    """What the numbers of a study are of, in a sentence."""
+    """A sentence that says which model and tasks the numbers of a study belong to."""
     spec, suite = session.spec, session.bench.suites[0]
     items = f", the first {spec.limit} items of each task" if spec.limit else ""
     tasks = ", ".join(map(str, suite.terms))
@@ -138,7 +144,7 @@ def _about(session: Session) -> str:
 
 
 def _tell(session: Session, run_id: str, name: str, result: Result) -> str:
-    """Table, figure and words: into the run, and into a folder if one was named."""
+    """Write table, figure and notes to the run, and to `spec.out` if set; the text to print."""
     client, spec = session.client, session.spec
     about = _about(session)
     notes = "\n".join(f"- {note}" for note in result.notes)

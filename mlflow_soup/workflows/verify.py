@@ -1,4 +1,4 @@
-"""Whether a soup is what its manifest says: its files, its tags, its parents, and their mixture."""
+"""Check a soup against its manifest: its files, its tags, its parents, and their mixture."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,23 +23,23 @@ _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError),
     *(RecursionError, OverflowError),
 )
-_LARGEST = 64 << 20  # of a manifest: a digest for each of 90 000 tensors takes 15 MB
-_SHOWN = 10  # tensors and files named in a finding
+_LARGEST = 64 << 20  # bytes of a manifest; the digests of 90 000 tensors take 15 MB
+_SHOWN = 10  # number of tensors or files that a finding names
 
 
 def verify(text: str | os.PathLike[str]) -> Iterator[Finding]:
-    """Pull a soup and its parents, mix them again and compare everything the manifest tells.
+    """Pull a soup and its parents, merge them again, and compare all with the manifest.
 
     Args:
         text: `models:/my-llm/14`, or a folder that `merge_checkpoints` wrote.
 
     Yields:
-        What was looked at, one after the other. The soup is what it says when all of them hold.
+        One finding for each check. The soup matches its manifest if no finding is a mismatch.
 
     Raises:
-        SpecError: it is no soup.
-        MismatchError: its manifest cannot be read.
-        ParentError: it is not there.
+        SpecError: the version or folder is not a soup.
+        MismatchError: the soup's manifest cannot be read.
+        ParentError: the version or folder does not exist.
     """
     with redacting():
         yield from _verify(os.fspath(text))
@@ -75,12 +75,12 @@ def _verify(name: str) -> Iterator[Finding]:
     if manifest.method == "linear":
         yield _merge_again(parents, manifest, stored)
     else:
-        why = f"{manifest.method} rests on statistics that are not kept with the soup"
+        why = f"{manifest.method} needs statistics that are not stored with the soup"
         yield Finding("merged again", "skipped", (why,))
 
 
 def _open(origin: Origin, name: str) -> Checkpoint | Finding:
-    """The checkpoint; it was one when the soup was made."""
+    """The checkpoint, or a finding if it is no longer a valid one."""
     try:
         return find_checkpoint(origin.folder, name, with_tokenizer=False)
     except ParentError as error:
@@ -89,11 +89,11 @@ def _open(origin: Origin, name: str) -> Checkpoint | Finding:
 
 def _fetch_parent(origin: Origin, uri: str) -> Origin:
     if origin.uri.startswith("models:") and not uri.startswith("models:"):
-        # and whoever registered the soup does not choose which of our folders are read
+        # a manifest from the registry must not choose which local folders are read
         raise ParentError(
-            "a folder of the machine that merged it",
+            "a local folder of the machine that merged the soup",
             where=uri,
-            fix="merge registered versions, to verify the soup from the registry",
+            fix="merge registered versions, so that the soup can be verified from the registry",
         )
     return fetch(uri, "parents of the manifest", fresh=True)
 
@@ -102,9 +102,10 @@ def _read_manifest(origin: Origin) -> Manifest:
     path = origin.folder / MANIFEST
     if not path.is_file():
         raise SpecError(
-            f"{origin.uri} is no soup: it has no {MANIFEST}",
+            f"{origin.uri} is not a soup: it has no {MANIFEST}",
             where=str(origin.folder),
-            fix="name a version that mlflow-soup run registered, or a folder that merge wrote",
+            fix="name a version that mlflow-soup run registered, or a folder that mlflow-soup "
+            "merge wrote",
         )
     try:
         return parse_manifest(parse_json(read_regular(path, _LARGEST)))
@@ -112,7 +113,8 @@ def _read_manifest(origin: Origin) -> Manifest:
         raise MismatchError(
             f"{MANIFEST} of {origin.uri} cannot be read: {type(error).__name__} {error}",
             where=str(path),
-            fix="do not use this soup: it was changed, or made by another version of this tool",
+            fix="do not use this soup: someone changed it, or another version of mlflow-soup "
+            "made it",
         ) from error
 
 
@@ -121,11 +123,11 @@ def _finding(what: str, wrong: Sequence[str], *sound: str) -> Finding:
 
 
 def _check_tags(origin: Origin, manifest: Manifest) -> Finding:
-    """The version's tags against the manifest."""
+    """Compare the version's tags with the manifest."""
     names = (naming.PARENTS, naming.LAMBDA, naming.WEIGHTS, naming.DIGEST)
     said = {tag: origin.tags[tag] for tag in names if tag in origin.tags}
     if not said:
-        return Finding("tags", "skipped", ("mlflow-soup run did not register it",))
+        return Finding("tags", "skipped", ("mlflow-soup run did not register this soup",))
     model = origin.uri.removeprefix("models:/").rpartition("/")[0]
     parents = tuple(source.uri for source in manifest.sources)
     meant = {
@@ -139,9 +141,9 @@ def _check_tags(origin: Origin, manifest: Manifest) -> Finding:
         versions = naming.parse_parents(model, said.get(naming.PARENTS, ""))
         read[naming.PARENTS] = tuple(version.uri for version in versions)
     except ValueError:
-        pass  # shown as it is
+        pass  # the finding shows the text of the tag
     wrong = [
-        f"{tag} is {said.get(tag)!r}, the manifest says {meant[tag]!r}"
+        f"{tag} is {said.get(tag)!r}, but the manifest says {meant[tag]!r}"
         for tag in names
         if read[tag] != meant[tag]
     ]
@@ -149,7 +151,7 @@ def _check_tags(origin: Origin, manifest: Manifest) -> Finding:
 
 
 def _check_inherited(stored: Checkpoint, manifest: Manifest) -> Finding:
-    """The files that are the newest parent's, against the digests they had."""
+    """Compare the files that come from the newest parent with their recorded digests."""
     now = {name: of_file(path) for name, path in inherited(stored)}
     return _finding("other files", _differing(now, manifest.inherited), f"{len(now)} files")
 
@@ -166,22 +168,22 @@ def _differing(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
 def _check_digests(
     what: str, checkpoint: Checkpoint, recorded: Digests | None, *, files: bool = False
 ) -> Finding:
-    """The tensors of a checkpoint, and its files too if asked, against recorded digests."""
+    """Compare the tensors of a checkpoint, and with `files` its files too, with their digests."""
     if recorded is None:
         return Finding(what, "skipped", ("no digests were recorded",))
     now = digest_all(checkpoint)
     wrong = _differing(now.tensors, recorded.tensors)
     laid_out_anew = _differing(now.files, recorded.files)
     if not wrong and now.canonical != recorded.canonical:
-        wrong = [f"its digest is {now.canonical}, recorded {recorded.canonical}"]
+        wrong = [f"the digest is {now.canonical}, but {recorded.canonical} was recorded"]
     if files and not wrong:
         wrong = laid_out_anew
-    note = ", in other files than then" if laid_out_anew else ""
+    note = ", in other files than recorded" if laid_out_anew else ""
     return _finding(what, wrong, f"{len(now.tensors)} tensors, {now.canonical}{note}")
 
 
 def _check_flavors(stored: Checkpoint, donor: Checkpoint) -> Finding:
-    """How MLflow is told to load the soup, against its newest parent."""
+    """Compare how MLflow loads the soup with how it loads the newest parent."""
     ours, theirs = (_read_mlmodel(checkpoint.root / "MLmodel") for checkpoint in (stored, donor))
     fields = ("flavors", "signature", "loader_module")
     wrong = [f"{field} of MLmodel" for field in fields if ours.get(field) != theirs.get(field)]
@@ -203,7 +205,7 @@ def _merge_again(parents: Sequence[Checkpoint], manifest: Manifest, stored: Chec
     try:
         check_compatible(parents)
         wrong = [_format(found) for found in soup.compare(parents, lam, stored)]
-    except ParentError as error:  # they were compatible once
+    except ParentError as error:  # a parent changed after the merge
         wrong = [error.what]
     pairs = zip(lam, manifest.sources, strict=True)
     return _finding(
@@ -215,8 +217,8 @@ def _merge_again(parents: Sequence[Checkpoint], manifest: Manifest, stored: Chec
 
 def _format(found: Mismatch) -> str:
     if not found.count:
-        return f"{found.tensor} is {found.found}, its parents give {found.expected}"
+        return f"{found.tensor} is {found.found}, but its parents give {found.expected}"
     return (
-        f"{found.tensor}{list(found.index)} is {found.found}, its parents give {found.expected}"
+        f"{found.tensor}{list(found.index)} is {found.found}, but its parents give {found.expected}"
         f" ({found.count} element{'s' if found.count > 1 else ''} of this tensor differ)"
     )

@@ -262,7 +262,7 @@ def test_pairs_are_greedy_soups_and_their_gains_are_paired(
     assert notes[0].startswith(f"Recommended: {rows[0]['older']},{rows[0]['newer']}, ")
     for apart in (1, 2):
         gains = [float(row["Δ better parent"]) for row in rows if row["apart"] == str(apart)]
-        said = f"{apart} apart: gain {np.mean(gains):+.4f} on average, "
+        said = f"{apart} apart: the average gain is {np.mean(gains):+.4f}; "
         said += f"{sum(gain > 1e-12 for gain in gains)} of {len(gains)} pairs gain."
         assert said in notes
 

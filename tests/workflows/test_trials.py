@@ -333,7 +333,7 @@ def test_a_soup_by_statistics_says_so_and_is_verified_but_for_its_making(client,
     skipped = [what for what, finding in findings.items() if finding.verdict != "ok"]
     assert skipped == ["merged again"]
     assert findings["merged again"].verdict == "skipped"
-    assert f"{name} rests on statistics" in findings["merged again"].details[0]
+    assert f"{name} needs statistics" in findings["merged again"].details[0]
     done = CliRunner().invoke(main, ["verify", version.uri])
     assert done.exit_code == 0
     assert done.output.endswith(
