@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mlflow_soup.decision import pairing
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Cell, Difference, Found, Items, Recipe, Score, Table, Trial, Version
-from mlflow_soup.registry import tracking
+from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import score_metrics
 from mlflow_soup.reporting import charts
 from mlflow_soup.search.recommend import recommend
@@ -53,9 +53,9 @@ def run_search(job: Job, run_id: str, name: str = "") -> Found:
         found = find_recipe(job, child, alone=False)
         gain = gain_of(found)
         numbers = {
-            "search/gain": gain.value,
-            "search/gain_stderr": gain.stderr,
-            "search/chosen_lambda": found.recipe.lam[-1],
+            naming.GAIN: gain.value,
+            naming.GAIN_STDERR: gain.stderr,
+            naming.CHOSEN_LAMBDA: found.recipe.lam[-1],
         }
         metrics = [tracking.metric(key, value) for key, value in numbers.items()]
         tracking.log(job.client, child, metrics=metrics + score_metrics(found.score, "dev"))

@@ -175,7 +175,11 @@ def explore(
                 if value > best:
                     best, at = value, f"best {value:.4f} at {trial.recipe.label}"
                 bar.set_postfix_str(at)
-                numbers = {"search/objective": value, "search/lambda": lam, "search/best": best}
+                numbers = {
+                    naming.SEARCH_OBJECTIVE: value,
+                    naming.SEARCH_LAMBDA: lam,
+                    naming.SEARCH_BEST: best,
+                }
                 outbox.metrics += [tracking.metric(k, v, number) for k, v in numbers.items()]
             if number in history:
                 continue
@@ -257,8 +261,8 @@ def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evalua
                 raise  # other statistics might give finite scores
             return Scores({}, failed=error.what[:5000])
         about = {
-            "seconds/merge": merged - begin,
-            "seconds/evaluate": time.monotonic() - merged,
+            naming.SECONDS_MERGE: merged - begin,
+            naming.SECONDS_EVALUATE: time.monotonic() - merged,
             naming.TRUNCATED: evaluator.truncated,
         }
         return Scores({"": score}, about)
@@ -292,7 +296,7 @@ def _publish(
         else:
             log_scores(client, child, scores, naming.ITEMS)
         more[naming.MEASURED] = evaluation.measured
-        numbers = {**scores.about, "dev/stderr": scores.mean.stderr}
+        numbers = {**scores.about, naming.STDERR: scores.mean.stderr}
         metrics = [tracking.metric(key, value) for key, value in numbers.items()]
         metrics += score_metrics(scores.mean, "dev")
     tracking.log(client, child, params=params, metrics=metrics, tags=more)
