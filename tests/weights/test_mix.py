@@ -33,7 +33,7 @@ def widened(tensor):
     """A tensor's values in the type its products are formed in."""
     raw = bits(tensor)
     if tensor.dtype == torch.bfloat16:  # the upper half of a float32
-        return (raw.astype(np.uint32) << 16).view(np.float32)
+        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if tensor.dtype == torch.float16:
         return raw.view(np.float16).astype(np.float32)
     return raw.view(np.float64 if tensor.dtype == torch.float64 else np.float32)
