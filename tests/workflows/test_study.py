@@ -313,7 +313,7 @@ def test_a_landscape_is_measured_from_one_parent_to_the_other(store, reports, me
         f"{100 * won / 9:.0f} % of λ from 0 to 1 ({won} of 9) beat the better parent, {name}; "
         f"{sure} of them with 95 % confidence each."
     )
-    assert f"λ = {lam[int(np.argmax(ours))]:g}:" in highest
+    assert f"λ = {lam[int(np.argmax(ours))]:g} scores highest:" in highest
 
 
 def test_shares_of_the_items_are_nested_and_scored_on_what_was_drawn(store, reports, tmp_path):
