@@ -226,7 +226,9 @@ def test_white_space_hides_no_item_out_of_domain(client, tmp_path):
 
 def test_checkpoints_that_are_not_named_by_age_are_told_aloud(client, caplog):
     prepare(pair="v2,v1", method="uniform")
-    assert "v2,v1 is not by age: λ is the weight of the last version, v1. Did you mean" in caplog.text
+    assert (
+        "v2,v1 is not by age: λ is the weight of the last version, v1. Did you mean" in caplog.text
+    )
     caplog.clear()
     prepare(pair="v1,v2", method="uniform")
     assert not caplog.text

@@ -367,7 +367,7 @@ def test_what_shares_choose_is_what_a_search_would_recommend(store, reports, mea
         assert float(row["mean score on all"]) == pytest.approx(full)
         below = max(score.value for score in scores.values()) - full
         assert any(
-            note.startswith(f"{share:g} of the items: ") and f" {below:z.4f} below" in note
+            note.startswith(f"Share {share:g}: ") and f" {below:z.4f} below" in note
             for note in reports["heldout"].result.notes
         )
     everything = [Trial(i, Recipe("linear", w), s) for i, (w, s) in enumerate(scores.items())]
