@@ -1,4 +1,4 @@
-"""The kernel, bit for bit: NumPy in separate operations says what every dtype must come to."""
+"""The kernel, bit for bit: the expected bits come from NumPy, in separate operations."""
 
 import hashlib
 import itertools
@@ -23,16 +23,16 @@ DTYPES = sorted(s.BITS, key=str)
 
 
 def bits(tensor):
-    """A tensor's bits as unsigned integers; torch only carries them."""
+    """A tensor's bits as unsigned integers."""
     carrier, _ = s.BITS[tensor.dtype]
     signed = getattr(torch, np.dtype(carrier).name.removeprefix("u"))
     return tensor.contiguous().view(signed).numpy().view(carrier)
 
 
 def widened(tensor):
-    """A tensor's values in the type its products are formed in."""
+    """A tensor's values in the precision of the products."""
     raw = bits(tensor)
-    if tensor.dtype == torch.bfloat16:  # the upper half of a float32
+    if tensor.dtype == torch.bfloat16:  # bf16 is the upper half of a float32
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if tensor.dtype == torch.float16:
         return raw.view(np.float16).astype(np.float32)
@@ -40,10 +40,10 @@ def widened(tensor):
 
 
 def narrowed(values, dtype):
-    """Bits of the nearest number of `dtype`, ties to even."""
+    """The bits of the nearest number of `dtype`; ties go to even."""
     if dtype == torch.bfloat16:
         wide = values.view(np.uint32)
-        # half of the lost part, and the kept part's last bit for ties; infinities stay
+        # add half of the lost part, and for ties the last kept bit; infinities stay
         up = (wide + np.uint32(0x7FFF) + ((wide >> 16) & 1)) >> 16
         return np.where(np.isinf(values), wide >> 16, up).astype(np.uint16)
     with np.errstate(over="ignore"):
@@ -53,7 +53,7 @@ def narrowed(values, dtype):
 
 
 def expected_bits(tensors, coefficients):
-    """Σ c·Θ by the book: each product and each sum rounded, then once to the parents' dtype."""
+    """Σ c·Θ: each product and each sum is rounded, the result once more to the parents' dtype."""
     dtype = tensors[0].dtype
     work = np.float64 if dtype == torch.float64 else np.float32
     with np.errstate(over="ignore", under="ignore"):
@@ -85,7 +85,7 @@ def test_a_soup_of_three_adds_its_parents_oldest_first(dtype, drawn):
 
 @cache
 def specials(dtype):
-    """Bits where rounding, underflow and overflow begin, of either sign."""
+    """Bits at which rounding, underflow or overflow begins, of either sign."""
     carrier, exponent = s.BITS[dtype]
     normal = exponent & -exponent
     one = exponent >> 1 & exponent
@@ -96,7 +96,7 @@ def specials(dtype):
 
 @cache
 def trained(dtype):
-    """Two tensors: every pair of special numbers, then those again amid any finite ones."""
+    """Two tensors: every pair of special numbers, and the pairs again among finite numbers."""
     carrier, exponent = s.BITS[dtype]
     edges = specials(dtype)
     pairs = np.stack([np.repeat(edges, len(edges)), np.tile(edges, len(edges))])
@@ -113,7 +113,7 @@ LAMS = ((0.5, 0.5), (0.3, 0.7), (0.9999, 0.0001), (1 / 3, 2 / 3))
 
 @cache
 def trained_soup(dtype, lam):
-    """What NumPy makes of them."""
+    """The soup of both tensors, computed with NumPy."""
     return expected_bits(trained(dtype), lam)
 
 
@@ -127,8 +127,8 @@ def threads(request):
 
 @pytest.mark.parametrize("chunk", [1, 7, 333, 1024, None])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_neither_threads_nor_chunks_are_seen_in_the_bits(dtype, threads, chunk):
-    length = 800 * (chunk or 1000)  # a chunk costs some microseconds
+def test_the_bits_do_not_depend_on_threads_or_chunks(dtype, threads, chunk):
+    length = 800 * (chunk or 1000)  # small, because each chunk takes some microseconds
     tensors = [tensor[:length] for tensor in trained(dtype)]
     scratch = Scratch(chunk)
     assert scratch.chunk == chunk or scratch.chunk % threads == 0
@@ -142,7 +142,7 @@ MIX_AND_DIGEST = """
 import hashlib, sys
 import torch
 from safetensors.torch import load_file
-from mlflow_soup.merge import bits, mix
+from mlflow_soup.weights.mix import bits, mix
 print(torch.backends.cpu.get_cpu_capability())
 tensors = load_file(sys.argv[1])
 for name in sorted({name[:-1] for name in tensors}):
@@ -152,7 +152,7 @@ for name in sorted({name[:-1] for name in tensors}):
 """
 
 
-def test_the_bits_are_those_of_every_generation_of_cpus(tmp_path):
+def test_the_bits_are_equal_on_every_generation_of_cpus(tmp_path):
     here = torch.backends.cpu.get_cpu_capability()
     levels = LEVELS[: LEVELS.index(here) + 1] if here in LEVELS else ["DEFAULT"]
     lams = ("0.5", "0.7", "0.0001")
@@ -169,7 +169,7 @@ def test_the_bits_are_those_of_every_generation_of_cpus(tmp_path):
         for level in levels
     ]
     printed = [process.communicate()[0].split() for process in running]
-    assert [took for took, *_ in printed] == levels  # PyTorch obeyed
+    assert [took for took, *_ in printed] == levels  # PyTorch used these levels
     digests = [
         hashlib.sha256(trained_soup(dtype, (1 - lam, lam)).tobytes()).hexdigest()
         for dtype in DTYPES
@@ -179,12 +179,12 @@ def test_the_bits_are_those_of_every_generation_of_cpus(tmp_path):
 
 
 def exact(tensor):
-    """A tensor's numbers without any rounding."""
+    """A tensor's numbers as exact fractions."""
     return [Fraction(value) for value in tensor.double().reshape(-1).tolist()]
 
 
 def spacing(value, dtype):
-    """The distance of a number of `dtype` from the next larger one."""
+    """The distance from a number of `dtype` to the next larger one."""
     about = torch.finfo(dtype)
     power = Fraction(about.smallest_normal)
     while 2 * power <= abs(value):
@@ -193,7 +193,7 @@ def spacing(value, dtype):
 
 
 def slack(products, dtype):
-    """The most that λ, products and sums in working precision can be off.
+    """The largest error of λ, products and sums in working precision.
 
     Each rounds once: by half a unit in the last place, or by half the smallest subnormal number.
     """
@@ -203,7 +203,7 @@ def slack(products, dtype):
 
 
 def ideals(tensors, lam):
-    """For each element: its place, its products with λ and their sum, without any rounding."""
+    """For each element: its index, its products with λ and their sum, all exact."""
     numbers = zip(*map(exact, tensors), strict=True)
     for i, values in enumerate(numbers):
         products = [Fraction(c) * v for c, v in zip(lam, values, strict=True)]
@@ -212,15 +212,15 @@ def ideals(tensors, lam):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(drawn=st.data(), recipe=s.recipes())
-def test_a_soup_is_within_one_rounding_of_the_exact_one(dtype, drawn, recipe):
+def test_a_soup_is_within_one_rounding_of_the_exact_sum(dtype, drawn, recipe):
     tensors = drawn.draw(s.parents(dtype))
     soup = exact(mix(tensors, recipe.lam))
     for i, products, ideal in ideals(tensors, recipe.lam):
         off = abs(soup[i] - ideal)
         half = spacing(max(abs(ideal), abs(soup[i])), dtype) / 2
-        # in double precision the sum's rounding is the one to the parents' dtype
+        # in double precision, rounding the sum is the rounding to the parents' dtype
         assert off <= slack(products, dtype) + half
-        # λ from 0 to 1 never leaves the interval between the parents by more than that
+        # for λ from 0 to 1, the soup leaves the interval between the parents by no more than that
         low, high = sorted((exact(tensors[0])[i], exact(tensors[1])[i]))
         assert (
             low - slack(products, dtype) - half <= soup[i] <= high + slack(products, dtype) + half
@@ -229,21 +229,21 @@ def test_a_soup_is_within_one_rounding_of_the_exact_one(dtype, drawn, recipe):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(drawn=st.data(), recipe=s.recipes())
-def test_a_parent_mixed_with_itself_is_that_parent(dtype, drawn, recipe):
+def test_a_parent_mixed_with_itself_does_not_change(dtype, drawn, recipe):
     (tensor,) = drawn.draw(s.parents(dtype, count=1))
     assert same_bytes(mix([tensor, tensor.clone()], recipe.lam), tensor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(drawn=st.data(), recipe=s.recipes())
-def test_two_parents_may_change_places_with_their_weights(dtype, drawn, recipe):
+def test_two_parents_may_be_swapped_together_with_their_weights(dtype, drawn, recipe):
     old, new = drawn.draw(s.parents(dtype))
     assert same_bytes(mix([new, old], recipe.lam[::-1]), mix([old, new], recipe.lam))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(drawn=st.data())
-def test_three_parents_change_places_within_one_rounding(dtype, drawn):
+def test_three_parents_may_be_swapped_within_one_rounding(dtype, drawn):
     tensors, lam = drawn.draw(s.parents(dtype, count=3)), (0.2, 0.3, 0.5)
     orders = list(itertools.permutations(range(3)))
     soups = [exact(mix([tensors[i] for i in o], [lam[i] for i in o])) for o in orders]
@@ -253,7 +253,7 @@ def test_three_parents_change_places_within_one_rounding(dtype, drawn):
         assert max(found) - min(found) <= step + 2 * slack(products, dtype)
 
 
-def test_half_way_between_neighbours_goes_to_the_even_one():
+def test_a_tie_between_neighbours_is_rounded_to_even():
     # bf16 has 8 significant bits: 1 + 1/128 and 1 + 2/128 are neighbours, so are 1 and 1 + 1/128
     old = torch.tensor([1 + 1 / 128, 1.0], dtype=torch.bfloat16)
     new = torch.tensor([1 + 2 / 128, 1 + 1 / 128], dtype=torch.bfloat16)
@@ -273,7 +273,7 @@ def test_products_and_sums_are_not_fused():
     separate = old.numpy() * np.float32(0.9) + new.numpy() * np.float32(0.1)
     exact_product = new.numpy().astype(float) * float(np.float32(0.1))
     fused = (old.numpy() * np.float32(0.9) + exact_product).astype(np.float32)
-    assert (separate != fused).any()  # the two ways do differ
+    assert (separate != fused).any()  # the test data show the difference
     np.testing.assert_array_equal(mix([old, new], (0.9, 0.1)).numpy(), separate)
 
 
@@ -286,13 +286,13 @@ ODD = {
 
 @pytest.mark.parametrize("name", sorted(ODD))
 @pytest.mark.parametrize(("lam", "chosen"), [((1.0, 0.0), 0), ((0.0, 1.0), 1)])
-def test_all_the_weight_on_one_parent_gives_its_bytes(name, lam, chosen):
+def test_a_weight_of_one_gives_the_bytes_of_that_parent(name, lam, chosen):
     assert same_bytes(mix(ODD[name], lam), ODD[name][chosen])
 
 
 @pytest.mark.parametrize("tensor", [first for first, _ in ODD.values()], ids=sorted(ODD))
 @given(recipe=s.recipes())
-def test_parents_that_agree_come_out_unchanged(tensor, recipe):
+def test_equal_parents_give_the_same_bytes(tensor, recipe):
     assert same_bytes(mix([tensor, tensor.clone()], recipe.lam), tensor)
 
 
@@ -313,7 +313,7 @@ def test_mixing_leaves_the_parents_alone(dtype, drawn, recipe):
     assert all(map(same_bytes, before, tensors))
 
 
-def test_how_a_tensor_lies_in_memory_does_not_matter():
+def test_the_memory_layout_of_a_tensor_does_not_matter():
     old, new = torch.arange(12.0).reshape(3, 4), torch.arange(12.0).reshape(3, 4) ** 2
     expected = mix([old, new], (0.3, 0.7))
     assert same_bytes(mix([old.T.contiguous().T, new], (0.3, 0.7)).contiguous(), expected)
@@ -332,7 +332,7 @@ def test_how_a_tensor_lies_in_memory_does_not_matter():
     ],
     ids=["NaN", "signed zero", "dtype", "shape", "empty", "scalar", "strides"],
 )
-def test_tensors_are_the_same_by_their_bytes(first, second, same):
+def test_tensors_are_compared_by_their_bytes(first, second, same):
     assert same_bytes(first, second) is same
 
 
@@ -344,7 +344,7 @@ def edges(length, chunk):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("guilty", [0, 1])
-def test_what_is_not_finite_is_found_wherever_it_is(dtype, value, guilty):
+def test_a_value_that_is_not_finite_is_found_at_any_place(dtype, value, guilty):
     length, scratch = 100_003, Scratch(1024)
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(length, generator=generator).to(dtype) for _ in range(2)]
@@ -360,13 +360,13 @@ def test_what_is_not_finite_is_found_wherever_it_is(dtype, value, guilty):
         assert not add_up(parts, out, scratch=scratch, check=True)
         assert not add_up(copied, out, scratch=scratch, check=True)
         assert not is_finite(tensors[guilty], scratch)
-        assert add_up(parts, out, scratch=scratch)  # nobody asked
+        assert add_up(parts, out, scratch=scratch)  # without `check` it is not looked for
         tensors[guilty][place] = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)], ids=str)
-def test_the_largest_numbers_are_finite_though_their_sum_is_not(dtype, signs):
+def test_the_largest_numbers_are_finite_although_their_sum_is_not(dtype, signs):
     largest = torch.finfo(dtype).max
     tensor = torch.tensor([signs[0] * largest, signs[1] * largest], dtype=dtype).repeat(3000)
     half = (tensor / 2, 0.5)
@@ -380,8 +380,8 @@ def test_the_largest_numbers_are_finite_though_their_sum_is_not(dtype, signs):
     assert not add_up([(tensor, 0.5), half], out, scratch=scratch, check=True)
 
 
-def test_a_soup_that_overflows_is_not_finite_though_its_parents_are():
-    # 0.01 + 0.5 + 0.49, each and their products rounded to fp32, are a little more than 1
+def test_a_soup_that_overflows_is_not_finite_although_its_parents_are():
+    # 0.01 + 0.5 + 0.49 is a little more than 1 when weights and products are rounded to fp32
     largest = torch.full((2000,), torch.finfo(torch.float32).max)
     parts, scratch = [(largest, c) for c in (0.01, 0.5, 0.49)], Scratch()
     assert is_finite(largest, scratch)
@@ -389,7 +389,7 @@ def test_a_soup_that_overflows_is_not_finite_though_its_parents_are():
 
 
 @pytest.mark.parametrize("tensor", [torch.tensor([2**40]), torch.tensor([True]), torch.zeros(0)])
-def test_integers_and_nothing_are_finite(tensor):
+def test_integers_and_empty_tensors_are_finite(tensor):
     assert is_finite(tensor, Scratch())
     assert add_up([(tensor, 1.0)], tensor.clone(), scratch=Scratch(), check=True)
 
@@ -407,7 +407,7 @@ def test_integers_and_nothing_are_finite(tensor):
     ],
     ids=str,
 )
-def test_a_soup_for_another_dtype_is_rounded_to_its_parents_first(dtype, wide, chunk):
+def test_a_soup_in_another_dtype_is_rounded_to_the_dtype_of_its_parents_first(dtype, wide, chunk):
     tensors = [torch.randn(5000, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     tensors = [tensor.to(dtype) for tensor in tensors]
     out, lam = torch.empty(5000, dtype=wide), (0.3, 0.7)
@@ -417,8 +417,8 @@ def test_a_soup_for_another_dtype_is_rounded_to_its_parents_first(dtype, wide, c
     assert same_bytes(out, tensors[1].to(wide))
 
 
-def test_rounding_once_would_give_other_numbers():
-    # 1 + 2⁻⁸ is half way between bf16's 1 and 1 + 2⁻⁷, and fp32 could hold it
+def test_rounding_only_once_would_give_other_numbers():
+    # 1 + 2⁻⁸ is half way between 1 and 1 + 2⁻⁷ in bf16, but is exact in fp32
     old, new = torch.tensor([1.0]).bfloat16(), torch.tensor([1 + 2**-7]).bfloat16()
     out = torch.empty(1)
     add_up([(old, 0.5), (new, 0.5)], out, scratch=Scratch())
@@ -435,12 +435,12 @@ def test_nothing_is_allocated_after_the_first_tensor(dtype, wide):
     again = allocated(lambda: add_up(parts, out, scratch=scratch, check=True))
     short = [(tensor[:99], c) for tensor, c in parts]
     fewer = allocated(lambda: add_up(short, out[:99], scratch=scratch, check=True))
-    assert max(first) >= 4096 * 4  # the rows
-    assert max(again + fewer, default=0) <= 8  # numbers, which PyTorch keeps in tensors
+    assert max(first) >= 4096 * 4  # the scratch rows
+    assert max(again + fewer, default=0) <= 8  # single numbers, which PyTorch keeps in tensors
 
 
 def allocated(action):
-    """The sizes in bytes of all memory that PyTorch asks for meanwhile."""
+    """The sizes in bytes of all memory that PyTorch allocates inside the block."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         action()
@@ -448,7 +448,7 @@ def allocated(action):
     return [event.nbytes() for event in events if event.name() == "[memory]"]
 
 
-def test_rows_are_made_once_and_lent_again():
+def test_rows_are_allocated_once_and_reused():
     scratch = Scratch(100)
     row = scratch.row(torch.float32, 0, 100)
     assert len(row) == 100
@@ -457,20 +457,20 @@ def test_rows_are_made_once_and_lent_again():
     assert len({row.data_ptr(), *(other.data_ptr() for other in others)}) == 3
 
 
-def test_a_parent_without_weight_is_as_good_as_absent():
+def test_a_parent_with_weight_zero_is_left_out():
     generator = torch.Generator().manual_seed(0)
     old, new = (torch.randn(50, generator=generator) for _ in range(2))
     other = torch.full((50,), float("nan"))
     expected = mix([old, new], (0.3, 0.7))
     assert same_bytes(mix([old, other, new], (0.3, 0.0, 0.7)), expected)
-    assert same_bytes(mix([old, other, old.clone()], (0.3, 0.0, 0.7)), old)  # the rest agree
+    assert same_bytes(mix([old, other, old.clone()], (0.3, 0.0, 0.7)), old)  # the rest is equal
     whole = torch.tensor([1, 2])
     assert same_bytes(mix([whole, whole + 1, whole.clone()], (0.3, 0.0, 0.7)), whole)
-    for same in (None, False):  # a live model knows of all parents beforehand
+    for same in (None, False):  # a live model knows in advance whether all parents are equal
         parts = terms([old, other, old.clone()], (0.3, 0.0, 0.7), same=same)
         assert len(parts) == 1
 
 
-def test_a_weight_next_to_one_is_no_copy():
+def test_a_weight_close_to_one_is_mixed_and_not_copied():
     old, new = torch.tensor([1.0]), torch.tensor([3e7])
     assert mix([old, new], (1.0, 1e-7)).item() == 4.0

@@ -314,7 +314,7 @@ def test_a_landscape_is_measured_from_one_parent_to_the_other(store, reports, me
         f"{100 * won / 9:.0f} % of λ from 0 to 1 ({won} of 9) beat the better parent, {name}; "
         f"{sure} of them with 95 % confidence each."
     )
-    assert f"λ = {lam[int(np.argmax(ours))]:g}:" in highest
+    assert f"λ = {lam[int(np.argmax(ours))]:g} scores highest:" in highest
 
 
 def test_shares_of_the_items_are_nested_and_scored_on_what_was_drawn(store, reports, tmp_path):
@@ -368,7 +368,7 @@ def test_what_shares_choose_is_what_a_search_would_recommend(store, reports, mea
         assert float(row["mean score on all"]) == pytest.approx(full)
         below = max(score.value for score in scores.values()) - full
         assert any(
-            note.startswith(f"{share:g} of the items: ") and f" {below:z.4f} below" in note
+            note.startswith(f"Share {share:g}: ") and f" {below:z.4f} below" in note
             for note in reports["heldout"].result.notes
         )
     everything = [Trial(i, Recipe("linear", w), s) for i, (w, s) in enumerate(scores.items())]
