@@ -155,9 +155,9 @@ def _spec(said: dict[str, Any]) -> Spec:
 
 
 MAIN = cloup.Section("The main job")
-STEPS = cloup.Section("Its steps, one by one")
+STEPS = cloup.Section("Its last steps, one by one")
 SOUPS = cloup.Section("Soups and their lineage")
-OTHER = cloup.Section("Before and after")
+OTHER = cloup.Section("Trial, experiments, repair")
 
 
 @cloup.group(
@@ -172,7 +172,7 @@ OTHER = cloup.Section("Before and after")
 )
 @click.version_option(package_name="mlflow-soup")
 def main() -> None:
-    """Merge registered checkpoints into a better version, and promote it only if it holds.
+    """Merge registered checkpoints, and promote the result only if it is not worse elsewhere.
 
     Shell completion: `_MLFLOW_SOUP_COMPLETE=bash_source mlflow-soup` prints the script for bash,
     zsh_source and fish_source those for zsh and fish.
@@ -343,7 +343,7 @@ def lineage(uri: str, form: str) -> None:
 @click.option(
     "--weights",
     required=True,
-    help="Weight λ of each parent, in their order, separated by commas: 0.3,0.7 or 1/3,2/3.",
+    help="Weight λ of each parent, in their order; they sum to 1: 0.3,0.7 or 1/3,2/3.",
 )
 @click.option(
     "--out",
@@ -396,21 +396,21 @@ def _printable(line: str) -> str:
     flag_value=True,
     default=False,
     metavar="[YES|NO]",
-    help="Repair whatever needs no decision of yours.  [default: no]",
+    help="Repair whatever needs no decision of yours, and list the rest.  [default: no]",
 )
 @click.option(
     "--digests",
     type=bool,
     default=True,
     metavar="YES|NO",
-    help="Also read the files of all soups.  [default: yes]",
+    help="Also read the files of all soups; no is faster.  [default: yes]",
 )
 @click.pass_context
 def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
-    """Find what disagrees about a model; repair it.
+    """Find contradictions in a model's records.
 
     The command compares the ledger, aliases, versions, runs and files of a registered model, and
-    explains each difference.
+    explains each difference. With --fix it also repairs whatever needs no decision of yours.
 
     Exit codes: 0 everything agrees, 3 something still disagrees, 4 no such model, 6 store
     unreachable or disk full, 1 anything else.

@@ -1,4 +1,7 @@
-"""Tell passing errors of stores and disks from lasting ones, and turn both into our errors."""
+"""Tell passing errors of stores and disks from lasting ones, and turn both into our errors.
+
+`store.Store.persist` repeats the calls that failed with a passing one.
+"""
 
 import contextlib
 import errno

@@ -80,7 +80,7 @@ class Spec:
     last: int | None = knob(
         MERGE,
         None,
-        "The last k versions that are not soups, instead of named versions.",
+        "Merge the newest k versions that are not soups. Replaces --pair and --versions.",
         "run pairs count",
         range=whole(2),
     )
@@ -121,7 +121,7 @@ class Spec:
     trials: int | None = knob(
         SEARCH,
         None,
-        "Largest number of evaluations, with those of the parents and of the uniform soup. "
+        "Largest number of evaluations, including those of the parents and the uniform soup. "
         "Default: 8 for a pair, 4 more for each further version.",
         _SEARCHING,
         policy=True,
@@ -139,7 +139,7 @@ class Spec:
     acquisition: str = knob(
         SEARCH,
         "landscape",
-        "How the search chooses the next λ.",
+        "How bayesopt chooses the next λ.",
         _SEARCHING,
         policy=True,
         choices=ACQUISITIONS,
@@ -154,7 +154,7 @@ class Spec:
     greedy_tie: str = knob(
         SEARCH,
         "add",
-        "Whether greedy adds or drops a parent that makes the soup neither better nor worse.",
+        "Whether greedy adds or drops a parent that does not change the score.",
         "run pairs count ood methods",
         policy=True,
         choices=TIES,
@@ -249,7 +249,7 @@ class Spec:
     evaluator: str = knob(
         SCORE,
         "prepared",
-        "Who batches the requests: mlflow-soup once for all λ, or lm-eval as its command does.",
+        "prepared batches the requests once for all λ; lm-eval batches as the lm_eval command.",
         f"run evaluate {_ALL}",
         policy=True,
         choices=EVALUATORS,
@@ -305,7 +305,8 @@ class Spec:
     promote: str = knob(
         GATE,
         "",
-        "Where to promote when the gate passes: alias:NAME, stage:NAME or model:NAME@ALIAS.",
+        "Where to promote when the gate passes: alias:NAME, stage:NAME or model:NAME@ALIAS. "
+        "Default: nowhere.",
         "run evaluate gate promote",
     )
     device: str = knob(
@@ -330,8 +331,8 @@ class Spec:
     store_patience: float = knob(
         MACHINE,
         30.0,
-        "Minutes to wait for an MLflow store that does not answer. The same command continues "
-        "later.",
+        "Minutes to wait for an MLflow store that does not answer. Then the command ends with exit "
+        "code 6; run it again to continue.",
         f"run evaluate gate promote {_ALL}",
         range=finite("minutes"),
     )
