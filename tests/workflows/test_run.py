@@ -422,7 +422,12 @@ WRONG = [
     ({"pair": "v1,v9"}, errors.ParentError, "toy-llm has no v9", "its versions: 1, 2, 3"),
     ({"pair": "@gone,v1"}, errors.ParentError, "no alias @gone", "its aliases: none"),
     ({"pair": "v1,v2", "model": "nope"}, errors.ParentError, "no registered model 'nope'", MODEL),
-    ({"pair": "v1,v2", "limit": 2, "promote": "x"}, errors.SpecError, "no grounds", "drop one"),
+    (
+        {"pair": "v1,v2", "limit": 2, "promote": "x"},
+        errors.SpecError,
+        "does not judge on the first",
+        "drop one",
+    ),
     ({}, errors.SpecError, "the request names no versions", "--pair v12,v13"),
     ({"pair": "v1,v2", "tasks": "toy_leters"}, errors.SpecError, "no task", "toy_letters"),
     ({"pair": "v1,v2", "tasks": "toy_letters:ac"}, errors.SpecError, "no metric 'ac'", "acc"),
