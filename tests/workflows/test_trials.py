@@ -367,7 +367,9 @@ def test_a_soup_that_comes_out_otherwise_than_scored_is_refused(client, outcomes
     (run_id,) = [t.run_id for t in made.trials if t.recipe == made.soup.recipe]
     client.set_tag(run_id, "soup.digest", "sha256:" + "0" * 64)
     before = len(client.search_model_versions(f"name='{MODEL}'"))
-    with pytest.raises(errors.ObjectiveError, match="give another soup than the one that was scored") as caught:
+    with pytest.raises(
+        errors.ObjectiveError, match="give another soup than the one that was scored"
+    ) as caught:
         run("fisher")
     assert run_id in caught.value.where
     assert made.soup.digest in caught.value.where
