@@ -337,7 +337,8 @@ def test_a_soup_by_statistics_says_so_and_is_verified_but_for_its_making(client,
     done = CliRunner().invoke(main, ["verify", version.uri])
     assert done.exit_code == 0
     assert done.output.endswith(
-        f"{version.uri}: files, tags and parents are as recorded; the parents were not mixed again\n"
+        f"{version.uri}: files, tags and parents are as recorded; "
+        "the parents were not mixed again\n"
     )
 
 
