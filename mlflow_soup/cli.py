@@ -207,9 +207,8 @@ def run(ctx: click.Context, /, **said: Any) -> None:
 def study() -> None:
     """The paper's experiments on your own versions.
 
-    Nothing is registered. Each study leaves its runs, a table (CSV and Markdown) and a figure
-    in MLflow. The same command
-    continues an interrupted study: finished evaluations are not repeated.
+    Nothing is registered. Each study leaves its runs, a table (CSV and Markdown) and a figure in
+    MLflow. The same command continues an interrupted study: finished evaluations are not repeated.
     """
 
 
@@ -273,19 +272,19 @@ def promote(**said: Any) -> None:
 
 
 @main.command(section=OTHER)
-@cloup.option("--model", default="quickstart-llm", show_default=True, help="Registered model.")
-@cloup.option(
+@click.option("--model", default="quickstart-llm", show_default=True, help="Registered model.")
+@click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
     default="quickstart-data",
     show_default=True,
     help="Folder for the evaluation tasks.",
 )
-@cloup.option("--seed", default=0, show_default=True, help="Seed of the pretraining.")
-@cloup.option("--steps", type=int, help="Optimizer steps of the pretraining, for a quick try.")
-@cloup.option("--items", type=int, help="Questions for each task, for a quick try.")
-@cloup.option("--trials", type=int, help="Largest number of evaluations.")
-@cloup.option(
+@click.option("--seed", default=0, show_default=True, help="Seed of the pretraining.")
+@click.option("--steps", type=int, help="Optimizer steps of the pretraining, for a quick try.")
+@click.option("--items", type=int, help="Questions for each task, for a quick try.")
+@click.option("--trials", type=int, help="Largest number of evaluations.")
+@click.option(
     "--promote", default="alias:champion", show_default=True, help="Target if the gate passes."
 )
 @click.pass_context
@@ -362,8 +361,7 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
     """Merge checkpoints with given weights.
 
     A parent is a folder or a version, models:/my-llm/12. The soup has the files, names and
-    dtypes of the last parent. `mlflow-soup verify OUT` checks it
-    against its manifest.
+    dtypes of the last parent. `mlflow-soup verify OUT` checks it against its manifest.
     """
     try:
         lam = [float(Fraction(weight.strip())) for weight in weights.split(",")]
@@ -439,8 +437,8 @@ def verify(ctx: click.Context, soup: str) -> None:
     """Check a soup against its manifest.
 
     SOUP is a version, models:/my-llm/14, or a folder. The command pulls the soup and its
-    parents, compares files and digests with the manifest, and
-    mixes the parents again.
+    parents, compares files and digests with the manifest, and mixes the parents again.
+
     Exit codes: 0 the soup is what its manifest says, 3 it is not, 4 the soup or a parent is
     missing.
     """

@@ -19,6 +19,11 @@ class Version:
     number: int
 
     @property
+    def short(self) -> str:
+        """`v12`, as a user names it within its model."""
+        return f"v{self.number}"
+
+    @property
     def uri(self) -> str:
         """The version's MLflow URI, `models:/name/12`."""
         return f"models:/{self.name}/{self.number}"

@@ -148,8 +148,8 @@ def register(client: MlflowClient, folder: Path, name: str = MODEL) -> int:
     return int(created.version)
 
 
-def fill(client: MlflowClient, checkpoints: list[Path], tasks: Path) -> None:
-    """Registered model `toy-llm` with versions 1 to 3 and a policy."""
+def fill(client: MlflowClient, checkpoints: list[Path], tasks: Path, name: str = MODEL) -> None:
+    """A registered model with a policy, and a version for each checkpoint."""
     policy = {
         "soup.tasks": "toy_letters",
         "soup.ood_tasks": "toy_digits,toy_digits_bpb:bits_per_byte",
@@ -157,9 +157,9 @@ def fill(client: MlflowClient, checkpoints: list[Path], tasks: Path) -> None:
         "soup.include_path": str(tasks),
         "soup.trials": "6",
     }
-    client.create_registered_model(MODEL, tags=policy)
+    client.create_registered_model(name, tags=policy)
     for folder in checkpoints:
-        register(client, folder)
+        register(client, folder, name)
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def log_evidence(
         of = {_HELD_OUT: evidence.held_out, **dict(evidence.ood)}
         log_scores(client, run_id, Scores(of), file)
         for position, score in enumerate(of.values()):
-            prefix = "ood" if position else "dev"
+            prefix = naming.OOD if position else naming.HELD_OUT
             if model_ids[role] is not None or role == "soup":
                 metrics += [
                     metric(

@@ -19,6 +19,7 @@ from mlflow_soup.errors import AwayError, RegistryError, StoreError
 from mlflow_soup.redaction import redact
 
 # private door: sqlite: words of a full disk and of denials
+NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"  # MLflow's error code
 _SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S3's error codes
 # reasons that do not pass, though MLflow may call the store "temporarily unavailable"
 _DENIED = re.compile(

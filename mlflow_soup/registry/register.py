@@ -16,11 +16,10 @@ from mlflow_soup.errors import StoreError
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Version
 from mlflow_soup.registry import naming
-from mlflow_soup.registry.outages import asking
+from mlflow_soup.registry.outages import NOT_FOUND, asking
 from mlflow_soup.registry.pull import download_tree
 from mlflow_soup.registry.store import Store, pages
 from mlflow_soup.registry.versions import (
-    NOT_FOUND,
     find_soup,
     find_soups,
     find_version,

@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from mlflow_soup.errors import StoreError
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming
-from mlflow_soup.registry.outages import away, is_denied, is_transient, where
+from mlflow_soup.registry.outages import NOT_FOUND, away, is_denied, is_transient, where
 
 logger = logging.getLogger("mlflow_soup")
 T = TypeVar("T")
@@ -151,7 +151,7 @@ class Store(MlflowClient):
         try:
             self.persist(call, what)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != NOT_FOUND:
                 raise
 
     def download(self, call: Callable[[], T], there: Callable[[], bool], what: str) -> T:

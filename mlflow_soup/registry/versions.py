@@ -11,13 +11,12 @@ from mlflow_soup.errors import ParentError, SpecError
 from mlflow_soup.records import Version
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import family, naming
-from mlflow_soup.registry.outages import asking, where
+from mlflow_soup.registry.outages import NOT_FOUND, asking, where
 from mlflow_soup.registry.store import Store, pages
 from mlflow_soup.request.names import Target, VersionRef, check_name
 
 MODEL_ENV = "MLFLOW_SOUP_MODEL"
 _MODEL_ID = re.compile(r"models:/(m-[0-9a-f]+)")
-NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 
 
 def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:

@@ -98,7 +98,7 @@ class Session:
         Raises:
             SpecError: the method cannot run with these settings.
         """
-        numbers = ",".join(f"v{version.number}" for version in versions)
+        numbers = ",".join(version.short for version in versions)
         spec = replace(spec or self.spec, pair="", versions=numbers, last=None, pairs="")
         job = Job(self, spec, tuple(self.opened[version] for version in versions))
         job.check()

@@ -58,13 +58,15 @@ def run_search(job: Job, run_id: str, name: str = "") -> Found:
             naming.CHOSEN_LAMBDA: found.recipe.lam[-1],
         }
         metrics = [tracking.metric(key, value) for key, value in numbers.items()]
-        tracking.log(job.client, child, metrics=metrics + score_metrics(found.score, "dev"))
+        tracking.log(
+            job.client, child, metrics=metrics + score_metrics(found.score, naming.HELD_OUT)
+        )
     return found
 
 
 def names_of(versions: Sequence[Version]) -> str:
     """The versions' numbers, such as `v12,v13`."""
-    return ",".join(f"v{version.number}" for version in versions)
+    return ",".join(version.short for version in versions)
 
 
 def _both(versions: Sequence[Version]) -> tuple[str, str]:

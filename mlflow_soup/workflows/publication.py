@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mlflow.entities import Metric
 
 from mlflow_soup.decision import pairing
-from mlflow_soup.records import Distance, Soup, Trial, Version
+from mlflow_soup.records import Distance, Soup, Trial
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import score_metrics
@@ -18,11 +18,6 @@ from mlflow_soup.workflows.job import Job
 
 # MLflow's limit of a version's description, on databases that enforce it
 DESCRIPTION_LIMIT = 5000
-
-
-def names_of(versions: Sequence[Version]) -> list[str]:
-    """Short names, `v12`, for tables and figures."""
-    return [f"v{version.number}" for version in versions]
 
 
 def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> list[str]:
@@ -61,7 +56,7 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> lis
         )
     if job.method.needs:
         notes += job.statistics_notes
-    names = names_of(job.versions)
+    names = [version.short for version in job.versions]
     distances = [geometry.words(apart, names), geometry.caution(apart, names)]
     distances += [geometry.barrier(job.space, trials)]
     if soup.recipe.method == "linear":
@@ -80,7 +75,7 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     links = {"run": f"#{run_page}", "trials": f"#{view}"}
     links |= {str(parent.version): f"#{version_path(parent.version)}" for parent in soup.parents}
     text = redact(report.markdown(story, links))
-    names = names_of([parent.version for parent in soup.parents])
+    names = [parent.version.short for parent in soup.parents]
     layers = tables.markdown(geometry.table(story.distance, names))
     whole = redact(f"{text}{report.trials_table(story)}\n## Distance of the parents\n\n{layers}\n")
     version = f"{soup.version.name}/{soup.version.number}"

@@ -82,7 +82,10 @@ def _examine(
     roles = examine(bench, models, known, measured, journal, check)
     assert bench.ood is not None
     model_ids = {role: opened.parent.model_id for role, opened in models.items()}
-    datasets = {"dev": bench.held_out.fingerprint, "ood": bench.ood.fingerprint}
+    datasets = {
+        naming.HELD_OUT: bench.held_out.fingerprint,
+        naming.OOD: bench.ood.fingerprint,
+    }
     log_evidence(client, run_id, roles, model_ids, datasets)
     return roles
 

@@ -31,7 +31,7 @@ from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights import distance
 from mlflow_soup.workflows.bench import Opened, open_rivals
 from mlflow_soup.workflows.job import Job, open_session, settle
-from mlflow_soup.workflows.publication import names_of, notes, publish
+from mlflow_soup.workflows.publication import notes, publish
 from mlflow_soup.workflows.registration import register
 from mlflow_soup.workflows.release import examine_once, judge, point
 from mlflow_soup.workflows.trials import find_recipe, request_params, scored, search_tags
@@ -62,7 +62,7 @@ def run(spec: Spec) -> Outcome:
     job, champions = _prepare(spec)
     client, spec, name = job.client, job.spec, job.session.name
     apart = distance.measure([opened.checkpoint for opened in job.opened])
-    if warning := geometry.caution(apart, names_of(job.versions)):
+    if warning := geometry.caution(apart, [v.short for v in job.versions]):
         logger.warning(warning)
     with (
         lease.hold(client, name, job.key, lease_folder()) as check,

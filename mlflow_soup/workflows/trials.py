@@ -298,7 +298,7 @@ def _publish(
         more[naming.MEASURED] = evaluation.measured
         numbers = {**scores.about, naming.STDERR: scores.mean.stderr}
         metrics = [tracking.metric(key, value) for key, value in numbers.items()]
-        metrics += score_metrics(scores.mean, "dev")
+        metrics += score_metrics(scores.mean, naming.HELD_OUT)
     tracking.log(client, child, params=params, metrics=metrics, tags=more)
     status = "FAILED" if scores is None else "FINISHED"
     client.set_terminated(child, status, evaluation.ended)

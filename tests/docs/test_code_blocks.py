@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 
 import toy
 import warm
-from conftest import free_port, register
+from conftest import fill, free_port
 from mlflow_soup.cli import main
 from mlflow_soup.registry.store import Store
 
@@ -69,17 +69,8 @@ def stores(tmp_path_factory, trained, tasks) -> dict[str, Path]:
     client = Store()
     client.create_experiment("soups", artifact_location=f"{root}/artifacts")
     mlflow.set_experiment("soups")
-    policy = {
-        "soup.tasks": "toy_letters",
-        "soup.ood_tasks": "toy_digits,toy_digits_bpb:bits_per_byte",
-        "soup.margin": "0.05",
-        "soup.include_path": str(tasks),
-        "soup.trials": "6",
-    }
-    client.create_registered_model(MODEL, tags=policy)
     folders = [toy.save(toy.noisy(trained, i, 0.9), root / f"step-{i}") for i in (1, 2)]
-    for number in range(13):
-        register(client, folders[(number + 1) % 2], MODEL)
+    fill(client, [folders[(number + 1) % 2] for number in range(13)], tasks, MODEL)
     found = {name: root / f"{name}.db" for name in (MODEL, QUICKSTART_MODEL)}
     shutil.copy(found[MODEL], found[QUICKSTART_MODEL])
     mlflow.set_tracking_uri(f"sqlite:///{found[QUICKSTART_MODEL]}")
