@@ -10,6 +10,7 @@ that is loaded from the written soup. Parents stay memory-mapped: they use page 
 import contextlib
 import io
 import math
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from transformers.core_model_loading import revert_weight_conversion  # private 
 from mlflow_soup.errors import NonFiniteError, ParentError, SpecError
 from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint
 from mlflow_soup.weights.mix import Scratch, add_up, all_same, same_bytes, terms
+
+_ONE_THREAD = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,17 @@ class Link:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the progress bars and notes of libraries, which have no switches of their own."""
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+    """Silence the progress bars and notes of libraries, which have no switches of their own.
+
+    One thread at a time: the streams belong to the process, and so do the classes that transformers
+    patches while it loads a model. Two threads that restore them out of order leave them changed:
+    silent streams, and models that tie no weights.
+    """
+    with (
+        _ONE_THREAD,
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         yield
 
 

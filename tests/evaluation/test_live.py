@@ -1,5 +1,8 @@
 import json
 import shutil
+import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -307,3 +311,26 @@ def test_a_mixture_that_is_not_finite_is_no_model(tmp_path, trained):
     live = LiveModel(found[0])
     with pytest.raises(errors.NonFiniteError, match=r"final_layer_norm\.bias.* is not finite"):
         live.set_weights(live.link(found), (0.01, 0.5, 0.49))
+
+
+def test_two_threads_that_load_at_once_leave_transformers_and_the_streams_as_they_were(
+    tmp_path, monkeypatch
+):
+    folders = [toy.save(FAMILIES["gpt2"](), tmp_path / f"v{i}") for i in (1, 2)]
+    before = (PreTrainedModel.tie_weights, sys.stdout, sys.stderr)
+    build, first = GPT2LMHeadModel.__init__, threading.Event()
+
+    def slow(self, *args, **kwargs):  # the first to come in leaves first
+        time.sleep(0.5 if first.is_set() else (first.set(), 0.2)[1])
+        build(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "__init__", slow)
+    threads = [
+        threading.Thread(target=LiveModel, args=(find_checkpoint(folder, folder.name), "cpu"))
+        for folder in folders
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (PreTrainedModel.tie_weights, sys.stdout, sys.stderr) == before
