@@ -192,7 +192,8 @@ def run(ctx: click.Context, /, **said: Any) -> None:
     The gate compares the soup with its parents and the champion on out-of-domain tasks.
 
     Exit codes: 0 done, 2 bad request, 3 refused by the gate, 4 parent missing or damaged,
-    5 overtaken by another promotion or process, 6 store unreachable or disk full, 1 anything else.
+    5 overtaken by another promotion or process, 6 store unreachable or disk full, 7 no permission,
+    1 anything else.
     """
     spec = _spec(said)
     with _heavy_imports():
@@ -243,14 +244,19 @@ def evaluate(**said: Any) -> None:
 @_knobs("gate")
 @click.pass_context
 def gate(ctx: click.Context, /, **said: Any) -> None:
-    """Judge a soup by its newest evaluation. Exit code: 0 passed, 3 refused."""
+    """Judge a soup by its newest evaluation, and write the verdict.
+
+    The verdict is computed from the scores each time, by the rules of the model that owns the
+    target of --promote. Exit code: 0 passed, 3 refused.
+    """
     spec = _spec(said)
     with _heavy_imports():
         from mlflow_soup.reporting import report
         from mlflow_soup.workflows import release
 
     version, verdict = release.gate(spec)
-    _say(f"{version}: gate {'passed' if verdict.passed else 'REFUSED'}")
+    word = "passed" if verdict.passed else "REFUSED"
+    _say(f"{version}: gate {word} ({verdict.rules})")
     for check in verdict.checks:
         _say(f"  {report.format_check(check)}")
     ctx.exit(0 if verdict.passed else 3)
@@ -261,7 +267,8 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
 def promote(**said: Any) -> None:
     """Point an alias or a stage at a soup.
 
-    The soup must have passed the gate. The alias may be that of another registered model.
+    The soup's bytes are compared with its manifest, its parents are mixed again, and the gate's
+    verdict is computed anew: no tag decides. The alias may be that of another registered model.
     """
     spec = _spec(said)
     with _heavy_imports():
@@ -401,10 +408,17 @@ def _printable(line: str) -> str:
     type=bool,
     default=True,
     metavar="YES|NO",
-    help="Also read the files of all soups; no is faster.  [default: yes]",
+    help="Also read the files of all soups, mix their parents again, and compute their verdicts "
+    "again; no is faster.  [default: yes]",
 )
+@click.option(
+    "--experiment",
+    default="",
+    help="MLflow experiment whose scores count. Default: as for gate.",
+)
+@click.option("--public-key", default="", help="As for gate: only what this key signed counts.")
 @click.pass_context
-def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
+def doctor(ctx: click.Context, /, fix: bool, digests: bool, **said: Any) -> None:
     """Find contradictions in a model's records.
 
     The command compares the ledger, aliases, versions, runs and files of a registered model, and
@@ -416,7 +430,7 @@ def doctor(ctx: click.Context, /, model: str, fix: bool, digests: bool) -> None:
     with _heavy_imports():
         from mlflow_soup.workflows import doctor as doctors
 
-    name, complaints = doctors.examine(model, digests=digests)
+    name, complaints = doctors.examine(_spec(said), digests=digests)
     left = 0
     for complaint in complaints:
         _say(_printable(complaint.what))

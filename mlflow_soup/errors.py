@@ -8,6 +8,7 @@
     ├── OvertakenError               exit 5: another run moved the target in the meantime
     ├── ObjectiveError               exit 1: an evaluation failed or gave no finite score
     └── RegistryError                exit 1: MLflow refused a request; its exception is chained
+        ├── DeniedError              exit 7: MLflow's permissions forbid it
         └── StoreError               exit 6: a store or disk cannot be reached, fails, or is full
             └── AwayError            exit 6: a store did not answer before the time limit
 
@@ -74,6 +75,12 @@ class NonFiniteError(ObjectiveError):
 
 class RegistryError(SoupError):
     """MLflow refused a request; its exception is chained."""
+
+
+class DeniedError(RegistryError):
+    """MLflow's permissions forbid a request."""
+
+    exit_code = 7
 
 
 class StoreError(RegistryError):

@@ -358,6 +358,26 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Examination:
+    """What one OOD run measured: the evidence of a soup and of the models it is compared with.
+
+    Attributes:
+        run_id: the OOD run.
+        roles: `soup`, `parent 0`, `parent 1` …, `champion 0` … → evidence.
+        settings: how all of them were scored: the evaluator's settings, `limit`, and the
+            fingerprints of the held-out and the OOD evaluator.
+    """
+
+    run_id: str
+    roles: Mapping[str, Evidence]
+    settings: Mapping[str, Any]
+
+    def of(self, digest: str) -> Evidence | None:
+        """The evidence of the model with these tensors."""
+        return next((e for e in self.roles.values() if e.digest == digest), None)
+
+
+@dataclass(frozen=True)
 class Difference:
     """A paired difference between two models on the same items.
 
@@ -385,10 +405,34 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """The rules of the gate.
+
+    Attributes:
+        margin: the allowed loss on each OOD task, in the metric's units (0.01 = one accuracy
+            point).
+        confidence: the confidence of the one-sided bounds, in (0.5, 1).
+        min_items: the smallest number of items of each OOD task.
+        tasks: the OOD tasks to judge on, as `task:metric`; empty for those of the evidence.
+    """
+
+    margin: float
+    confidence: float
+    min_items: int = 1
+    tasks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The rules in words, without the tasks."""
+        items = f", at least {self.min_items} items" if self.min_items > 1 else ""
+        return f"margin {self.margin:g}, confidence {self.confidence:g}{items}"
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The gate's decision: its checks."""
+    """The gate's decision: its checks, and the rules that they follow."""
 
     checks: tuple[Check, ...]
+    rules: Rules
 
     @property
     def passed(self) -> bool:

@@ -5,26 +5,45 @@ than the margin, at the chosen confidence. Both models answer the same items, so
 them item by item (see `pairing`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from mlflow_soup.decision.pairing import ROUNDING, better, lower_bound, paired
 from mlflow_soup.errors import ObjectiveError
-from mlflow_soup.records import Check, Evidence, Verdict
+from mlflow_soup.records import Check, Evidence, Examination, Rules, Verdict
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The rules of the gate.
+def missing(
+    examination: Examination,
+    rules: Rules,
+    items: Mapping[str, Sequence[Any]] | None,
+    *,
+    limited: bool = False,
+) -> str:
+    """What an examination lacks for a verdict under some rules, in words; empty if nothing.
 
-    Attributes:
-        margin: the allowed loss on each OOD task, in the metric's units (0.01 = one accuracy
-            point).
-        confidence: the confidence of the one-sided bounds, in (0.5, 1).
+    Args:
+        examination: the evidence of all models.
+        rules: the rules.
+        items: for each OOD task of the rules, its items as (leaf task, metric, names); None if the
+            rules name no tasks.
+        limited: whether scores on the first items of each task suffice.
     """
-
-    margin: float
-    confidence: float
+    if not limited and examination.settings.get("limit") is not None:
+        return f"only the first {examination.settings['limit']} items of each task were scored"
+    for role, evidence in examination.roles.items():
+        of = dict(evidence.ood)
+        for task in rules.tasks:
+            if task not in of:
+                return f"{role} ({evidence.version}) was not scored on {task}"
+            scored = [(i.task, i.metric, i.ids) for i in of[task].items]
+            if items is not None and scored != list(items[task]):
+                return f"{role} ({evidence.version}) was scored on other items of {task}"
+        for task, score in of.items():
+            if (count := sum(len(i.ids) for i in score.items)) < rules.min_items:
+                return f"{task} has {count} items, and the rules ask for {rules.min_items}"
+    return ""
 
 
 def judge(
@@ -44,11 +63,13 @@ def judge(
         soup: the soup's evidence.
         parents: the parents' evidence, at least one.
         champions: the evidence of the versions that the soup would replace; may be empty.
-        rules: margin and confidence.
+        rules: margin, confidence, and the OOD tasks to judge on.
 
     Raises:
         ObjectiveError: two models were not scored on the same tasks and items.
     """
+    soup, *others = [_on(evidence, rules) for evidence in (soup, *parents, *champions)]
+    parents, champions = others[: len(parents)], others[len(parents) :]
     references = [parents[better([parent.held_out for parent in parents])]]
     for champion in champions:
         if champion.digest not in {soup.digest, *(r.digest for r in references)}:
@@ -86,4 +107,11 @@ def judge(
                     passed=bound >= -rules.margin,
                 )
             )
-    return Verdict(tuple(checks))
+    return Verdict(tuple(checks), rules)
+
+
+def _on(evidence: Evidence, rules: Rules) -> Evidence:
+    """The evidence on the OOD tasks of the rules."""
+    if not rules.tasks:
+        return evidence
+    return replace(evidence, ood=tuple(own for own in evidence.ood if own[0] in rules.tasks))

@@ -25,10 +25,17 @@ from lm_eval.api.utils import maybe_delimit  # private door
 from lm_eval.evaluator import evaluate
 
 from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.evaluation.items import (
+    Asking,
+    freeze,
+    is_of,
+    items_of,
+    name_of,
+    templates_kept,
+)
 from mlflow_soup.evaluation.live import LiveModel, not_finite, quiet
 from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
 from mlflow_soup.evaluation.suite import (
-    TEMPLATES,
     Asked,
     Suite,
     broken,
@@ -41,9 +48,6 @@ from mlflow_soup.weights.compatibility import function_of
 
 Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes, as in `Items`
 
-# the seed that the lm_eval command uses for few-shot sampling
-FEWSHOT_SEED = 1234
-
 
 def _quiet_copy(tokenizer: Any) -> Any:
     """A copy of the tokenizer that HFLM may change, without warnings about documents that get cut.
@@ -54,17 +58,6 @@ def _quiet_copy(tokenizer: Any) -> Any:
     # private door: transformers: deprecation_warnings of a tokenizer
     copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return copied
-
-
-@contextlib.contextmanager
-def _templates_kept() -> Iterator[None]:
-    """Compile each template once; lm-eval does so for every document, 0.5 ms each."""
-    kept = functools.lru_cache(maxsize=1024)(TEMPLATES.from_string)
-    TEMPLATES.from_string = kept  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        TEMPLATES.__dict__.pop("from_string", None)  # another thread may have removed it
 
 
 class Evaluator:
@@ -114,8 +107,7 @@ class Evaluator:
             self._lm = FrozenLM(**arguments)
         requests: dict[str, list[Any]] = defaultdict(list)
         for task in suite.loaded["tasks"].values():
-            with _templates_kept():
-                _freeze(task, num_fewshot, limit)
+            freeze(task, num_fewshot, limit)
             for request in task.instances:
                 requests[request.request_type] += [request] * request.repeats
         with self._enough_memory(), quiet():
@@ -127,6 +119,21 @@ class Evaluator:
     def truncated(self) -> int:
         """The number of requests in the last evaluation that were cut to `max_length`."""
         return self._lm.truncated
+
+    @functools.cached_property
+    def items(self) -> Asking:
+        """The items that are scored."""
+        return items_of(self._suite)
+
+    def fits(self, score: Score) -> bool:
+        """Whether a stored score of all terms is one of these items, and adds up."""
+        return is_of(score, [part for parts in self.items.values() for part in parts])
+
+    def fits_each(self, of: Mapping[str, Score]) -> bool:
+        """Whether stored scores, one for each term, are of these items, and add up."""
+        return list(of) == list(self.items) and all(
+            is_of(score, self.items[term]) for term, score in of.items()
+        )
 
     def settings(self) -> dict[str, Any]:
         """The settings that scores depend on, besides weights and requests."""
@@ -171,7 +178,7 @@ class Evaluator:
         self._lm.truncated = 0
         self._live.model.eval()
         try:
-            with self._enough_memory(), _templates_kept(), quiet():
+            with self._enough_memory(), templates_kept(), quiet():
                 results = evaluate(
                     self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
                 )
@@ -293,37 +300,12 @@ def _reference(task: Any, doc: Any) -> str:
     return str(target)
 
 
-def _freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
-    """Build a task's requests once; lm-eval would draw new few-shot examples at every call."""
-    # private door: lm_eval.api.task.Task
-    fixed = task.get_config("num_fewshot")
-    if num_fewshot is not None and fixed != 0:  # as in lm-eval: a YAML's 0 stays 0
-        task.set_config("num_fewshot", num_fewshot)
-    elif fixed is None:
-        task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    try:
-        with quiet():
-            task.build_all_requests(limit=limit)
-    except Exception as error:  # templates, code and documents can raise anything
-        where = f"the requests of task {task.config.task}"
-        raise broken(task.config.task, "could not build its requests", where, error) from error
-    frozen = task.instances
-
-    def rebuild(**_: Any) -> None:
-        for request in frozen:
-            request.resps, request.filtered_resps = [], {}
-        task._instances = frozen
-
-    task.build_all_requests = rebuild
-
-
 def _answers(task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
     """The right choices and sizes of each item; empty for a task without choices."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return (), ()
     docs = [(row["doc"], len(row["resps"])) for row in rows]
-    with _templates_kept():
+    with templates_kept():
         gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
         return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
 
@@ -345,7 +327,7 @@ def _items(
         task.config.task,
         metric,
         weight,
-        tuple(f"{row['doc_hash'][:16]}:{row['prompt_hash'][:16]}" for row in rows),
+        tuple(name_of(row["doc_hash"], row["prompt_hash"]) for row in rows),
         tuple(map(float, values)),
         tuple(map(float, shares)),
         likelihoods,

@@ -1,28 +1,31 @@
-"""Write scores and evidence with their items to MLflow runs, and read them back.
+"""Write scores and evidence with their items to MLflow runs, and read back those that count.
 
 An evaluation is committed when its trial run is FINISHED and has a score.
 """
 
 import json
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Run, RunStatus
-from mlflow.exceptions import MlflowException
 
-from mlflow_soup.records import Evidence, Recipe, Score, Trial, Version
+from mlflow_soup.files.signing import sha256_of
+from mlflow_soup.records import Evidence, Examination, Recipe, Score, Trial, Version
 from mlflow_soup.registry import naming, scores
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.tracking import fetch, find_runs, log, metric
+from mlflow_soup.registry.tracking import log, metric
+from mlflow_soup.registry.trust import UNREADABLE, Trust, sign_file
 
+logger = logging.getLogger("mlflow_soup")
+
+SCHEMA = 2  # the version of the format of `evidence.json`
 _HELD_OUT = "held-out"
-# what reading a lost or damaged artifact raises
-_UNREADABLE = (MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]:
@@ -32,13 +35,25 @@ def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]
     return [metric(key, value, **about) for key, value in numbers.items()]
 
 
-def log_scores(client: Store, run_id: str, measured: Scores, file: str) -> None:
-    """Log scores with their item rows as an artifact."""
+def log_scores(
+    client: Store, run_id: str, measured: Scores, file: str, about: Mapping[str, Any]
+) -> str:
+    """Log scores with their item rows as an artifact, and sign it; return its SHA-256.
+
+    Args:
+        client: the store's client.
+        run_id: the run.
+        measured: the scores.
+        file: the artifact.
+        about: what the signature says that the scores are about.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, PurePosixPath(file).name)
         scores.write(measured, path)
         parent = str(PurePosixPath(file).parent)
         client.log_artifact(run_id, str(path), None if parent == "." else parent)
+        sign_file(client, run_id, file, path, "scores", about)
+        return sha256_of(path)
 
 
 @dataclass(frozen=True)
@@ -49,50 +64,101 @@ class Known:
     scores: Scores
 
 
-def find_score(client: Store, measured: str) -> Known | None:
-    """The scores of any trial that evaluated the same weights in the same way, or None."""
-    for run in find_runs(client, {naming.MEASURED: measured}):
-        if run.info.status == RunStatus.to_string(RunStatus.FINISHED):
-            score = _read_items(client, run)
-            if score is not None:
-                source = run.data.tags.get(naming.ITEMS_RUN, run.info.run_id)
-                truncated = run.data.metrics.get(naming.TRUNCATED, 0.0)
-                return Known(source, Scores({"": score}, {naming.TRUNCATED: truncated}))
+def find_score(trust: Trust, measured: str, fits: Callable[[Score], bool]) -> Known | None:
+    """The scores of any trial that evaluated the same weights in the same way, or None.
+
+    Args:
+        trust: which runs count.
+        measured: the digest of the weights and of the way they are scored.
+        fits: whether a score is one of the items that are scored now.
+    """
+    for run in trust.runs({naming.MEASURED: measured}):
+        score = _read_items(trust, run, measured, fits)
+        if score is not None:
+            source = run.data.tags.get(naming.ITEMS_RUN, run.info.run_id)
+            truncated = run.data.metrics.get(naming.TRUNCATED, 0.0)
+            return Known(source, Scores({"": score}, {naming.TRUNCATED: truncated}))
     return None
 
 
-def _read_items(client: Store, run: Run) -> Score | None:
-    """A trial's score, from its own items or those of the run it reuses; None if they are gone."""
+def _read_items(
+    trust: Trust, run: Run, measured: str, fits: Callable[[Score], bool]
+) -> Score | None:
+    """A trial's score, from its own items or those of the run it reuses; None if it has none.
+
+    A trial whose items are gone, or are not those that are scored now, is passed over.
+    """
     source = run.data.tags.get(naming.ITEMS_RUN, run.info.run_id)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return scores.read(fetch(client, source, naming.ITEMS, Path(folder))).mean
-        except _UNREADABLE:
+            about = {"measured": measured}
+            path = trust.read(source, naming.ITEMS, Path(folder), "scores", about)
+            score = scores.read(path).mean
+        except UNREADABLE:
             return None
+    if not fits(score):
+        logger.warning("run %s is passed over: its scores are of other items", run.info.run_id)
+        return None
+    return score
 
 
-def read_trials(client: Store, key: str) -> list[Trial]:
-    """The committed trials of a search, by number: those with a score and those that failed."""
+def read_trials(
+    trust: Trust,
+    key: str,
+    measured_of: Callable[[Recipe, Mapping[str, str]], str],
+    fits: Callable[[Score], bool],
+) -> list[Trial]:
+    """The committed trials of a search, by number: those with a score and those that failed.
+
+    A run that is malformed, or scored something else than its recipe says, is passed over.
+
+    Args:
+        trust: which runs count.
+        key: the search's key.
+        measured_of: gives `naming.MEASURED` for a recipe and the tags of its run.
+        fits: as for `find_score`.
+    """
     trials: dict[int, Trial] = {}
-    for run in find_runs(client, {naming.KEY: key, naming.ROLE: "trial"}):
-        tags, number = run.data.tags, int(run.data.tags[naming.NUMBER])
-        weights = run.data.params.get("weights")
-        if weights is None or number in trials:
+    for run in trust.runs({naming.KEY: key, naming.ROLE: "trial"}, finished=False):
+        try:
+            number, recipe = _read_recipe(run)
+            measured = measured_of(recipe, run.data.tags)
+        except UNREADABLE as error:
+            if "weights" in run.data.params:  # without, it was cut short
+                words = "run %s is passed over: it is no trial that mlflow-soup wrote (%s)"
+                logger.warning(words, run.info.run_id, type(error).__name__)
             continue
-        recipe = Recipe(run.data.params["method"], tuple(json.loads(weights)))
+        if number in trials:
+            continue
         if run.info.status == RunStatus.to_string(RunStatus.FINISHED):
-            score = _read_items(client, run)
+            if run.data.tags.get(naming.MEASURED) != measured:
+                words = "run %s is passed over: it scored something else than its recipe says"
+                logger.warning(words, run.info.run_id)
+                continue
+            score = _read_items(trust, run, measured, fits)
             if score is not None:
                 trials[number] = Trial(number, recipe, score, run.info.run_id)
-        elif naming.FAILED in tags:
+        elif naming.FAILED in run.data.tags:
             trials[number] = Trial(number, recipe, None, run.info.run_id)
     return [trials[number] for number in sorted(trials)]
 
 
-def log_evidence(
+def _read_recipe(run: Run) -> tuple[int, Recipe]:
+    """Number and recipe of a trial's run.
+
+    Raises:
+        KeyError, ValueError, TypeError: a tag or param is missing or malformed.
+    """
+    weights = tuple(map(float, json.loads(run.data.params["weights"])))
+    number = int(run.data.tags[naming.NUMBER])
+    if number < 0 or not all(0.0 <= weight <= 1.0 for weight in weights):
+        raise ValueError("a number is out of range")
+    return number, Recipe(run.data.params["method"], weights)
+
+
+def log_examination(
     client: Store,
-    run_id: str,
-    roles: Mapping[str, Evidence],
+    examination: Examination,
     model_ids: Mapping[str, str | None],
     datasets: Mapping[str, str],
 ) -> None:
@@ -102,18 +168,17 @@ def log_evidence(
 
     Args:
         client: the store's client.
-        run_id: the OOD run.
-        roles: `soup`, `parent 0`, `parent 1` …, `champion` → evidence.
+        examination: the OOD run's evidence.
         model_ids: role → logged model; a parent without one gets no metrics, since the run would
             show them as the soup's.
         datasets: `dev` and `ood` → digest of the items.
     """
-    index: dict[str, Any] = {}
+    run_id, index = examination.run_id, {}
     metrics: list[MlflowMetric] = []
-    for role, evidence in roles.items():
+    for role, evidence in examination.roles.items():
         file = f"{role.replace(' ', '-')}.parquet"
         of = {_HELD_OUT: evidence.held_out, **dict(evidence.ood)}
-        log_scores(client, run_id, Scores(of), file)
+        sha256 = log_scores(client, run_id, Scores(of), file, {"digest": evidence.digest})
         for position, score in enumerate(of.values()):
             prefix = naming.OOD if position else naming.HELD_OUT
             if model_ids[role] is not None or role == "soup":
@@ -133,23 +198,40 @@ def log_evidence(
             "version": evidence.version.number,
             "digest": evidence.digest,
             "scores": file,
+            "sha256": sha256,
         }
     log(client, run_id, metrics=metrics)
-    client.log_text(run_id, json.dumps(index, indent=2), naming.EVIDENCE)
+    content = {"schema": SCHEMA, "settings": dict(examination.settings), "roles": index}
+    text = json.dumps(content, indent=2)
+    client.log_text(run_id, text, naming.EVIDENCE)
+    sign_file(client, run_id, naming.EVIDENCE, text, "examination", {})
 
 
-def read_evidence(client: Store, run_id: str) -> dict[str, Evidence]:
-    """Role → evidence, as `log_evidence` wrote it; empty if any of it is lost or damaged."""
+def read_examination(trust: Trust, run_id: str) -> Examination | None:
+    """The examination of a run; None if it does not count, or any of it is lost or damaged."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        roles = {}
+        folder, roles = Path(temporary), {}
         try:
-            index = json.loads(fetch(client, run_id, naming.EVIDENCE, folder).read_text())
-            for role, entry in index.items():
-                of = dict(scores.read(fetch(client, run_id, entry["scores"], folder)).of)
+            path = trust.read(run_id, naming.EVIDENCE, folder, "examination", {})
+            content = json.loads(path.read_text())
+            if content["schema"] != SCHEMA:
+                return None
+            for role, entry in content["roles"].items():
+                about = {"digest": entry["digest"]}
+                file = trust.read(run_id, entry["scores"], folder, "scores", about)
+                if sha256_of(file) != entry["sha256"]:
+                    return None
+                of = dict(scores.read(file).of)
                 held_out = of.pop(_HELD_OUT)
-                version = Version(entry["model"], entry["version"])
+                version = Version(str(entry["model"]), int(entry["version"]))
                 roles[role] = Evidence(version, entry["digest"], held_out, tuple(of.items()))
-        except _UNREADABLE:
-            return {}
-    return roles
+            return Examination(run_id, roles, dict(content["settings"]))
+        except UNREADABLE:
+            return None
+
+
+def find_examinations(trust: Trust, tags: Mapping[str, str]) -> list[Examination]:
+    """The examinations of the OOD runs with these tags, newest first."""
+    found = trust.runs({naming.ROLE: "ood", **tags})
+    read = (read_examination(trust, run.info.run_id) for run in reversed(found))
+    return [examination for examination in read if examination is not None]

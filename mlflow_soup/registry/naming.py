@@ -19,10 +19,12 @@ KEY = "soup.key"  # digest of parents, method and settings; also on search and t
 REQUEST = "soup.request"  # digest of that and of the search's end: one request, one version
 DIGEST = "soup.digest"  # canonical digest of the soup's tensors
 GATE = "soup.gate"  # passed or refused; also on search runs
+GATE_RULES = "soup.gate_rules"  # JSON: margin, confidence, OOD tasks, items; also on search runs
 RUN_ID = "soup.run_id"  # the search run
 GATE_RUN = "soup.gate_run_id"  # the OOD run whose evidence the gate read
 PROMOTED_TO = "soup.promoted_to"  # "alias champion"
 PROMOTED_AT = "soup.promoted_at"  # UTC, ISO 8601
+PROMOTIONS = "soup.promotions"  # "alias champion 2026-…; stage Production 2026-…": all targets
 PREVIOUS = "soup.previous"  # the version that the target pointed to before
 # tags of runs
 ROLE = "soup.role"  # search, trial, ood, study, look or ledger
@@ -64,6 +66,8 @@ REPORT = "report.md"
 LANDSCAPE = "landscape"  # .png and .svg
 DISTANCES = "distances.png"  # between the parents, by layer
 PASSED, REFUSED = "passed", "refused"
+# the tags of a version that its copy in another registered model gets too
+COPIED = (LAMBDA, WEIGHTS, METHOD, KEY, REQUEST, RUN_ID, GATE, GATE_RULES, GATE_RUN, EVALUATOR)
 
 
 def format_parents(name: str, versions: tuple[Version, ...]) -> str:

@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from requests import HTTPError, RequestException
 from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 
-from mlflow_soup.errors import AwayError, RegistryError, StoreError
+from mlflow_soup.errors import AwayError, DeniedError, RegistryError, StoreError
 from mlflow_soup.redaction import redact
 
 # private door: sqlite: words of a full disk and of denials
@@ -25,6 +25,8 @@ _SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S
 _DENIED = re.compile(
     r"read-?\s?only|no such (table|column)|denied|unable to open|forbidden|\b40[13]\b", re.I
 )
+_FORBIDDEN = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAUTHORIZED")
+_REFUSED = re.compile(r"failed with error code 40[13]\b")  # a server's answer, in MLflow's words
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
 # messages of SQLite, Python and PostgreSQL, MySQL
 _FULL = ("disk is full", "No space left", "could not extend file", "The table is full")
@@ -57,6 +59,13 @@ def is_full(error: BaseException) -> bool:
 def is_denied(error: MlflowException) -> bool:
     """Whether the store denies access, which does not change with time."""
     return _DENIED.search(str(error.message)) is not None
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Whether MLflow's permissions, and no disk or database, deny access."""
+    return isinstance(error, MlflowException) and (
+        error.error_code in _FORBIDDEN or _REFUSED.search(str(error.message)) is not None
+    )
 
 
 def is_transient(error: BaseException) -> bool:
@@ -93,6 +102,7 @@ def asking(what: str) -> Iterator[None]:
 
     Raises:
         StoreError: the store was away too long, or a disk is full or fails.
+        DeniedError: MLflow's permissions forbid it.
         RegistryError: MLflow refused.
     """
     try:
@@ -123,6 +133,13 @@ def asking(what: str) -> Iterator[None]:
             ) from error
         if not isinstance(error, MlflowException | RequestException):
             raise
+        if is_forbidden(error):
+            raise DeniedError(
+                f"you may not {what}: {error}",
+                where=where(),
+                fix="ask whoever has MANAGE on it, or an administrator of the server, to grant the "
+                "permission that the table in the manual names for this command",
+            ) from error
         raise RegistryError(
             f"MLflow refused to {what}: {error}",
             where=where(),

@@ -8,23 +8,43 @@ and the same command promotes again. If someone moved the target by hand, it sta
 """
 
 import getpass
+import json
+import logging
 import secrets
 import socket
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from mlflow_soup.errors import GateError, OvertakenError
+from mlflow.exceptions import MlflowException
+
+from mlflow_soup.errors import DeniedError, GateError, OvertakenError
+from mlflow_soup.files.signing import Verifier, open_signer, sha256_of
 from mlflow_soup.records import Version
 from mlflow_soup.registry import family, naming
 from mlflow_soup.registry.ledger import Entry, Ledger, open_ledger
+from mlflow_soup.registry.links import version_path
 from mlflow_soup.registry.outages import asking, where
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.versions import find_copies, set_tags, tags_of, unregister, version_at
+from mlflow_soup.registry.versions import (
+    find_copies,
+    find_registered,
+    look_up,
+    set_tags,
+    tags_of,
+    unregister,
+    version_at,
+    versions_of,
+)
 from mlflow_soup.request.names import Target
 
+logger = logging.getLogger("mlflow_soup")
+
 MADE, VOID = "made", "void"  # marks on entries
+SIGNED = "signed"  # the field of an entry that holds its signature
+_LONGEST = 4000  # characters of an entry; MLflow cuts a param at 6000, and the signature needs some
 SERIES = "promotion/"
 # a promotion takes a second, but the clocks of two machines may differ by more
 UNDER_WAY_S = 600.0
@@ -45,61 +65,90 @@ def promote(
     client: Store,
     version: Version,
     target: Target,
-    check: Callable[[Version], None] = lambda _: None,
+    told: Mapping[str, Any],
+    covers: Callable[[Version], bool] = lambda _: True,
 ) -> Version:
-    """Point the target at a version that passed the gate, and return what it then points to.
+    """Point the target at a version, and return what it then points to.
 
     The order of the last three steps survives a crash: the ledger's entry, the move, the mark.
 
     Args:
         client: the store's client.
-        version: the soup; the caller has verified its bytes.
+        version: the soup; the caller has computed its verdict.
         target: an alias, a stage, or an alias of another registered model, which gets a copy.
-        check: raises a GateError for a version that the soup was not judged against.
+        told: for the ledger: digest, verdict, rules and run of the verdict.
+        covers: whether the verdict covers a version, so that the soup may replace it.
 
     Returns:
         `version`, or its copy in the other model.
 
     Raises:
-        GateError: the gate did not pass the version, or judged it against another version than
-            the one at the target.
+        GateError: someone put a version at the target that the verdict does not cover.
         OvertakenError: another promotion came first; the target keeps what it put there.
     """
-    tags = tags_of(client, version)
-    _require_passed(version, tags)
+    owner = target.model or version.name
     with asking(f"promote {version} to {target}"):
-        owner = target.model or version.name
-        if target.model:
-            version = _copy(client, version, target.model)
         ledger = open_ledger(client, owner)
-        entries = _settle_last(ledger, target, version)
-        previous = version_at(client, owner, target)
-        _check_previous(ledger, target, version, previous, check)
-        if previous == version and _was_made(entries, version):
-            return version
-        told = _announcement(version, previous, target, tags)
-        ours = Entry(entries[-1].number + 1 if entries else 1, told)
-        if not ledger.append(series_of(target), ours.number, told):
-            raise _overtaken(target, version, previous)
-        found = _move_unless_overtaken(ledger, target, ours, version, previous)
-        ledger.mark(series_of(target), ours.number, MADE if found == version else VOID)
+        standing = version_at(client, owner, target)
+        _check_previous(ledger, target, version, standing, covers)
+        made = None
+        if target.model:
+            version, made = _copy(client, version, target.model, str(told["digest"]))
+        try:
+            return _promote(ledger, version, target, told, standing)
+        except OvertakenError:
+            if made is not None:
+                _discard_copy(ledger, made)
+            raise
+
+
+def _promote(
+    ledger: Ledger,
+    version: Version,
+    target: Target,
+    told: Mapping[str, Any],
+    covered: Version | None,
+) -> Version:
+    """Append the entry, move the target, mark the entry.
+
+    Args:
+        ledger: the ledger of the target's owner.
+        version: the version to promote, of the same model.
+        target: the target.
+        told: as for `promote`.
+        covered: what the target pointed to when it was checked that the verdict covers it.
+    """
+    entries = _settle_last(ledger, target, version)
+    previous = version_at(ledger.client, ledger.name, target)
+    if previous == version and _was_made(entries, version):
+        return version
+    if previous not in (covered, version):
+        raise _overtaken(target, version, previous)
+    number = entries[-1].number + 1 if entries else 1
+    content = _announcement(version, previous, target, told)
+    series = series_of(target)
+    ours = Entry(number, sign(ledger.name, series, number, content))
+    if not ledger.append(series, ours.number, ours.told):
+        raise _overtaken(target, version, previous)
+    found = _move_unless_overtaken(ledger, target, ours, version, previous)
+    ledger.mark(series, ours.number, MADE if found == version else VOID)
     if found != version:
         raise _overtaken(target, version, found)
     return version
 
 
-def _require_passed(version: Version, tags: Mapping[str, str]) -> None:
-    """Refuse a version that the gate has not passed.
-
-    Raises:
-        GateError: its tag `soup.gate` is not `passed`.
-    """
-    if tags.get(naming.GATE) != naming.PASSED:
-        raise GateError(
-            f"{version} has not passed the gate, so it is not promoted",
-            where=f"{version.uri}, tag {naming.GATE}",
-            fix=f"run mlflow-soup evaluate and then mlflow-soup gate --model {version.name} "
-            f"--version v{version.number}",
+def _discard_copy(ledger: Ledger, copy: Version) -> None:
+    """Delete a copy that was made for a promotion that was not made, unless others use it."""
+    client = ledger.client
+    told = [entry.told for series in ledger.series(SERIES) for entry in ledger.read(series)]
+    found = look_up(client, copy)
+    if found is None or found.aliases or copy.number in {entry.get("to") for entry in told}:
+        return
+    try:
+        unregister(client, copy)
+    except DeniedError:
+        logger.warning(
+            "%s is a copy for a promotion that was not made; you may not delete it", copy
         )
 
 
@@ -123,22 +172,24 @@ def _check_previous(
     target: Target,
     version: Version,
     previous: Version | None,
-    check: Callable[[Version], None],
+    covers: Callable[[Version], bool],
 ) -> None:
     """Check the version at the target; another one than the gate judged against may be there.
 
     Raises:
         GateError: someone put it there by hand, and the soup was not judged against it.
-        OvertakenError: another promotion put it there.
+        OvertakenError: another promotion put it there since the verdict was computed.
     """
-    if previous is None or previous == version:
+    if previous is None or previous == version or covers(previous):
         return
-    try:
-        check(previous)
-    except GateError as error:
-        if not _was_made(ledger.read(series_of(target)), previous):
-            raise
-        raise _overtaken(target, version, previous) from error
+    if _was_made(ledger.read(series_of(target)), previous):
+        raise _overtaken(target, version, previous)
+    raise GateError(
+        f"{version} would replace {previous}, but the two were not scored out of domain together",
+        where=previous.uri,
+        fix=f"run mlflow-soup evaluate --model {version.name} --version v{version.number} "
+        f"--promote {target.text}, then mlflow-soup promote",
+    )
 
 
 def _was_made(entries: Sequence[Entry], version: Version) -> bool:
@@ -148,18 +199,41 @@ def _was_made(entries: Sequence[Entry], version: Version) -> bool:
 
 
 def _announcement(
-    version: Version, previous: Version | None, target: Target, tags: Mapping[str, str]
+    version: Version, previous: Version | None, target: Target, told: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of a promotion's entry."""
-    return {
+    content = {
         "to": version.number,
         "from": previous.number if previous else None,
-        "digest": tags.get(naming.DIGEST),
-        "gate_run": tags.get(naming.GATE_RUN),
-        "verdict": tags[naming.GATE],
         "target": str(target),
+        **told,
         **signature(),
     }
+    if len(json.dumps(content)) > _LONGEST:  # MLflow would cut it
+        tasks = content["rules"]["tasks"]
+        content["rules"] = {**content["rules"], "tasks": f"{len(tasks)} tasks"}
+    return content
+
+
+def sign(model: str, series: str, number: int, content: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry's content, with its signature if this process has a key."""
+    signer = open_signer()
+    if signer is None:
+        return dict(content)
+    about = {"model": model, "series": series, "number": number}
+    name = f"{naming.ledger_name(model)} {series}/{number}"
+    return {**content, SIGNED: signer.sign("entry", name, _digest(content), about)}
+
+
+def is_signed(verifier: Verifier, model: str, series: str, entry: Entry) -> bool:
+    """Whether one of the keys signed an entry of this ledger, in this place."""
+    content = {key: value for key, value in entry.told.items() if key != SIGNED}
+    about = {"model": model, "series": series, "number": entry.number}
+    return verifier.holds(str(entry.told.get(SIGNED)), "entry", _digest(content), about)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256_of(json.dumps(content, sort_keys=True))
 
 
 def _move_unless_overtaken(
@@ -231,41 +305,110 @@ def settle(ledger: Ledger, series: str, entry: Entry) -> Entry:
 
 
 def _move(client: Store, version: Version, target: Target, told: Mapping[str, Any]) -> None:
-    """Tag the version, then move the target to it."""
-    tags = {
-        naming.PROMOTED_TO: str(told["target"]),
-        naming.PROMOTED_AT: str(told["at"]),
-        naming.PREVIOUS: str(told["from"] or ""),
-    }
-    set_tags(client, version, tags)
-    owner, number = version.name, str(version.number)
+    """Move the target to the version, and tag the version.
+
+    An alias moves last: whoever is told of it finds the tags. If it cannot be moved, the tags are
+    as before. A stage has no event of its own, and pipelines are told of the tags: these come last.
+    """
     if target.kind == "stage":
+        _move_stage(client, version, target.name)
+        set_tags(client, version, _promotion_tags(client, version, told))
+        return
+    before = tags_of(client, version)
+    tags = _promotion_tags(client, version, told)
+    set_tags(client, version, tags)
+    try:
+        client.set_registered_model_alias(version.name, target.name, str(version.number))
+    except MlflowException:
+        set_tags(client, version, {name: before.get(name, "") for name in tags})
+        raise
+
+
+def _promotion_tags(client: Store, version: Version, told: Mapping[str, Any]) -> dict[str, str]:
+    """The tags that say where and when a version was promoted; all its targets, and the last."""
+    target, at = str(told["target"]), str(told["at"])
+    earlier = tags_of(client, version).get(naming.PROMOTIONS, "")
+    others = [line for line in earlier.split("; ") if line and not line.startswith(f"{target} ")]
+    return {
+        naming.PROMOTED_TO: target,
+        naming.PROMOTED_AT: at,
+        naming.PREVIOUS: str(told["from"] or ""),
+        naming.PROMOTIONS: "; ".join([*others, f"{target} {at}"]),
+    }
+
+
+def _move_stage(client: Store, version: Version, stage: str) -> None:
+    """Move a version to a stage, and what it replaces to Archived."""
+
+    def move(number: int, to: str, *, archive: bool) -> None:
         client.transition_model_version_stage(
-            owner, number, target.name, archive_existing_versions=True
+            version.name, str(number), to, archive_existing_versions=archive
         )
-    else:
-        client.set_registered_model_alias(owner, target.name, number)
+
+    try:
+        move(version.number, stage, archive=True)
+    except MlflowException as error:
+        # private door: mlflow on PostgreSQL compares a number with a text (mlflow#24592)
+        if "operator does not exist" not in str(error.message):
+            raise
+        move(version.number, stage, archive=False)
+        for other in versions_of(client, version.name):
+            if other.current_stage == stage and int(other.version) != version.number:
+                move(int(other.version), "Archived", archive=False)
 
 
-def _copy(client: Store, version: Version, model: str) -> Version:
-    """The version's copy in another registered model; the first call makes it."""
-    tags = tags_of(client, version)
-    digest = tags.get(naming.DIGEST, "")
-    made: list[Version] = []
+def _copy(
+    client: Store, version: Version, model: str, digest: str
+) -> tuple[Version, Version | None]:
+    """The version's copy in another registered model, and the same again if this call made it.
 
-    def create() -> Version:
-        made.append(Version(model, int(client.copy_model_version(version.uri, model).version)))
-        return made[-1]
+    The copy has the tags that say what the soup is, and none that say where the original was
+    promoted to: `copy_model_version` would copy all of them, and the description.
+    """
+    with asking(f"copy {version} to {model}"):
+        source = client.get_model_version(version.name, str(version.number))
+        parents = tuple(parent for parent, _ in family.read(version, source.tags).parents)
+        tags = {name: source.tags[name] for name in naming.COPIED if name in source.tags}
+        # bare numbers would mean versions of the copy's model
+        tags |= {naming.DIGEST: digest, naming.PARENTS: naming.format_parents(model, parents)}
+        if found := find_copies(client, version, model):
+            _mend_tags(client, found[0], tags)
+            return found[0], None
+        attempt = {naming.ATTEMPT: uuid.uuid4().hex}
+        _make_model(client, model)
 
-    def look() -> Version | None:
-        return next(iter(find_copies(client, version, model, digest)), None)
+        def create() -> Version:
+            made = client.create_model_version(
+                model,
+                source=version.uri,
+                run_id=source.run_id,
+                tags={**tags, **attempt},
+                description=f"Copy of [{version}](#{version_path(version)}).",
+                await_creation_for=0,
+            )
+            return Version(model, int(made.version))
 
-    client.once(look, create, f"copy {version} to {model}")
-    copy = find_copies(client, version, model, digest)[0]
-    if made and made[-1] != copy:  # another process made its copy first
-        unregister(client, made[-1])
-    # MLflow copied bare numbers, which would mean versions of the copy's model
-    parents = tuple(parent for parent, _ in family.read(version, tags).parents)
-    if parents:
-        set_tags(client, copy, {naming.PARENTS: naming.format_parents(model, parents)})
-    return copy
+        def look() -> Version | None:
+            return next(iter(find_copies(client, version, model, attempt)), None)
+
+        made = client.once(look, create, f"copy {version} to {model}")
+        first = find_copies(client, version, model)[0]
+        if made != first:  # another process made its copy first
+            unregister(client, made)
+            return first, None
+    return made, made
+
+
+def _mend_tags(client: Store, copy: Version, tags: Mapping[str, str]) -> None:
+    """Give a copy the tags of its original again, if somebody has changed them."""
+    now = tags_of(client, copy)
+    set_tags(client, copy, {name: text for name, text in tags.items() if now.get(name) != text})
+
+
+def _make_model(client: Store, model: str) -> None:
+    """Register a model if there is none of this name."""
+
+    def look() -> Any:
+        return find_registered(client, model)
+
+    client.once(look, lambda: client.create_registered_model(model), f"register model {model}")

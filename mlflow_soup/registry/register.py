@@ -20,7 +20,6 @@ from mlflow_soup.registry.outages import NOT_FOUND, asking
 from mlflow_soup.registry.pull import download_tree
 from mlflow_soup.registry.store import Store, pages
 from mlflow_soup.registry.versions import (
-    find_soup,
     find_soups,
     find_version,
     model_id,
@@ -39,6 +38,7 @@ def register_soup(
     tags: Mapping[str, str],
     description: str,
     check: Callable[[Path], None],
+    fits: Callable[[Version], bool] = lambda _: True,
 ) -> Version:
     """Upload a soup and register it as a new version with MLflow's own lineage to its parents.
 
@@ -54,6 +54,8 @@ def register_soup(
         tags: the version's tags, with `soup.request`; one transaction writes them and it.
         description: Markdown for the version's page.
         check: raises an error if the files that the store returns are not the uploaded ones.
+        fits: whether a version whose tags name the request is its result; the others are left
+            alone.
 
     Returns:
         The version of the request: ours, or the one that another process registered first.
@@ -85,7 +87,7 @@ def register_soup(
         inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
         client.log_inputs(run_id, models=inputs)
         _link_output(client, run_id, logged.model_id)
-        version = _register_once(client, name, logged.model_id, run_id, tags, description)
+        version = _register_once(client, name, logged.model_id, run_id, tags, description, fits)
         if model_id(client, version) == logged.model_id:
             _settle_upload(client, logged.model_id, version)
     return version
@@ -156,9 +158,13 @@ def _register_once(
     run_id: str,
     tags: Mapping[str, str],
     description: str,
+    fits: Callable[[Version], bool],
 ) -> Version:
     """The one version of a request; ours is deleted if another process registered first."""
     request = {naming.REQUEST: tags[naming.REQUEST]}
+
+    def registered() -> list[Version]:
+        return [version for version in find_soups(client, name, request) if fits(version)]
 
     def create() -> Version:
         created = client.create_model_version(
@@ -172,8 +178,8 @@ def _register_once(
         )
         return Version(name, int(created.version))
 
-    client.once(lambda: find_soup(client, name, request), create, "register a version")
-    first, *others = find_soups(client, name, request)
+    client.once(lambda: next(iter(registered()), None), create, "register a version")
+    first, *others = registered()
     for version in others:
         found = find_version(client, name, VersionRef(version.number, None))
         # a version may be gone: its own process deletes it, too

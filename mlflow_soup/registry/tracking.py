@@ -214,19 +214,42 @@ def fetch(client: Store, run_id: str, file: str, folder: Path) -> Path:
     return client.download(download, there, f"fetch {file} of run {run_id}")
 
 
-def find_runs(client: Store, tags: Mapping[str, str], *, status: str = "") -> list[Run]:
-    """All runs with these tags, in any experiment, oldest first.
+def here(client: Store, experiment: str) -> str:
+    """The id of the experiment that a request writes to; empty if there is none of this name yet.
+
+    Args:
+        client: the store's client.
+        experiment: the experiment's name; empty for MLflow's choice.
+    """
+    if not experiment:
+        return str(client.persist(_get_experiment_id, "choose the experiment"))
+    found = client.get_experiment_by_name(experiment)
+    return "" if found is None else str(found.experiment_id)
+
+
+def find_runs(
+    client: Store,
+    tags: Mapping[str, str],
+    *,
+    status: str = "",
+    experiments: Sequence[str] | None = None,
+) -> list[Run]:
+    """All runs with these tags, oldest first.
 
     Args:
         client: the store's client.
         tags: must be equal; our tags hold no quote or backslash, so no run has one that does.
         status: RUNNING, FINISHED …; empty for any.
+        experiments: the ids of the experiments to search; None for all of them.
     """
     if any(mark in value for value in tags.values() for mark in "'\\"):
         return []
     clauses = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
     clauses += [f"attributes.status = '{status}'"] if status else []
-    experiments = [e.experiment_id for e in pages(client.search_experiments)]
+    if experiments is None:
+        experiments = [e.experiment_id for e in pages(client.search_experiments)]
+    if not experiments:
+        return []
     order = ["attributes.start_time ASC"]
-    found = pages(client.search_runs, experiments, " and ".join(clauses), order_by=order)
+    found = pages(client.search_runs, list(experiments), " and ".join(clauses), order_by=order)
     return [run for run in found if tags.items() <= run.data.tags.items()]  # some ignore case

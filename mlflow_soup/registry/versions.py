@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from mlflow_soup.errors import ParentError, SpecError
@@ -144,53 +144,27 @@ def holder(client: Store, name: str, alias: str) -> Version | None:
     return Version(name, int(found.version)) if found is not None else None
 
 
+def find_registered(client: Store, name: str) -> RegisteredModel | None:
+    """MLflow's record of a registered model, or None if there is none."""
+    with asking(f"look up {name}"):
+        try:
+            return client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code == NOT_FOUND:
+                return None
+            raise
+
+
 def policy(client: Store, name: str) -> dict[str, str]:
-    """The registered model's tags."""
-    with asking(f"read the tags of {name}"):
-        return dict(client.get_registered_model(name).tags)
+    """The registered model's tags; none if there is no such model yet."""
+    found = find_registered(client, name)
+    return dict(found.tags) if found is not None else {}
 
 
 def tags_of(client: Store, version: Version) -> dict[str, str]:
     """A version's tags."""
     with asking(f"read the tags of {version}"):
         return dict(client.get_model_version(version.name, str(version.number)).tags)
-
-
-def soup_tags(client: Store, version: Version) -> dict[str, str]:
-    """A soup's tags, after a check that the tags it was registered with are still readable.
-
-    Raises:
-        SpecError: the version is not a soup, or someone changed or deleted such a tag.
-    """
-    tags = tags_of(client, version)
-    if naming.DIGEST not in tags:
-        raise SpecError(
-            f"{version} is not a soup: it has no tag {naming.DIGEST}",
-            where=version.uri,
-            fix="name a version that mlflow-soup run registered",
-        )
-    spoilt = [
-        tag
-        for tag in (naming.PARENTS, naming.WEIGHTS, naming.KEY, naming.RUN_ID)
-        if tag not in tags
-    ]
-    readers = {
-        naming.PARENTS: lambda text: naming.parse_parents(version.name, text),
-        naming.WEIGHTS: naming.parse_weights,
-    }
-    for tag, read in readers.items():
-        try:
-            read(tags.get(tag, ""))
-        except ValueError:
-            spoilt.append(tag)
-    if spoilt:
-        raise SpecError(
-            f"someone changed the tags of {version}: {', '.join(dict.fromkeys(spoilt))}",
-            where=version.uri,
-            fix=f"set them to the values that mlflow-soup verify {version.uri} finds in the "
-            "manifest, or delete the version and run its request again",
-        )
-    return tags
 
 
 def trace(client: Store, version: Version) -> family.Family:
@@ -244,11 +218,6 @@ def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Versio
     return sorted(Version(name, int(v.version)) for v in found if tags.items() <= v.tags.items())
 
 
-def find_soup(client: Store, name: str, tags: Mapping[str, str]) -> Version | None:
-    """The version with these tags, or None; the lowest number if there are several."""
-    return next(iter(find_soups(client, name, tags)), None)
-
-
 def unregister(client: Store, version: Version) -> None:
     """Delete a version."""
     name, number = version.name, str(version.number)
@@ -261,6 +230,12 @@ def describe(client: Store, version: Version, description: str) -> None:
         client.update_model_version(version.name, str(version.number), description)
 
 
+def description_of(client: Store, version: Version) -> str:
+    """A version's description."""
+    with asking(f"read the description of {version}"):
+        return str(client.get_model_version(version.name, str(version.number)).description or "")
+
+
 def version_at(client: Store, name: str, target: Target) -> Version | None:
     """The version that a target points to now, or None."""
     if target.kind != "stage":
@@ -270,12 +245,14 @@ def version_at(client: Store, name: str, target: Target) -> Version | None:
     return Version(name, max(numbers)) if numbers else None
 
 
-def find_copies(client: Store, version: Version, model: str, digest: str) -> list[Version]:
-    """The copies of a version in another registered model, by number."""
+def find_copies(
+    client: Store, version: Version, model: str, tags: Mapping[str, str] | None = None
+) -> list[Version]:
+    """The copies of a version in another registered model, by number; with `tags`, only those."""
     with asking(f"search the versions of {model}"):
         found = versions_of(client, model)
     return sorted(
         Version(model, int(v.version))
         for v in found
-        if v.tags.get(naming.DIGEST) == digest and v.source == version.uri
+        if v.source == version.uri and (tags or {}).items() <= v.tags.items()
     )

@@ -27,6 +27,7 @@ from mlflow_soup.search.belief import believe
 from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.space import Space
 
+_SECTION = "## Out of domain"  # the heading of a report's last section
 # colour-blind safe (Okabe & Ito 2008)
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
@@ -80,6 +81,31 @@ def checks_table(verdict: Verdict) -> str:
         "holds",
     ]
     return _table(head, rows)
+
+
+def verdict_words(verdict: Verdict) -> str:
+    """The verdict and its rules in one sentence."""
+    word = "passed" if verdict.passed else "refused"
+    return f"The gate {word} the soup by these rules: {verdict.rules}."
+
+
+def verdict_section(verdict: Verdict, roles: Mapping[str, Evidence], promoted: str = "") -> str:
+    """The last section of a report: the verdict, its evidence and its checks."""
+    parts = [
+        f"{_SECTION}: {'passed' if verdict.passed else 'refused'}",
+        verdict_words(verdict),
+        ood_table(roles),
+        checks_table(verdict),
+    ]
+    if promoted:
+        parts.append(f"Promoted: **{promoted}**.")
+    return "\n\n".join(parts) + "\n"
+
+
+def renew(text: str, section: str) -> str:
+    """A report whose last section is replaced by another verdict's."""
+    before = text[: text.index(_SECTION)] if _SECTION in text else f"{text.rstrip()}\n\n"
+    return before.lstrip() + section
 
 
 def ood_table(roles: Mapping[str, Evidence]) -> str:
@@ -172,16 +198,9 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
             else "These scores did not influence the choice of the soup."
         ),
     ]
-    if story.verdict is not None:
-        word = "passed" if story.verdict.passed else "refused"
-        parts += [
-            f"## Out of domain: {word}",
-            ood_table(story.roles),
-            checks_table(story.verdict),
-        ]
-    if story.promoted:
-        parts.append(f"Promoted: **{story.promoted}**.")
     parts += story.notes
+    if story.verdict is not None:
+        parts.append(verdict_section(story.verdict, story.roles, story.promoted).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -285,7 +304,8 @@ def summary(story: Story, look: Sequence[str]) -> str:
     how = f"{soup.recipe.label}, {len(story.trials)} evaluations"
     lines.append(f"{done} {soup.version.uri} ({how})")
     if story.verdict is not None:
-        lines.append(f"gate {'passed' if story.verdict.passed else 'REFUSED'}")
+        word = "passed" if story.verdict.passed else "REFUSED"
+        lines.append(f"gate {word} ({story.verdict.rules})")
         lines += [f"  {format_check(check)}" for check in story.verdict.checks]
     else:
         lines.append("gate not run: no OOD tasks were given (--ood-tasks)")

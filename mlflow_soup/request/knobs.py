@@ -24,6 +24,29 @@ class Range:
     words: str
 
 
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the gate: a command line may be stricter than the policy, never looser.
+
+    Attributes:
+        holds: whether a value of the command line, given first, is as strict as the policy's.
+        words: what the command line must give, in front of the policy's value.
+    """
+
+    holds: Callable[[Any, Any], bool]
+    words: str
+
+
+AT_MOST = Rule(lambda ours, policy: ours <= policy, "at most")
+AT_LEAST = Rule(lambda ours, policy: ours >= policy, "at least")
+SAME = Rule(lambda ours, policy: ours == policy, "the same,")
+ALL_OF = Rule(lambda ours, policy: {*_pieces(policy)} <= {*_pieces(ours)}, "all of")
+
+
+def _pieces(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
 def whole(least: int, most: int | None = None) -> Range:
     """Whole numbers from `least`, up to `most` if there is one."""
     if most is None:
@@ -47,6 +70,7 @@ def knob(
     policy: bool = False,
     choices: tuple[str, ...] = (),
     range: Range | None = None,
+    rule: Rule | None = None,
 ) -> Any:
     """A field of a spec that is an option of some commands.
 
@@ -58,6 +82,7 @@ def knob(
         policy: whether a tag of the registered model may set it.
         choices: the texts that it may be; empty for any.
         range: the numbers that it may be; None for any.
+        rule: for a rule of the gate, how the command line may differ from the policy; else None.
     """
     metadata = {
         "group": group,
@@ -66,6 +91,7 @@ def knob(
         "policy": policy,
         "choices": choices,
         "range": range,
+        "rule": rule,
     }
     return field(default=default, metadata=metadata)
 
@@ -134,6 +160,22 @@ def read(knob_: Field[Any], text: str) -> Any:
             where="tags of the registered model",
             fix=f"set the tag to {what}, or pass {option(knob_)}",
         ) from error
+
+
+def check_rule(knob_: Field[Any], ours: Any, policy: Any, owner: str) -> None:
+    """Refuse a rule of the command line that is looser than that of the policy.
+
+    Raises:
+        SpecError: it is.
+    """
+    rule: Rule = knob_.metadata["rule"]
+    if not rule.holds(ours, policy):
+        raise SpecError(
+            f"{option(knob_)} {ours} is looser than the policy of {owner}, which says {policy}",
+            where=f"{option(knob_)}, and tag soup.{knob_.name} of {owner}",
+            fix=f"leave {option(knob_)} out, or give {rule.words} {policy}; whoever owns {owner} "
+            "may change the tag",
+        )
 
 
 def numbers(knob_: Field[Any], text: str, least: float, most: float) -> tuple[float, ...]:

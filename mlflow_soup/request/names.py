@@ -143,6 +143,11 @@ class Target:
     def __str__(self) -> str:
         return f"{self.model}@{self.name}" if self.model else f"{self.kind} {self.name}"
 
+    @property
+    def text(self) -> str:
+        """The target as a user writes it; `parse_target` reads it."""
+        return f"model:{self.model}@{self.name}" if self.model else f"{self.kind}:{self.name}"
+
 
 def parse_target(text: str) -> Target:
     """`alias:champion` (or just `champion`), `stage:Production`, `model:prod-llm@champion`.

@@ -13,7 +13,17 @@ from typing import Any, Self
 
 from mlflow_soup.errors import SpecError
 from mlflow_soup.request import knobs
-from mlflow_soup.request.knobs import Range, finite, kind, knob, whole
+from mlflow_soup.request.knobs import (
+    ALL_OF,
+    AT_LEAST,
+    AT_MOST,
+    SAME,
+    Range,
+    finite,
+    kind,
+    knob,
+    whole,
+)
 from mlflow_soup.request.names import (
     VersionRef,
     check_alias,
@@ -32,6 +42,7 @@ PARENTS_IN = ("mmap", "memory")
 EVALUATORS = ("prepared", "lm-eval")
 # a test compares this with `search.methods.METHODS`
 METHODS = ("bayesopt", "uniform", "greedy", "fisher", "regmean", "grid", "random", "best")
+EVIDENCE = ("experiment", "own", "signed")
 TIES = ("add", "drop")
 ESTIMATORS = ("empirical", "sampled")
 STUDIES = {
@@ -221,14 +232,15 @@ class Spec:
         SCORE,
         "",
         "Out-of-domain lm-eval tasks for the gate, in the form of --tasks.",
-        "run evaluate heldout ood methods",
+        "run evaluate gate promote heldout ood methods",
         policy=True,
+        rule=ALL_OF,
     )
     include_path: str = knob(
         SCORE,
         "",
         "Folder with your own lm-eval task YAMLs.",
-        f"run evaluate {_ALL}",
+        f"run evaluate gate promote {_ALL}",
         policy=True,
     )
     allow_task_code: str = knob(
@@ -236,13 +248,13 @@ class Spec:
         "",
         "SHA-256 of the task folders whose Python code may run, separated by commas. A refusal "
         "prints the digest.",
-        f"run evaluate {_ALL}",
+        f"run evaluate gate promote {_ALL}",
     )
     num_fewshot: int | None = knob(
         SCORE,
         None,
         "Number of few-shot examples, where the task does not fix it.",
-        f"run evaluate {_ALL}",
+        f"run evaluate gate promote {_ALL}",
         policy=True,
         range=whole(0),
     )
@@ -281,26 +293,52 @@ class Spec:
         GATE,
         0.01,
         "Allowed loss on each OOD task, in units of its metric (0.01 = one accuracy point).",
-        "run gate",
+        "run gate promote",
         policy=True,
         range=finite(),
+        rule=AT_MOST,
     )
     confidence: float = knob(
         GATE,
         0.95,
         "Confidence of the one-sided bounds of the gate.",
-        "run gate",
+        "run gate promote",
         policy=True,
         range=Range(
             lambda value: 0.5 < value < 1.0, "give a number between 0.5 and 1, such as 0.95"
         ),
+        rule=AT_LEAST,
+    )
+    min_items: int = knob(
+        GATE,
+        1,
+        "Smallest number of items of each OOD task.",
+        "run gate promote",
+        policy=True,
+        range=whole(1),
+        rule=AT_LEAST,
     )
     champion: str = knob(
         GATE,
         "champion",
         "Alias of the version that the soup must not be worse than.",
-        "run evaluate gate",
+        "run evaluate gate promote",
         policy=True,
+        rule=SAME,
+    )
+    evidence: str = knob(
+        GATE,
+        "experiment",
+        "Which stored scores count: those of the runs in --experiment, none (own: all is measured "
+        "anew), or only those that a --public-key signed.",
+        "run evaluate gate promote",
+        choices=EVIDENCE,
+    )
+    public_key: str = knob(
+        GATE,
+        "",
+        "PEM files with the public keys that count, separated by commas.",
+        "run evaluate gate promote",
     )
     promote: str = knob(
         GATE,
@@ -326,7 +364,7 @@ class Spec:
         MACHINE,
         "",
         "MLflow experiment. Default: MLFLOW_EXPERIMENT_NAME, or the experiment Default.",
-        f"run evaluate {_ALL}",
+        f"run evaluate gate promote {_ALL}",
     )
     store_patience: float = knob(
         MACHINE,
@@ -401,6 +439,19 @@ class Spec:
                 where=knobs.place(self._knob("calibration")),
                 fix="name a text file; without this option the held-out items are read",
             )
+        for file in self.public_keys:
+            if not file.is_file():
+                raise SpecError(
+                    f"there is no file {file}",
+                    where="--public-key",
+                    fix="name a PEM file with a public key",
+                )
+        if self.evidence == "signed" and not self.public_key:
+            raise SpecError(
+                "no public key was named",
+                where="--evidence signed",
+                fix="name the keys whose signatures count: --public-key gate.pub.pem",
+            )
         for folder in filter(None, self.include_path.split(os.pathsep)):
             if not Path(folder).is_dir():
                 raise SpecError(
@@ -435,6 +486,16 @@ class Spec:
         return tuple(part.strip() for part in self.allow_task_code.split(",") if part.strip())
 
     @property
+    def public_keys(self) -> tuple[Path, ...]:
+        """The files with the public keys whose signatures count."""
+        return tuple(Path(part.strip()) for part in self.public_key.split(",") if part.strip())
+
+    @property
+    def believed(self) -> str:
+        """Which stored scores count, one of `EVIDENCE`: with a public key, the signed ones."""
+        return "signed" if self.public_key and self.evidence == "experiment" else self.evidence
+
+    @property
     def shares(self) -> tuple[float, ...]:
         """The shares of the held-out items to study, ascending."""
         return knobs.numbers(self._knob("fractions"), self.fractions, 0.001, 1.0)
@@ -454,18 +515,37 @@ class Spec:
         """The largest number of evaluations of a search."""
         return 4 * len(self.parents) if self.trials is None else self.trials
 
-    def settle(self, policy: Mapping[str, str]) -> "Spec":
+    def settle(
+        self,
+        policy: Mapping[str, str],
+        rules: Mapping[str, str] | None = None,
+        owner: str = "the registered model",
+    ) -> "Spec":
         """The spec, with the knobs that the caller did not name set by policy tags.
 
         Args:
             policy: the tags of the registered model; only `soup.<knob>` are read.
+            rules: the tags of the registered model that owns the promotion's target. They alone
+                state the rules of the gate, and the caller may not name looser ones. None for a
+                request that the gate does not judge: then `policy` states them like other knobs.
+            owner: the name of the model that states the rules, for errors.
 
         Raises:
-            SpecError: a policy tag cannot be read.
+            SpecError: a policy tag cannot be read, or the caller named a looser rule.
         """
         taken = {}
+        # a search without OOD tasks asks for no verdict, so it may leave the rules aside
+        aside = "ood_tasks" in self.named and not (self.ood_tasks or self.version or self.promote)
         for knob_ in fields(self):
-            text = policy.get(f"soup.{knob_.name}")
-            if text is not None and knob_.metadata["policy"] and knob_.name not in self.named:
+            judged = rules is not None and knob_.metadata["rule"] is not None and not aside
+            source = rules if judged and rules is not None else policy
+            text = source.get(f"soup.{knob_.name}")
+            if text is None or not knob_.metadata["policy"]:
+                continue
+            if knob_.name not in self.named:
                 taken[knob_.name] = knobs.read(knob_, text)
+            elif judged:
+                value = knobs.read(knob_, text)
+                knobs.check(knob_, value)
+                knobs.check_rule(knob_, getattr(self, knob_.name), value, owner)
         return replace(self, **taken)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -176,11 +177,12 @@ def _compare(found: str, expected: str, what: str, folder: Path) -> None:
 
 
 def rivals(client: Store, name: str, spec: Spec) -> list[Version]:
-    """The versions that the soup would replace: the champion, and the one at `promote`."""
+    """The versions that the soup would replace: the champions, and the one at `promote`."""
     found = [holder(client, name, spec.champion)]
     if spec.promote:
         target = parse_target(spec.promote)
-        found.append(version_at(client, target.model or name, target))
+        owner = target.model or name
+        found += [holder(client, owner, spec.champion), version_at(client, owner, target)]
     return list(dict.fromkeys(version for version in found if version is not None))
 
 
@@ -210,6 +212,18 @@ def conditions(bench: Bench) -> str:
     """Digest of everything that the evidence depends on, except the weights."""
     assert bench.ood is not None
     return naming.key_of({"held_out": bench.held_out.fingerprint, "ood": bench.ood.fingerprint})
+
+
+def settings(bench: Bench) -> dict[str, Any]:
+    """How a bench scores models out of domain, for the record."""
+    assert bench.ood is not None
+    return {
+        "held_out": bench.held_out.fingerprint,
+        "ood": bench.ood.fingerprint,
+        "limit": bench.spec.limit,
+        "num_fewshot": bench.spec.num_fewshot,
+        "evaluator": bench.ood.settings(),
+    }
 
 
 def examine(

@@ -9,14 +9,14 @@ that deployments read.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from mlflow.entities import LoggedModelStatus, Run
 from mlflow.entities.model_registry import ModelVersion
 from tqdm import tqdm
 
-from mlflow_soup.errors import SoupError
+from mlflow_soup.errors import GateError, SoupError
 from mlflow_soup.records import Version
 from mlflow_soup.registry import family, lease, naming, promotion, tracking
 from mlflow_soup.registry.cache import lease_folder
@@ -24,6 +24,7 @@ from mlflow_soup.registry.ledger import Ledger, find_ledger, leftovers
 from mlflow_soup.registry.outages import asking, is_full, is_transient
 from mlflow_soup.registry.register import find_upload, is_registered, uploads
 from mlflow_soup.registry.store import Store, connect, pages
+from mlflow_soup.registry.trust import Trust, trust_of
 from mlflow_soup.registry.versions import (
     find_model,
     look_up,
@@ -32,7 +33,16 @@ from mlflow_soup.registry.versions import (
     version_at,
     versions_of,
 )
-from mlflow_soup.workflows.bench import check_stored
+from mlflow_soup.request.spec import Spec
+from mlflow_soup.workflows.proof import (
+    Proven,
+    Standard,
+    decide,
+    mismatch,
+    read_proof,
+    rules_of,
+    settle_rules,
+)
 
 _LONG_S = 86400.0  # a run without a lease that is older than a day is probably abandoned
 
@@ -61,6 +71,8 @@ class _Registered:
     client: Store
     name: str
     ledger: Ledger | None
+    spec: Spec
+    trust: Trust
 
     @property
     def soups(self) -> list[tuple[Version, ModelVersion]]:
@@ -106,29 +118,32 @@ class _Registered:
 
 
 @asking("examine the registered model")
-def examine(model: str = "", *, digests: bool = True) -> tuple[str, Iterator[Complaint]]:
+def examine(spec: Spec, *, digests: bool = True) -> tuple[str, Iterator[Complaint]]:
     """All complaints about a registered model, one after the other. Nothing is changed.
 
     Args:
-        model: the model's name; may be empty if MLFLOW_SOUP_MODEL is set or the store has only
-            one model.
-        digests: read the bytes of all soups, too.
+        spec: names the model; it may be empty if MLFLOW_SOUP_MODEL is set or the store has only one
+            model. `experiment`, `evidence` and `public_key` say which scores count.
+        digests: also read the bytes of all soups, and compute their verdicts again.
 
     Returns:
         The name of the model, and the complaints about it.
 
     Raises:
         ParentError: there is no such model.
+        SpecError: a public key cannot be read, or a policy tag of the model.
     """
     client = connect()
-    name = find_model(client, model, [])
-    return name, _complaints(_Registered(client, name, find_ledger(client, name)), digests)
+    name = find_model(client, spec.model, [])
+    ledger, trust = find_ledger(client, name), trust_of(client, spec)
+    settled = settle_rules(client, spec, name)
+    return name, _complaints(_Registered(client, name, ledger, settled, trust), digests)
 
 
 def _complaints(model: _Registered, digests: bool) -> Iterator[Complaint]:
     checks = [_ledger, _aliases, _duplicates, _incomplete, _verdicts, _parents, _left, _asides]
     with asking(f"examine {model.name}"):
-        for check in [*checks, *([_digests] if digests else [])]:
+        for check in [*checks, *([_proofs] if digests else [])]:
             yield from check(model)
 
 
@@ -325,7 +340,7 @@ def _running(model: _Registered) -> Iterator[tuple[str, Complaint]]:
                 f"{what}, but no process works on it",
                 "the process was killed",
                 "--fix ends the run as KILLED; the same command still continues the search",
-                partial(client.set_terminated, run_id, "KILLED"),
+                partial(_end, model, run_id, keys[of]),
             )
             yield keys[of], complaint
         elif model.name in owners and time.time() - run.info.start_time / 1000.0 > _LONG_S:
@@ -337,6 +352,15 @@ def _running(model: _Registered) -> Iterator[tuple[str, Complaint]]:
                 f"mlflow.MlflowClient().set_terminated('{run_id}', 'KILLED')\"",
             )
             yield "", complaint
+
+
+def _end(model: _Registered, run_id: str, key: str) -> None:
+    """End a run as KILLED, unless it has ended or somebody works on it by now."""
+    ledger = model.ledger
+    if ledger is not None and lease.held(ledger, {key}, lease_folder()):
+        return
+    if model.client.get_run(run_id).info.status == "RUNNING":
+        model.client.set_terminated(run_id, "KILLED")
 
 
 def _uploads(model: _Registered) -> Iterator[tuple[str, Complaint]]:
@@ -382,11 +406,11 @@ def _asides(model: _Registered) -> Iterator[Complaint]:
         )
 
 
-def _digests(model: _Registered) -> Iterator[Complaint]:
-    """Compare the bytes of each soup with the digest that it was registered with."""
+def _proofs(model: _Registered) -> Iterator[Complaint]:
+    """Compare each soup with its manifest, mix its parents again, and compute its verdict again."""
     for version, found in tqdm(model.soups, "reading soups", unit="version", disable=None):
         try:
-            check_stored(model.client, version, found.tags[naming.DIGEST])
+            proven, wrong = read_proof(version)
         except SoupError as error:
             if is_transient(error) or is_full(error):
                 raise  # an unreachable store or a full disk says nothing about the version
@@ -397,3 +421,40 @@ def _digests(model: _Registered) -> Iterator[Complaint]:
                 f"do not use {version} until its files are restored; or delete the version and "
                 "run its request again",
             )
+            continue
+        # a parent that is gone has a complaint of its own
+        if wrong := [finding for finding in wrong if finding.verdict == "MISMATCH"]:
+            yield Complaint(
+                mismatch(version, wrong).what,
+                "somebody changed files or tags after the soup was registered, or the artifact "
+                "store is faulty",
+                f"do not use {version} before you know why; mlflow-soup verify {version.uri} shows "
+                "all differences",
+            )
+        elif naming.GATE in found.tags:
+            yield from _verdict_again(model, proven, found.tags[naming.GATE])
+
+
+def _verdict_again(model: _Registered, proven: Proven, told: str) -> Iterator[Complaint]:
+    """Compute a verdict again, against the soup's parents, from the evidence that counts."""
+    version = proven.version
+    alone = replace(model.spec, champion="")  # what it would replace has changed since
+    try:
+        decision = decide(model.client, proven, alone, Standard(rules_of(alone, ())), model.trust)
+    except GateError as error:
+        yield Complaint(
+            f"the tag {naming.GATE} of {version} says {told}, but {error.what}",
+            "somebody wrote the tag by hand, the scores are gone, or they lie in an experiment "
+            "that does not count here",
+            f"name the experiment that holds the scores (--experiment), or {error.fix}",
+        )
+        return
+    word = naming.PASSED if decision.verdict.passed else naming.REFUSED
+    if word == naming.REFUSED and told == naming.PASSED:
+        yield Complaint(
+            f"the tag {naming.GATE} of {version} says {told}, but its scores say {word} by today's "
+            f"rules ({decision.verdict.rules})",
+            "somebody wrote the tag by hand, or the rules of the model became stricter since",
+            f"do not serve {version} before you know why; mlflow-soup gate --model {version.name} "
+            f"--version v{version.number} shows each check",
+        )

@@ -1,8 +1,9 @@
 """Write the soup that a search chose, and register it as a version."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
-from mlflow_soup.errors import ObjectiveError, ParentError
+from mlflow_soup.errors import MismatchError, ObjectiveError, ParentError, SpecError
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Manifest, Recipe, Trial, Version
 from mlflow_soup.registry import naming
@@ -14,10 +15,26 @@ from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.workflows.bench import Opened, check_digest
 from mlflow_soup.workflows.job import Job
+from mlflow_soup.workflows.proof import Proven, check_tags, prove
+
+logger = logging.getLogger("mlflow_soup")
 
 
-def register(job: Job, run_id: str, recipe: Recipe, trials: Sequence[Trial]) -> Version:
+def register(
+    job: Job,
+    run_id: str,
+    recipe: Recipe,
+    trials: Sequence[Trial],
+    fits: Callable[[Version], bool] = lambda _: True,
+) -> Version:
     """The version of a soup, once it is written, uploaded and read back from the store.
+
+    Args:
+        job: the request.
+        run_id: the search run.
+        recipe: the chosen recipe.
+        trials: all trials of the search.
+        fits: whether a version that claims to be the request's result is one.
 
     Raises:
         ParentError: a parent changed during the search, or its files are gone.
@@ -73,7 +90,42 @@ def register(job: Job, run_id: str, recipe: Recipe, trials: Sequence[Trial]) -> 
             tags=tags,
             description=f"Soup of {' and '.join(map(str, versions))}, {recipe.label}.",
             check=lambda tree: check_digest(tree, "the uploaded soup", digest),
+            fits=fits,
         )
+
+
+def recipe_of(job: Job, manifest: Manifest) -> Recipe:
+    """The recipe that a soup of the request was made by, according to its manifest."""
+    return job.recipe([source.lam for source in manifest.sources])
+
+
+def made_by(job: Job, version: Version, trials: Sequence[Trial]) -> Proven | None:
+    """The proof that a version is a result of the request; None, with a warning, if it is not.
+
+    Its parents must have the bytes of the request's parents, they must mix to its bytes, and its
+    recipe must be one that the search scored.
+
+    Raises:
+        MismatchError: it is, but somebody changed its tags.
+    """
+    method = job.method.needs or "linear"
+    try:
+        blend = job.blend(Recipe(method, job.space.uniform().lam))
+        proven = prove(version, at_hand=job.opened, blend=blend)
+    except (SpecError, MismatchError, ParentError) as error:
+        logger.warning("%s is passed over: %s", version, error.what)
+        return None
+    parents = [(o.parent.version, o.parent.digest) for o in job.opened]
+    why = ""
+    if [*proven.parents.items()] != parents or proven.manifest.method != method:
+        why = "it was made of other parents, or in another way, than its tags say"
+    elif recipe_of(job, proven.manifest) not in {t.recipe for t in trials if t.held_out}:
+        why = "the search has not scored its weights"
+    if why:
+        logger.warning("%s is passed over: %s", version, why)
+        return None
+    check_tags(proven)
+    return proven
 
 
 def _check_unchanged(parents: Sequence[Opened], manifest: Manifest) -> None:

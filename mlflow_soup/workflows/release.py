@@ -3,22 +3,30 @@
 The command `run` runs all stages in one process; a pipeline can also run each as its own step.
 """
 
+import contextlib
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 
-from mlflow_soup.decision import gate as gates
-from mlflow_soup.errors import GateError, SpecError
-from mlflow_soup.records import Evidence, Score, Soup, Verdict, Version
+from mlflow_soup.errors import DeniedError, SpecError
+from mlflow_soup.records import Evidence, Examination, Score, Soup, Verdict, Version
 from mlflow_soup.registry import naming, promotion, tracking
-from mlflow_soup.registry.evaluations import log_evidence, read_evidence, read_trials
+from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import Store, connect
-from mlflow_soup.registry.versions import find_model, policy, resolve, set_tags, soup_tags, tags_of
+from mlflow_soup.registry.trust import Trust, sign_file, trust_of
+from mlflow_soup.registry.versions import (
+    describe,
+    description_of,
+    find_model,
+    resolve,
+    set_tags,
+)
 from mlflow_soup.reporting import report
 from mlflow_soup.request.names import Target, parse_target, parse_version
 from mlflow_soup.request.spec import Spec
-from mlflow_soup.search.space import Space
 from mlflow_soup.workflows.bench import (
     Bench,
     Opened,
@@ -28,24 +36,50 @@ from mlflow_soup.workflows.bench import (
     examine,
     forget,
     load_suites,
+    measured_key,
     open_journal,
     open_rivals,
     open_version,
-    rivals,
     set_up,
+    settings,
 )
 from mlflow_soup.workflows.job import Job
+from mlflow_soup.workflows.merge import fetch
+from mlflow_soup.workflows.proof import (
+    Decision,
+    check_tags,
+    decide,
+    prove,
+    require_passed,
+    settle_rules,
+    standard_of,
+    version_of,
+)
+from mlflow_soup.workflows.verify import read_manifest
+
+logger = logging.getLogger("mlflow_soup")
 
 
 def examine_once(
     job: Job,
+    trust: Trust,
     run_id: str,
     soup: Soup,
     known: Mapping[str, Score],
     at_hand: Sequence[Opened],
     check: Callable[[], None] = lambda: None,
-) -> tuple[str, Mapping[str, Evidence]]:
-    """The OOD run and its evidence. Evidence that an earlier run measured is not measured again."""
+) -> Examination:
+    """The evidence about a soup. What an earlier run measured, and counts, is not measured again.
+
+    Args:
+        job: the request.
+        trust: which earlier runs count.
+        run_id: the search run; a new OOD run is its child.
+        soup: the registered soup.
+        known: digest → held-out score that the search measured.
+        at_hand: versions that are open already.
+        check: raises if another process took over.
+    """
     client, bench = job.client, job.bench
     stored = check_stored(client, soup.version, soup.digest)
     champions = open_rivals(client, job.session.name, job.spec, at_hand)
@@ -53,19 +87,29 @@ def examine_once(
     needed = {opened.parent.digest for opened in models.values()}
     measured: dict[str, Evidence] = {}
     tags = _tags(soup.version, soup.digest, conditions(bench))
-    earlier = tracking.find_runs(client, {naming.CONDITIONS: tags[naming.CONDITIONS]})
-    for found in reversed(earlier):
-        if found.info.status != "FINISHED" or needed <= set(measured):
+    for found in find_examinations(trust, {naming.CONDITIONS: tags[naming.CONDITIONS]}):
+        if needed <= set(measured):
+            break
+        if not _is_alike(found, bench):
             continue
-        roles = read_evidence(client, found.info.run_id)
-        digests = {evidence.digest for evidence in roles.values()}
-        if found.data.tags[naming.VERSION] == tags[naming.VERSION] and needed <= digests:
-            return found.info.run_id, roles
-        measured |= {evidence.digest: evidence for evidence in roles.values()}
+        digests = {evidence.digest for evidence in found.roles.values()}
+        if found.roles["soup"].version == soup.version and needed <= digests:
+            return found
+        measured |= {evidence.digest: evidence for evidence in found.roles.values()}
     with tracking.open_child(client, run_id, f"OOD {soup.version}", tags) as ood_run:
-        roles = _examine(client, ood_run, bench, models, known, measured, job.journal, check)
-    forget(bench, roles, job.journal)
-    return ood_run, roles
+        return _examine(client, ood_run, bench, models, known, measured, job.journal, check)
+
+
+def _is_alike(found: Examination, bench: Bench) -> bool:
+    """Whether an examination scored the same items in the same way."""
+    assert bench.ood is not None
+    now = settings(bench)
+    return (
+        "soup" in found.roles
+        and all(found.settings.get(key) == now[key] for key in ("held_out", "ood", "limit"))
+        and all(bench.held_out.fits(e.held_out) for e in found.roles.values())
+        and all(bench.ood.fits_each(dict(e.ood)) for e in found.roles.values())
+    )
 
 
 def _examine(
@@ -77,33 +121,61 @@ def _examine(
     measured: Mapping[str, Evidence],
     journal: Journal,
     check: Callable[[], None] = lambda: None,
-) -> dict[str, Evidence]:
+) -> Examination:
     """Score all models out of domain, and store the evidence in a run."""
     roles = examine(bench, models, known, measured, journal, check)
+    examination = Examination(run_id, roles, settings(bench))
     assert bench.ood is not None
     model_ids = {role: opened.parent.model_id for role, opened in models.items()}
     datasets = {
         naming.HELD_OUT: bench.held_out.fingerprint,
         naming.OOD: bench.ood.fingerprint,
     }
-    log_evidence(client, run_id, roles, model_ids, datasets)
-    return roles
+    log_examination(client, examination, model_ids, datasets)
+    forget(bench, roles, journal)
+    return examination
 
 
-def judge(
-    client: Store, version: Version, roles: Mapping[str, Evidence], spec: Spec, ood_run: str
-) -> Verdict:
-    """The gate's verdict. It is written to the version and to the OOD run before it is returned."""
-    parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
-    rules = gates.Rules(spec.margin, spec.confidence)
-    champions = [evidence for role, evidence in roles.items() if role.startswith("champion")]
-    verdict = gates.judge(roles["soup"], parents, champions, rules)
+def record(client: Store, decision: Decision, *runs: str) -> None:
+    """Write a verdict for people to read: to the OOD run, the version, and other runs.
+
+    A user who may not write to the version judges all the same, with a warning.
+
+    Args:
+        client: the store's client.
+        decision: the decision.
+        runs: more runs that get the verdict.
+    """
+    verdict, version = decision.verdict, decision.proven.version
+    ood_run = decision.examination.run_id
     word = naming.PASSED if verdict.passed else naming.REFUSED
-    for run_id in (ood_run, tags_of(client, version)[naming.RUN_ID]):
-        tracking.log(client, run_id, tags={naming.GATE: word})
-    client.log_text(ood_run, report.checks_table(verdict) + "\n", "gate.md")
-    set_tags(client, version, {naming.GATE_RUN: ood_run, naming.GATE: word})
-    return verdict
+    rules = json.dumps(rules_told(decision), sort_keys=True)
+    table = f"{report.verdict_words(verdict)}\n\n{report.checks_table(verdict)}\n"
+    client.log_text(ood_run, table, "gate.md")
+    about = {"soup": decision.proven.digest, "verdict": word, "rules": rules_told(decision)}
+    sign_file(client, ood_run, "gate.md", table, "verdict", about)
+    for run_id in (ood_run, *runs):
+        tracking.log(client, run_id, tags={naming.GATE: word, naming.GATE_RULES: rules})
+    tags = {naming.GATE_RUN: ood_run, naming.GATE_RULES: rules, naming.GATE: word}
+    try:
+        set_tags(client, version, tags)
+    except DeniedError:
+        logger.warning(
+            "you may not write the tags of %s, so the verdict is only on run %s", version, ood_run
+        )
+
+
+def rules_told(decision: Decision) -> dict[str, object]:
+    """The rules of a verdict, with the number of items of each OOD task."""
+    soup = decision.examination.of(decision.proven.digest)
+    assert soup is not None
+    counts = {task: sum(len(i.ids) for i in score.items) for task, score in soup.ood}
+    judged = decision.verdict.rules.tasks or tuple(counts)
+    return {
+        **asdict(decision.verdict.rules),
+        "tasks": {task: counts[task] for task in judged},
+        "evaluator": decision.examination.settings["ood"],
+    }
 
 
 def _tags(version: Version, digest: str, key: str) -> dict[str, str]:
@@ -116,24 +188,25 @@ def _tags(version: Version, digest: str, key: str) -> dict[str, str]:
     }
 
 
-def _soup_version(client: Store, spec: Spec) -> tuple[Version, dict[str, str]]:
-    """The registered soup that `spec.version` names, and its tags.
+def _open_request(spec: Spec) -> tuple[Store, Version, Spec]:
+    """The store, the version that `spec.version` names, and the spec with the rules that hold.
 
     Raises:
-        SpecError: no version was named, or the version is not a soup.
+        SpecError: no version was named, or the command line is looser than the rules.
     """
     if not spec.version:
         raise SpecError(
             "no version was named", where="--version", fix="name the soup: --version v14"
         )
+    client = connect(60.0 * spec.store_patience)
     ref = parse_version(spec.version)
     name = find_model(client, spec.model, [ref])
     version = resolve(client, name, ref)
-    return version, soup_tags(client, version)
+    return client, version, settle_rules(client, spec, name)
 
 
 @asking("evaluate the soup")
-def evaluate(spec: Spec) -> dict[str, Evidence]:
+def evaluate(spec: Spec) -> Mapping[str, Evidence]:
     """Score a registered soup, its parents and the champion out of domain, in a separate run.
 
     Args:
@@ -145,11 +218,14 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
 
     Raises:
         SpecError: the version is not a soup, or there are no tasks.
+        MismatchError: the soup's manifest cannot be read.
         ParentError: the soup, a parent or the champion is missing or damaged.
+        StoreError: the store holds other bytes than the manifest says.
     """
-    client = connect(60.0 * spec.store_patience)
-    version, tags = _soup_version(client, spec)
-    spec = spec.settle(policy(client, version.name))
+    return _evaluate(*_open_request(spec)).roles
+
+
+def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
     suites = load_suites(spec)
     if suites[1] is None:
         raise SpecError(
@@ -157,120 +233,103 @@ def evaluate(spec: Spec) -> dict[str, Evidence]:
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
-    soup = check_stored(client, version, tags[naming.DIGEST])
+    manifest = read_manifest(fetch(version.uri, "--version", fresh=True))
+    if manifest.digests is None or any(source.digests is None for source in manifest.sources):
+        raise SpecError(
+            f"the manifest of {version} holds no digests",
+            where=version.uri,
+            fix="name a version that mlflow-soup run registered",
+        )
+    soup = check_stored(client, version, manifest.digests.canonical)
     parents = [
-        open_version(client, v) for v in naming.parse_parents(version.name, tags[naming.PARENTS])
+        check_stored(client, version_of(source.uri), source.digests.canonical)
+        for source in manifest.sources
+        if source.digests is not None
     ]
     champions = open_rivals(client, version.name, spec, parents)
     models = contenders(soup, parents, champions)
     bench = set_up(spec, soup.checkpoint, suites)
+    trust = trust_of(client, spec)
     known: dict[str, Score] = {}
-    # scores of the search are known if it used the same evaluator
-    if tags.get(naming.EVALUATOR) == bench.held_out.fingerprint:
-        scores = {
-            t.recipe.lam: t.held_out
-            for t in read_trials(client, tags[naming.KEY])
-            if t.held_out is not None
-        }
-        alone = Space.simplex(len(parents), 0.0).parents()
-        digests = {r.lam: p.parent.digest for r, p in zip(alone, parents, strict=True)}
-        digests[naming.parse_weights(tags[naming.WEIGHTS])] = tags[naming.DIGEST]
-        known = {digests[lam]: score for lam, score in scores.items() if lam in digests}
-    journal = open_journal()
-    ood_tags = _tags(version, tags[naming.DIGEST], conditions(bench))
+    mixed = [
+        (p.parent.digest, source.lam) for p, source in zip(parents, manifest.sources, strict=True)
+    ]
+    # the search has measured these if it used the same evaluator
+    for its, parts in [
+        *((p.parent.digest, [(p.parent.digest, 1.0)]) for p in parents),
+        (soup.parent.digest, mixed),
+    ]:
+        found = find_score(trust, measured_key(bench.held_out, parts), bench.held_out.fits)
+        if found is not None:
+            known[its] = found.scores.mean
+    ood_tags = _tags(version, soup.parent.digest, conditions(bench))
     with tracking.open_run(client, spec.experiment, ood_tags) as run_id:
-        roles = _examine(client, run_id, bench, models, known, {}, journal)
-        tracking.log(client, run_id, tags={"mlflow.note.content": report.ood_table(roles)})
-    forget(bench, roles, journal)
-    return roles
+        found_roles = _examine(client, run_id, bench, models, known, {}, open_journal())
+        note = report.ood_table(found_roles.roles)
+        tracking.log(client, run_id, tags={"mlflow.note.content": note})
+    return found_roles
 
 
 @asking("judge the soup")
 def gate(spec: Spec) -> tuple[Version, Verdict]:
-    """Judge a soup by its newest OOD run, and write the verdict to its tags.
+    """Judge a soup by its newest evidence that counts, and write the verdict for people to read.
 
     Args:
-        spec: `version` names the soup; `margin` and `confidence` are the rules.
+        spec: `version` names the soup; margin, confidence and OOD tasks are the rules, never looser
+            than the policy of the model that owns the target.
 
     Raises:
-        GateError: the soup was never scored out of domain, or not together with the version that
-            it would replace now.
+        SpecError: the version is not a soup, or the command line is looser than the policy.
+        MismatchError: the version is not what its manifest says.
+        GateError: no evidence that counts covers the soup, its parents and what it would replace.
     """
-    client = connect(60.0 * spec.store_patience)
-    version, tags = _soup_version(client, spec)
-    spec = spec.settle(policy(client, version.name))
-    about = {naming.ROLE: "ood", naming.DIGEST: tags[naming.DIGEST]}
-    runs = [r for r in tracking.find_runs(client, about) if r.info.status == "FINISHED"]
-    if not runs:
-        raise GateError(
-            f"{version} was never scored out of domain",
-            where=version.uri,
-            fix=_how_to_evaluate(version),
-        )
-    roles = _evidence(client, version, runs[-1].info.run_id)
-    for rival in rivals(client, version.name, spec):
-        _check_examined(client, version, rival, roles)
-    return version, judge(client, version, roles, spec, runs[-1].info.run_id)
+    client, version, spec = _open_request(spec)
+    decision = _decide(client, version, spec)
+    record(client, decision)
+    describe_verdict(client, decision)
+    return version, decision.verdict
 
 
-def _evidence(client: Store, version: Version, run_id: str) -> dict[str, Evidence]:
-    """The evidence of an OOD run about a soup, with the soup's current version number.
-
-    Raises:
-        GateError: the evidence is lost or damaged.
-    """
-    roles = read_evidence(client, run_id) if run_id else {}
-    if "soup" not in roles:
-        raise GateError(
-            f"the out-of-domain scores of {version} are lost or damaged",
-            where=f"artifacts of run {run_id}"
-            if run_id
-            else f"{version.uri}: the tag {naming.GATE_RUN} is missing",
-            fix=_how_to_evaluate(version),
-        )
-    return roles | {"soup": replace(roles["soup"], version=version)}
+def _decide(client: Store, version: Version, spec: Spec) -> Decision:
+    proven = prove(version)
+    check_tags(proven)
+    trust = trust_of(client, spec)
+    standard = standard_of(spec)
+    examined = _evaluate(client, version, spec) if spec.evidence == "own" else None
+    return decide(client, proven, spec, standard, trust, examined=examined)
 
 
-def _how_to_evaluate(version: Version) -> str:
-    return (
-        f"run mlflow-soup evaluate --model {version.name} --version v{version.number}, then "
-        "mlflow-soup gate; with --promote, evaluate also scores the version at that target"
-    )
+def describe_verdict(client: Store, decision: Decision) -> None:
+    """Renew the part of the version's description that tells the verdict."""
+    version = decision.proven.version
+    text = description_of(client, version)
+    section = report.verdict_section(decision.verdict, decision.examination.roles)
+    with contextlib.suppress(DeniedError):  # `record` has said so
+        describe(client, version, report.renew(text, section))
 
 
-def _check_examined(
-    client: Store, version: Version, rival: Version, roles: Mapping[str, Evidence]
-) -> None:
-    """Refuse a verdict that does not cover the version that the soup would replace now.
+def point(client: Store, decision: Decision, target: Target) -> Version:
+    """Promote a soup, after a check that the verdict allows it and still applies."""
+    failed = [report.format_check(c) for c in decision.verdict.checks if not c.passed]
+    require_passed(decision, failed)
+    version = decision.proven.version
 
-    Raises:
-        GateError: the rival's weights were not scored together with the soup.
-    """
-    if rival in {evidence.version for evidence in roles.values()}:
-        return
-    digest = open_version(client, rival).parent.digest
-    if digest not in {evidence.digest for evidence in roles.values()}:
-        raise GateError(
-            f"{version} would replace {rival}, but the two were not scored out of domain together",
-            where=rival.uri,
-            fix=_how_to_evaluate(version),
-        )
+    def covers(standing: Version) -> bool:
+        digest = open_version(client, standing, fresh=True).parent.digest
+        return digest in decision.compared
 
-
-def point(client: Store, version: Version, target: Target) -> Version:
-    """Promote a soup if the gate passed it and the verdict still applies."""
-
-    def check(standing: Version) -> None:
-        gate_run = tags_of(client, version).get(naming.GATE_RUN, "")
-        roles = _evidence(client, version, gate_run)
-        _check_examined(client, version, standing, roles)
-
-    return promotion.promote(client, version, target, check)
+    told = {
+        "digest": decision.proven.digest,
+        "gate_run": decision.examination.run_id,
+        "verdict": naming.PASSED,
+        "rules": rules_told(decision),
+    }
+    return promotion.promote(client, version, target, told, covers)
 
 
 @asking("promote the soup")
 def promote(spec: Spec) -> tuple[Version, str]:
-    """Point an alias, a stage or another model's alias to a soup that passed the gate.
+    """Point an alias, a stage or another model's alias to a soup, after its verdict is computed.
 
     Args:
         spec: `version` names the soup, `promote` the target.
@@ -279,8 +338,9 @@ def promote(spec: Spec) -> tuple[Version, str]:
         The version that the target points to now, and the target in words.
 
     Raises:
-        GateError: the soup has not passed the gate, or not against the version at the target now.
-        StoreError: the store holds other bytes than the gate judged.
+        SpecError: the version is not a soup, or the command line is looser than the policy.
+        MismatchError: the version is not what its manifest says.
+        GateError: no evidence that counts supports the promotion, or the gate refuses.
         OvertakenError: another promotion moved the target meanwhile.
     """
     if not spec.promote:
@@ -289,8 +349,7 @@ def promote(spec: Spec) -> tuple[Version, str]:
             where="--promote",
             fix="name a target: --promote alias:champion",
         )
-    client = connect(60.0 * spec.store_patience)
-    version, tags = _soup_version(client, spec)
+    client, version, spec = _open_request(spec)
     target = parse_target(spec.promote)
-    check_stored(client, version, tags[naming.DIGEST])
-    return point(client, version, target), str(target)
+    decision = _decide(client, version, spec)
+    return point(client, decision, target), str(target)

@@ -4,37 +4,46 @@ pull → open → [ ask → mix → evaluate → tell ]×n → register → exam
 """
 
 import contextlib
+import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mlflow_soup.decision import pairing
-from mlflow_soup.errors import SpecError
+from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.files.durable import check_space, scratch
-from mlflow_soup.records import (
-    Evidence,
-    Found,
-    Outcome,
-    Score,
-    Soup,
-    Verdict,
-)
+from mlflow_soup.records import Found, Outcome, Score, Soup, Version
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import lease, naming, tracking
 from mlflow_soup.registry.cache import cache_folder, lease_folder
 from mlflow_soup.registry.outages import asking
-from mlflow_soup.registry.versions import find_soup, soup_tags
+from mlflow_soup.registry.store import connect
+from mlflow_soup.registry.versions import find_model, find_soups
 from mlflow_soup.reporting import geometry, report
 from mlflow_soup.request.names import parse_target
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights import distance
 from mlflow_soup.workflows.bench import Opened, open_rivals
-from mlflow_soup.workflows.job import Job, open_session, settle
+from mlflow_soup.workflows.job import Job, open_session
+from mlflow_soup.workflows.proof import (
+    Decision,
+    Proven,
+    Standard,
+    decide,
+    rules_of,
+    settle_rules,
+)
 from mlflow_soup.workflows.publication import notes, publish
-from mlflow_soup.workflows.registration import register
-from mlflow_soup.workflows.release import examine_once, judge, point
-from mlflow_soup.workflows.trials import find_recipe, request_params, scored, search_tags
+from mlflow_soup.workflows.registration import made_by, recipe_of, register
+from mlflow_soup.workflows.release import examine_once, point, record
+from mlflow_soup.workflows.trials import (
+    find_recipe,
+    request_params,
+    scored,
+    search_tags,
+    trusted,
+)
 
 logger = logging.getLogger("mlflow_soup")
 
@@ -69,8 +78,8 @@ def run(spec: Spec) -> Outcome:
         _open_search(job) as run_id,
     ):
         found = find_recipe(job, run_id, check=check)
-        soup, existed = _find_or_register(job, run_id, found, check)
-        roles, verdict, promoted = _decide(job, run_id, soup, found.alone, champions, check)
+        soup, proven, existed = _find_or_register(job, run_id, found, check)
+        decision, promoted = _decide(job, run_id, soup, proven, found.alone, champions, check)
         better = pairing.better(found.alone)
         story = report.Story(
             method=spec.method,
@@ -80,71 +89,93 @@ def run(spec: Spec) -> Outcome:
             trials=found.trials,
             gain=pairing.paired(soup.held_out, found.alone[better]),
             better=job.versions[better],
-            roles=roles,
-            verdict=verdict,
+            roles=decision.examination.roles if decision is not None else {},
+            verdict=decision.verdict if decision is not None else None,
             promoted=promoted,
             distance=apart,
             notes=tuple(notes(job, found.trials, soup, apart)),
         )
         summary = publish(client, run_id, story)
-    return Outcome(soup, story.trials, story.gain, verdict, promoted, run_id, summary)
+    return Outcome(soup, story.trials, story.gain, story.verdict, promoted, run_id, summary)
 
 
 def _find_or_register(
     job: Job, run_id: str, found: Found, check: Callable[[], None]
-) -> tuple[Soup, bool]:
-    """The registered soup of the request, and whether it was registered before.
+) -> tuple[Soup, Proven, bool]:
+    """The registered soup of the request, its proof, and whether it was registered before.
 
-    A registered soup counts even if another version of a library would choose another λ today.
+    A registered soup counts even if another version of a library would choose another λ today. Tags
+    only point at it: what the version holds must be a result of this request.
     """
     client, name = job.client, job.session.name
-    existing = find_soup(client, name, {naming.REQUEST: job.request})
-    if existing is None:
-        weights = naming.format_weights(found.recipe.lam)
-        # a request with another budget may have chosen the same weights
-        existing = find_soup(client, name, {naming.KEY: job.key, naming.WEIGHTS: weights})
+    recognise = functools.cache(lambda version: made_by(job, version, found.trials))
+    candidates = find_soups(client, name, {naming.REQUEST: job.request})
+    weights = naming.format_weights(found.recipe.lam)
+    # a request with another budget may have chosen the same weights
+    candidates += find_soups(client, name, {naming.KEY: job.key, naming.WEIGHTS: weights})
+    existing = next((v for v in candidates if recognise(v) is not None), None)
     check()
-    version = existing or register(job, run_id, found.recipe, found.trials)
-    tags = soup_tags(client, version)
-    recipe = job.recipe(naming.parse_weights(tags[naming.WEIGHTS]))
+
+    def fits(version: Version) -> bool:
+        return recognise(version) is not None
+
+    version = existing or register(job, run_id, found.recipe, found.trials, fits)
+    proven = recognise(version)
+    if proven is None:
+        raise StoreError(
+            f"{version} is not what was registered a moment ago",
+            where=version.uri,
+            fix="find out who else writes to the registry or the artifact store, then run the same "
+            "command again",
+        )
+    recipe = recipe_of(job, proven.manifest)
     held_out = scored(found.trials, recipe, "the soup")
     parents = tuple(opened.parent for opened in job.opened)
-    return Soup(version, recipe, parents, held_out, tags[naming.DIGEST]), existing is not None
+    soup = Soup(version, recipe, parents, held_out, proven.digest)
+    return soup, proven, existing is not None
 
 
 def _decide(
     job: Job,
     run_id: str,
     soup: Soup,
+    proven: Proven,
     alone: Sequence[Score],
     champions: Sequence[Opened],
     check: Callable[[], None],
-) -> tuple[Mapping[str, Evidence], Verdict | None, str]:
+) -> tuple[Decision | None, str]:
     """Examine the soup out of domain, judge it, and promote it if the request says so.
 
     Args:
         job: the request.
         run_id: the search run.
         soup: the registered soup.
+        proven: its proof.
         alone: the held-out score of each parent.
         champions: the versions that the soup would replace.
         check: raises if another process took over.
 
     Returns:
-        The evidence by role, the verdict, and where the soup was promoted to; all empty when the
-        request has no OOD tasks.
+        The decision, and where the soup was promoted to; None and empty when the request has no
+        OOD tasks.
     """
     if job.bench.ood is None:
-        return {}, None, ""
+        return None, ""
     client, spec = job.client, job.spec
     known = {soup.digest: soup.held_out}
     known |= {o.parent.digest: score for o, score in zip(job.opened, alone, strict=True)}
-    ood_run, roles = examine_once(job, run_id, soup, known, (*job.opened, *champions), check)
-    verdict = judge(client, soup.version, roles, spec, ood_run)
-    if not (spec.promote and verdict.passed):
-        return roles, verdict, ""
+    trust = trusted(job, run_id)
+    at_hand = (*job.opened, *champions)
+    examined = examine_once(job, trust, run_id, soup, known, at_hand, check)
+    # a limited run judges, and says so, but does not promote
+    items = None if spec.limit else job.bench.ood.items
+    standard = Standard(rules_of(spec, tuple(job.bench.ood.items)), items, limited=bool(spec.limit))
+    decision = decide(client, proven, spec, standard, trust, examined=examined, at_hand=at_hand)
+    record(client, decision, run_id)
+    if not (spec.promote and decision.verdict.passed):
+        return decision, ""
     target = parse_target(spec.promote)
-    return roles, verdict, f"{target} → {point(client, soup.version, target)}"
+    return decision, f"{target} → {point(client, decision, target)}"
 
 
 @contextlib.contextmanager
@@ -180,7 +211,9 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
             fix="name the older version, then the newer: --pair v12,v13; for more than two: "
             "--versions v11,v12,v13 or --last 3",
         )
-    client, name, spec = settle(spec, spec.parents)
+    client = connect(60.0 * spec.store_patience)
+    name = find_model(client, spec.model, spec.parents)
+    spec = settle_rules(client, spec, name)
     if spec.promote and not spec.ood_tasks:
         raise SpecError(
             "a promotion needs out-of-domain tasks for the gate",

@@ -26,6 +26,7 @@ from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import find_score, log_scores, read_trials, score_metrics
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.trust import Trust, trust_of
 from mlflow_soup.reporting import geometry
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.digests import digest
@@ -147,7 +148,8 @@ def explore(
     parents = [o.checkpoint for o in job.opened]
     links = job.bench.live.link(parents, resident=spec.parents_in == "memory")
     trials: list[Trial] = []
-    history = {trial.number: trial for trial in read_trials(job.client, job.key)}
+    trust = trusted(job, run_id)
+    history = _history(job, trust)
     outbox = _Outbox(job, run_id)
     best, at, away = float("-inf"), "", False
     total = spec.budget if job.method.searches else None
@@ -155,11 +157,15 @@ def explore(
         while (recipe := job.method.proceed(space, trials, spec)) is not None:
             # trials of earlier runs are reused; this search ends where its own request says
             number = len(trials)
+            first = number < space.count  # every method begins with the parents
+            if first and number in history and history[number].recipe != recipe:
+                logger.warning("trial %d is passed over: it is not of this search", number)
+                del history[number]
             if number in history:
                 trials.append(history[number])
             else:
                 check()
-                evaluation = _evaluate(job, recipe, links, job.bench.held_out)
+                evaluation = _evaluate(job, recipe, links, job.bench.held_out, trust)
                 check()  # the evaluation took long: another process may have recorded this trial
                 outbox.waiting.append((number, evaluation))
                 trials.append(Trial(number, recipe, evaluation.score))
@@ -223,13 +229,35 @@ def find_recipe(
     return Found(job.spec.method, job.versions, recipe, score, parents, tuple(trials))
 
 
+def trusted(job: Job, run_id: str) -> Trust:
+    """Which stored scores count for a job whose run is open."""
+    return trust_of(job.client, job.spec, job.client.get_run(run_id).info.experiment_id)
+
+
+def _history(job: Job, trust: Trust) -> dict[int, Trial]:
+    """The trials of earlier runs with the same key: those that count, and fit the request."""
+    evaluator, digests = job.bench.held_out, [o.parent.digest for o in job.opened]
+
+    def measured_of(recipe: Recipe, tags: Mapping[str, str]) -> str:
+        if recipe.method == "linear":
+            parts = list(zip(digests, recipe.lam, strict=True))
+        else:  # registration compares this digest with that of the soup it writes
+            parts = [(tags[naming.DIGEST], 1.0)]
+        return measured_key(evaluator, parts)
+
+    found = read_trials(trust, job.key, measured_of, evaluator.fits)
+    return {trial.number: trial for trial in found}
+
+
 def _now() -> int:
     return int(time.time() * 1000)
 
 
-def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evaluator) -> Evaluation:
+def _evaluate(
+    job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evaluator, trust: Trust
+) -> Evaluation:
     """Score a recipe, or take its score over from an earlier evaluation."""
-    client, bench, began = job.client, job.bench, _now()
+    bench, began = job.bench, _now()
     tags: dict[str, str] = {}
     if recipe.method == "linear":
         parts = [(o.parent.digest, w) for o, w in zip(job.opened, recipe.lam, strict=True)]
@@ -245,7 +273,7 @@ def _evaluate(job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evalua
     scores, source = job.journal.read(measured), ""
     if scores is None:
         with contextlib.suppress(StoreError):  # if the store is unreachable, score the recipe again
-            known = find_score(client.hasty, measured)
+            known = find_score(trust.hasty, measured, evaluator.fits)
             if known is not None:
                 scores, source = known.scores, known.run_id
 
@@ -294,7 +322,8 @@ def _publish(
         if evaluation.source:
             more[naming.ITEMS_RUN] = evaluation.source
         else:
-            log_scores(client, child, scores, naming.ITEMS)
+            about = {"measured": evaluation.measured}
+            log_scores(client, child, scores, naming.ITEMS, about)
         more[naming.MEASURED] = evaluation.measured
         numbers = {**scores.about, naming.STDERR: scores.mean.stderr}
         metrics = [tracking.metric(key, value) for key, value in numbers.items()]
@@ -313,7 +342,7 @@ def look(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Score:
         NonFiniteError: the score is not finite.
     """
     links = job.bench.live.link([o.checkpoint for o in job.opened])
-    evaluation = _evaluate(job, recipe, links, evaluator)
+    evaluation = _evaluate(job, recipe, links, evaluator, trusted(job, run_id))
     about = f"{recipe.label} of {' and '.join(map(str, job.versions))}"
     tags = {naming.ROLE: "look", naming.EVALUATOR: evaluator.fingerprint}
     _publish(job, job.client, run_id, about, tags, evaluation)

@@ -47,7 +47,29 @@ def verify(text: str | os.PathLike[str]) -> Iterator[Finding]:
 
 def _verify(name: str) -> Iterator[Finding]:
     origin = fetch(name, "SOUP", fresh=True)
-    manifest = _read_manifest(origin)
+    yield from inspect(origin, read_manifest(origin))
+
+
+def inspect(
+    origin: Origin,
+    manifest: Manifest,
+    *,
+    at_hand: Mapping[str, Origin] | None = None,
+    blend: soup.Blend | None = None,
+) -> Iterator[Finding]:
+    """Compare a soup that was fetched with its manifest.
+
+    Args:
+        origin: the soup.
+        manifest: its manifest.
+        at_hand: URI → parents that were fetched already; the others are fetched anew.
+        blend: how statistics mix the tensors, if the manifest's method needs statistics and they
+            are at hand; the linear methods need none.
+
+    Yields:
+        One finding for each check; the last is about the mixture.
+    """
+    name, at_hand = origin.uri, at_hand or {}
     yield _check_tags(origin, manifest)
     stored = _open(origin, name)
     if isinstance(stored, Finding):
@@ -58,7 +80,8 @@ def _verify(name: str) -> Iterator[Finding]:
     parents = []
     for source in manifest.sources:
         try:
-            parent = _open(_fetch_parent(origin, source.uri), source.uri)
+            found = at_hand.get(source.uri) or _fetch_parent(origin, source.uri)
+            parent = _open(found, source.uri)
         except ParentError as error:
             parent = Finding(f"parent {source.uri}", "missing", (error.what,))
         except SpecError as error:
@@ -72,8 +95,8 @@ def _verify(name: str) -> Iterator[Finding]:
         yield Finding("merged again", "skipped", ("a checkpoint is missing or damaged",))
         return
     yield _check_flavors(stored, parents[-1])
-    if manifest.method == "linear":
-        yield _merge_again(parents, manifest, stored)
+    if manifest.method == "linear" or blend is not None:
+        yield _merge_again(parents, manifest, stored, blend)
     else:
         why = f"{manifest.method} needs statistics that are not stored with the soup"
         yield Finding("merged again", "skipped", (why,))
@@ -98,7 +121,13 @@ def _fetch_parent(origin: Origin, uri: str) -> Origin:
     return fetch(uri, "parents of the manifest", fresh=True)
 
 
-def _read_manifest(origin: Origin) -> Manifest:
+def read_manifest(origin: Origin) -> Manifest:
+    """The manifest of a soup that was fetched.
+
+    Raises:
+        SpecError: it has none, so it is not a soup.
+        MismatchError: it cannot be read.
+    """
     path = origin.folder / MANIFEST
     if not path.is_file():
         raise SpecError(
@@ -200,11 +229,16 @@ def _read_mlmodel(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {"flavors": {"unreadable": None}}
 
 
-def _merge_again(parents: Sequence[Checkpoint], manifest: Manifest, stored: Checkpoint) -> Finding:
+def _merge_again(
+    parents: Sequence[Checkpoint],
+    manifest: Manifest,
+    stored: Checkpoint,
+    blend: soup.Blend | None,
+) -> Finding:
     lam = [source.lam for source in manifest.sources]
     try:
         check_compatible(parents)
-        wrong = [_format(found) for found in soup.compare(parents, lam, stored)]
+        wrong = [_format(found) for found in soup.compare(parents, lam, stored, blend=blend)]
     except ParentError as error:  # a parent changed after the merge
         wrong = [error.what]
     pairs = zip(lam, manifest.sources, strict=True)

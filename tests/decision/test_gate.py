@@ -282,7 +282,7 @@ def test_equal_weights_pass_with_any_number_of_items():
 
 
 def test_a_verdict_without_checks_has_not_passed():
-    assert not Verdict(()).passed
+    assert not Verdict((), Rules(0.05, 0.95)).passed
 
 
 # shares of items won and lost; at least five losses are expected

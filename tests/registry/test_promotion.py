@@ -9,12 +9,13 @@ import pytest
 from conftest import MODEL
 from mlflow_soup import Spec, errors
 from mlflow_soup.decision import gate
-from mlflow_soup.records import Evidence, Score, Version
-from mlflow_soup.registry import naming, promotion
-from mlflow_soup.registry.evaluations import log_evidence, read_evidence
+from mlflow_soup.records import Version
+from mlflow_soup.registry import promotion
+from mlflow_soup.registry.evaluations import read_examination
 from mlflow_soup.registry.ledger import Ledger, open_ledger
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.versions import holder, set_tags
+from mlflow_soup.registry.trust import trust_of
+from mlflow_soup.registry.versions import holder
 from mlflow_soup.request.names import Target, parse_target
 from mlflow_soup.workflows import release
 
@@ -49,13 +50,19 @@ def test_a_promotion_is_an_entry_of_the_ledger(client, outcome):
 
 
 def test_promoting_the_current_version_writes_no_entry(client, outcome):
-    assert promotion.promote(client, outcome.soup.version, CHAMPION) == outcome.soup.version
+    assert promote(client, outcome.soup.version, CHAMPION) == outcome.soup.version
     assert len(told(client)) == 1
 
 
+def promote(client, version, target, covers=lambda standing: True):
+    """Promote a version whose verdict somebody has computed."""
+    told = {"digest": "sha256:x", "gate_run": "run", "verdict": "passed", "rules": {"tasks": {}}}
+    return promotion.promote(client, version, target, told, covers)
+
+
 def soup(client, **tags):
-    """A version without files, whose tags say that it passed its gate."""
-    tags = {"soup.gate": "passed", "soup.digest": "sha256:x", **tags}
+    """A version without files."""
+    tags = {"soup.digest": "sha256:x", **tags}
     return Version(MODEL, int(client.create_model_version(MODEL, "s3://x/y", tags=tags).version))
 
 
@@ -75,7 +82,7 @@ def begun(client, to, minutes_ago):
 def test_a_promotion_during_another_one_is_overtaken(client, outcome):
     begun(client, soup(client).number, minutes_ago=1)
     with pytest.raises(errors.OvertakenError) as caught:
-        promotion.promote(client, soup(client), CHAMPION)
+        promote(client, soup(client), CHAMPION)
     assert caught.value.exit_code == 5
     assert at(client) == 4
     assert [entry.mark for entry in told(client)] == ["made", ""]
@@ -84,7 +91,7 @@ def test_a_promotion_during_another_one_is_overtaken(client, outcome):
 def test_the_same_command_completes_a_promotion_that_was_cut_short(client, outcome):
     other = soup(client)
     begun(client, other.number, minutes_ago=0)
-    assert promotion.promote(client, other, CHAMPION) == other
+    assert promote(client, other, CHAMPION) == other
     assert at(client) == other.number
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
 
@@ -92,7 +99,7 @@ def test_the_same_command_completes_a_promotion_that_was_cut_short(client, outco
 def test_others_void_a_promotion_that_was_cut_short_long_ago(client, outcome):
     other = soup(client)
     begun(client, soup(client).number, minutes_ago=30)
-    assert promotion.promote(client, other, CHAMPION) == other
+    assert promote(client, other, CHAMPION) == other
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
     assert told(client)[-1].told["from"] == 4
 
@@ -103,11 +110,7 @@ def test_a_rollback_by_hand_after_a_crash_is_not_undone(client, outcome):
     client.set_registered_model_alias(MODEL, "champion", str(bad.number))  # killed before the mark
     client.set_registered_model_alias(MODEL, "champion", "4")  # someone moves it by hand
 
-    def judged_against_four_only(version):
-        if version.number != 4:
-            raise errors.GateError("not examined", where="here", fix="evaluate")
-
-    assert promotion.promote(client, other, CHAMPION, judged_against_four_only) == other
+    assert promote(client, other, CHAMPION, lambda standing: standing.number == 4) == other
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
 
 
@@ -115,7 +118,7 @@ def test_an_entry_is_marked_as_made_if_the_target_was_moved(client, outcome):
     other = soup(client)
     begun(client, other.number, minutes_ago=30)
     client.set_registered_model_alias(MODEL, "champion", str(other.number))
-    assert promotion.promote(client, other, CHAMPION) == other
+    assert promote(client, other, CHAMPION) == other
     assert [entry.mark for entry in told(client)] == ["made", "made"]
 
 
@@ -127,12 +130,12 @@ def test_a_process_that_was_overtaken_before_its_move_moves_nothing(client, outc
         done = append(self, series, number, entry)
         monkeypatch.setattr(Ledger, "append", append)
         promotion.settle(self, series, self.read(series)[-1])
-        promotion.promote(client, quick, CHAMPION)
+        promote(client, quick, CHAMPION)
         return done
 
     monkeypatch.setattr(Ledger, "append", hold_up)
     with pytest.raises(errors.OvertakenError):
-        promotion.promote(client, slow, CHAMPION)
+        promote(client, slow, CHAMPION)
     assert at(client) == quick.number
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
 
@@ -153,7 +156,7 @@ def test_a_process_that_was_held_up_moves_nothing_that_others_have_settled_or_mo
 
     monkeypatch.setattr(Ledger, "append", hold_up)
     with pytest.raises(errors.OvertakenError):
-        promotion.promote(client, slow, CHAMPION)
+        promote(client, slow, CHAMPION)
     assert at(client) == {"settled": 4, "moved by hand": 3}[meanwhile]
     assert [entry.mark for entry in told(client)] == ["made", "void"]
 
@@ -161,22 +164,22 @@ def test_a_process_that_was_held_up_moves_nothing_that_others_have_settled_or_mo
 def test_promoting_a_version_that_someone_put_there_by_hand_writes_an_entry(client, outcome):
     other = soup(client)
     client.set_registered_model_alias(MODEL, "champion", str(other.number))
-    assert promotion.promote(client, other, CHAMPION) == other
+    assert promote(client, other, CHAMPION) == other
     assert (told(client)[-1].told["to"], told(client)[-1].mark) == (other.number, "made")
-    assert promotion.promote(client, other, CHAMPION) == other
+    assert promote(client, other, CHAMPION) == other
     assert len(told(client)) == 2
 
 
 def test_a_target_that_was_moved_by_hand_stays_and_is_a_gate_error(client, outcome):
     client.set_registered_model_alias(MODEL, "champion", "3")
-    with pytest.raises(errors.GateError, match="were not scored out of domain together"):
+    with pytest.raises(errors.GateError, match="toy-llm v3 was not scored together with it"):
         release.promote(Spec(version="v4", promote="champion"))
     assert at(client) == 3
 
 
 def test_the_promotion_of_a_copy_is_in_the_ledger_of_its_own_model(client, outcome):
     target = parse_target("model:prod@champion")
-    assert promotion.promote(client, outcome.soup.version, target) == Version("prod", 1)
+    assert promote(client, outcome.soup.version, target) == Version("prod", 1)
     (entry,) = told(client, "prod")
     assert (entry.told["to"], entry.told["target"]) == (1, "prod@champion")
     assert len(told(client)) == 1
@@ -184,44 +187,27 @@ def test_the_promotion_of_a_copy_is_in_the_ledger_of_its_own_model(client, outco
 
 def test_a_stage_has_a_series_of_its_own(client, outcome):
     with pytest.warns(FutureWarning, match="stages"):
-        promotion.promote(client, outcome.soup.version, Target("stage", "Production"))
+        promote(client, outcome.soup.version, Target("stage", "Production"))
     (entry,) = open_ledger(client, MODEL).read("promotion/stage Production")
     assert (entry.told["to"], entry.mark) == (4, "made")
-
-
-def candidates(client, champion, count):
-    """Soups that were judged against the champion, as a gate judges them."""
-    experiment = client.get_experiment_by_name("soups").experiment_id
-    score = Score(0.5, 0.1)
-    found = []
-    for _ in range(count):
-        version = soup(client, **{"soup.digest": f"sha256:{len(found)}{champion}"})
-        roles = {
-            "soup": Evidence(version, "sha256:soup", score, ()),
-            "champion 0": Evidence(Version(MODEL, champion), "sha256:champion", score, ()),
-        }
-        run_id = client.begin_run(experiment, "ood", {})
-        log_evidence(client, run_id, roles, dict.fromkeys(roles), {"dev": "d", "ood": "o"})
-        set_tags(client, version, {naming.GATE_RUN: run_id})
-        found.append(version)
-    return found
 
 
 def one_round(client, count):
     """Promote several soups at once; the winners, and the errors of the others."""
     champion = at(client)
-    racers = candidates(client, champion, count)
+    racers = [soup(client) for _ in range(count)]
     barrier, results = threading.Barrier(count), [None] * count
 
-    def promote(i):
+    def race(i):
         own = Store(60.0)
         barrier.wait()
         try:
-            results[i] = release.point(own, racers[i], CHAMPION)
+            # their verdicts were computed against the version that stood there before the race
+            results[i] = promote(own, racers[i], CHAMPION, lambda v: v.number == champion)
         except errors.SoupError as error:
             results[i] = error
 
-    threads = [threading.Thread(target=promote, args=(i,)) for i in range(count)]
+    threads = [threading.Thread(target=race, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -247,8 +233,13 @@ def test_of_eight_promotions_at_once_one_wins_and_the_ledger_is_complete(
 
 
 def test_a_promotion_records_the_verdict_of_the_gate(client, outcome):
-    roles = read_evidence(client, told(client)[0].told["gate_run"])
+    (entry,) = told(client)
+    trust = trust_of(client, Spec())
+    roles = read_examination(trust, entry.told["gate_run"]).roles
     parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
-    rules = gate.Rules(0.05, 0.95)
+    rules = outcome.verdict.rules
+    said = entry.told["rules"]
+    assert (said["margin"], said["confidence"], said["min_items"]) == (0.05, 0.95, 1)
+    assert said["tasks"] == {"toy_digits:acc": 200, "toy_digits_bpb:bits_per_byte": 40}
     soup_again = replace(roles["soup"], version=outcome.soup.version)
     assert gate.judge(soup_again, parents, [], rules) == outcome.verdict

@@ -17,7 +17,7 @@ from mlflow_soup.registry.register import _link_output, register_soup, uploads
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import (
     find_model,
-    find_soup,
+    find_soups,
     holder,
     last,
     resolve,
@@ -191,14 +191,15 @@ def test_a_family_is_traced_across_models_gaps_and_cycles(request, store):
 
 def test_a_copy_in_another_model_names_its_parents_with_their_model(client, outcome):
     target = Target("model", "champion", "prod")
-    copy = promotion.promote(client, outcome.soup.version, target)
+    told = {"digest": outcome.soup.digest, "rules": {"tasks": {}}}
+    copy = promotion.promote(client, outcome.soup.version, target, told)
     assert copy == Version("prod", 1)
     assert tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"
     assert tags_of(client, outcome.soup.version)["soup.parents"] == "1,2"
     copied, original = (trace(client, v) for v in (copy, outcome.soup.version))
     assert copied.members[copy].parents == original.members[outcome.soup.version].parents
     client.set_model_version_tag("prod", "1", "soup.parents", "1,2")
-    assert promotion.promote(client, outcome.soup.version, target) == copy
+    assert promotion.promote(client, outcome.soup.version, target, told) == copy
     assert tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"  # repaired
 
 
@@ -207,7 +208,8 @@ def test_a_copy_among_its_parents_names_them_by_their_numbers(client, outcome):
     for _ in range(2):
         add(client, "prod")
     soup = add(client, MODEL, "prod/1,prod/2", **{"soup.gate": "passed", "soup.digest": "sha256:x"})
-    copy = promotion.promote(client, soup, Target("model", "champion", "prod"))
+    told = {"digest": "sha256:x", "rules": {"tasks": {}}}
+    copy = promotion.promote(client, soup, Target("model", "champion", "prod"), told)
     assert tags_of(client, copy)["soup.parents"] == "1,2"
 
 
@@ -226,7 +228,7 @@ def test_a_name_with_filter_syntax_is_refused(client, name):
     for ask in (
         lambda: last(client, name, 2),
         lambda: resolve(client, name, VersionRef(7, None)),
-        lambda: find_soup(client, name, {}),
+        lambda: find_soups(client, name, {}),
         lambda: version_at(client, name, Target("stage", "Production")),
     ):
         with pytest.raises(errors.SpecError, match="cannot be the name"):

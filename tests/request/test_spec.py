@@ -222,6 +222,7 @@ RANGES = {
     "seed": ([0, 7], [-1]),
     "margin": ([0.0, 0.01, 5.0], [-0.01, float("inf"), float("nan")]),
     "store_patience": ([0.0, 0.5, 30.0], [-1.0, float("inf"), float("nan")]),
+    "min_items": ([1, 200], [0, -1]),
     "confidence": ([0.51, 0.95, 0.999], [0.5, 1.0, 0.0, 95.0, float("nan")]),
     "num_fewshot": ([None, 0, 5], [-1]),
     "batch_size": ([1, 32], [0, -1]),
@@ -334,6 +335,7 @@ TAGS = {
     "acquisition": (" ei ", "ei"),
     "margin": ("1e-3", 0.001),
     "confidence": ("0.9", 0.9),
+    "min_items": ("200", 200),
     "champion": ("prod", "prod"),
     "num_fewshot": ("5", 5),
     "evaluator": (" lm-eval", "lm-eval"),
@@ -428,3 +430,50 @@ def test_equal_requests_have_equal_keys_however_their_numbers_are_written():
 
 def test_a_target_of_another_model_keeps_its_alias_and_model_apart():
     assert parse_target("model:prod llm@champion") == Target("model", "champion", "prod llm")
+
+
+@pytest.mark.parametrize(
+    ("knob", "policy", "stricter", "looser"),
+    [
+        ("margin", "0.01", 0.005, 0.2),
+        ("confidence", "0.9", 0.99, 0.8),
+        ("min_items", "200", 500, 60),
+        ("ood_tasks", "piqa,lambada_openai:acc", "lambada_openai:acc piqa,boolq", "piqa"),
+        ("champion", "live", "live", "other"),
+    ],
+)
+def test_a_command_line_may_be_stricter_than_the_policy_and_never_looser(
+    knob, policy, stricter, looser
+):
+    rules = {f"soup.{knob}": policy}
+    assert getattr(Spec(**{knob: stricter}).settle({}, rules), knob) == stricter
+    with pytest.raises(SpecError) as caught:
+        Spec(**{knob: looser}).settle({}, rules, "prod-llm")
+    assert caught.value.exit_code == 2
+    for words in (str(looser), policy, "prod-llm"):  # both values, and whose policy it is
+        assert words in caught.value.what
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "a lot"])
+def test_a_rule_that_the_policy_states_wrongly_is_no_rule_to_be_stricter_than(value):
+    with pytest.raises(SpecError, match="margin"):
+        Spec(margin=0.2).settle({}, {"soup.margin": value})
+
+
+def test_the_rules_of_another_model_are_its_own():
+    candidates = {"soup.margin": "0.5", "soup.ood_tasks": "easy", "soup.tasks": "piqa"}
+    settled = Spec().settle(candidates, {"soup.margin": "0.02"})
+    assert (settled.margin, settled.ood_tasks, settled.tasks) == (0.02, "", "piqa")
+    assert Spec().settle(candidates, {}).margin == Spec().margin
+
+
+def test_a_public_key_means_that_only_signed_scores_count(tmp_path):
+    key = tmp_path / "gate.pub.pem"
+    with pytest.raises(SpecError, match="there is no file"):
+        Spec(public_key=str(key))
+    key.write_text("")
+    assert Spec(public_key=str(key)).believed == "signed"
+    assert Spec(public_key=str(key), evidence="own").believed == "own"
+    assert Spec().believed == "experiment"
+    with pytest.raises(SpecError, match="no public key was named"):
+        Spec(evidence="signed")

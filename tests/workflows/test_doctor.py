@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import MODEL
-from mlflow_soup import errors
+from mlflow_soup import Spec, errors
 from mlflow_soup.cli import main
 from mlflow_soup.records import Version
 from mlflow_soup.registry import lease, promotion
@@ -19,10 +19,11 @@ from mlflow_soup.request.names import Target, parse_target
 from mlflow_soup.workflows import doctor
 
 SERIES = "promotion/alias champion"
+TOLD = {"digest": "sha256:x", "gate_run": "run", "verdict": "passed", "rules": {"tasks": {}}}
 
 
 def complaints(client, **options):
-    return list(doctor.examine(MODEL, **options)[1])
+    return list(doctor.examine(Spec(model=MODEL), **options)[1])
 
 
 def said(client, **options):
@@ -162,7 +163,7 @@ def in_production(client, twin):
 
 
 def promoted(client, twin):
-    promotion.promote(client, twin, Target("alias", "staging"))
+    promotion.promote(client, twin, Target("alias", "staging"), TOLD)
     client.delete_registered_model_alias(MODEL, "staging")
 
 
@@ -178,7 +179,7 @@ def a_parent_elsewhere(client, twin):
 
 
 def copied(client, twin):
-    promotion.promote(client, twin, parse_target("model:prod@champion"))
+    promotion.promote(client, twin, parse_target("model:prod@champion"), TOLD)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -204,10 +205,11 @@ def test_what_was_registered_twice_stays_while_it_is_used(client, outcome, use, 
 def test_copies_from_two_models_are_no_duplicates(client, outcome):
     client.create_registered_model("candidate")
     other = again(client, outcome, "candidate", **{"soup.parents": f"{MODEL}/1,{MODEL}/2"})
+    told = {**TOLD, "digest": outcome.soup.digest}
     for version in (outcome.soup.version, other):
-        promotion.promote(client, version, parse_target("model:prod@champion"))
+        promotion.promote(client, version, parse_target("model:prod@champion"), told)
     assert len(versions_of(client, "prod")) == 2
-    assert list(doctor.examine("prod", digests=False)[1]) == []
+    assert list(doctor.examine(Spec(model="prod"), digests=False)[1]) == []
 
 
 def test_forged_verdicts_and_misplaced_aliases_are_told(client, outcome):
@@ -332,8 +334,9 @@ def test_of_runs_without_a_lease_nobody_can_tell(client, outcome, tags):
 
 def test_the_bytes_are_read(client, outcome):
     client.set_model_version_tag(MODEL, "4", "soup.digest", "sha256:0")
-    assert any("holds other weights" in c.what for c in complaints(client))
-    assert not any("holds other weights" in what for what in said(client))
+    changed = "is not what its manifest says: tags: soup.digest is"
+    assert any(changed in c.what for c in complaints(client))
+    assert not any(changed in what for what in said(client))
 
 
 def test_beside_a_version_that_cannot_be_fetched_the_others_are_read(client, outcome):
@@ -342,7 +345,7 @@ def test_beside_a_version_that_cannot_be_fetched_the_others_are_read(client, out
     again(client, outcome, **{"soup.digest": "sha256:0", "soup.request": "another"})
     found = [c.what for c in complaints(client)]
     assert any("toy-llm v5 could not be fetched" in what for what in found)
-    assert any("toy-llm v6 holds other weights" in what for what in found)
+    assert any("toy-llm v6 is not what its manifest says" in what for what in found)
 
 
 def test_a_store_that_is_away_says_nothing_of_versions(client, outcome, monkeypatch):

@@ -366,7 +366,11 @@ def test_a_soup_that_comes_out_otherwise_than_scored_is_refused(client, outcomes
     made = outcomes["fisher"]
     client.delete_model_version(MODEL, str(made.soup.version.number))
     (run_id,) = [t.run_id for t in made.trials if t.recipe == made.soup.recipe]
-    client.set_tag(run_id, "soup.digest", "sha256:" + "0" * 64)
+    digest = "sha256:" + "0" * 64  # as if another version of a library had mixed it then
+    fingerprint = client.get_run(run_id).data.tags["soup.evaluator"]
+    scored = {"evaluator": fingerprint, "weights": [(digest, (1.0).hex())]}
+    for tag, value in {"digest": digest, "measured": naming.key_of(scored)}.items():
+        client.set_tag(run_id, f"soup.{tag}", value)
     before = len(client.search_model_versions(f"name='{MODEL}'"))
     with pytest.raises(
         errors.ObjectiveError, match="give another soup than the one that was scored"

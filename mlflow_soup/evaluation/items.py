@@ -1,0 +1,117 @@
+"""Build the requests of tasks once, and name the items that they ask about.
+
+The name of an item is made of the hashes of its document and of its prompt, as lm-eval logs them.
+Stored scores are compared with these names, so no model needs to be loaded to learn whether a score
+is one of all items of a task.
+"""
+
+import contextlib
+import functools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.utils import handle_non_serializable, hash_string  # private door
+
+from mlflow_soup.evaluation.live import quiet
+from mlflow_soup.evaluation.suite import TEMPLATES, Suite, broken
+from mlflow_soup.records import Score
+
+# the seed that the lm_eval command uses for few-shot sampling
+FEWSHOT_SEED = 1234
+
+Part = tuple[str, str, tuple[str, ...]]  # leaf task, metric, names of its items
+Asking = Mapping[str, tuple[Part, ...]]  # term → the items that its score is the mean of
+
+
+@contextlib.contextmanager
+def templates_kept() -> Iterator[None]:
+    """Compile each template once; lm-eval does so for every document, 0.5 ms each."""
+    kept = functools.lru_cache(maxsize=1024)(TEMPLATES.from_string)
+    TEMPLATES.from_string = kept  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        TEMPLATES.__dict__.pop("from_string", None)  # another thread may have removed it
+
+
+def freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
+    """Build a task's requests once; lm-eval would draw new few-shot examples at every call.
+
+    Raises:
+        SpecError: the task's templates or code fail.
+    """
+    # private door: lm_eval.api.task.Task
+    fixed = task.get_config("num_fewshot")
+    if num_fewshot is not None and fixed != 0:  # as in lm-eval: a YAML's 0 stays 0
+        task.set_config("num_fewshot", num_fewshot)
+    elif fixed is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    try:
+        with templates_kept(), quiet():
+            task.build_all_requests(limit=limit)
+    except Exception as error:  # templates, code and documents can raise anything
+        where = f"the requests of task {task.config.task}"
+        raise broken(task.config.task, "could not build its requests", where, error) from error
+    frozen = task.instances
+
+    def rebuild(**_: Any) -> None:
+        for request in frozen:
+            request.resps, request.filtered_resps = [], {}
+        task._instances = frozen
+
+    task.build_all_requests = rebuild
+
+
+def items_of(suite: Suite) -> dict[str, tuple[Part, ...]]:
+    """The items of a suite whose tasks are frozen."""
+    named = {name: _names(task) for name, task in suite.loaded["tasks"].items()}
+    return {
+        str(term): tuple(
+            (task.config.task, term.metric, named[task.config.task]) for task in suite.leaves(term)
+        )
+        for term in suite.terms
+    }
+
+
+def all_items(suite: Suite, num_fewshot: int | None) -> dict[str, tuple[Part, ...]]:
+    """All items of a suite; its tasks are frozen for it.
+
+    Raises:
+        SpecError: the templates or the code of a task fail.
+    """
+    for task in suite.loaded["tasks"].values():
+        freeze(task, num_fewshot, None)
+    return items_of(suite)
+
+
+def name_of(doc_hash: str, prompt_hash: str) -> str:
+    """The name of an item from the hashes that lm-eval logs."""
+    return f"{doc_hash[:16]}:{prompt_hash[:16]}"
+
+
+def _names(task: Any) -> tuple[str, ...]:
+    requests = defaultdict(list)
+    for request in task.instances:
+        requests[request.doc_id].append(request)
+    names = []
+    for doc_id in sorted(requests):
+        first = min(requests[doc_id], key=lambda request: request.idx)
+        # private door: lm_eval.evaluator.evaluate: doc_hash and prompt_hash
+        default = handle_non_serializable
+        text = json.dumps(first.doc, indent=2, default=default, ensure_ascii=False)
+        names.append(name_of(hash_string(text), hash_string(first.arguments[0])))
+    return tuple(names)
+
+
+def is_of(score: Score, parts: Sequence[Part]) -> bool:
+    """Whether a score is one of these items, all of them, finite, and the sum of its items."""
+    if [(i.task, i.metric, i.ids) for i in score.items] != list(parts):
+        return False
+    sums = [i.weight * math.fsum(np.multiply(i.shares, i.values)) for i in score.items]
+    value = math.fsum(sums)
+    return math.isfinite(value) and math.isclose(value, score.value, rel_tol=1e-9, abs_tol=1e-12)

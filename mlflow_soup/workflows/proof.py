@@ -1,0 +1,362 @@
+"""Decide whether a version may be promoted, from what nobody can talk about.
+
+Tags are for people: anybody who may register a version may write them. So a decision reads
+
+- the soup's bytes and its manifest, which must agree, and the parents, which must mix to these
+  bytes again (`verify`);
+- the scores of exactly these bytes on all items, from where they count (`trust`);
+- the rules of the registered model that owns the promotion's target.
+
+The verdict is computed from these each time. `run`, `gate`, `promote` and `doctor` share it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mlflow_soup.decision import gate as gates
+from mlflow_soup.errors import GateError, MismatchError, SpecError
+from mlflow_soup.evaluation.items import Part, all_items
+from mlflow_soup.evaluation.suite import load_suite
+from mlflow_soup.records import Evidence, Examination, Finding, Manifest, Rules, Verdict, Version
+from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry.evaluations import find_examinations
+from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.trust import Trust
+from mlflow_soup.registry.versions import policy
+from mlflow_soup.request.names import parse_target, parse_uri
+from mlflow_soup.request.spec import Spec
+from mlflow_soup.weights import soup
+from mlflow_soup.weights.provenance import Origin
+from mlflow_soup.workflows.bench import Opened, open_version, rivals
+from mlflow_soup.workflows.merge import fetch
+from mlflow_soup.workflows.verify import inspect, read_manifest
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What the evidence must be like for a verdict.
+
+    Attributes:
+        rules: the rules of the gate.
+        items: OOD task → its items; None if nobody stated the tasks.
+        limited: whether scores on the first items suffice, for a verdict that promotes nothing.
+    """
+
+    rules: Rules
+    items: Mapping[str, Sequence[Part]] | None = None
+    limited: bool = False
+
+
+@dataclass(frozen=True)
+class Proven:
+    """A soup whose files, manifest and parents agree.
+
+    Attributes:
+        version: the registered version.
+        manifest: its manifest, with the digests of its own tensors and of its parents'.
+        mixed: whether the parents were mixed again and gave its bytes.
+        tags: the finding about its tags.
+    """
+
+    version: Version
+    manifest: Manifest
+    mixed: bool
+    tags: Finding
+
+    @property
+    def digest(self) -> str:
+        """The digest of the soup's tensors."""
+        assert self.manifest.digests is not None
+        return self.manifest.digests.canonical
+
+    @property
+    def parents(self) -> dict[Version, str]:
+        """Each parent, oldest first → the digest of its tensors."""
+        found = {}
+        for source in self.manifest.sources:
+            assert source.digests is not None
+            found[version_of(source.uri)] = source.digests.canonical
+        return found
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict, and what it was computed from.
+
+    Attributes:
+        proven: the soup.
+        examination: the evidence; roles as the gate compared them.
+        verdict: the gate's verdict.
+        compared: the digest of each model that the soup was compared with.
+    """
+
+    proven: Proven
+    examination: Examination
+    verdict: Verdict
+    compared: frozenset[str]
+
+
+def version_of(uri: str) -> Version:
+    """The version that a manifest's `models:/name/12` names.
+
+    Raises:
+        SpecError: it is the path of a folder, or names an alias.
+    """
+    name, ref = parse_uri(uri, "the soup's manifest")
+    if ref.number is None:
+        raise SpecError(
+            f"{uri} names no version",
+            where="the soup's manifest",
+            fix="do not use this soup: mlflow-soup writes the number of each parent",
+        )
+    return Version(name, ref.number)
+
+
+def owner_of(spec: Spec, name: str) -> str:
+    """The registered model that owns the promotion's target, and so states the rules."""
+    target = parse_target(spec.promote) if spec.promote else None
+    return (target.model if target is not None else None) or name
+
+
+def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
+    """The spec, with the model's policy, and the rules of the model that owns the target.
+
+    Raises:
+        SpecError: the command line is looser than the rules, or nobody who may state the OOD tasks
+            for another model's alias did.
+    """
+    owner = owner_of(spec, name)
+    own = policy(client, name)
+    settled = spec.settle(own, own if owner == name else policy(client, owner), owner)
+    if owner != name and not settled.ood_tasks:
+        raise SpecError(
+            f"nobody states the out-of-domain tasks for a promotion to {owner}",
+            where=f"tag soup.ood_tasks of {owner}; those of {name} do not count for another model",
+            fix=f"set the tag soup.ood_tasks on {owner}, or name the tasks: --ood-tasks "
+            "lambada_openai",
+        )
+    return settled
+
+
+def standard_of(spec: Spec) -> Standard:
+    """The standard of a settled spec. The OOD tasks are loaded, to know all of their items.
+
+    Raises:
+        SpecError, ObjectiveError: as `load_suite`.
+    """
+    if not spec.ood_tasks:
+        return Standard(rules_of(spec, ()))
+    suite = load_suite(
+        spec.ood_tasks,
+        include_path=spec.include_path,
+        allowed=spec.allowed_code,
+        where="--ood-tasks",
+    )
+    items = all_items(suite, spec.num_fewshot)
+    return Standard(rules_of(spec, tuple(items)), items)
+
+
+def rules_of(spec: Spec, tasks: tuple[str, ...]) -> Rules:
+    """The rules of a settled spec, for these OOD tasks."""
+    return Rules(spec.margin, spec.confidence, spec.min_items, tasks)
+
+
+def prove(
+    version: Version, *, at_hand: Sequence[Opened] = (), blend: soup.Blend | None = None
+) -> Proven:
+    """Read a soup from the store, and mix its parents again.
+
+    Args:
+        version: the registered soup.
+        at_hand: parents that this process has read already; the others are fetched anew.
+        blend: as for `inspect`.
+
+    Raises:
+        SpecError: the version is not a soup.
+        MismatchError: its files and parents are not what its manifest says.
+        ParentError: the version does not exist.
+    """
+    proven, wrong = read_proof(version, at_hand=at_hand, blend=blend)
+    if wrong := [finding for finding in wrong if finding is not proven.tags]:
+        raise mismatch(version, wrong)
+    return proven
+
+
+def read_proof(
+    version: Version, *, at_hand: Sequence[Opened] = (), blend: soup.Blend | None = None
+) -> tuple[Proven, list[Finding]]:
+    """What `prove` reads, and what is wrong with it: the tags, the files, the parents.
+
+    Args and errors are those of `prove`, but what is wrong raises none.
+    """
+    origin = fetch(version.uri, "the soup", fresh=True)
+    manifest = read_manifest(origin)
+    known = {o.parent.version.uri: Origin(o.parent.folder, o.parent.version.uri) for o in at_hand}
+    findings = list(inspect(origin, manifest, at_hand=known, blend=blend))
+    wrong = [f for f in findings if f.verdict != "ok" and not _is_allowed(f, manifest)]
+    return Proven(version, manifest, findings[-1].verdict == "ok", findings[0]), wrong
+
+
+def check_tags(proven: Proven) -> None:
+    """Refuse a soup whose tags tell people something else than its manifest.
+
+    Raises:
+        MismatchError: they do.
+    """
+    if proven.tags.verdict != "ok":
+        raise mismatch(proven.version, [proven.tags])
+
+
+def _is_allowed(finding: Finding, manifest: Manifest) -> bool:
+    """Statistics are not stored with a soup, so that its parents cannot always be mixed again."""
+    return (finding.what, finding.verdict) == (
+        "merged again",
+        "skipped",
+    ) and manifest.method != "linear"
+
+
+def mismatch(version: Version, wrong: Sequence[Finding]) -> MismatchError:
+    """The error for a soup that is not what its manifest says."""
+    said = [f"{f.what}: {'; '.join(f.details[:3])}" for f in wrong]
+    return MismatchError(
+        f"{version} is not what its manifest says: {' | '.join(said)}",
+        where=version.uri,
+        fix="do not use this version: somebody changed its files, tags or parents; mlflow-soup "
+        f"verify {version.uri} shows all differences",
+    )
+
+
+def decide(
+    client: Store,
+    proven: Proven,
+    spec: Spec,
+    standard: Standard,
+    trust: Trust,
+    *,
+    examined: Examination | None = None,
+    at_hand: Sequence[Opened] = (),
+) -> Decision:
+    """Compute the verdict on a soup.
+
+    Args:
+        client: the store's client.
+        proven: the soup.
+        spec: a settled spec; it names champion and target.
+        standard: what the evidence must be like.
+        trust: where evidence counts.
+        examined: the evidence, if this process measured it or has read it from where it counts.
+        at_hand: versions that this process has read already.
+
+    Raises:
+        GateError: no evidence counts and suffices.
+        ParentError: a version that the soup would replace is missing or damaged.
+    """
+    read = {o.parent.version: o.parent.digest for o in at_hand}
+    champions = {}
+    for rival in rivals(client, proven.version.name, spec):
+        champions[rival] = read.get(rival) or open_version(client, rival, fresh=True).parent.digest
+    needed = {proven.version: proven.digest, **proven.parents, **champions}
+    found = find_examinations(trust, {naming.DIGEST: proven.digest}) if examined is None else []
+    examination = _choose(
+        proven.version, [examined] if examined else found, needed, standard, trust
+    )
+    of = {version: _as(examination, digest, version) for version, digest in needed.items()}
+    parents = [of[version] for version in proven.parents]
+    others = [of[version] for version, its in champions.items() if its != proven.digest]
+    # a version that the soup has replaced since is no rival any more, but its checks still hold
+    others += [e for role, e in examination.roles.items() if role.startswith("champion")]
+    verdict = gates.judge(of[proven.version], parents, others, standard.rules)
+    return Decision(proven, examination, verdict, frozenset(needed.values()))
+
+
+def _as(examination: Examination, digest: str, version: Version) -> Evidence:
+    evidence = examination.of(digest)
+    assert evidence is not None
+    return replace(evidence, version=version)
+
+
+def _choose(
+    version: Version,
+    examinations: Sequence[Examination],
+    needed: Mapping[Version, str],
+    standard: Standard,
+    trust: Trust,
+) -> Examination:
+    """The first examination that suffices; they come newest first.
+
+    Raises:
+        GateError: none does; the error says what the newest one lacks.
+    """
+    reasons = []
+    for examination in examinations:
+        absent = [v for v, digest in needed.items() if examination.of(digest) is None]
+        if absent:
+            reason = f"{' and '.join(map(str, absent))} was not scored together with it"
+        else:
+            roles = {str(v): _as(examination, d, v) for v, d in needed.items()}
+            reason = gates.missing(
+                replace(examination, roles=roles),
+                standard.rules,
+                standard.items,
+                limited=standard.limited,
+            )
+        if not reason:
+            return examination
+        reasons.append(f"{reason} (run {examination.run_id})")
+    why = reasons[0] if reasons else _why_none(version, needed[version], trust)
+    raise GateError(
+        f"no evidence supports a verdict on {version}: {why}",
+        where=version.uri,
+        fix=f"run mlflow-soup evaluate --model {version.name} --version v{version.number}, then "
+        "mlflow-soup gate; give both the same --promote, --ood-tasks and --experiment",
+    )
+
+
+def _why_none(version: Version, digest: str, trust: Trust) -> str:
+    elsewhere = tracking.find_runs(trust.client, {naming.ROLE: "ood", naming.DIGEST: digest})
+    if not elsewhere:
+        return "it was never scored out of domain"
+    if trust.mode == "signed":
+        return "no key of --public-key has signed its out-of-domain scores"
+    if trust.mode == "own":
+        return "with --evidence own no stored score counts"
+    there = {run.info.experiment_id for run in elsewhere}
+    if trust.experiment in there:
+        return "its out-of-domain scores are lost, damaged or unfinished"
+    names = sorted(trust.client.get_experiment(e).name for e in there)
+    return (
+        f"its out-of-domain scores are in experiment {', '.join(names)}, which counts only if "
+        "--experiment names it"
+    )
+
+
+def require_passed(decision: Decision, words: Sequence[str]) -> None:
+    """Refuse to promote what did not pass, or what cannot be mixed again.
+
+    Args:
+        decision: the decision.
+        words: the checks that failed, in words.
+
+    Raises:
+        GateError: the verdict is no, or the parents were not mixed again.
+    """
+    version, method = decision.proven.version, decision.proven.manifest.method
+    if not decision.verdict.passed:
+        raise GateError(
+            f"the gate refuses {version}: {'; '.join(words)}",
+            where=f"run {decision.examination.run_id}, {decision.verdict.rules}",
+            fix="keep the version that stands at the target; train on, or merge other versions",
+        )
+    if decision.examination.settings.get("limit") is not None:
+        raise GateError(
+            f"{version} was judged on the first items of each task only",
+            where=f"run {decision.examination.run_id}",
+            fix="run the same command without --limit",
+        )
+    if not decision.proven.mixed:
+        raise GateError(
+            f"the parents of {version} cannot be mixed again, because the statistics of {method} "
+            "are not stored",
+            where=version.uri,
+            fix="promote it with the command that made it: mlflow-soup run … --promote TARGET",
+        )
