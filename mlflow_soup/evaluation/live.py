@@ -77,7 +77,10 @@ def quiet() -> Iterator[None]:
 
 def not_finite(what: str, where: str) -> NonFiniteError:
     """The error that tells a search that a λ has no finite score."""
-    fix = "narrow the search with --alpha, or merge in F32: the merged weights overflow"
+    fix = (
+        "raise --alpha, so that λ stays near the newest version; or register the parents in F32 or "
+        "BF16, which hold larger numbers than F16"
+    )
     return NonFiniteError(what, where=where, fix=fix)
 
 
