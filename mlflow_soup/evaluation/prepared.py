@@ -235,11 +235,14 @@ class PreparedLM(FrozenLM):
         return _Plan([request.args for request in requests], counts, truncated, inputs)
 
     def _check_length(self, continuation: Tokens, task: str) -> None:
-        if not 0 < len(continuation) <= self.max_length:
+        count, most = len(continuation), self.max_length
+        if not 0 < count <= most:
             raise ObjectiveError(
-                f"task {task} asks for a continuation of {len(continuation)} tokens",
-                where=f"the longest input, {self.max_length} tokens",
-                fix="raise --max-length, or correct the task's data",
+                f"task {task} has an answer of {count} tokens; an answer must have 1 to {most}",
+                where=f"the data of task {task}",
+                fix="shorten the answer, or raise --max-length"
+                if count
+                else "fill in or remove the empty answer",
             )
 
     def _settle(self, kinds: Sequence[Sequence[Input]]) -> None:
