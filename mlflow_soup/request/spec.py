@@ -173,7 +173,7 @@ class Spec:
         "Largest number of calibration tokens that are read.",
         "run pairs count ood methods",
         policy=True,
-        range=whole(1),
+        range=whole(2),
     )
     fisher_estimator: str = knob(
         SEARCH,

@@ -211,7 +211,7 @@ RANGES = {
     "methods": (["greedy", "best,fisher"], ["", "greedy,greedy", "slerp", "greedy,"]),
     "greedy_tie": (["add", "drop"], ["", "keep"]),
     "calibration": ([""], ["no/such/file.txt", os.curdir]),
-    "calibration_tokens": ([1, 65536], [0, -1]),
+    "calibration_tokens": ([2, 65536], [1, 0, -1]),
     "fisher_estimator": (["empirical", "sampled"], ["", "exact"]),
     "regmean_scale": ([0.0, 0.9, 1.0], [-0.1, 1.1, float("nan")]),
     "points": ([4, 101], [3, 0]),
