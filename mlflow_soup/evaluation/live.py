@@ -262,10 +262,11 @@ class LiveModel:
             for name, other in self.tied.items():
                 if not same_bytes(own[name], own[other]):
                     raise ParentError(
-                        f"{name!r} and {other!r} of {parent.label} differ, but the model ties them",
+                        f"{name!r} and {other!r} of {parent.label} differ, but the model uses one "
+                        "tensor for both (tied weights)",
                         where=str(parent.weights),
-                        fix="merge checkpoints in which both tensors are equal, or only one is "
-                        "saved",
+                        fix="leave this version out, or register it again with equal tensors or "
+                        "only one of them",
                     )
         links = []
         for name, place in self.places.items():
