@@ -91,7 +91,9 @@ def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) ->
         content = parse_yaml(path.read_bytes()) or {}
     except (OSError, ValueError) as error:
         raise SpecError(
-            f"{path} cannot be read: {error}", where="--spec", fix="name a YAML file of options"
+            f"{path} cannot be read: {error}",
+            where="--spec",
+            fix="name a YAML file of options, such as pair: v12,v13",
         ) from error
     known = {f.name for f in fields(Spec)}
     unknown = sorted(set(content) - known) if isinstance(content, dict) else [str(content)]
@@ -104,9 +106,9 @@ def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) ->
     odd = [name for name, value in content.items() if isinstance(value, dict | list | set)]
     if odd:
         raise SpecError(
-            f"{path} sets {odd[0]} to {content[odd[0]]!r}",
+            f"{path} sets {odd[0]} to {content[odd[0]]!r}, which is not one text or number",
             where="--spec",
-            fix="write one text or number, as on the command line: pair: v12,v13",
+            fix="write the value as on the command line, such as pair: v12,v13 for --pair v12,v13",
         )
     said = {name: str(value) for name, value in content.items() if value is not None}
     ctx.default_map = {**(ctx.default_map or {}), **said}

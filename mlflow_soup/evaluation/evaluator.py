@@ -183,7 +183,8 @@ class Evaluator:
                     self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
                 )
         except OverflowError as error:  # a perplexity too large for float64
-            raise not_finite(f"a score is too large for a float: {error}", "aggregation") from error
+            what = f"a score is too large for a float: {error}"
+            raise not_finite(what, "while lm-eval averaged the items of a task") from error
         except SecurityError as error:  # in a template that only scoring uses
             names = ", ".join(map(str, self._suite.terms))
             raise broken(names, "could not be scored", "the task's templates", error) from error

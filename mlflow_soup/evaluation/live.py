@@ -77,7 +77,10 @@ def quiet() -> Iterator[None]:
 
 def not_finite(what: str, where: str) -> NonFiniteError:
     """The error that tells a search that a λ has no finite score."""
-    fix = "narrow the search with --alpha, or merge in F32: the merged weights overflow"
+    fix = (
+        "raise --alpha, so that λ stays near the newest version; or register the parents in F32 or "
+        "BF16, which hold larger numbers than F16"
+    )
     return NonFiniteError(what, where=where, fix=fix)
 
 
@@ -259,10 +262,11 @@ class LiveModel:
             for name, other in self.tied.items():
                 if not same_bytes(own[name], own[other]):
                     raise ParentError(
-                        f"{name!r} and {other!r} of {parent.label} differ, but the model ties them",
+                        f"{name!r} and {other!r} of {parent.label} differ, but the model uses one "
+                        "tensor for both (tied weights)",
                         where=str(parent.weights),
-                        fix="merge checkpoints in which both tensors are equal, or only one is "
-                        "saved",
+                        fix="leave this version out, or register it again with equal tensors or "
+                        "only one of them",
                     )
         links = []
         for name, place in self.places.items():

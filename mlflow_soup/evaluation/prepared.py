@@ -23,8 +23,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from mlflow_soup.errors import NonFiniteError, ObjectiveError
+from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.evaluation.batches import Input, Limits, Part, Tokens, divide, pack, unpack
+from mlflow_soup.evaluation.live import not_finite
 
 Answer = tuple[float, bool]  # log-likelihood; True when greedy decoding gives the continuation
 
@@ -97,11 +98,8 @@ class FrozenLM(HFLM):  # type: ignore[misc]
 def _check_logits(_: Tensor, logits: Tensor) -> Tensor:
     """Return the logits (B, V) of a next token unchanged, after checking that they are finite."""
     if not torch.isfinite(logits.amax(-1)).all():  # NaN and +infinity reach the maximum
-        raise NonFiniteError(
-            "the logits that text is generated from are not finite",
-            where="generation",
-            fix="narrow the search with --alpha, or merge in F32: the merged weights overflow",
-        )
+        what = "the logits that the next token is chosen by are not finite"
+        raise not_finite(what, "while the model generated text")
     return logits
 
 
@@ -237,11 +235,14 @@ class PreparedLM(FrozenLM):
         return _Plan([request.args for request in requests], counts, truncated, inputs)
 
     def _check_length(self, continuation: Tokens, task: str) -> None:
-        if not 0 < len(continuation) <= self.max_length:
+        count, most = len(continuation), self.max_length
+        if not 0 < count <= most:
             raise ObjectiveError(
-                f"task {task} asks for a continuation of {len(continuation)} tokens",
-                where=f"the longest input, {self.max_length} tokens",
-                fix="raise --max-length, or correct the task's data",
+                f"task {task} has an answer of {count} tokens; an answer must have 1 to {most}",
+                where=f"the data of task {task}",
+                fix="shorten the answer, or raise --max-length"
+                if count
+                else "fill in or remove the empty answer",
             )
 
     def _settle(self, kinds: Sequence[Sequence[Input]]) -> None:

@@ -242,20 +242,22 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
             "into the local cache first",
         ) from error
     except Exception as error:  # a task's YAML and code can raise anything
-        if str(error).startswith(
-            "Duplicate task"
-        ):  # the text names a group and a task of that group
-            # private door: lm_eval: Duplicate task
-            raise SpecError(str(error), where=where, fix="name each task once") from error
+        # private door: lm_eval: Duplicate task
+        if str(error).startswith("Duplicate task"):
+            fix = "name each task once, either by itself or by a group that holds it"
+            raise SpecError(str(error), where=where, fix=fix) from error
         raise broken(", ".join(names), "could not be loaded", where, error) from error
 
 
 def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
     """The error for a task whose own YAML, templates or code raised an error."""
-    fix = "try the task with `lm_eval run --tasks NAME --limit 1`, and correct its YAML"
+    fix = (
+        "correct the task's YAML or code; to see the whole error, run `lm_eval run --model dummy "
+        "--tasks NAME --include_path FOLDER --limit 1`"
+    )
     if isinstance(error, jinja2.exceptions.SecurityError):
-        fix = "correct the task's templates: they run in a sandbox and may only format a document"
-    return SpecError(f"{name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
+        fix = "correct the templates in the task's YAML: a template may only format a document"
+    return SpecError(f"task {name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
 
 
 def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, where: str) -> Asked:
@@ -269,9 +271,9 @@ def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, whe
         available = [m for m in union if m.split(",")[0] in wanted]
         if not available:
             raise SpecError(
-                f"group {name} has no score of its own",
+                f"lm-eval computes no score for the group {name} as a whole",
                 where=where,
-                fix=f"name the members of the group: {', '.join(group.child_names[:5])} …",
+                fix=f"name its members instead: {', '.join(group.child_names[:5])} …",
             )
     chosen_metrics = [m for m in available if metric in (None, m.split(",")[0])]
     if not chosen_metrics:
@@ -285,10 +287,10 @@ def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, whe
     if not settled:
         names = [m.split(",")[1] for m in chosen_metrics]
         raise SpecError(
-            f"metric {metric} of task {name} has no filter {chosen!r}, and lm-eval has no task of "
-            "that name",
+            f"{chosen!r} is neither an lm-eval task nor a filter of {name}:{metric}",
             where=where,
-            fix=_near(str(chosen), names) + f"choose one of: {', '.join(names)}",
+            fix=_near(str(chosen), names)
+            + f"correct the task's name, or choose a filter: {', '.join(names)}",
         )
     term = Asked(name, settled[0])
     for task in suite.leaves(term):

@@ -106,11 +106,12 @@ def parse_pairs(text: str) -> tuple[tuple[VersionRef, ...], ...]:
         SpecError: one is not a pair, or is named twice.
     """
     for part in text.split():
-        if len([ref for ref in part.split(",") if ref.strip()]) != 2:
+        count = len([ref for ref in part.split(",") if ref.strip()])
+        if count != 2:
             raise SpecError(
-                f"{part!r} is not a pair",
+                f"a pair is two versions, but {part!r} names {count}",
                 where="--pairs",
-                fix="write each pair with a comma, and a space between pairs: 'v11,v12 v12,v13'",
+                fix="put only a comma in a pair, and a space between pairs: 'v11,v12 v12,v13'",
             )
     pairs = tuple(parse_pair(part, "--pairs") for part in text.split())
     if len(set(pairs)) < len(pairs):

@@ -184,7 +184,7 @@ class Spec:
         "Largest number of calibration tokens that are read.",
         "run pairs count ood methods",
         policy=True,
-        range=whole(1),
+        range=whole(2),
     )
     fisher_estimator: str = knob(
         SEARCH,
@@ -406,9 +406,10 @@ class Spec:
         """Refuse names of models, versions, targets and methods that nothing can have."""
         named = [option for option in ("pair", "versions", "last") if getattr(self, option)]
         if len(named) > 1:
+            options = " and ".join(f"--{o}" for o in named)
             raise SpecError(
-                "the versions are named twice",
-                where=" and ".join(f"--{o}" for o in named) + ", here or in the file of --spec",
+                f"{len(named)} options say which versions to merge",
+                where=f"{options}, on the command line or in the file of --spec",
                 fix="keep only one of these options",
             )
         check_name(self.model)

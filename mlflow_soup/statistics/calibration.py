@@ -56,10 +56,11 @@ def read_texts(path: Path) -> list[str]:
         ) from error
     if not all(isinstance(text, str) for text in texts):
         fix = 'write each row as {"text": "…"}, with the text in quotes'
-        raise SpecError(f"a text in {path} is not a string", where=where, fix=fix)
+        raise SpecError(f'a field "text" in {path} is not a text', where=where, fix=fix)
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise SpecError(f"{path} holds no text", where=where, fix="put some text into the file")
+        fix = "put text into the file; without this option the held-out items are read"
+        raise SpecError(f"{path} holds no text", where=where, fix=fix)
     return texts
 
 
@@ -71,7 +72,7 @@ def calibrate(
     Args:
         texts: the documents; read only as far as needed.
         live: the model whose tokenizer is used.
-        tokens: the largest number of tokens; there are fewer if the texts end before.
+        tokens: the largest number of tokens, 2 or more; there are fewer if the texts end before.
         max_length: a further limit on the tokens in a window, besides `WINDOW` and the model's own.
 
     Raises:
@@ -91,8 +92,8 @@ def calibrate(
             break
     if not windows:
         raise SpecError(
-            "the calibration text is too short: no document has two tokens",
-            where=f"--calibration ({tokens} tokens wanted, in windows of {length})",
-            fix="give more calibration text; Fisher and RegMean statistics are measured on it",
+            "the calibration text is too short: no document in it has two tokens",
+            where="--calibration; without this option, the held-out items",
+            fix="name a file with longer text: Fisher and RegMean need two tokens in a row",
         )
     return Calibration(tuple(windows))

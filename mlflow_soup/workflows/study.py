@@ -5,7 +5,7 @@ therefore continues a study that was stopped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,18 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
+    if not _needs_ood_tasks(name, spec):
+        spec = replace(spec, ood_tasks="")
     session, resolved = open_session(client, model, spec, groups, f"--{option}")
     subject = resolved if option == "pairs" else resolved[0]
     STUDIES[name].jobs(session, subject)
     return session, subject
+
+
+def _needs_ood_tasks(name: str, spec: Spec) -> bool:
+    """Whether a study scores on the OOD tasks, or reads a text that their items must not be in."""
+    knobs = {knob.name for knob in fields(spec) if name in knob.metadata["commands"]}
+    return "ood_tasks" in knobs or ("calibration" in knobs and bool(spec.calibration))
 
 
 @redacting()

@@ -157,8 +157,9 @@ def test_a_mixture_that_overflows_in_half_precision_has_no_score(
         live.set_weights(links, lam)
         assert scoring.score().items
     live.set_weights(links, (0.5, 0.5))
-    with pytest.raises(errors.NonFiniteError, match="not finite"):
+    with pytest.raises(errors.NonFiniteError, match="not finite") as refusal:
         scoring.score()
+    assert "register the parents in F32 or BF16" in refusal.value.fix
 
 
 def test_a_perplexity_beyond_all_numbers_is_no_score(live, tasks, monkeypatch):

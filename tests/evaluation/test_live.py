@@ -258,7 +258,7 @@ def test_a_head_that_only_one_parent_ties_to_its_embedding_is_refused(tmp_path, 
         content["lm_head.weight"] = content["model.embed_tokens.weight"] * (1 if i == base else 2)
         save_file(content, folder / "model.safetensors", {"format": "pt"})
     live = LiveModel(find_checkpoint(folders[base], "base"))
-    with pytest.raises(errors.ParentError, match=r"embed_tokens.* differ, but the model ties them"):
+    with pytest.raises(errors.ParentError, match=r"embed_tokens.* differ, but the model uses one"):
         link(live, folders)
 
 
@@ -309,8 +309,10 @@ def test_a_mixture_that_is_not_finite_is_no_model(tmp_path, trained):
         toy.edit_tensors(folder, **{name: torch.tensor([largest, float(i)] + [0.0] * 46)})
         found.append(find_checkpoint(folder, f"v{i}"))
     live = LiveModel(found[0])
-    with pytest.raises(errors.NonFiniteError, match=r"final_layer_norm\.bias.* is not finite"):
+    with pytest.raises(errors.NonFiniteError, match=r"norm\.bias.* is not finite") as refusal:
         live.set_weights(live.link(found), (0.01, 0.5, 0.49))
+    assert "raise --alpha" in refusal.value.fix
+    assert "register the parents in F32 or BF16" in refusal.value.fix
 
 
 def test_two_threads_that_load_at_once_leave_transformers_and_the_streams_as_they_were(

@@ -390,10 +390,15 @@ def choices_of(requests):
     return [request.args for request in requests]
 
 
-def test_a_continuation_that_does_not_fit_is_refused():
+@pytest.mark.parametrize(
+    ("answer", "fix"), [("bcdefg", "raise --max-length"), ("", "remove the empty answer")]
+)
+def test_an_answer_that_is_too_long_or_empty_is_refused(answer, fix):
     lm = wrapped(family("GPTNeoX"), max_length=5)
-    with pytest.raises(errors.ObjectiveError, match="task asks for a continuation of 6 tokens"):
-        lm.prepare({"loglikelihood": ask("loglikelihood", ("a", "bcdefg"))})
+    words = f"an answer of {len(answer)} tokens; an answer must have 1 to 5"
+    with pytest.raises(errors.ObjectiveError, match=words) as refusal:
+        lm.prepare({"loglikelihood": ask("loglikelihood", ("a", answer))})
+    assert fix in refusal.value.fix
 
 
 def test_infinite_weights_are_noticed(checkpoints, mixed):

@@ -53,10 +53,10 @@ def test_tasks_are_named_as_lm_eval_names_them(tasks, text, terms):
     [
         ("toy_lettres", "no task 'toy_lettres'", "did you mean toy_letters"),
         ("toy_letters:accc", "no metric 'accc'", "did you mean acc"),
-        ("toy_letters:acc,non", "no filter 'non'", "choose one of: none"),
-        ("toy_all,toy_digits", "Duplicate task", "name each task once"),
+        ("toy_letters:acc,non", "'non' is neither an lm-eval task nor a filter", "a filter: none"),
+        ("toy_all,toy_digits", "Duplicate task", "by itself or by a group"),
         ("toy_letters,toy_letters:acc", "named twice", "name each task once"),
-        ("toy_split", "KeyError", "correct its YAML"),
+        ("toy_split", "task toy_split could not be loaded: KeyError", "--model dummy"),
         ("toy_unsafe", "runs code", "sandbox"),
         ("a/b", "'a/b' is not an lm-eval task", "task:metric"),
         ("toy_f1", "is not a sum over items", "averaged over items"),

@@ -211,7 +211,7 @@ RANGES = {
     "methods": (["greedy", "best,fisher"], ["", "greedy,greedy", "slerp", "greedy,"]),
     "greedy_tie": (["add", "drop"], ["", "keep"]),
     "calibration": ([""], ["no/such/file.txt", os.curdir]),
-    "calibration_tokens": ([1, 65536], [0, -1]),
+    "calibration_tokens": ([2, 65536], [1, 0, -1]),
     "fisher_estimator": (["empirical", "sampled"], ["", "exact"]),
     "regmean_scale": ([0.0, 0.9, 1.0], [-0.1, 1.1, float("nan")]),
     "points": ([4, 101], [3, 0]),
@@ -294,10 +294,10 @@ def test_a_value_of_another_type_is_refused(name, value, what):
 
 
 def test_a_pair_and_versions_at_once_are_refused():
-    with pytest.raises(SpecError, match="the versions are named twice") as refusal:
+    with pytest.raises(SpecError, match="2 options say which versions to merge") as refusal:
         Spec(pair="v1,v2", versions="v1,v2,v3")
     assert refusal.value.where.startswith("--pair and --versions")
-    with pytest.raises(SpecError, match="the versions are named twice"):
+    with pytest.raises(SpecError, match="2 options say which versions to merge"):
         Spec(versions="v1,v2,v3", last=3)
 
 

@@ -32,7 +32,7 @@ def test_rows_of_json_give_their_text(tmp_path):
         ("text.jsonl", b'{"texts": "a"}', 'a row has no field "text"'),
         ("text.jsonl", b'{"text": "a"', "is not calibration text"),
         ("text.jsonl", b'["a"]', "is not calibration text"),
-        ("text.jsonl", b'{"text": 3}', "is not a string"),
+        ("text.jsonl", b'{"text": 3}', 'a field "text" in .* is not a text'),
         ("text.jsonl", b"", "holds no text"),
         ("text.txt", b"\n \n\n", "holds no text"),
         ("text.txt", b"\xff\xfe", "is not calibration text"),
@@ -82,7 +82,7 @@ def test_no_more_tokens_are_read_than_wanted(live, tokens):
 
 @pytest.mark.parametrize("texts", [[], ["k"], [""]])
 def test_text_without_two_tokens_is_refused(live, texts):
-    with pytest.raises(SpecError, match="the calibration text is too short"):
+    with pytest.raises(SpecError, match="too short: no document in it has two tokens"):
         calibrate(texts, live, tokens=100)
 
 

@@ -528,5 +528,5 @@ def test_a_parent_that_does_not_fit_the_model_is_refused(tmp_path):
         toy.edit_tensors(own.weights, **{"lm_head.weight": embedding * factor})
     live = LiveModel(find_checkpoint(parents[0].root, "v1"), "cpu")
     other = find_checkpoint(parents[1].root, "v2")
-    with pytest.raises(ParentError, match="but the model ties them"):
+    with pytest.raises(ParentError, match="but the model uses one tensor"):
         measured("fisher", other, tmp_path / "cache", live=live)

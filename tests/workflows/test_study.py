@@ -711,6 +711,19 @@ def test_without_out_of_domain_tasks_there_is_no_study_of_them(client):
         assert not [column for column in report.result.table.columns if "digits" in column]
 
 
+@pytest.mark.parametrize("name", ["pairs", "count", "landscape", "alpha"])
+def test_a_study_without_the_option_loads_no_out_of_domain_tasks(client, name):
+    client.set_registered_model_tag(MODEL, "soup.ood_tasks", "toy_gone")
+    report = study(name, Spec(**REQUESTS[name] | {"limit": 20}))
+    assert "cfg.ood_tasks" not in client.get_run(report.run_id).data.params
+
+
+def test_no_study_calibrates_on_out_of_domain_items(client, tasks):
+    text = str(tasks / "text.jsonl")
+    with pytest.raises(errors.SpecError, match="contains 49 out-of-domain items"):
+        study("pairs", Spec(versions="v1,v2", method="fisher", calibration=text))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
