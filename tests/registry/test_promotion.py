@@ -14,7 +14,7 @@ from mlflow_soup.registry import naming, promotion
 from mlflow_soup.registry.evaluations import log_evidence, read_evidence
 from mlflow_soup.registry.ledger import Ledger, open_ledger
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.versions import holder, set_tags
+from mlflow_soup.registry.versions import holder, set_tags, tags_of
 from mlflow_soup.request.names import Target, parse_target
 from mlflow_soup.workflows import release
 
@@ -156,6 +156,21 @@ def test_a_process_that_was_held_up_moves_nothing_that_others_have_settled_or_mo
         promotion.promote(client, slow, CHAMPION)
     assert at(client) == {"settled": 4, "moved by hand": 3}[meanwhile]
     assert [entry.mark for entry in told(client)] == ["made", "void"]
+
+
+def test_a_version_that_is_put_there_by_hand_meanwhile_still_shows_its_promotion(
+    client, outcome, monkeypatch
+):
+    slow, append = soup(client), Ledger.append
+
+    def hold_up(self, series, number, entry):
+        client.set_registered_model_alias(MODEL, "champion", str(slow.number))
+        return append(self, series, number, entry)
+
+    monkeypatch.setattr(Ledger, "append", hold_up)
+    assert promotion.promote(client, slow, CHAMPION) == slow
+    assert told(client)[-1].mark == promotion.MADE
+    assert tags_of(client, slow)["soup.previous"] == "4"
 
 
 def test_promoting_a_version_that_someone_put_there_by_hand_writes_an_entry(client, outcome):
