@@ -151,6 +151,14 @@ def test_ordinary_words_and_paths_in_secret_variables_are_no_secrets(monkeypatch
     assert redact(text) == text
 
 
+@pytest.mark.parametrize("secret", ["/Zq7+k3y/of8base64=", "notes-2024"])
+def test_a_secret_that_only_resembles_a_path_is_hidden(monkeypatch, tmp_path, secret):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes-2024").touch()  # a password may be the name of a file here
+    monkeypatch.setenv("A_PASSWORD", secret)
+    assert redact(f"refused: {secret}") == "refused: …"
+
+
 def chained():
     """A SoupError over MLflow's, over requests', over SQLAlchemy's; each of them with secrets."""
     try:

@@ -15,7 +15,7 @@ from mlflow_soup.registry.evaluations import read_examination
 from mlflow_soup.registry.ledger import Ledger, open_ledger
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import trust_of
-from mlflow_soup.registry.versions import holder
+from mlflow_soup.registry.versions import holder, tags_of
 from mlflow_soup.request.names import Target, parse_target
 from mlflow_soup.workflows import release
 
@@ -140,25 +140,42 @@ def test_a_process_that_was_overtaken_before_its_move_moves_nothing(client, outc
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
 
 
-@pytest.mark.parametrize("meanwhile", ["settled", "moved by hand"])
-def test_a_process_that_was_held_up_moves_nothing_that_others_have_settled_or_moved(
+@pytest.mark.parametrize("meanwhile", ["settled", "moved by hand", "another begun"])
+def test_a_process_that_was_held_up_moves_nothing_that_others_have_settled_moved_or_begun(
     client, outcome, monkeypatch, meanwhile
 ):
     slow, append = soup(client), Ledger.append
 
     def hold_up(self, series, number, entry):
         done = append(self, series, number, entry)
-        if meanwhile == "settled":
-            promotion.settle(self, series, self.read(series)[-1])
-        else:
+        if meanwhile == "moved by hand":
             client.set_registered_model_alias(MODEL, "champion", "3")
+        else:
+            promotion.settle(self, series, self.read(series)[-1])
+        if meanwhile == "another begun":  # it has not moved the target yet
+            append(self, series, number + 1, {**entry, "to": 3})
         return done
 
     monkeypatch.setattr(Ledger, "append", hold_up)
     with pytest.raises(errors.OvertakenError):
         promote(client, slow, CHAMPION)
-    assert at(client) == {"settled": 4, "moved by hand": 3}[meanwhile]
-    assert [entry.mark for entry in told(client)] == ["made", "void"]
+    assert at(client) == (3 if meanwhile == "moved by hand" else 4)
+    assert [entry.mark for entry in told(client)][:2] == ["made", "void"]
+
+
+def test_a_version_that_is_put_there_by_hand_meanwhile_still_shows_its_promotion(
+    client, outcome, monkeypatch
+):
+    slow, append = soup(client), Ledger.append
+
+    def hold_up(self, series, number, entry):
+        client.set_registered_model_alias(MODEL, "champion", str(slow.number))
+        return append(self, series, number, entry)
+
+    monkeypatch.setattr(Ledger, "append", hold_up)
+    assert promote(client, slow, CHAMPION) == slow
+    assert told(client)[-1].mark == promotion.MADE
+    assert tags_of(client, slow)["soup.previous"] == "4"
 
 
 def test_promoting_a_version_that_someone_put_there_by_hand_writes_an_entry(client, outcome):

@@ -9,6 +9,7 @@ import mlflow
 import pytest
 import requests
 from botocore.config import Config
+from botocore.exceptions import ClientError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
@@ -34,6 +35,11 @@ def answered(status):
     return requests.HTTPError(str(status), response=response)
 
 
+def answered_by_s3(status, code="Unknown"):
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(answer, "PutObject")
+
+
 def without_s3():
     quick = Config(retries={"max_attempts": 1}, connect_timeout=1)
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "x"}
@@ -53,8 +59,13 @@ def without_s3():
         (lambda: answered(500), True),
         (lambda: answered(503), True),
         (lambda: answered(429), True),
+        (lambda: answered(408), True),
         (lambda: answered(404), False),
         (lambda: answered(403), False),
+        (lambda: answered_by_s3(503), True),
+        (lambda: answered_by_s3(429), True),
+        (lambda: answered_by_s3(400, "RequestTimeout"), True),
+        (lambda: answered_by_s3(403, "AccessDenied"), False),
         (lambda: requests.exceptions.InvalidURL("http://"), False),
         (lambda: MlflowException("no such param", INVALID_PARAMETER_VALUE), False),
         (lambda: MlflowException("database or disk is full", TEMPORARILY_UNAVAILABLE), False),
@@ -229,10 +240,11 @@ def test_a_denial_is_recognised_by_its_message(words, denied):
 
 
 def test_patience_with_internal_errors_is_shorter(client, monkeypatch):
-    monkeypatch.setattr(store, "_BROKEN_S", 0.5)
-    broken = requests.exceptions.RetryError("too many 500 error responses")
+    monkeypatch.setattr(store, "_BROKEN_S", 0.0)
+    broken = Shaky(1, requests.exceptions.RetryError("too many 500 error responses"))
     with pytest.raises(errors.StoreError, match="too many 500"):
-        Store(60.0).persist(Shaky(1000, broken), "ask")
+        Store(30.0).persist(broken, "ask")
+    assert Store(30.0).persist(Shaky(1), "ask") == "answer"
 
 
 def test_the_error_of_an_outage_says_what_was_tried_and_why_it_failed(client):

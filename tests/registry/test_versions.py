@@ -20,6 +20,7 @@ from mlflow_soup.registry.versions import (
     find_soups,
     holder,
     last,
+    model_id,
     resolve,
     tags_of,
     trace,
@@ -301,6 +302,26 @@ def test_a_version_that_another_process_deletes_meanwhile_does_no_harm(client, f
     acting = Between("get_model_version", lambda: other.delete_model_version(MODEL, "5"))
     assert vain == Version(MODEL, 5)
     assert register_soup(acting, **soup_of(client, folder, "r")) == first
+
+
+def test_a_version_that_another_process_registered_first_stays_and_ours_goes(client, folder):
+    first = []
+
+    def overtake():
+        first.append(register_soup(client, **soup_of(client, folder, "r")))
+
+    acting = Between("create_model_version", overtake)
+    assert [register_soup(acting, **soup_of(client, folder, "r"))] == first
+    assert find_soups(client, MODEL, {"soup.request": "r"}) == first
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    (upload,) = uploads(client, experiment, {"soup.request": "r"})
+    assert upload.model_id == model_id(client, first[0])
+
+
+def test_a_later_version_of_another_process_is_left_to_it(client, folder):
+    versions = [add(client, MODEL, **{"soup.request": "r"}) for _ in range(2)]
+    assert register_soup(client, **soup_of(client, folder, "r")) == versions[0]
+    assert find_soups(client, MODEL, {"soup.request": "r"}) == versions
 
 
 def test_an_upload_that_another_process_took_for_cut_short_is_completed(client, folder):

@@ -315,6 +315,13 @@ def test_if_all_scores_are_equal_the_curve_is_flat_and_certain():
     np.testing.assert_allclose(found.population(GRID), 1.0, atol=1e-9)
 
 
+def test_equal_scores_count_as_equal_though_their_mean_is_rounded():
+    items = s.choices([[0.0] * 4] * 5, [0, 0, 1, 2, 3])
+    found = fit(history(start(2), lambda _: s.scored(items)))
+    assert found.values.std() > 0.0  # (0.4 + 0.4 + 0.4) / 3 is not 0.4 in float64
+    assert found.scale == 1.0
+
+
 @pytest.mark.parametrize("level", [-3.0, 0.0])
 @pytest.mark.parametrize("count", [2, 3])
 def test_nothing_is_nan_where_curves_are_constant(level, count):
