@@ -30,6 +30,8 @@ import mlflow
 import pytest
 import sqlalchemy
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from mlflow import MlflowClient
 
 import mlflow_soup
@@ -227,6 +229,18 @@ def use(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlfl
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment("soups")
     return Store()
+
+
+def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
+    """Files of a private and a public key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
+    plain = serialization.NoEncryption()
+    pkcs8 = serialization.PrivateFormat.PKCS8
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, pkcs8, plain))
+    info = serialization.PublicFormat.SubjectPublicKeyInfo
+    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, info))
+    return private, public
 
 
 def free_port() -> int:

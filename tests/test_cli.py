@@ -28,6 +28,9 @@ def command(*words):
     return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 
+DIGITS = "toy_digits,toy_digits_bpb:bits_per_byte"  # the policy of the model
+
+
 def test_help_needs_nothing_heavy():
     before = os.times().children_user
     done = process("run", "--help")
@@ -48,14 +51,19 @@ def test_the_main_job_ends_with_words_and_links(client):
     done = command("gate", "--version", "v4", "--margin", "0", "--confidence", "0.999999")
     assert done.returncode == 3
     assert "REFUSED" in done.stdout
-    done = command("promote", "--version", "v4", "--promote", "alias:other")
+    strict = ("--margin", "0", "--confidence", "0.999999")
+    done = command("promote", "--version", "v4", "--promote", "alias:other", *strict)
     assert done.returncode == 3
-    assert "has not passed the gate" in done.stderr
+    assert "the gate refuses toy-llm v4" in done.stderr
+    done = command("gate", "--version", "v4", "--margin", "0.2")
+    assert done.returncode == 2
+    assert "--margin 0.2 is looser than the policy of toy-llm, which says 0.05" in done.stderr
     done = command("evaluate", "--version", "v4")
     assert done.returncode == 0, done.stderr
     assert "| soup (toy-llm v4) |" in done.stdout
     assert command("gate", "--version", "v4").returncode == 0
-    done = command("promote", "--version", "v4", "--promote", "model:prod@live")
+    to = ("--promote", "model:prod@live", "--ood-tasks", "toy_digits")
+    done = command("promote", "--version", "v4", *to)
     assert "prod@live → prod v1" in done.stdout
 
 
@@ -141,7 +149,7 @@ def test_knobs_can_stand_in_a_file_which_the_command_line_overrides(client, tmp_
 
 
 def test_options_may_be_spelt_with_underscores_as_mlflow_projects_pass_them(client):
-    done = command("run", "--pair=v1,v2", "--model=", "--ood_tasks", "toy_letters")
+    done = command("run", "--pair=v1,v2", "--model=", "--ood_tasks", f"{DIGITS},toy_letters")
     assert done.returncode == 2
     assert "held-out and out-of-domain tasks overlap: toy_letters" in done.stderr
 

@@ -11,6 +11,7 @@ import copy
 import importlib
 import importlib.metadata
 import inspect
+import json
 import re
 import sqlite3
 import sys
@@ -64,6 +65,8 @@ PUBLIC = {
     *("numpy", "numpy.typing", "scipy.interpolate", "scipy.linalg", "scipy.optimize"),
     *("scipy.special", "scipy.stats", "sklearn.exceptions", "sklearn.gaussian_process"),
     "sklearn.gaussian_process.kernels",
+    *("cryptography.exceptions", "cryptography.hazmat.primitives"),
+    "cryptography.hazmat.primitives.asymmetric",
     *("matplotlib", "matplotlib.artist", "matplotlib.axes", "matplotlib.figure"),
     *("matplotlib.lines", "matplotlib.patches"),
 }
@@ -445,6 +448,19 @@ def _(watched: tuple[Watched, dict]) -> None:
     assert (rows[0]["filter"], len(rows[0]["resps"])) == ("none", 4)
     assert "acc" in rows[0]["metrics"]
     assert "acc,none" in watched[1]["results"]["toy_letters"]
+
+
+@door("lm_eval.utils.hash_string", "name items as lm-eval's samples do")
+def _(watched: tuple[Watched, dict]) -> None:
+    row = watched[1]["samples"]["toy_letters"][0]
+    assert row["prompt_hash"] == lm_eval.utils.hash_string(row["arguments"][0][0])
+
+
+@door("lm_eval.utils.handle_non_serializable", "name items as lm-eval's samples do")
+def _(watched: tuple[Watched, dict]) -> None:
+    row, default = watched[1]["samples"]["toy_letters"][0], lm_eval.utils.handle_non_serializable
+    text = json.dumps(row["doc"], indent=2, default=default, ensure_ascii=False)
+    assert row["doc_hash"] == lm_eval.utils.hash_string(text)
 
 
 # -- transformers and torch ------------------------------------------------------------------------

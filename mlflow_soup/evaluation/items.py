@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import lm_eval.utils
 import numpy as np
-from lm_eval.utils import handle_non_serializable, hash_string  # private door
 
 from mlflow_soup.evaluation.live import quiet
 from mlflow_soup.evaluation.suite import TEMPLATES, Suite, broken
@@ -101,10 +101,13 @@ def _names(task: Any) -> tuple[str, ...]:
     names = []
     for doc_id in sorted(requests):
         first = min(requests[doc_id], key=lambda request: request.idx)
-        # private door: lm_eval.evaluator.evaluate: doc_hash and prompt_hash
-        default = handle_non_serializable
+        # private door: lm_eval.evaluator.evaluate: samples
+        # private door: lm_eval.utils.handle_non_serializable
+        default = lm_eval.utils.handle_non_serializable
         text = json.dumps(first.doc, indent=2, default=default, ensure_ascii=False)
-        names.append(name_of(hash_string(text), hash_string(first.arguments[0])))
+        # private door: lm_eval.utils.hash_string
+        hashed = lm_eval.utils.hash_string(text), lm_eval.utils.hash_string(first.arguments[0])
+        names.append(name_of(*hashed))
     return tuple(names)
 
 

@@ -38,6 +38,7 @@ CONDITIONS = "soup.conditions"  # digest of all that OOD evidence depends on exc
 MODEL = "soup.model"  # the registered model of a search, a study or an upload
 STUDY = "soup.study"  # the study run that a search belongs to
 ATTEMPT = "soup.attempt"  # names one attempt to create something; it finds what a lost answer made
+NOTE = "soup.note"  # SHA-256 of the description that mlflow-soup wrote; others' words are kept
 ORPHANED_BY = "soup.orphaned_by"  # the run that continues this one, which was cut short
 # tag of the experiment of a registered model's ledger: the ledger's run
 LEDGER = "soup.ledger"

@@ -348,7 +348,7 @@ def _move_stage(client: Store, version: Version, stage: str) -> None:
     try:
         move(version.number, stage, archive=True)
     except MlflowException as error:
-        # private door: mlflow on PostgreSQL compares a number with a text (mlflow#24592)
+        # mlflow#24592: on PostgreSQL with psycopg 3 it compares a number with a text
         if "operator does not exist" not in str(error.message):
             raise
         move(version.number, stage, archive=False)

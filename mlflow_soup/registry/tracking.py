@@ -1,6 +1,7 @@
 """Begin, resume, find and end MLflow runs; log params and metrics, and fetch artifacts."""
 
 import contextlib
+import hashlib
 import math
 import os
 import time
@@ -23,6 +24,7 @@ from mlflow_soup.registry.store import Store, pages
 
 NOTE_LIMIT = 8000  # MLflow's limit for a run's tag, which some databases enforce
 _RUN_ENV = "MLFLOW_RUN_ID"
+_NOTE = "mlflow.note.content"  # a run's description
 
 
 @contextlib.contextmanager
@@ -37,7 +39,8 @@ def open_run(
     """Open the run that logs the work, yield its id, and end it as FINISHED, FAILED or KILLED.
 
     It is the run that `mlflow run` made, or else the newest run that may be resumed, or else a new
-    run, which is a child of the active run if there is one.
+    run, which is a child of the active run if there is one. A run that somebody else began, as
+    `mlflow run` does, keeps its name, and whoever began it ends it.
 
     Args:
         client: the store's client.
@@ -50,16 +53,21 @@ def open_run(
     Raises:
         SpecError: the run that `mlflow run` was given has other params; it stays unchanged.
     """
-    run_id = os.environ.pop(_RUN_ENV, "")
-    if run_id and params is not None:
-        _check_begun(client.get_run(run_id), params)
-    if not run_id:
-        if experiment:
-            client.persist(lambda: mlflow.set_experiment(experiment), "choose the experiment")
-        if mlflow.active_run() is None:
-            here = client.persist(_get_experiment_id, "choose the experiment")
-            cut_short = [r.info.run_id for r in resumable if r.info.experiment_id == here]
-            run_id = "".join(cut_short[-1:])
+    if begun := os.environ.pop(_RUN_ENV, ""):
+        if params is not None:
+            _check_begun(client.get_run(begun), params)
+        kept = ("mlflow.runName",)
+        log(client, begun, tags={key: value for key, value in tags.items() if key not in kept})
+        with _ending_below(client, begun):
+            yield begun
+        return
+    run_id = ""
+    if experiment:
+        client.persist(lambda: mlflow.set_experiment(experiment), "choose the experiment")
+    if mlflow.active_run() is None:
+        here = client.persist(_get_experiment_id, "choose the experiment")
+        cut_short = [r.info.run_id for r in resumable if r.info.experiment_id == here]
+        run_id = "".join(cut_short[-1:])
     attempt = {naming.ATTEMPT: uuid.uuid4().hex}
 
     def look() -> Any:
@@ -75,6 +83,34 @@ def open_run(
     run_id = str(client.once(look, create, "create a run").info.run_id)
     with _ending(client, run_id, mlflow.end_run):
         yield run_id
+
+
+@contextlib.contextmanager
+def _ending_below(client: Store, run_id: str) -> Iterator[None]:
+    """End the running children of a run that somebody else ends, if the block fails."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(MlflowException, SoupError):  # the block's error matters more
+            _end_below(client.hasty, run_id)
+        raise
+
+
+def is_ours(run: Run) -> bool:
+    """Whether mlflow-soup began a run."""
+    return naming.ATTEMPT in run.data.tags
+
+
+def note(client: Store, run_id: str, text: str) -> None:
+    """Describe a run, unless somebody else has described it."""
+    tags = client.get_run(run_id).data.tags
+    text = redact(text)[:NOTE_LIMIT]
+    if _digest(tags.get(_NOTE, "")) in (_digest(""), tags.get(naming.NOTE)):
+        log(client, run_id, tags={_NOTE: text, naming.NOTE: _digest(text)})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differing(run: Run, params: Mapping[str, str]) -> list[str]:
@@ -151,7 +187,7 @@ def _ending(
 
 
 def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:
-    """End runs that were cut short, and their running children.
+    """End our runs that were cut short, and the running children of all that were.
 
     Args:
         client: the store's client.
@@ -159,7 +195,7 @@ def orphan(client: Store, runs: Sequence[Run], heir: str) -> None:
         heir: the run that continues them; it stays unchanged.
     """
     for run in runs:
-        if run.info.run_id != heir:
+        if run.info.run_id != heir and is_ours(run):
             log(client, run.info.run_id, tags={naming.ORPHANED_BY: heir})
             if run.info.status == "RUNNING":
                 client.set_terminated(run.info.run_id, "KILLED")

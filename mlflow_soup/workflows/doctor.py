@@ -8,7 +8,7 @@ that deployments read.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -20,7 +20,7 @@ from mlflow_soup.errors import GateError, SoupError
 from mlflow_soup.records import Version
 from mlflow_soup.registry import family, lease, naming, promotion, tracking
 from mlflow_soup.registry.cache import lease_folder
-from mlflow_soup.registry.ledger import Ledger, find_ledger, leftovers
+from mlflow_soup.registry.ledger import Entry, Ledger, find_ledger, leftovers
 from mlflow_soup.registry.outages import asking, is_full, is_transient
 from mlflow_soup.registry.register import find_upload, is_registered, uploads
 from mlflow_soup.registry.store import Store, connect, pages
@@ -33,6 +33,7 @@ from mlflow_soup.registry.versions import (
     version_at,
     versions_of,
 )
+from mlflow_soup.request.names import Target
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.workflows.proof import (
     Proven,
@@ -163,13 +164,7 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
         assert ledger is not None
         target = promotion.target_of(series)
         entries = ledger.read(series)
-        numbers = [entry.number for entry in entries]
-        if numbers != list(range(1, len(numbers) + 1)):
-            yield Complaint(
-                f"the ledger of {target} has entries {numbers}",
-                "someone else wrote to the ledger, or deleted entries from it",
-                "find out who can write to that experiment; new promotions follow the last entry",
-            )
+        yield from _entries(model, ledger, series, entries)
         last = entries[-1]
         made = promotion.last_made(entries)
         standing = version_at(model.client, model.name, target)
@@ -192,7 +187,7 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
                 remedy,
                 None if promotion.is_under_way(last) else settle,
             )
-        elif made is not None and made.told.get("to") != number:
+        elif made is not None and made.told.get("to") != number and not _moved_on(model, made):
             told = {"to": number, "from": made.told.get("to"), "moved": "past mlflow-soup"}
             yield Complaint(
                 f"{target} points to {_shown(number)}, but the last promotion, number "
@@ -205,12 +200,68 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
             )
 
 
+def _moved_on(model: _Registered, made: Entry) -> bool:
+    """Whether a version left a stage because it was promoted to another: it can be in only one."""
+    assert model.ledger is not None
+    version = Version(model.name, int(made.told.get("to") or 0))
+    found = look_up(model.client, version) if version.number else None
+    if found is None or not str(made.told.get("target")).startswith("stage "):
+        return False
+    series = promotion.series_of(Target("stage", str(found.current_stage)))
+    later = promotion.last_made(model.ledger.read(series))
+    return later is not None and later.told.get("to") == version.number
+
+
+def _entries(
+    model: _Registered, ledger: Ledger, series: str, entries: Sequence[Entry]
+) -> Iterator[Complaint]:
+    """Entries that are missing, unreadable, not signed, or were never settled."""
+    target = promotion.target_of(series)
+    there = {entry.number for entry in entries}
+    for number in sorted({*range(1, entries[-1].number)} - there):
+        yield Complaint(
+            f"the ledger of {target} has no entry {number}",
+            "somebody else wrote to the ledger, or deleted the entry from it",
+            f"--fix writes entry {number} as void; find out who may write to that experiment",
+            partial(_fill, ledger, series, number),
+        )
+    for entry in entries:
+        what = f"entry {entry.number} in the ledger of {target}"
+        if entry.mark != promotion.VOID and not isinstance(entry.told.get("to"), int | None):
+            why = "somebody else wrote it"
+            yield _void(ledger, series, entry, f"{what} cannot be read", why)
+        elif not entry.mark and entry is not entries[-1]:
+            why = "its process was killed before it marked it, or somebody else wrote it"
+            yield _void(ledger, series, entry, f"{what} was never settled", why)
+        elif (
+            model.trust.verifier is not None
+            and entry.mark == promotion.MADE
+            and not promotion.is_signed(model.trust.verifier, ledger.name, series, entry)
+        ):
+            yield Complaint(
+                f"{what} is signed by no key of --public-key",
+                "it was written without MLFLOW_SOUP_KEY, or by somebody else",
+                "ask whoever promoted; the entry stays",
+            )
+
+
+def _void(ledger: Ledger, series: str, entry: Entry, what: str, why: str) -> Complaint:
+    remedy = "--fix marks it as void; it moves nothing"
+    return Complaint(what, why, remedy, partial(ledger.mark, series, entry.number, promotion.VOID))
+
+
+def _fill(ledger: Ledger, series: str, number: int) -> None:
+    if ledger.append(series, number, {"missing": True, **promotion.signature()}):
+        ledger.mark(series, number, promotion.VOID)
+
+
 def _shown(number: int | None) -> str:
     return "nothing" if number is None else f"v{number}"
 
 
 def _write_down(ledger: Ledger, series: str, number: int, told: Mapping[str, object]) -> None:
-    if ledger.append(series, number, {**told, **promotion.signature()}):
+    content = promotion.sign(ledger.name, series, number, {**told, **promotion.signature()})
+    if ledger.append(series, number, content):
         ledger.mark(series, number, promotion.MADE)
 
 

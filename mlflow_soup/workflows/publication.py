@@ -79,10 +79,11 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     layers = tables.markdown(geometry.table(story.distance, names))
     whole = redact(f"{text}{report.trials_table(story)}\n## Distance of the parents\n\n{layers}\n")
     version = f"{soup.version.name}/{soup.version.number}"
-    tags = {"mlflow.note.content": whole[: tracking.NOTE_LIMIT], naming.VERSION: version}
+    tags = {naming.VERSION: version}
     if story.verdict is not None:
         tags[naming.GATE] = naming.PASSED if story.verdict.passed else naming.REFUSED
     tracking.log(client, run_id, metrics=_metrics(story), tags=tags)
+    tracking.note(client, run_id, whole)
     client.log_text(run_id, whole, naming.REPORT)
     figure = report.landscape(story)
     for suffix in ("png", "svg"):

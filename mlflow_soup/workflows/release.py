@@ -265,8 +265,7 @@ def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
     ood_tags = _tags(version, soup.parent.digest, conditions(bench))
     with tracking.open_run(client, spec.experiment, ood_tags) as run_id:
         found_roles = _examine(client, run_id, bench, models, known, {}, open_journal())
-        note = report.ood_table(found_roles.roles)
-        tracking.log(client, run_id, tags={"mlflow.note.content": note})
+        tracking.note(client, run_id, report.ood_table(found_roles.roles))
     return found_roles
 
 

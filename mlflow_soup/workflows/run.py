@@ -186,7 +186,9 @@ def _open_search(job: Job) -> Iterator[str]:
     resumable = [
         run
         for run in interrupted
-        if run.data.tags.get(naming.REQUEST) == job.request and not tracking.differing(run, params)
+        if tracking.is_ours(run)
+        and run.data.tags.get(naming.REQUEST) == job.request
+        and not tracking.differing(run, params)
     ]
     tags = search_tags(job, f"soup of {' and '.join(map(str, job.versions))}")
     with tracking.open_run(

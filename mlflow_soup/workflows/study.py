@@ -162,7 +162,7 @@ def _tell(session: Session, run_id: str, name: str, result: Result) -> str:
     for file, content in files.items():
         client.log_text(run_id, content, file)
     client.log_figure(run_id, result.figure, f"{name}.png")
-    tracking.log(client, run_id, tags={"mlflow.note.content": text[: tracking.NOTE_LIMIT]})
+    tracking.note(client, run_id, text)
     look = [f"run: {link(run_path(client, run_id))}"]
     if command := how_to_look():
         look.append(f"to open it, run: {command}")

@@ -71,6 +71,7 @@ def prepare(root: Path) -> Store:
     client.create_experiment("soups", artifact_location=f"{root}/artifacts")
     mlflow.set_experiment("soups")
     fill(client, folders, tasks)
+    client.set_registered_model_tag(MODEL, "soup.ood_tasks", "toy_digits")
     store = Store(root / "mlflow.db", tasks)
     _warm_up(store, root / "warm")
     return store

@@ -105,7 +105,7 @@ def end(prepared, expected, place, name, kills, code):
         if (again := episodes.run(place, prepared.request)) != 0:
             found.append(f"the same command exits {again}: {place.said()[-1500:]}")
     found += checker.problems(place.database, expected)
-    if code not in (0, -signal.SIGKILL, 1, 6):
+    if code not in (0, -signal.SIGKILL, 1, 6, 7):
         found.append(f"exit code {code}: {place.said()[-1500:]}")
     left = [f.name for f in place.temporary.iterdir() if "mlflow-soup" in f.name]
     if left and code < 0:

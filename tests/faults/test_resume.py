@@ -115,7 +115,42 @@ def test_a_run_that_mlflow_run_made_goes_on_where_another_stopped(client, count,
     with pytest.raises(errors.SpecError, match=r"cfg\.limit not set, now 50"):
         run_soup(Spec(pair="v1,v2", limit=50))
     after = client.get_run(made)
-    assert (after.info.status, after.data.tags) == ("FINISHED", before.data.tags)
+    assert (after.info.status, after.data.tags) == ("RUNNING", before.data.tags)  # not ours to end
+
+
+def test_a_run_that_somebody_else_began_keeps_its_name_its_description_and_its_end(
+    client, merged, monkeypatch
+):
+    experiment = client.get_experiment_by_name("soups").experiment_id
+    made = client.create_run(experiment, run_name="nightly").info.run_id
+    client.set_tag(made, "mlflow.note.content", "The night of the third.")
+    for _ in range(2):
+        monkeypatch.setenv("MLFLOW_RUN_ID", made)
+        assert run_soup(Spec(pair="v1,v2")).run_id == made
+        run = client.get_run(made)
+        assert (run.info.run_name, run.info.status) == ("nightly", "RUNNING")
+        assert run.data.tags["mlflow.note.content"] == "The night of the third."
+        assert run.data.tags["soup.gate"] == "passed"
+    again = run_soup(Spec(pair="v1,v2"))  # nor is it ours to continue
+    assert again.run_id != made
+    assert client.get_run(made).info.status == "RUNNING"
+
+
+def test_a_description_that_a_person_wrote_stays(client, merged):
+    client.set_tag(merged.run_id, "mlflow.note.content", "Mine.")
+    tracking.note(client, merged.run_id, "ours")
+    assert client.get_run(merged.run_id).data.tags["mlflow.note.content"] == "Mine."
+    client.set_tag(merged.run_id, "mlflow.note.content", "")
+    for text in ("ours", "ours again"):
+        tracking.note(client, merged.run_id, text)
+        assert client.get_run(merged.run_id).data.tags["mlflow.note.content"] == text
+
+
+def test_a_search_run_that_a_person_deleted_is_no_dead_end(client, merged):
+    client.delete_run(merged.run_id)
+    again = run_soup(Spec(pair="v1,v2", promote="champion"))
+    assert again.soup.version == merged.soup.version
+    assert again.promoted == "alias champion → toy-llm v4"
 
 
 def test_what_was_scored_out_of_domain_is_not_scored_again(client, monkeypatch):

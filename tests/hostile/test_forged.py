@@ -15,7 +15,7 @@ import mlflow
 import pytest
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from conftest import MODEL, _run, use
+from conftest import MODEL, _run, make_keys, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.files import signing
 from mlflow_soup.records import Examination, Version
@@ -58,20 +58,6 @@ def refused(refused_store, client, tmp_path, monkeypatch):
 def keys(tmp_path, monkeypatch):
     """Files of a private and a public key, which belong to the gate."""
     return make_keys(tmp_path, "gate")
-
-
-def make_keys(folder, name):
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
-    plain = serialization.NoEncryption()
-    pkcs8 = serialization.PrivateFormat.PKCS8
-    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, pkcs8, plain))
-    info = serialization.PublicFormat.SubjectPublicKeyInfo
-    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, info))
-    return private, public
 
 
 @pytest.fixture

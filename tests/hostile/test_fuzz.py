@@ -145,7 +145,7 @@ BYTES = st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).enco
 def test_a_manifest_file_is_read_or_refused(tmp_path, content):
     written(tmp_path / "soup_manifest.json", content)
     with contextlib.suppress(SoupError):
-        verify._read_manifest(Origin(tmp_path, "soup"))
+        verify.read_manifest(Origin(tmp_path, "soup"))
 
 
 @ANY

@@ -5,10 +5,12 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from mlflow.exceptions import MlflowException
 
-from conftest import MODEL
+from conftest import MODEL, make_keys
 from mlflow_soup import Spec, errors
 from mlflow_soup.decision import gate
+from mlflow_soup.files.signing import KEY_ENV, open_verifier
 from mlflow_soup.records import Version
 from mlflow_soup.registry import promotion
 from mlflow_soup.registry.evaluations import read_examination
@@ -260,3 +262,118 @@ def test_a_promotion_records_the_verdict_of_the_gate(client, outcome):
     assert said["tasks"] == {"toy_digits:acc": 200, "toy_digits_bpb:bits_per_byte": 40}
     soup_again = replace(roles["soup"], version=outcome.soup.version)
     assert gate.judge(soup_again, parents, [], rules) == outcome.verdict
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_version_with_several_targets_names_them_all(client, outcome):
+    version = outcome.soup.version
+    promote(client, version, Target("alias", "live"))
+    for stage in ("Staging", "Production"):
+        promote(client, version, Target("stage", stage))
+    tags = client.get_model_version(MODEL, "4").tags
+    targets = ["alias champion", "alias live", "stage Staging", "stage Production"]
+    told = dict(part.rsplit(" ", 1) for part in tags["soup.promotions"].split("; "))
+    assert list(told) == targets
+    assert tags["soup.promoted_to"] == "stage Production"
+    assert told["stage Production"] == tags["soup.promoted_at"]
+
+
+def test_a_copy_inherits_neither_promotions_nor_description(client, outcome):
+    copy = promote(client, outcome.soup.version, parse_target("model:prod@live"))
+    found = client.get_model_version("prod", str(copy.number))
+    assert found.tags["soup.promotions"].startswith("prod@live ")
+    assert found.tags["soup.promoted_to"] == "prod@live"
+    assert "Promoted" not in found.description
+    assert "toy-llm v4" in found.description
+    original = client.get_model_version(MODEL, "4")
+    assert original.tags["soup.promoted_to"] == "alias champion"
+
+
+def test_an_alias_that_cannot_be_moved_leaves_the_tags_as_they_were(client, outcome, monkeypatch):
+    other = soup(client)
+
+    def refuse(*args):
+        assert tags_of(client, other)["soup.promoted_to"] == "alias champion"  # the alias is last
+        raise MlflowException("no")
+
+    monkeypatch.setattr(Store, "set_registered_model_alias", refuse)
+    with pytest.raises(errors.RegistryError):
+        promote(client, other, CHAMPION)
+    assert tags_of(client, other).get("soup.promoted_to", "") == ""
+    assert at(client) == 4
+
+
+def test_a_stage_that_cannot_be_reached_gets_no_tags(client, outcome, monkeypatch):
+    other = soup(client)
+
+    def refuse(*args, **kwargs):
+        raise MlflowException("no")
+
+    monkeypatch.setattr(Store, "transition_model_version_stage", refuse)
+    with pytest.raises(errors.RegistryError):
+        promote(client, other, Target("stage", "Production"))
+    assert "soup.promoted_to" not in tags_of(client, other)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_where_mlflow_cannot_archive_the_others_are_archived_one_by_one(
+    client, outcome, monkeypatch
+):
+    """As on PostgreSQL with psycopg 3, where MLflow compares a number with a text."""
+    move = Store.transition_model_version_stage
+
+    def on_postgres(self, name, version, stage, archive_existing_versions=False):
+        if archive_existing_versions:
+            raise MlflowException("operator does not exist: integer <> character varying")
+        return move(self, name, version, stage)
+
+    first, second = soup(client), soup(client)
+    monkeypatch.setattr(Store, "transition_model_version_stage", on_postgres)
+    for version in (first, second):
+        promote(client, version, Target("stage", "Production"))
+    stages = [client.get_model_version(MODEL, str(v.number)).current_stage for v in (first, second)]
+    assert stages == ["Archived", "Production"]
+
+
+def test_one_promotion_after_the_other_to_another_model_is_made(client, outcome):
+    target, second = parse_target("model:prod@live"), soup(client, **{"soup.digest": "sha256:y"})
+    assert promote(client, outcome.soup.version, target) == Version("prod", 1)
+    assert promote(client, second, target) == Version("prod", 2)
+    assert at(client, "live", "prod") == 2
+    marks = [entry.mark for entry in open_ledger(client, "prod").read("promotion/alias live")]
+    assert marks == ["made", "made"]
+
+
+def test_what_was_copied_for_a_promotion_that_was_overtaken_is_cleared_up(
+    client, outcome, monkeypatch
+):
+    target, second = parse_target("model:prod@live"), soup(client)
+    promote(client, outcome.soup.version, target)
+    append = Ledger.append
+
+    def overtake(self, series, number, entry):
+        append(self, series, number, {"to": 1, "from": 1, "nonce": "another"})
+        return append(self, series, number, entry)
+
+    monkeypatch.setattr(Ledger, "append", overtake)
+    with pytest.raises(errors.OvertakenError):
+        promote(client, second, target)
+    assert [int(v.version) for v in client.search_model_versions("name='prod'")] == [1]
+
+
+def test_entries_are_signed_for_their_place(client, outcome, tmp_path, monkeypatch):
+    private, public = make_keys(tmp_path, "gate")
+    monkeypatch.setenv(KEY_ENV, str(private))
+    other = soup(client)
+    promote(client, other, CHAMPION)
+    first, entry = told(client)
+    verifier = open_verifier([public])
+    assert promotion.is_signed(verifier, MODEL, SERIES, entry)
+    assert not promotion.is_signed(verifier, MODEL, SERIES, first)  # before there was a key
+    assert not promotion.is_signed(verifier, "prod", SERIES, entry)
+    assert not promotion.is_signed(verifier, MODEL, SERIES, replace(entry, number=3))
+    assert not promotion.is_signed(
+        verifier, MODEL, SERIES, replace(entry, told={**entry.told, "to": 3})
+    )
+    mallory = open_verifier([make_keys(tmp_path, "mallory")[1]])
+    assert not promotion.is_signed(mallory, MODEL, SERIES, entry)

@@ -360,7 +360,8 @@ def test_a_registered_soup_verifies(client, outcome):
 
 
 def test_the_copy_of_a_soup_in_another_model_verifies(client, outcome):
-    release.promote(mlflow_soup.Spec(version="v4", promote="model:prod@live"))
+    to = {"promote": "model:prod@live", "ood_tasks": "toy_digits"}
+    release.promote(mlflow_soup.Spec(version="v4", **to))
     assert not failures(mlflow_soup.verify("models:/prod@live"))
 
 

@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 import pytest
 from click.testing import CliRunner
 
-from conftest import MODEL
+from conftest import MODEL, make_keys
 from mlflow_soup import Spec, errors
 from mlflow_soup.cli import main
 from mlflow_soup.records import Version
-from mlflow_soup.registry import lease, promotion
+from mlflow_soup.registry import lease, promotion, tracking
 from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.ledger import open_ledger
 from mlflow_soup.registry.register import find_upload
@@ -144,6 +144,58 @@ def test_behind_a_void_promotion_the_last_that_was_made_counts(client, outcome):
     assert mended(client) == []
     last = told(client)[-1]
     assert (last.number, last.told["to"], last.told["from"]) == (3, 2, 4)
+
+
+def test_entries_that_somebody_else_wrote_are_void(client, outcome):
+    book = open_ledger(client, MODEL)
+    book.append(SERIES, 2, {"to": 3, "from": 4})  # never marked, and others follow
+    book.append(SERIES, 3, {"to": "v4; rm", "by": "mallory"})
+    book.mark(SERIES, 3, promotion.MADE)
+    book.append(SERIES, 5, {"to": 2, "from": 4})
+    found = [c.what for c in complaints(client, digests=False)]
+    assert "the ledger of alias champion has no entry 4" in found
+    assert "entry 2 in the ledger of alias champion was never settled" in found
+    assert "entry 3 in the ledger of alias champion cannot be read" in found
+    assert mended(client) == []
+    assert [entry.mark for entry in told(client)] == ["made", *4 * ["void"]]
+    assert at(client) == 4
+
+
+def test_with_a_public_key_promotions_that_nobody_signed_are_told(client, outcome, tmp_path):
+    _, public = make_keys(tmp_path, "gate")
+    spec = Spec(model=MODEL, public_key=str(public))
+    found = [c.what for c in doctor.examine(spec, digests=False)[1]]
+    assert found == ["entry 1 in the ledger of alias champion is signed by no key of --public-key"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_version_that_moved_from_one_stage_to_the_next_is_no_complaint(client, outcome):
+    for stage in ("Staging", "Production"):
+        told = {**TOLD, "digest": outcome.soup.digest}
+        promotion.promote(client, outcome.soup.version, Target("stage", stage), told)
+    assert complaints(client, digests=False) == []
+
+
+def test_a_search_that_has_ended_meanwhile_is_not_ended_as_killed(client, outcome):
+    run_id = search(client)
+    (complaint,) = complaints(client, digests=False)
+    client.set_terminated(run_id, "FINISHED")  # by the process, on another machine
+    doctor.mend(complaint)
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_verdicts_are_computed_again(client, merged):
+    assert complaints(client) == []
+    client.set_registered_model_tag(MODEL, "soup.margin", "0.0000001")
+    client.set_registered_model_tag(MODEL, "soup.confidence", "0.9999999")
+    (complaint,) = complaints(client)
+    assert (
+        "says passed, but its scores say refused by today's rules (margin 1e-07" in complaint.what
+    )
+    for ood in tracking.find_runs(client, {"soup.role": "ood"}):
+        client.delete_run(ood.info.run_id)
+    client.begin_run(experiment(client), "OOD", {"soup.digest": merged.soup.digest})
+    assert any("was never scored out of domain" in c.what for c in complaints(client))
 
 
 # -- versions
