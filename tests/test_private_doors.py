@@ -8,6 +8,7 @@ that a release has changed it.
 import ast
 import contextlib
 import copy
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -450,17 +451,13 @@ def _(watched: tuple[Watched, dict]) -> None:
     assert "acc,none" in watched[1]["results"]["toy_letters"]
 
 
-@door("lm_eval.utils.hash_string", "name items as lm-eval's samples do")
-def _(watched: tuple[Watched, dict]) -> None:
-    row = watched[1]["samples"]["toy_letters"][0]
-    assert row["prompt_hash"] == lm_eval.utils.hash_string(row["arguments"][0][0])
-
-
 @door("lm_eval.utils.handle_non_serializable", "name items as lm-eval's samples do")
 def _(watched: tuple[Watched, dict]) -> None:
     row, default = watched[1]["samples"]["toy_letters"][0], lm_eval.utils.handle_non_serializable
     text = json.dumps(row["doc"], indent=2, default=default, ensure_ascii=False)
-    assert row["doc_hash"] == lm_eval.utils.hash_string(text)
+    assert row["doc_hash"] == hashlib.sha256(text.encode()).hexdigest()
+    prompt = row["arguments"][0][0]
+    assert row["prompt_hash"] == hashlib.sha256(prompt.encode()).hexdigest()
 
 
 # -- transformers and torch ------------------------------------------------------------------------

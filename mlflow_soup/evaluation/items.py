@@ -7,14 +7,15 @@ is one of all items of a task.
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import lm_eval.utils
 import numpy as np
+from lm_eval.utils import handle_non_serializable  # private door
 
 from mlflow_soup.evaluation.live import quiet
 from mlflow_soup.evaluation.suite import TEMPLATES, Suite, broken
@@ -102,13 +103,14 @@ def _names(task: Any) -> tuple[str, ...]:
     for doc_id in sorted(requests):
         first = min(requests[doc_id], key=lambda request: request.idx)
         # private door: lm_eval.evaluator.evaluate: samples
-        # private door: lm_eval.utils.handle_non_serializable
-        default = lm_eval.utils.handle_non_serializable
+        default = handle_non_serializable
         text = json.dumps(first.doc, indent=2, default=default, ensure_ascii=False)
-        # private door: lm_eval.utils.hash_string
-        hashed = lm_eval.utils.hash_string(text), lm_eval.utils.hash_string(first.arguments[0])
-        names.append(name_of(*hashed))
+        names.append(name_of(_hash(text), _hash(first.arguments[0])))
     return tuple(names)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_of(score: Score, parts: Sequence[Part]) -> bool:
