@@ -303,30 +303,31 @@ def _choose(
         if not reason:
             return examination
         reasons.append(f"{reason} (run {examination.run_id})")
-    why = reasons[0] if reasons else _why_none(version, needed[version], trust)
+    why, first = (reasons[0], "") if reasons else _why_none(needed[version], trust)
     raise GateError(
         f"no evidence supports a verdict on {version}: {why}",
         where=version.uri,
-        fix=f"run mlflow-soup evaluate --model {version.name} --version v{version.number}, then "
-        "mlflow-soup gate; give both the same --promote, --ood-tasks and --experiment",
+        fix=f"{first}run mlflow-soup evaluate --model {version.name} --version v{version.number}, "
+        "then the same command again; give both the same --promote, --ood-tasks and --experiment",
     )
 
 
-def _why_none(version: Version, digest: str, trust: Trust) -> str:
+def _why_none(digest: str, trust: Trust) -> tuple[str, str]:
+    """Why no examination of a soup counts, and what may help besides a new one."""
     elsewhere = tracking.find_runs(trust.client, {naming.ROLE: "ood", naming.DIGEST: digest})
     if not elsewhere:
-        return "it was never scored out of domain"
+        return "it was never scored out of domain", ""
     if trust.mode == "signed":
-        return "no key of --public-key has signed its out-of-domain scores"
+        return "no key of --public-key has signed its out-of-domain scores", ""
     if trust.mode == "own":
-        return "with --evidence own no stored score counts"
+        return "with --evidence own no stored score counts", ""
     there = {run.info.experiment_id for run in elsewhere}
     if trust.experiment in there:
-        return "its out-of-domain scores are lost, damaged or unfinished"
+        return "its out-of-domain scores are lost, damaged or unfinished", ""
     names = sorted(trust.client.get_experiment(e).name for e in there)
     return (
-        f"its out-of-domain scores are in experiment {', '.join(names)}, which counts only if "
-        "--experiment names it"
+        f"its out-of-domain scores are in experiment {' and '.join(names)}, which does not count",
+        f"name it, if you trust all who may write to it: --experiment '{names[0]}'; or ",
     )
 
 
