@@ -249,11 +249,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_server(database: Path, port: int, *artifacts: str) -> subprocess.Popen[bytes]:
-    """A real `mlflow server` on loopback, once it answers; in a process group of its own."""
+def start_server(
+    database: Path, port: int, *artifacts: str, uri: str = ""
+) -> subprocess.Popen[bytes]:
+    """A real `mlflow server` on loopback, once it answers; in a process group of its own.
+
+    Its database is a file of SQLite, or that at `uri`.
+    """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", *artifacts]
-    command += ["--backend-store-uri", f"sqlite:///{database}"]
+    command += ["--backend-store-uri", uri or f"sqlite:///{database}"]
     process = subprocess.Popen(
         command,
         cwd=database.parent,
