@@ -39,7 +39,7 @@ def test_help_needs_nothing_heavy():
     assert os.times().children_user - before < 0.5
 
 
-def test_the_main_job_ends_with_words_and_links(client):
+def test_the_main_job_ends_with_words_and_links(client, tasks):
     done = process("run", "--pair", "v1,v2", "--promote", "champion")
     assert done.returncode == 0, done.stderr
     assert "registered as models:/toy-llm/4" in done.stdout
@@ -62,7 +62,8 @@ def test_the_main_job_ends_with_words_and_links(client):
     assert done.returncode == 0, done.stderr
     assert "| soup (toy-llm v4) |" in done.stdout
     assert command("gate", "--version", "v4").returncode == 0
-    to = ("--promote", "model:prod@live", "--ood-tasks", "toy_digits")
+    client.create_registered_model("prod", {"soup.ood_tasks": "toy_digits"})  # its own rules
+    to = ("--promote", "model:prod@live", "--include-path", str(tasks))
     done = command("promote", "--version", "v4", *to)
     assert "prod@live → prod v1" in done.stdout
 

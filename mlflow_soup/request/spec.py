@@ -516,20 +516,13 @@ class Spec:
         """The largest number of evaluations of a search."""
         return 4 * len(self.parents) if self.trials is None else self.trials
 
-    def settle(
-        self,
-        policy: Mapping[str, str],
-        rules: Mapping[str, str] | None = None,
-        owner: str = "the registered model",
-    ) -> "Spec":
+    def settle(self, policy: Mapping[str, str], owner: str = "") -> "Spec":
         """The spec, with the knobs that the caller did not name set by policy tags.
 
         Args:
-            policy: the tags of the registered model; only `soup.<knob>` are read.
-            rules: the tags of the registered model that owns the promotion's target. They alone
-                state the rules of the gate, and the caller may not name looser ones. None for a
-                request that the gate does not judge: then `policy` states them like other knobs.
-            owner: the name of the model that states the rules, for errors.
+            policy: the tags that hold for the request; only `soup.<knob>` are read.
+            owner: the registered model whose tags state the rules of the gate: the caller may not
+                name looser ones. Empty for a request that the gate does not judge.
 
         Raises:
             SpecError: a policy tag cannot be read, or the caller named a looser rule.
@@ -538,15 +531,34 @@ class Spec:
         # a search without OOD tasks asks for no verdict, so it may leave the rules aside
         aside = "ood_tasks" in self.named and not (self.ood_tasks or self.version or self.promote)
         for knob_ in fields(self):
-            judged = rules is not None and knob_.metadata["rule"] is not None and not aside
-            source = rules if judged and rules is not None else policy
-            text = source.get(f"soup.{knob_.name}")
+            text = policy.get(f"soup.{knob_.name}")
             if text is None or not knob_.metadata["policy"]:
                 continue
             if knob_.name not in self.named:
                 taken[knob_.name] = knobs.read(knob_, text)
-            elif judged:
+            elif owner and knob_.metadata["rule"] is not None and not aside:
                 value = knobs.read(knob_, text)
                 knobs.check(knob_, value)
                 knobs.check_rule(knob_, getattr(self, knob_.name), value, owner)
         return replace(self, **taken)
+
+
+def policy_for(candidates: Mapping[str, str], target: Mapping[str, str]) -> dict[str, str]:
+    """The tags that hold for a promotion to an alias of another registered model.
+
+    That model alone states the rules of the gate, and how it scores: whoever writes to the
+    candidates must not choose easier items, or cut them short. The candidates' model states the
+    rest.
+
+    Args:
+        candidates: the tags of the soup's model.
+        target: the tags of the model that owns the alias.
+    """
+    its = {
+        f"soup.{knob_.name}"
+        for knob_ in fields(Spec)
+        if knob_.metadata["rule"] is not None
+        or (knob_.metadata["group"] == SCORE and knob_.name != "tasks")
+    }
+    rest = {name: text for name, text in candidates.items() if name not in its}
+    return rest | {name: text for name, text in target.items() if name in {*its, "soup.tasks"}}

@@ -24,7 +24,7 @@ from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import Trust
 from mlflow_soup.registry.versions import policy
 from mlflow_soup.request.names import parse_target, parse_uri
-from mlflow_soup.request.spec import Spec
+from mlflow_soup.request.spec import Spec, policy_for
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.provenance import Origin
 from mlflow_soup.workflows.bench import Opened, open_version, rivals
@@ -125,9 +125,10 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
         SpecError: the command line is looser than the rules, or nobody who may state the OOD tasks
             for another model's alias did.
     """
-    owner = owner_of(spec, name)
-    own = policy(client, name)
-    settled = spec.settle(own, own if owner == name else policy(client, owner), owner)
+    owner, tags = owner_of(spec, name), policy(client, name)
+    if owner != name:
+        tags = policy_for(tags, policy(client, owner))
+    settled = spec.settle(tags, owner)
     if owner != name and not settled.ood_tasks:
         raise SpecError(
             f"nobody states the out-of-domain tasks for a promotion to {owner}",

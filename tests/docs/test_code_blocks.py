@@ -105,11 +105,13 @@ def programs() -> Iterator[Path]:
     ],
 )
 def test_the_code_blocks_of_a_page_run(page, stores, programs, tasks, tmp_path):
+    own_tasks = f"--include-path {tasks}"
     instead = {
         # no network, no data sets of the hub
         "arc_easy,piqa": "toy_letters",
         "lambada_openai": "toy_digits_bpb:bits_per_byte",
         '"soup.margin": "0.01"': f'"soup.margin": "0.05", "soup.include_path": "{tasks}"',
+        "--promote model:prod-llm@champion": f"--promote model:prod-llm@champion {own_tasks}",
         # no minutes of training
         QUICKSTART: QUICKSTART_SOUP,
         # the environment of the tests stays as it is

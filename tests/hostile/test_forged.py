@@ -206,6 +206,7 @@ def the_ledger(client, edit):
 
 def the_policy_of_the_candidates(client, edit):
     the_tag(client, edit)
+    client.set_registered_model_tag(MODEL, "soup.max_length", "2")
     client.set_registered_model_tag(MODEL, "soup.margin", "9")
     client.set_registered_model_tag(MODEL, "soup.confidence", "0.51")
 
@@ -279,14 +280,14 @@ def table():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("forge", "command", "mode"), table())
 def test_a_refused_soup_is_not_promoted_whatever_is_forged(
-    client, refused, edit, keys, figures, forge, command, mode
+    client, refused, tasks, edit, keys, figures, forge, command, mode
 ):
     assert not refused.verdict.passed
     forge(client, edit)
     before = pointers(client)
     more = {"evidence": mode} | ({"public_key": str(keys[1])} if mode == "signed" else {})
     if command is promote_model:
-        more["ood_tasks"] = DIGITS
+        more |= {"ood_tasks": DIGITS, "include_path": str(tasks)}
     with pytest.raises(REFUSALS):
         command(**more)
     assert pointers(client) == before
@@ -382,12 +383,13 @@ def gate(**more):
     ],
 )
 def test_a_judged_soup_is_not_promoted_once_a_file_has_changed(
-    client, merged, edit, figures, forge, command
+    client, merged, tasks, edit, figures, forge, command
 ):
     assert merged.verdict.passed
     forge(client, edit)
+    more = {"ood_tasks": DIGITS, "include_path": str(tasks)}
     with pytest.raises(REFUSALS):
-        command(**({"ood_tasks": DIGITS} if command is promote_model else {}))
+        command(**(more if command is promote_model else {}))
     assert pointers(client) == {}
     figures["file × command"] = int(figures.get("file × command", 0)) + 1
 

@@ -21,7 +21,7 @@ from mlflow_soup.request.names import (
     parse_uri,
     parse_version,
 )
-from mlflow_soup.request.spec import STUDIES, Spec
+from mlflow_soup.request.spec import STUDIES, Spec, policy_for
 from mlflow_soup.search.belief import CHOICES
 
 KNOBS = {knob.name: knob for knob in fields(Spec)}
@@ -446,9 +446,10 @@ def test_a_command_line_may_be_stricter_than_the_policy_and_never_looser(
     knob, policy, stricter, looser
 ):
     rules = {f"soup.{knob}": policy}
-    assert getattr(Spec(**{knob: stricter}).settle({}, rules), knob) == stricter
+    assert getattr(Spec(**{knob: stricter}).settle(rules, "prod-llm"), knob) == stricter
     with pytest.raises(SpecError) as caught:
-        Spec(**{knob: looser}).settle({}, rules, "prod-llm")
+        Spec(**{knob: looser}).settle(rules, "prod-llm")
+    assert getattr(Spec(**{knob: looser}).settle(rules), knob) == looser  # nobody judges by it
     assert caught.value.exit_code == 2
     for words in (str(looser), policy, "prod-llm"):  # both values, and whose policy it is
         assert words in caught.value.what
@@ -457,14 +458,17 @@ def test_a_command_line_may_be_stricter_than_the_policy_and_never_looser(
 @pytest.mark.parametrize("value", ["nan", "-1", "a lot"])
 def test_a_rule_that_the_policy_states_wrongly_is_no_rule_to_be_stricter_than(value):
     with pytest.raises(SpecError, match="margin"):
-        Spec(margin=0.2).settle({}, {"soup.margin": value})
+        Spec(margin=0.2).settle({"soup.margin": value}, "prod-llm")
 
 
 def test_the_rules_of_another_model_are_its_own():
-    candidates = {"soup.margin": "0.5", "soup.ood_tasks": "easy", "soup.tasks": "piqa"}
-    settled = Spec().settle(candidates, {"soup.margin": "0.02"})
-    assert (settled.margin, settled.ood_tasks, settled.tasks) == (0.02, "", "piqa")
-    assert Spec().settle(candidates, {}).margin == Spec().margin
+    candidates = {
+        **{"soup.margin": "0.5", "soup.ood_tasks": "easy", "soup.tasks": "piqa"},
+        **{"soup.max_length": "2", "soup.include_path": "/their/own", "soup.method": "uniform"},
+    }
+    held = policy_for(candidates, {"soup.margin": "0.02", "soup.trials": "99"})
+    assert held == {"soup.tasks": "piqa", "soup.method": "uniform", "soup.margin": "0.02"}
+    assert policy_for(candidates, {"soup.tasks": "arc_easy"})["soup.tasks"] == "arc_easy"
 
 
 def test_a_public_key_means_that_only_signed_scores_count(tmp_path):

@@ -359,9 +359,9 @@ def test_a_registered_soup_verifies(client, outcome):
     assert manifest.versions["torch"] == torch.__version__
 
 
-def test_the_copy_of_a_soup_in_another_model_verifies(client, outcome):
-    to = {"promote": "model:prod@live", "ood_tasks": "toy_digits"}
-    release.promote(mlflow_soup.Spec(version="v4", **to))
+def test_the_copy_of_a_soup_in_another_model_verifies(client, outcome, tasks):
+    own = {"ood_tasks": "toy_digits", "include_path": str(tasks)}
+    release.promote(mlflow_soup.Spec(version="v4", promote="model:prod@live", **own))
     assert not failures(mlflow_soup.verify("models:/prod@live"))
 
 

@@ -355,10 +355,13 @@ def test_a_copy_of_a_parent_is_called_one(client, checkpoints):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_promotion_to_a_stage_and_to_another_model(client, outcome):
+def test_promotion_to_a_stage_and_to_another_model(client, outcome, tasks):
     release.promote(Spec(version="v4", promote="stage:staging"))
     assert client.get_model_version(MODEL, "4").current_stage == "Staging"
-    elsewhere = {"promote": "model:prod-llm@live", "ood_tasks": "toy_digits"}
+    with pytest.raises(errors.SpecError, match="nobody states the out-of-domain tasks"):
+        release.promote(Spec(version="v4", promote="model:prod-llm@live"))
+    own = {"ood_tasks": "toy_digits", "include_path": str(tasks)}
+    elsewhere = {"promote": "model:prod-llm@live", **own}
     version, _ = release.promote(Spec(version="@champion", **elsewhere))
     assert str(version) == "prod-llm v1"
     assert client.get_model_version_by_alias("prod-llm", "live").source == "models:/toy-llm/4"
