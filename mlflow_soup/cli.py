@@ -265,12 +265,30 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
 
 
 @main.command(section=STEPS)
+@_knobs("sign")
+def sign(**said: Any) -> None:
+    """Sign the files of a soup that passes the gate.
+
+    The verdict is computed as for promote; --promote only says whose rules hold. The environment
+    variable MLFLOW_SOUP_KEY names the private key, an elliptic-curve key in PEM. The signature is
+    the file model.sig of the version. It replaces an earlier one, and moves no alias.
+    """
+    spec = _spec(said)
+    with _heavy_imports():
+        from mlflow_soup.workflows import release
+
+    version, key = release.sign(spec)
+    _say(f"{version}: signed by the key {key}")
+
+
+@main.command(section=STEPS)
 @_knobs("promote")
 def promote(**said: Any) -> None:
     """Point an alias or a stage at a soup.
 
     The soup's bytes are compared with its manifest, its parents are mixed again, and the gate's
     verdict is computed anew: no tag decides. The alias may be that of another registered model.
+    With --public-key, one of the keys must also have signed all files (mlflow-soup sign).
     """
     spec = _spec(said)
     with _heavy_imports():
@@ -448,28 +466,38 @@ def doctor(ctx: click.Context, /, fix: bool, digests: bool, **said: Any) -> None
 
 @main.command(section=SOUPS)
 @click.argument("soup", metavar="SOUP")
+@click.option(
+    "--public-key",
+    default="",
+    metavar="FILE[,FILE]",
+    help="PEM files with public keys, one of which must have signed all files of the soup.",
+)
 @click.pass_context
-def verify(ctx: click.Context, soup: str) -> None:
+def verify(ctx: click.Context, soup: str, public_key: str) -> None:
     """Check a soup against its manifest.
 
     SOUP is a version, models:/my-llm/14, or a folder. The command pulls the soup and its
     parents, compares files and digests with the manifest, and mixes the parents again.
 
-    Exit codes: 0 the soup is what its manifest says, 3 it is not, 4 the soup or a parent is
-    missing.
+    Exit codes: 0 the soup is what its manifest says, 3 it is not, or is not signed by
+    --public-key, 4 the soup or a parent is missing.
     """
     _use_one_thread()
     with _heavy_imports():
         from mlflow_soup.workflows import verify as checks
 
-    verdicts, again = set(), False
-    for finding in checks.verify(soup):
+    verdicts, again, unsigned = set(), False, False
+    for finding in checks.verify(soup, public_key=public_key):
         first, *others = finding.details
         _say(_printable(f"{finding.verdict:<8}  {finding.what}: {first}"))
         for line in others:
             _say(_printable(f"{'':<10}{line}"))
         verdicts.add(finding.verdict)
+        unsigned |= finding.what == "signature" and finding.verdict != "ok"
         again = (finding.what, finding.verdict) == ("merged again", "ok")  # the last finding
+    if unsigned:
+        _say(f"{soup}: NOT signed as a whole by a key of --public-key")
+        ctx.exit(3)
     if "MISMATCH" in verdicts:
         _say(f"{soup}: NOT what its manifest says")
         ctx.exit(3)

@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # before anything heavy is imported, and for every process a test starts
 os.environ.update(
@@ -33,11 +33,14 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from mlflow import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 import mlflow_soup
 import toy
 from mlflow_soup import Outcome, Spec
+from mlflow_soup.records import Version
 from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.versions import model_id
 
 gc.freeze()
 gc.enable()
@@ -231,16 +234,41 @@ def use(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlfl
     return Store()
 
 
-def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
-    """Files of a private and a public key."""
-    key = ec.generate_private_key(ec.SECP256R1())
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """Files of a private and a public key, which belong to the gate."""
+    return make_keys(tmp_path, "gate")
+
+
+def make_keys(folder: Path, name: str, key: Any = None) -> tuple[Path, Path]:
+    """Files of a private and a public key in PEM; of a new key on P-256 if none is given."""
+    key = key or ec.generate_private_key(ec.SECP256R1())
     private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
-    plain = serialization.NoEncryption()
-    pkcs8 = serialization.PrivateFormat.PKCS8
-    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, pkcs8, plain))
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
     info = serialization.PublicFormat.SubjectPublicKeyInfo
     public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, info))
     return private, public
+
+
+@pytest.fixture
+def edit() -> Iterator[Callable[[Path, bytes], None]]:
+    """Changes a file of the artifact store, which other tests share; undone in the end."""
+    before: dict[Path, bytes | None] = {}
+
+    def edit(path: Path, content: bytes) -> None:
+        before.setdefault(path, path.read_bytes() if path.exists() else None)
+        path.write_bytes(content)
+
+    yield edit
+    for path, content in before.items():
+        path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
+
+
+def folder_of(client: Store, version: Version) -> Path:
+    """The files of a version in a local store."""
+    location = client.get_logged_model(model_id(client, version)).artifact_location
+    return Path(local_file_uri_to_path(location))
 
 
 def free_port() -> int:

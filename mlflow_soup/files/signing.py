@@ -143,7 +143,7 @@ def open_signer() -> Signer | None:
         raise _no_key("no private key can be read", where, error) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise _no_key(f"the key is a {type(key).__name__.lstrip('_')}", where)
-    return Signer(key, _name(key.public_key()))
+    return Signer(key, name_of(key.public_key()))
 
 
 def open_verifier(files: Sequence[Path]) -> Verifier:
@@ -165,7 +165,8 @@ def open_verifier(files: Sequence[Path]) -> Verifier:
     return Verifier(tuple(keys))
 
 
-def _name(key: ec.EllipticCurvePublicKey) -> str:
+def name_of(key: ec.EllipticCurvePublicKey) -> str:
+    """The SHA-256 of a public key, by which signatures name it."""
     encoding = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     return hashlib.sha256(key.public_bytes(*encoding)).hexdigest()
 

@@ -74,7 +74,7 @@ class Spec:
         MERGE,
         "",
         "Registered model. Default: MLFLOW_SOUP_MODEL, or the only model that has these versions.",
-        f"run evaluate gate promote {_ALL}",
+        f"run evaluate gate sign promote {_ALL}",
     )
     pair: str = knob(
         MERGE,
@@ -119,7 +119,7 @@ class Spec:
         MERGE,
         "",
         "The version of the soup: v14 or @alias.",
-        "evaluate gate promote",
+        "evaluate gate sign promote",
     )
     alpha: float | None = knob(
         SEARCH,
@@ -232,7 +232,7 @@ class Spec:
         SCORE,
         "",
         "Out-of-domain lm-eval tasks for the gate, in the form of --tasks.",
-        "run evaluate gate promote heldout ood methods",
+        "run evaluate gate sign promote heldout ood methods",
         policy=True,
         rule=ALL_OF,
     )
@@ -240,7 +240,7 @@ class Spec:
         SCORE,
         "",
         "Folder with your own lm-eval task YAMLs.",
-        f"run evaluate gate promote {_ALL}",
+        f"run evaluate gate sign promote {_ALL}",
         policy=True,
     )
     allow_task_code: str = knob(
@@ -248,13 +248,13 @@ class Spec:
         "",
         "SHA-256 of the task folders whose Python code may run, separated by commas. A refusal "
         "prints the digest.",
-        f"run evaluate gate promote {_ALL}",
+        f"run evaluate gate sign promote {_ALL}",
     )
     num_fewshot: int | None = knob(
         SCORE,
         None,
         "Number of few-shot examples, where the task does not fix it.",
-        f"run evaluate gate promote {_ALL}",
+        f"run evaluate gate sign promote {_ALL}",
         policy=True,
         range=whole(0),
     )
@@ -293,7 +293,7 @@ class Spec:
         GATE,
         0.01,
         "Allowed loss on each OOD task, in units of its metric (0.01 = one accuracy point).",
-        "run gate promote",
+        "run gate sign promote",
         policy=True,
         range=finite(),
         rule=AT_MOST,
@@ -302,7 +302,7 @@ class Spec:
         GATE,
         0.95,
         "Confidence of the one-sided bounds of the gate.",
-        "run gate promote",
+        "run gate sign promote",
         policy=True,
         range=Range(
             lambda value: 0.5 < value < 1.0, "give a number between 0.5 and 1, such as 0.95"
@@ -313,7 +313,7 @@ class Spec:
         GATE,
         1,
         "Smallest number of items of each OOD task.",
-        "run gate promote",
+        "run gate sign promote",
         policy=True,
         range=whole(1),
         rule=AT_LEAST,
@@ -322,7 +322,7 @@ class Spec:
         GATE,
         "champion",
         "Alias of the version that the soup must not be worse than.",
-        "run evaluate gate promote",
+        "run evaluate gate sign promote",
         policy=True,
         rule=SAME,
     )
@@ -331,21 +331,21 @@ class Spec:
         "experiment",
         "Which stored scores count: those of the runs in --experiment, none (own: all is measured "
         "anew), or only those that a --public-key signed.",
-        "run evaluate gate promote",
+        "run evaluate gate sign promote",
         choices=EVIDENCE,
     )
     public_key: str = knob(
         GATE,
         "",
         "PEM files with the public keys that count, separated by commas.",
-        "run evaluate gate promote",
+        "run evaluate gate sign promote",
     )
     promote: str = knob(
         GATE,
         "",
         "Where to promote when the gate passes: alias:NAME, stage:NAME or model:NAME@ALIAS. "
         "Default: nowhere.",
-        "run evaluate gate promote",
+        "run evaluate gate sign promote",
     )
     device: str = knob(
         MACHINE,
@@ -364,14 +364,14 @@ class Spec:
         MACHINE,
         "",
         "MLflow experiment. Default: MLFLOW_EXPERIMENT_NAME, or the experiment Default.",
-        f"run evaluate gate promote {_ALL}",
+        f"run evaluate gate sign promote {_ALL}",
     )
     store_patience: float = knob(
         MACHINE,
         30.0,
         "Minutes to wait for an MLflow store that does not answer. Then the command ends with exit "
         "code 6; run it again to continue.",
-        f"run evaluate gate promote {_ALL}",
+        f"run evaluate gate sign promote {_ALL}",
         range=finite("minutes"),
     )
     out: str = knob(

@@ -9,6 +9,11 @@ from mlflow_soup.records import Digests, Manifest, Source
 
 MANIFEST = "soup_manifest.json"
 CARD = "README.md"
+LARGEST = 64 << 20  # bytes of a manifest; the digests of 90 000 tensors take 15 MB
+SIGNATURE = "model.sig"
+# no signature covers itself, nor what MLflow adds to a copy that it downloads
+# private door: mlflow: registered_model_meta
+UNSIGNED = (SIGNATURE, "registered_model_meta")
 SCHEMA = 1  # the version of the manifest's format
 # values of `method`; `verify` can mix the parents again only for `linear`
 MIXINGS = ("linear", "fisher", "regmean")

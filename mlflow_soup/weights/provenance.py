@@ -12,12 +12,11 @@ from mlflow_soup.records import Manifest, Source
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.digests import of_file
-from mlflow_soup.weights.manifest import CARD, MANIFEST, card, format_manifest
+from mlflow_soup.weights.manifest import CARD, MANIFEST, UNSIGNED, card, format_manifest
 
 _LIBRARIES = ("mlflow-soup", "mlflow", "torch", "transformers", "safetensors", "lm-eval")
-# MLflow writes these when a version is registered or served, so they differ from the parent's
-# private door: mlflow: registered_model_meta
-_OF_MLFLOW = ("MLmodel", "registered_model_meta")
+# MLflow and `sign` write these after the soup was made
+_LATER = ("MLmodel", *UNSIGNED)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def make(
 
 def inherited(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
     """The files that a soup takes from its newest parent: path in the tree, and path on disk."""
-    own = {checkpoint.root / name for name in (MANIFEST, CARD, *_OF_MLFLOW)}
+    own = {checkpoint.root / name for name in (MANIFEST, CARD, *_LATER)}
     own |= {checkpoint.weights / file for file in checkpoint.files()}
     for path in sorted(checkpoint.root.rglob("*")):
         if path.is_file() and path not in own:

@@ -25,14 +25,16 @@ from mlflow_soup.records import Digests, Mismatch
 from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint, readable
 from mlflow_soup.weights.digests import Digesting, canonical, check_may_be_infinite, threads
 from mlflow_soup.weights.find import find_checkpoint
-from mlflow_soup.weights.manifest import CARD, MANIFEST
+from mlflow_soup.weights.manifest import CARD, MANIFEST, UNSIGNED
 from mlflow_soup.weights.mix import Scratch, Term, add_up, bits, is_finite, same_bytes, terms
 
 # files that are not copied from the newest parent: files that are written anew for each soup, files
-# that MLflow writes, weights in other formats, and the state of the training
+# that MLflow writes, the parent's signature, weights in other formats, the state of the training,
+# and git's files, which the usual check of a signature leaves out
 NOT_INHERITED = (
-    *(MANIFEST, CARD, "registered_model_meta", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
+    *(MANIFEST, CARD, *UNSIGNED, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
     *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "optimizer*", "scheduler*", "trainer_state.json"),
+    ".git*",
 )
 
 

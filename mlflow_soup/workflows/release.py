@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from mlflow_soup.errors import DeniedError, SpecError
+from mlflow_soup.files.signing import open_verifier
 from mlflow_soup.records import Evidence, Examination, Score, Soup, Verdict, Version
 from mlflow_soup.registry import naming, promotion, tracking
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import Store, connect
+from mlflow_soup.registry.trees import tree_of
 from mlflow_soup.registry.trust import Trust, sign_file, trust_of
 from mlflow_soup.registry.versions import (
     describe,
@@ -27,6 +29,7 @@ from mlflow_soup.registry.versions import (
 from mlflow_soup.reporting import report
 from mlflow_soup.request.names import Target, parse_target, parse_version
 from mlflow_soup.request.spec import Spec
+from mlflow_soup.weights.signature import check_library, open_tree_signer
 from mlflow_soup.workflows.bench import (
     Bench,
     Opened,
@@ -55,6 +58,7 @@ from mlflow_soup.workflows.proof import (
     standard_of,
     version_of,
 )
+from mlflow_soup.workflows.signed import add_signature, require_signature
 from mlflow_soup.workflows.verify import read_manifest
 
 logger = logging.getLogger("mlflow_soup")
@@ -307,10 +311,15 @@ def describe_verdict(client: Store, decision: Decision) -> None:
         describe(client, version, report.renew(text, section))
 
 
+def _require_passed(decision: Decision) -> None:
+    require_passed(
+        decision, [report.format_check(c) for c in decision.verdict.checks if not c.passed]
+    )
+
+
 def point(client: Store, decision: Decision, target: Target) -> Version:
     """Promote a soup, after a check that the verdict allows it and still applies."""
-    failed = [report.format_check(c) for c in decision.verdict.checks if not c.passed]
-    require_passed(decision, failed)
+    _require_passed(decision)
     version = decision.proven.version
 
     def covers(standing: Version) -> bool:
@@ -326,6 +335,31 @@ def point(client: Store, decision: Decision, target: Target) -> Version:
     return promotion.promote(client, version, target, told, covers)
 
 
+@asking("sign the soup")
+def sign(spec: Spec) -> tuple[Version, str]:
+    """Sign the files of a soup that passes the gate; the signature joins the version's files.
+
+    Args:
+        spec: `version` names the soup; `promote` only says whose rules hold.
+
+    Returns:
+        The version, and the name of the key: the SHA-256 of its public part.
+
+    Raises:
+        SpecError: there is no key to sign with, the extra `sign` is not installed, the version is
+            not a soup, or MLflow cannot add a file to it.
+        MismatchError: the version is not what its manifest says.
+        GateError: no evidence that counts supports a promotion, or the gate refuses.
+    """
+    signer = open_tree_signer()
+    client, version, spec = _open_request(spec)
+    tree = tree_of(client, version)
+    decision = _decide(client, version, spec)
+    _require_passed(decision)
+    add_signature(client, decision, tree, signer)
+    return version, signer.name
+
+
 @asking("promote the soup")
 def promote(spec: Spec) -> tuple[Version, str]:
     """Point an alias, a stage or another model's alias to a soup, after its verdict is computed.
@@ -338,7 +372,8 @@ def promote(spec: Spec) -> tuple[Version, str]:
 
     Raises:
         SpecError: the version is not a soup, or the command line is looser than the policy.
-        MismatchError: the version is not what its manifest says.
+        MismatchError: the version is not what its manifest says; or, with public keys, none of
+            them has signed it.
         GateError: no evidence that counts supports the promotion, or the gate refuses.
         OvertakenError: another promotion moved the target meanwhile.
     """
@@ -348,7 +383,13 @@ def promote(spec: Spec) -> tuple[Version, str]:
             where="--promote",
             fix="name a target: --promote alias:champion",
         )
+    verifier = open_verifier(spec.public_keys) if spec.public_key else None
+    if verifier is not None:
+        check_library()
     client, version, spec = _open_request(spec)
     target = parse_target(spec.promote)
     decision = _decide(client, version, spec)
+    _require_passed(decision)
+    if verifier is not None:
+        require_signature(client, decision, verifier)
     return point(client, decision, target), str(target)

@@ -213,6 +213,13 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
             fix="name the older version, then the newer: --pair v12,v13; for more than two: "
             "--versions v11,v12,v13 or --last 3",
         )
+    if spec.promote and spec.public_key:
+        raise SpecError(
+            "a soup that is yet to be made cannot be signed already",
+            where="--promote together with --public-key",
+            fix="take the steps one by one: run without --promote, then gate, sign and promote, "
+            "these with --public-key",
+        )
     client = connect(60.0 * spec.store_patience)
     name = find_model(client, spec.model, spec.parents)
     spec = settle_rules(client, spec, name)

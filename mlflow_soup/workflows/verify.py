@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_soup.errors import MismatchError, ParentError, SpecError
+from mlflow_soup.files.signing import Verifier, open_verifier
 from mlflow_soup.files.untrusted import LARGEST_YAML, parse_json, parse_yaml, read_regular
 from mlflow_soup.records import Digests, Finding, Manifest, Mismatch
 from mlflow_soup.redaction import redacting
@@ -15,39 +16,60 @@ from mlflow_soup.weights.checkpoint import Checkpoint, shorten
 from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.digests import digest_all, of_file
 from mlflow_soup.weights.find import find_checkpoint
-from mlflow_soup.weights.manifest import MANIFEST, parse_manifest
+from mlflow_soup.weights.manifest import LARGEST, MANIFEST, SIGNATURE, parse_manifest
 from mlflow_soup.weights.provenance import Origin, inherited
+from mlflow_soup.weights.signature import Checked, check_library, check_tree
 from mlflow_soup.workflows.merge import fetch
 
-_UNREADABLE = (
+# what reading a manifest that others wrote raises
+UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError),
     *(RecursionError, OverflowError),
 )
-_LARGEST = 64 << 20  # bytes of a manifest; the digests of 90 000 tensors take 15 MB
 _SHOWN = 10  # number of tensors or files that a finding names
 
 
-def verify(text: str | os.PathLike[str]) -> Iterator[Finding]:
+def verify(
+    text: str | os.PathLike[str], *, public_key: str | os.PathLike[str] = ""
+) -> Iterator[Finding]:
     """Pull a soup and its parents, merge them again, and compare all with the manifest.
 
     Args:
         text: `models:/my-llm/14`, or a folder that `merge_checkpoints` wrote.
+        public_key: PEM files, separated by commas; one of these keys must have signed all files.
 
     Yields:
-        One finding for each check. The soup matches its manifest if no finding is a mismatch.
+        One finding for each check. The soup matches its manifest if no finding is a mismatch. With
+        public keys, the first finding is about the signature, which may also be missing.
 
     Raises:
-        SpecError: the version or folder is not a soup.
+        SpecError: the version or folder is not a soup; or a public key cannot be read, or the
+            extra `sign` is not installed.
         MismatchError: the soup's manifest cannot be read.
         ParentError: the version or folder does not exist.
     """
     with redacting():
-        yield from _verify(os.fspath(text))
+        files = [Path(part.strip()) for part in os.fspath(public_key).split(",") if part.strip()]
+        yield from _verify(os.fspath(text), open_verifier(files) if files else None)
 
 
-def _verify(name: str) -> Iterator[Finding]:
+def _verify(name: str, verifier: Verifier | None) -> Iterator[Finding]:
+    if verifier is not None:
+        check_library()
     origin = fetch(name, "SOUP", fresh=True)
-    yield from inspect(origin, read_manifest(origin))
+    manifest = read_manifest(origin)
+    if verifier is not None:
+        yield signature_finding(check_tree(origin.folder, verifier))
+    yield from inspect(origin, manifest)
+
+
+def signature_finding(checked: Checked | None) -> Finding:
+    """A check of a soup's signature, in words; None: it has none."""
+    if checked is None:
+        return Finding("signature", "missing", (f"there is no {SIGNATURE}",))
+    return _finding(
+        "signature", checked.wrong, f"{len(checked.digests)} files, by the key {checked.key}"
+    )
 
 
 def inspect(
@@ -137,8 +159,8 @@ def read_manifest(origin: Origin) -> Manifest:
             "merge wrote",
         )
     try:
-        return parse_manifest(parse_json(read_regular(path, _LARGEST)))
-    except _UNREADABLE as error:
+        return parse_manifest(parse_json(read_regular(path, LARGEST)))
+    except UNREADABLE as error:
         raise MismatchError(
             f"{MANIFEST} of {origin.uri} cannot be read: {type(error).__name__} {error}",
             where=str(path),
@@ -182,7 +204,9 @@ def _check_tags(origin: Origin, manifest: Manifest) -> Finding:
 def _check_inherited(stored: Checkpoint, manifest: Manifest) -> Finding:
     """Compare the files that come from the newest parent with their recorded digests."""
     now = {name: of_file(path) for name, path in inherited(stored)}
-    return _finding("other files", _differing(now, manifest.inherited), f"{len(now)} files")
+    # 0.1.0 let a soup inherit its parent's signature
+    then = {name: digest for name, digest in manifest.inherited.items() if name != SIGNATURE}
+    return _finding("other files", _differing(now, then), f"{len(now)} files")
 
 
 def _differing(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:

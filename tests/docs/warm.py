@@ -77,11 +77,12 @@ def answer(caller: socket.socket) -> None:
 def serve(path: Path) -> None:
     """Import everything, then fork for each caller until the process is ended."""
     import mlflow.transformers
+    import model_signing.signing
     import transformers
 
     from mlflow_soup.workflows import doctor, merge, release, run, study, verify
 
-    assert all((mlflow, doctor, merge, release, run, study, verify))
+    assert all((mlflow, model_signing, doctor, merge, release, run, study, verify))
     assert transformers.AutoModelForCausalLM  # which is imported when it is asked for
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(str(path))

@@ -15,7 +15,7 @@ import mlflow
 import pytest
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from conftest import MODEL, _run, make_keys, use
+from conftest import MODEL, _run, folder_of, make_keys, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.files import signing
 from mlflow_soup.records import Examination, Version
@@ -52,31 +52,6 @@ def refused(refused_store, client, tmp_path, monkeypatch):
     database, returned = refused_store
     use(database, tmp_path, monkeypatch)
     return returned
-
-
-@pytest.fixture
-def keys(tmp_path, monkeypatch):
-    """Files of a private and a public key, which belong to the gate."""
-    return make_keys(tmp_path, "gate")
-
-
-@pytest.fixture
-def edit():
-    """Changes a file of the artifact store, which other tests share; undone in the end."""
-    before = {}
-
-    def edit(path, content):
-        before.setdefault(path, path.read_bytes() if path.exists() else None)
-        path.write_bytes(content)
-
-    yield edit
-    for path, content in before.items():
-        path.unlink() if content is None else path.write_bytes(content)
-
-
-def folder_of(client, version):
-    location = client.get_logged_model(model_id(client, version)).artifact_location
-    return Path(local_file_uri_to_path(location))
 
 
 def pointers(client):
@@ -468,7 +443,9 @@ def signed(client, monkeypatch, private):
     monkeypatch.setenv(signing.KEY_ENV, str(private))
 
 
-def test_with_a_public_key_only_what_it_signed_counts(client, merged, keys, tmp_path, monkeypatch):
+def test_with_a_public_key_only_what_it_signed_counts(
+    client, merged, keys, edit, tmp_path, monkeypatch
+):
     private, public = keys
     request = {"version": "v4", "promote": "alias:live", "public_key": str(public)}
     with pytest.raises(errors.GateError, match="no key of --public-key has signed"):
@@ -479,6 +456,8 @@ def test_with_a_public_key_only_what_it_signed_counts(client, merged, keys, tmp_
         release.promote(Spec(**request))
     signed(client, monkeypatch, private)
     release.evaluate(Spec(version="v4", experiment="of the gate"))
+    edit(folder_of(client, SOUP) / "model.sig", b"")
+    release.sign(Spec(version="v4"))
     monkeypatch.delenv(signing.KEY_ENV)
     version, _ = release.promote(Spec(**request))
     assert version == SOUP

@@ -310,7 +310,7 @@ def test_every_knob_has_help_and_a_command(name):
     metadata = KNOBS[name].metadata
     assert metadata["help"].endswith(".")
     assert metadata["commands"]
-    assert metadata["commands"] <= {"run", "evaluate", "gate", "promote", *STUDIES}
+    assert metadata["commands"] <= {"run", "evaluate", "gate", "sign", "promote", *STUDIES}
 
 
 def test_the_acquisitions_a_user_may_name_are_those_of_the_search():

@@ -326,6 +326,7 @@ def test_a_soup_without_digests_has_the_same_bytes(pair, tmp_path):
 OWN_NAMES = [
     *(MANIFEST, CARD, "registered_model_meta", "pytorch_model.bin", "model.gguf", "rng_state.pth"),
     *("optimizer.pt", "optimizer/state.json", "scheduler.json", "trainer_state.json"),
+    *("model.sig", ".gitattributes", ".git/config"),
 ]
 
 
