@@ -223,6 +223,7 @@ RANGES = {
     "margin": ([0.0, 0.01, 5.0], [-0.01, float("inf"), float("nan")]),
     "store_patience": ([0.0, 0.5, 30.0], [-1.0, float("inf"), float("nan")]),
     "min_items": ([1, 200], [0, -1]),
+    "evidence": (["experiment", "own"], ["", "mine", "tags"]),
     "confidence": ([0.51, 0.95, 0.999], [0.5, 1.0, 0.0, 95.0, float("nan")]),
     "num_fewshot": ([None, 0, 5], [-1]),
     "batch_size": ([1, 32], [0, -1]),
@@ -231,7 +232,7 @@ RANGES = {
     "allow_task_code": (["", "0" * 64, f"{'a' * 64}, {'b' * 64}"], ["yes", "A" * 64, "a" * 63]),
     "include_path": (["", os.curdir, os.pathsep.join([os.curdir, "/"])], ["no/such/folder"]),
 }
-UNBOUNDED = {"tasks", "ood_tasks", "champion", "device", "experiment", "out"}
+UNBOUNDED = {"tasks", "ood_tasks", "champion", "device", "experiment", "out", "public_key"}
 
 
 def test_the_table_of_ranges_knows_every_knob():
