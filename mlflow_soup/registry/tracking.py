@@ -231,6 +231,12 @@ def metric(key: str, value: float, step: int = 0, **about: Any) -> MlflowMetric:
     return MlflowMetric(redact(key), float(value), int(time.time() * 1000), step, **about)
 
 
+def without_model(m: MlflowMetric) -> MlflowMetric:
+    """The same metric, of the run only."""
+    about = {"dataset_name": m.dataset_name, "dataset_digest": m.dataset_digest}
+    return MlflowMetric(m.key, m.value, m.timestamp, m.step, **about)
+
+
 def fetch(client: Store, run_id: str, file: str, folder: Path) -> Path:
     """Download one artifact of a run and return its path.
 
