@@ -3,7 +3,6 @@
 The command `run` runs all stages in one process; a pipeline can also run each as its own step.
 """
 
-import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -136,26 +135,38 @@ def _examine(
     return examination
 
 
-def record(client: Store, decision: Decision, *runs: str) -> None:
-    """Write a verdict for people to read: to the OOD run, the version, and other runs.
+def record(client: Store, decision: Decision, *runs: str) -> bool:
+    """Write a verdict for people to read: to the OOD run, then to the version.
 
-    A user who may not write to the version judges all the same, with a warning.
+    A user who may not write to the OOD run writes nothing to the version either. Both are only for
+    people: the verdict holds all the same, and a warning says what is not written.
 
     Args:
         client: the store's client.
         decision: the decision.
-        runs: more runs that get the verdict.
+        runs: more runs that get the verdict, which are the user's own.
+
+    Returns:
+        Whether the verdict is on the version.
     """
     verdict, version = decision.verdict, decision.proven.version
     ood_run = decision.examination.run_id
     word = naming.PASSED if verdict.passed else naming.REFUSED
     rules = json.dumps(rules_told(decision), sort_keys=True)
     table = f"{report.verdict_words(verdict)}\n\n{report.checks_table(verdict)}\n"
-    client.log_text(ood_run, table, "gate.md")
     about = {"soup": decision.proven.digest, "verdict": word, "rules": rules_told(decision)}
-    sign_file(client, ood_run, "gate.md", table, "verdict", about)
-    for run_id in (ood_run, *runs):
-        tracking.log(client, run_id, tags={naming.GATE: word, naming.GATE_RULES: rules})
+    told = {naming.GATE: word, naming.GATE_RULES: rules}
+    for run_id in runs:
+        tracking.log(client, run_id, tags=told)
+    try:
+        # before the files: an artifact store without permissions of its own would take these
+        with asking("write to its OOD run"):
+            tracking.log(client, ood_run, tags=told)
+            client.log_text(ood_run, table, "gate.md")
+            sign_file(client, ood_run, "gate.md", table, "verdict", about)
+    except DeniedError as error:
+        logger.warning("this verdict is not recorded: %s", error.what)
+        return False
     tags = {naming.GATE_RUN: ood_run, naming.GATE_RULES: rules, naming.GATE: word}
     try:
         set_tags(client, version, tags)
@@ -163,6 +174,8 @@ def record(client: Store, decision: Decision, *runs: str) -> None:
         logger.warning(
             "you may not write the tags of %s, so the verdict is only on run %s", version, ood_run
         )
+        return False
+    return True
 
 
 def rules_told(decision: Decision) -> dict[str, object]:
@@ -303,8 +316,7 @@ def describe_verdict(client: Store, decision: Decision) -> None:
     version = decision.proven.version
     text = description_of(client, version)
     section = report.verdict_section(decision.verdict, decision.examination.roles)
-    with contextlib.suppress(DeniedError):  # `record` has said so
-        describe(client, version, report.renew(text, section))
+    describe(client, version, report.renew(text, section))
 
 
 def point(client: Store, decision: Decision, target: Target) -> Version:
