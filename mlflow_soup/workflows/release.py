@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from mlflow_soup.errors import DeniedError, SpecError
 from mlflow_soup.records import Evidence, Examination, Score, Soup, Verdict, Version
-from mlflow_soup.registry import naming, promotion, tracking
+from mlflow_soup.registry import naming, probes, promotion, tracking
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.outages import asking
@@ -48,6 +48,7 @@ from mlflow_soup.workflows.proof import (
     Decision,
     check_tags,
     decide,
+    owner_of,
     prove,
     require_passed,
     settle_rules,
@@ -201,10 +202,18 @@ def _tags(version: Version, digest: str, key: str) -> dict[str, str]:
     }
 
 
-def _open_request(spec: Spec) -> tuple[Store, Version, Spec]:
+def _open_request(
+    spec: Spec, *, evaluates: bool = False, promotes: bool = False
+) -> tuple[Store, Version, Spec]:
     """The store, the version that `spec.version` names, and the spec with the rules that hold.
 
+    Args:
+        spec: the request.
+        evaluates: whether the command will evaluate, and so write to the experiment.
+        promotes: whether it will write to the model that owns the target, and to its ledger.
+
     Raises:
+        DeniedError: the user may not read the model, or not write what the command will write.
         SpecError: no version was named, or the command line is looser than the rules.
     """
     if not spec.version:
@@ -215,7 +224,12 @@ def _open_request(spec: Spec) -> tuple[Store, Version, Spec]:
     ref = parse_version(spec.version)
     name = find_model(client, spec.model, [ref])
     version = resolve(client, name, ref)
-    return client, version, settle_rules(client, spec, name)
+    if promotes:  # before the rules are read there: to promote needs more than to read
+        probes.check_model(client, owner_of(spec, name))
+    spec = settle_rules(client, spec, name)
+    if evaluates:
+        probes.check_experiment(client, spec.experiment)
+    return client, version, spec
 
 
 @asking("evaluate the soup")
@@ -235,7 +249,7 @@ def evaluate(spec: Spec) -> Mapping[str, Evidence]:
         ParentError: the soup, a parent or the champion is missing or damaged.
         StoreError: the store holds other bytes than the manifest says.
     """
-    return _evaluate(*_open_request(spec)).roles
+    return _evaluate(*_open_request(spec, evaluates=True)).roles
 
 
 def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
@@ -295,10 +309,10 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
         MismatchError: the version is not what its manifest says.
         GateError: no evidence that counts covers the soup, its parents and what it would replace.
     """
-    client, version, spec = _open_request(spec)
+    client, version, spec = _open_request(spec, evaluates=spec.evidence == "own")
     decision = _decide(client, version, spec)
-    record(client, decision)
-    describe_verdict(client, decision)
+    if record(client, decision):
+        describe_verdict(client, decision)
     return version, decision.verdict
 
 
@@ -360,7 +374,7 @@ def promote(spec: Spec) -> tuple[Version, str]:
             where="--promote",
             fix="name a target: --promote alias:champion",
         )
-    client, version, spec = _open_request(spec)
+    client, version, spec = _open_request(spec, evaluates=spec.evidence == "own", promotes=True)
     target = parse_target(spec.promote)
     decision = _decide(client, version, spec)
     return point(client, decision, target), str(target)
