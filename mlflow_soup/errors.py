@@ -8,7 +8,7 @@
     ├── OvertakenError               exit 5: another run moved the target in the meantime
     ├── ObjectiveError               exit 1: an evaluation failed or gave no finite score
     └── RegistryError                exit 1: MLflow refused a request; its exception is chained
-        ├── DeniedError              exit 7: MLflow's permissions forbid it
+        ├── DeniedError              exit 7: MLflow's permissions forbid it, or the user is unknown
         └── StoreError               exit 6: a store or disk cannot be reached, fails, or is full
             └── AwayError            exit 6: a store did not answer before the time limit
 
@@ -78,7 +78,7 @@ class RegistryError(SoupError):
 
 
 class DeniedError(RegistryError):
-    """MLflow's permissions forbid a request."""
+    """MLflow's permissions forbid a request, or the server does not know the user."""
 
     exit_code = 7
 

@@ -82,6 +82,7 @@ MARK = re.compile(r"\bmlflow\.(?!MlflowClient|set_)[a-z]\w+|\bMLFLOW_(?!SOUP)[A-
 DOCUMENTED = {
     *("mlflow.runName", "mlflow.parentRunId", "mlflow.note"),
     *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"),
+    *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
     *("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"),
 }
 

@@ -6,20 +6,22 @@ An evaluation is committed when its trial run is FINISHED and has a score.
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Run, RunStatus
+from mlflow.exceptions import MlflowException
 
 from mlflow_soup.files.signing import sha256_of
 from mlflow_soup.records import Evidence, Examination, Recipe, Score, Trial, Version
 from mlflow_soup.registry import naming, scores
+from mlflow_soup.registry.outages import is_forbidden
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.tracking import log, metric
+from mlflow_soup.registry.tracking import log, metric, without_model
 from mlflow_soup.registry.trust import UNREADABLE, Trust, sign_file
 
 logger = logging.getLogger("mlflow_soup")
@@ -174,7 +176,7 @@ def log_examination(
         datasets: `dev` and `ood` → digest of the items.
     """
     run_id, index = examination.run_id, {}
-    metrics: list[MlflowMetric] = []
+    metrics: dict[str, list[MlflowMetric]] = {}
     for role, evidence in examination.roles.items():
         file = f"{role.replace(' ', '-')}.parquet"
         of = {_HELD_OUT: evidence.held_out, **dict(evidence.ood)}
@@ -182,7 +184,7 @@ def log_examination(
         for position, score in enumerate(of.values()):
             prefix = naming.OOD if position else naming.HELD_OUT
             if model_ids[role] is not None or role == "soup":
-                metrics += [
+                metrics.setdefault(role, []).extend(
                     metric(
                         f"{prefix}/{m.key}",
                         m.value,
@@ -192,7 +194,7 @@ def log_examination(
                         dataset_digest=datasets[prefix][:12],
                     )
                     for m in score.metrics
-                ]
+                )
         index[role] = {
             "model": evidence.version.name,
             "version": evidence.version.number,
@@ -200,11 +202,39 @@ def log_examination(
             "scores": file,
             "sha256": sha256,
         }
-    log(client, run_id, metrics=metrics)
+    _log_metrics(client, run_id, metrics)
     content = {"schema": SCHEMA, "settings": dict(examination.settings), "roles": index}
     text = json.dumps(content, indent=2)
     client.log_text(run_id, text, naming.EVIDENCE)
     sign_file(client, run_id, naming.EVIDENCE, text, "examination", {})
+
+
+def _log_metrics(client: Store, run_id: str, of: Mapping[str, Sequence[MlflowMetric]]) -> None:
+    """Log the metrics of each role; those of models that the user may not write to only on the run.
+
+    The run shows one set of metrics, so only the soup's can do without their model.
+    """
+    try:
+        log(client, run_id, metrics=[m for metrics in of.values() for m in metrics])
+        return
+    except MlflowException as error:
+        if not is_forbidden(error):
+            raise
+    left = []
+    for role, metrics in of.items():
+        try:
+            log(client, run_id, metrics=metrics)
+        except MlflowException as error:
+            if not is_forbidden(error):
+                raise
+            left.append(role)
+    if "soup" in left:
+        log(client, run_id, metrics=[without_model(m) for m in of["soup"]])
+    logger.warning(
+        "MLflow's pages of these models do not show the scores: %s; that needs EDIT on the "
+        "experiment of their logged models",
+        ", ".join(left),
+    )
 
 
 def read_examination(trust: Trust, run_id: str) -> Examination | None:

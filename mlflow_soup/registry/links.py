@@ -3,28 +3,23 @@
 import contextlib
 import json
 
-import mlflow
 from mlflow.exceptions import MlflowException
 
 from mlflow_soup.records import Version
 from mlflow_soup.registry import naming
-from mlflow_soup.registry.outages import where
+from mlflow_soup.registry.outages import is_server, where
 from mlflow_soup.registry.store import Store
 
 
 def link(path: str) -> str:
     """The URL of a page: on the tracking server, or on the one that `mlflow ui` would start."""
-    server = where().rstrip("/") if _on_server() else "http://127.0.0.1:5000"
+    server = where().rstrip("/") if is_server() else "http://127.0.0.1:5000"
     return f"{server}/#{path}"
 
 
 def how_to_look() -> str:
     """The command that starts the UI on this store; empty if the store is a server."""
-    return "" if _on_server() else f"mlflow ui --backend-store-uri {where()}"
-
-
-def _on_server() -> bool:
-    return str(mlflow.get_tracking_uri()).startswith(("http://", "https://"))
+    return "" if is_server() else f"mlflow ui --backend-store-uri {where()}"
 
 
 def run_path(client: Store, run_id: str) -> str:

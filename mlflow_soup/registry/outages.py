@@ -5,6 +5,7 @@
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Iterator
 
@@ -17,6 +18,8 @@ from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 
 from mlflow_soup.errors import AwayError, DeniedError, RegistryError, StoreError
 from mlflow_soup.redaction import redact
+from mlflow_soup.registry import permissions
+from mlflow_soup.registry.permissions import IF_ANY
 
 # private door: sqlite: words of a full disk and of denials
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"  # MLflow's error code
@@ -25,8 +28,11 @@ _SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S
 _DENIED = re.compile(
     r"read-?\s?only|no such (table|column)|denied|unable to open|forbidden|\b40[13]\b", re.I
 )
-_FORBIDDEN = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAUTHORIZED")
-_REFUSED = re.compile(r"failed with error code 40[13]\b")  # a server's answer, in MLflow's words
+_CODES = (401, 403)
+_STRANGER = ("UNAUTHENTICATED", "UNAUTHORIZED")
+_FORBIDDEN = ("PERMISSION_DENIED", *_STRANGER)
+_REFUSED = re.compile(r"failed with error code (40[13])\b")  # a server's answer, in MLflow's words
+_PROXY = "/mlflow-artifacts/"  # in the address of an artifact that a server keeps itself
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "REQUEST_LIMIT_EXCEEDED")
 # messages of SQLite, Python and PostgreSQL, MySQL
 _FULL = ("disk is full", "No space left", "could not extend file", "The table is full")
@@ -37,6 +43,11 @@ _BROKEN = (errno.EIO, errno.EROFS, errno.EDQUOT, errno.ESTALE, errno.ENODEV, err
 def where() -> str:
     """The tracking store's URI without secrets, for errors."""
     return redact(str(mlflow.get_tracking_uri()))
+
+
+def is_server() -> bool:
+    """Whether the store is a server, which may have users and permissions."""
+    return str(mlflow.get_tracking_uri()).startswith(("http://", "https://"))
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -63,9 +74,19 @@ def is_denied(error: MlflowException) -> bool:
 
 def is_forbidden(error: BaseException) -> bool:
     """Whether MLflow's permissions, and no disk or database, deny access."""
-    return isinstance(error, MlflowException) and (
-        error.error_code in _FORBIDDEN or _REFUSED.search(str(error.message)) is not None
-    )
+    return _denial(error) != 0
+
+
+def _denial(error: BaseException) -> int:
+    """403 where MLflow's permissions forbid it, 401 where it does not know the user, else 0."""
+    if isinstance(error, HTTPError) and error.response is not None:
+        ours = _PROXY in str(error.response.url)
+        return error.response.status_code if ours and error.response.status_code in _CODES else 0
+    if not isinstance(error, MlflowException):
+        return 0
+    if said := _REFUSED.search(str(error.message)):
+        return int(said[1])
+    return 401 if error.error_code in _STRANGER else 403 if error.error_code in _FORBIDDEN else 0
 
 
 def is_transient(error: BaseException) -> bool:
@@ -134,17 +155,37 @@ def asking(what: str) -> Iterator[None]:
         if not isinstance(error, MlflowException | RequestException):
             raise
         if is_forbidden(error):
-            raise DeniedError(
-                f"you may not {what}: {error}",
-                where=where(),
-                fix="ask whoever has MANAGE on it, or an administrator of the server, to grant the "
-                "permission that the table in the manual names for this command",
-            ) from error
+            raise denied(what, error) from error
         raise RegistryError(
             f"MLflow refused to {what}: {error}",
             where=where(),
             fix="check the store and your permissions in it, then run the same command again",
         ) from error
+
+
+def denied(what: str, error: BaseException) -> DeniedError:
+    """The error for what MLflow's permissions forbid.
+
+    Args:
+        what: completes "you may not …".
+        error: MLflow's; it has a note of what the call needs, if `store.Store` made the call.
+    """
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    if _denial(error) == 401:
+        return DeniedError(
+            f"the server does not know this user and password, so you may not {what}",
+            where=f"{where()}, {f'user {user}' if user else 'no user is named'}",
+            fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
+    need = permissions.noted(error)
+    more = "; if there is none, check the name, or create it" if need.endswith(IF_ANY) else ""
+    return DeniedError(
+        f"you may not {what}: {f'this needs {need}' if need else error}",
+        where=f"{where()}, user {user}" if user else where(),
+        fix="ask whoever has MANAGE on it, or an administrator of the server, to grant it" + more
+        if need
+        else "ask an administrator of the server which permission is missing",
+    )
 
 
 def away(what: str, error: BaseException | None) -> AwayError:

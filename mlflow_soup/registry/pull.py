@@ -16,7 +16,7 @@ from mlflow.utils.uri import is_local_uri  # private door
 from mlflow_soup.errors import ParentError, SoupError, StoreError
 from mlflow_soup.records import Version
 from mlflow_soup.registry.cache import cache_folder
-from mlflow_soup.registry.outages import where
+from mlflow_soup.registry.outages import denied, is_forbidden, where
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import model_id
 
@@ -45,6 +45,7 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
 
     Raises:
         ParentError: the version's files are gone or incomplete.
+        DeniedError: the user may not read them.
         StoreError: the files could not be fetched.
     """
     try:
@@ -70,6 +71,8 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
     except SoupError:
         raise
     except Exception as error:  # each artifact store raises errors of its own
+        if is_forbidden(error):
+            raise denied(f"fetch {version}", error) from error
         raise StoreError(
             f"the files of {version} could not be fetched: {error}",
             where=where(),

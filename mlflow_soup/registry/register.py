@@ -1,6 +1,7 @@
 """Upload a soup and register it; each request gets exactly one version."""
 
 import json
+import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlflow_soup.errors import StoreError
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Version
 from mlflow_soup.registry import naming
-from mlflow_soup.registry.outages import NOT_FOUND, asking
+from mlflow_soup.registry.outages import NOT_FOUND, asking, is_forbidden
 from mlflow_soup.registry.pull import download_tree
 from mlflow_soup.registry.store import Store, pages
 from mlflow_soup.registry.versions import (
@@ -26,6 +27,8 @@ from mlflow_soup.registry.versions import (
     unregister,
 )
 from mlflow_soup.request.names import VersionRef
+
+logger = logging.getLogger("mlflow_soup")
 
 
 def register_soup(
@@ -84,8 +87,7 @@ def register_soup(
         with scratch() as temporary:
             check(_read_back(client, logged, temporary))
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-        inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
-        client.log_inputs(run_id, models=inputs)
+        _link_inputs(client, run_id, parents)
         _link_output(client, run_id, logged.model_id)
         version = _register_once(client, name, logged.model_id, run_id, tags, description, fits)
         if model_id(client, version) == logged.model_id:
@@ -103,6 +105,20 @@ def _settle_upload(client: Store, logged_id: str, version: Version) -> None:
     if "mlflow.modelVersions" not in found.tags:
         shown_at = json.dumps([{"name": version.name, "version": version.number}])
         client.set_logged_model_tags(logged_id, {"mlflow.modelVersions": shown_at})
+
+
+def _link_inputs(client: Store, run_id: str, parents: Sequence[Version]) -> None:
+    """Make the parents inputs of a run, for MLflow's own pages; tags and manifest name them too."""
+    inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
+    try:
+        client.log_inputs(run_id, models=inputs)
+    except MlflowException as error:
+        if not is_forbidden(error):
+            raise
+        logger.warning(
+            "the run is not linked to the logged models of %s: that needs EDIT on their experiment",
+            " and ".join(map(str, parents)),
+        )
 
 
 def _link_output(client: Store, run_id: str, logged_id: str) -> None:

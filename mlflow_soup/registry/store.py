@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, wraps
 from typing import Any, TypeVar
 
@@ -26,8 +26,16 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mlflow_soup.errors import StoreError
 from mlflow_soup.redaction import redact
-from mlflow_soup.registry import naming
-from mlflow_soup.registry.outages import NOT_FOUND, away, is_denied, is_transient, where
+from mlflow_soup.registry import naming, permissions
+from mlflow_soup.registry.outages import (
+    NOT_FOUND,
+    away,
+    denied,
+    is_denied,
+    is_forbidden,
+    is_transient,
+    where,
+)
 
 logger = logging.getLogger("mlflow_soup")
 T = TypeVar("T")
@@ -204,9 +212,23 @@ def _patient(name: str) -> Any:
 
     @wraps(method)
     def call(self: Store, *args: Any, **kwargs: Any) -> Any:
-        return self.persist(lambda: method(self, *args, **kwargs), f"call {name}")
+        with _noting(method, *args):
+            if name.startswith(_CREATE):
+                return method(self, *args, **kwargs)
+            return self.persist(lambda: method(self, *args, **kwargs), f"call {name}")
 
     return call
+
+
+@contextlib.contextmanager
+def _noting(method: Callable[..., Any], *args: Any) -> Iterator[None]:
+    """Note on the error of a forbidden call which permission the call needs."""
+    try:
+        yield
+    except Exception as error:  # artifact stores raise errors of their own
+        if is_forbidden(error):
+            permissions.note(error, permissions.needed(method, *args))
+        raise
 
 
 # these must not be repeated; call them through `once`
@@ -214,7 +236,7 @@ _CREATE = ("create_", "copy_", "log_outputs")
 
 
 for _name in dir(MlflowClient):
-    if not _name.startswith(("_", *_CREATE)) and callable(getattr(MlflowClient, _name)):
+    if not _name.startswith("_") and callable(getattr(MlflowClient, _name)):
         setattr(Store, _name, _patient(_name))
 
 
@@ -225,6 +247,7 @@ def connect(patience_s: float = 0.0) -> Store:
         patience_s: how long the store may be away in later calls, in seconds.
 
     Raises:
+        DeniedError: the store is a server that does not know the user.
         StoreError: the store does not answer. (MLflow's own retries would take four minutes.)
     """
     # private door: mlflow.store.db.utils logs the errors that it raises
@@ -236,6 +259,8 @@ def connect(patience_s: float = 0.0) -> Store:
     # ImportError, SQLAlchemyError: an unknown kind of database, or one without a driver here
     except (MlflowException, ImportError, StoreError, SQLAlchemyError, OSError) as error:
         # redacted before it is cut: the filter would not know half a password
+        if is_forbidden(error):
+            raise denied("use the store", error) from error
         reason = redact(str(error.__cause__ if isinstance(error, StoreError) else error))
         raise StoreError(
             f"the MLflow tracking store does not answer: {reason.splitlines()[0][:300]}",

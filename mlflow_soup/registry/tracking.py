@@ -23,7 +23,7 @@ from mlflow_soup.registry import naming
 from mlflow_soup.registry.store import Store, pages
 
 NOTE_LIMIT = 8000  # MLflow's limit for a run's tag, which some databases enforce
-_RUN_ENV = "MLFLOW_RUN_ID"
+RUN_ENV = "MLFLOW_RUN_ID"
 _NOTE = "mlflow.note.content"  # a run's description
 
 
@@ -53,7 +53,7 @@ def open_run(
     Raises:
         SpecError: the run that `mlflow run` was given has other params; it stays unchanged.
     """
-    if begun := os.environ.pop(_RUN_ENV, ""):
+    if begun := os.environ.pop(RUN_ENV, ""):
         if params is not None:
             _check_begun(client.get_run(begun), params)
         kept = ("mlflow.runName",)
@@ -229,6 +229,12 @@ def log(
 def metric(key: str, value: float, step: int = 0, **about: Any) -> MlflowMetric:
     """A metric with the current time; `about` may name a model_id and a dataset."""
     return MlflowMetric(redact(key), float(value), int(time.time() * 1000), step, **about)
+
+
+def without_model(m: MlflowMetric) -> MlflowMetric:
+    """The same metric, of the run only."""
+    about = {"dataset_name": m.dataset_name, "dataset_digest": m.dataset_digest}
+    return MlflowMetric(m.key, m.value, m.timestamp, m.step, **about)
 
 
 def fetch(client: Store, run_id: str, file: str, folder: Path) -> Path:

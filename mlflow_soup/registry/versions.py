@@ -11,7 +11,7 @@ from mlflow_soup.errors import ParentError, SpecError
 from mlflow_soup.records import Version
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import family, naming
-from mlflow_soup.registry.outages import NOT_FOUND, asking, where
+from mlflow_soup.registry.outages import NOT_FOUND, asking, is_server, where
 from mlflow_soup.registry.store import Store, pages
 from mlflow_soup.request.names import Target, VersionRef, check_name
 
@@ -29,27 +29,33 @@ def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
 
     Raises:
         ParentError: the store has no such model, or no model at all.
+        DeniedError: the user may not read the named model.
         SpecError: no model was named, and not exactly one model has these versions.
     """
     named = named or os.environ.get(MODEL_ENV, "")
     check_name(named)
-    with asking("list registered models"):
+    if named:
+        registered = find_registered(client, named)
+        if registered is not None and registered.name == named:  # some databases ignore case
+            return named
+    with asking("list registered models"):  # a server leaves out those that the user may not read
         models = [str(m.name) for m in pages(client.search_registered_models)]
     if not models:
         raise ParentError(
-            "the store holds no registered model",
+            "you may read no registered model here, or there is none"
+            if is_server()
+            else "the store holds no registered model",
             where=where(),
-            fix="set MLFLOW_TRACKING_URI to the store that holds your models",
+            fix="set MLFLOW_TRACKING_URI to the store that holds your models"
+            + (", or ask for READ on them" if is_server() else ""),
         )
     if named:
-        if named not in models:
-            raise ParentError(
-                f"there is no registered model {named!r}",
-                where=where(),
-                fix=f"name one of {', '.join(sorted(models)[:10])}, "
-                "or set MLFLOW_TRACKING_URI to another store",
-            )
-        return named
+        raise ParentError(
+            f"there is no registered model {named!r}",
+            where=where(),
+            fix=f"name one of {', '.join(sorted(models)[:10])}, "
+            "or set MLFLOW_TRACKING_URI to another store",
+        )
     if len(models) == 1:
         check_name(models[0], f"the only registered model in {where()}")
         return models[0]

@@ -3,7 +3,6 @@
 The command `run` runs all stages in one process; a pipeline can also run each as its own step.
 """
 
-import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import asdict
 from mlflow_soup.errors import DeniedError, SpecError
 from mlflow_soup.files.signing import open_verifier
 from mlflow_soup.records import Evidence, Examination, Score, Soup, Verdict, Version
-from mlflow_soup.registry import naming, promotion, tracking
+from mlflow_soup.registry import naming, probes, promotion, tracking
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.outages import asking
@@ -52,6 +51,7 @@ from mlflow_soup.workflows.proof import (
     Decision,
     check_tags,
     decide,
+    owner_of,
     prove,
     require_passed,
     settle_rules,
@@ -140,26 +140,38 @@ def _examine(
     return examination
 
 
-def record(client: Store, decision: Decision, *runs: str) -> None:
-    """Write a verdict for people to read: to the OOD run, the version, and other runs.
+def record(client: Store, decision: Decision, *runs: str) -> bool:
+    """Write a verdict for people to read: to the OOD run, then to the version.
 
-    A user who may not write to the version judges all the same, with a warning.
+    A user who may not write to the OOD run writes nothing to the version either. Both are only for
+    people: the verdict holds all the same, and a warning says what is not written.
 
     Args:
         client: the store's client.
         decision: the decision.
-        runs: more runs that get the verdict.
+        runs: more runs that get the verdict, which are the user's own.
+
+    Returns:
+        Whether the verdict is on the version.
     """
     verdict, version = decision.verdict, decision.proven.version
     ood_run = decision.examination.run_id
     word = naming.PASSED if verdict.passed else naming.REFUSED
     rules = json.dumps(rules_told(decision), sort_keys=True)
     table = f"{report.verdict_words(verdict)}\n\n{report.checks_table(verdict)}\n"
-    client.log_text(ood_run, table, "gate.md")
     about = {"soup": decision.proven.digest, "verdict": word, "rules": rules_told(decision)}
-    sign_file(client, ood_run, "gate.md", table, "verdict", about)
-    for run_id in (ood_run, *runs):
-        tracking.log(client, run_id, tags={naming.GATE: word, naming.GATE_RULES: rules})
+    told = {naming.GATE: word, naming.GATE_RULES: rules}
+    for run_id in runs:
+        tracking.log(client, run_id, tags=told)
+    try:
+        # before the files: an artifact store without permissions of its own would take these
+        with asking("write to its OOD run"):
+            tracking.log(client, ood_run, tags=told)
+            client.log_text(ood_run, table, "gate.md")
+            sign_file(client, ood_run, "gate.md", table, "verdict", about)
+    except DeniedError as error:
+        logger.warning("this verdict is not recorded: %s", error.what)
+        return False
     tags = {naming.GATE_RUN: ood_run, naming.GATE_RULES: rules, naming.GATE: word}
     try:
         set_tags(client, version, tags)
@@ -167,6 +179,8 @@ def record(client: Store, decision: Decision, *runs: str) -> None:
         logger.warning(
             "you may not write the tags of %s, so the verdict is only on run %s", version, ood_run
         )
+        return False
+    return True
 
 
 def rules_told(decision: Decision) -> dict[str, object]:
@@ -192,10 +206,18 @@ def _tags(version: Version, digest: str, key: str) -> dict[str, str]:
     }
 
 
-def _open_request(spec: Spec) -> tuple[Store, Version, Spec]:
+def _open_request(
+    spec: Spec, *, evaluates: bool = False, promotes: bool = False
+) -> tuple[Store, Version, Spec]:
     """The store, the version that `spec.version` names, and the spec with the rules that hold.
 
+    Args:
+        spec: the request.
+        evaluates: whether the command will evaluate, and so write to the experiment.
+        promotes: whether it will write to the model that owns the target, and to its ledger.
+
     Raises:
+        DeniedError: the user may not read the model, or not write what the command will write.
         SpecError: no version was named, or the command line is looser than the rules.
     """
     if not spec.version:
@@ -206,7 +228,12 @@ def _open_request(spec: Spec) -> tuple[Store, Version, Spec]:
     ref = parse_version(spec.version)
     name = find_model(client, spec.model, [ref])
     version = resolve(client, name, ref)
-    return client, version, settle_rules(client, spec, name)
+    if promotes:  # before the rules are read there: to promote needs more than to read
+        probes.check_model(client, owner_of(spec, name))
+    spec = settle_rules(client, spec, name)
+    if evaluates:
+        probes.check_experiment(client, spec.experiment)
+    return client, version, spec
 
 
 @asking("evaluate the soup")
@@ -226,7 +253,7 @@ def evaluate(spec: Spec) -> Mapping[str, Evidence]:
         ParentError: the soup, a parent or the champion is missing or damaged.
         StoreError: the store holds other bytes than the manifest says.
     """
-    return _evaluate(*_open_request(spec)).roles
+    return _evaluate(*_open_request(spec, evaluates=True)).roles
 
 
 def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
@@ -286,10 +313,10 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
         MismatchError: the version is not what its manifest says.
         GateError: no evidence that counts covers the soup, its parents and what it would replace.
     """
-    client, version, spec = _open_request(spec)
+    client, version, spec = _open_request(spec, evaluates=spec.evidence == "own")
     decision = _decide(client, version, spec)
-    record(client, decision)
-    describe_verdict(client, decision)
+    if record(client, decision):
+        describe_verdict(client, decision)
     return version, decision.verdict
 
 
@@ -307,8 +334,7 @@ def describe_verdict(client: Store, decision: Decision) -> None:
     version = decision.proven.version
     text = description_of(client, version)
     section = report.verdict_section(decision.verdict, decision.examination.roles)
-    with contextlib.suppress(DeniedError):  # `record` has said so
-        describe(client, version, report.renew(text, section))
+    describe(client, version, report.renew(text, section))
 
 
 def _require_passed(decision: Decision) -> None:
@@ -386,7 +412,7 @@ def promote(spec: Spec) -> tuple[Version, str]:
     verifier = open_verifier(spec.public_keys) if spec.public_key else None
     if verifier is not None:
         check_library()
-    client, version, spec = _open_request(spec)
+    client, version, spec = _open_request(spec, evaluates=spec.evidence == "own", promotes=True)
     target = parse_target(spec.promote)
     decision = _decide(client, version, spec)
     _require_passed(decision)

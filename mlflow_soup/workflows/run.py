@@ -15,7 +15,7 @@ from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.files.durable import check_space, scratch
 from mlflow_soup.records import Found, Outcome, Score, Soup, Version
 from mlflow_soup.redaction import redacting
-from mlflow_soup.registry import lease, naming, tracking
+from mlflow_soup.registry import lease, naming, probes, tracking
 from mlflow_soup.registry.cache import cache_folder, lease_folder
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import connect
@@ -31,6 +31,7 @@ from mlflow_soup.workflows.proof import (
     Proven,
     Standard,
     decide,
+    owner_of,
     rules_of,
     settle_rules,
 )
@@ -64,6 +65,7 @@ def run(spec: Spec) -> Outcome:
         ObjectiveError: a parent has no finite score, or the data of a task cannot be loaded.
         GateError: someone moved the promotion target by hand during the run.
         OvertakenError: another promotion came first, or another process took over.
+        DeniedError: MLflow's permissions forbid it; nothing was evaluated.
         RegistryError: MLflow refused.
         StoreError: a store did not answer for longer than `store_patience`, or a disk is full;
             finished evaluations are kept, and the same request continues.
@@ -204,6 +206,7 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
     Raises:
         SpecError: the request is wrong.
         ParentError: a version is missing or damaged.
+        DeniedError: the user may not write what the request will write.
         StoreError: a disk has no room for the soup.
     """
     if not spec.parents and not spec.last:
@@ -222,6 +225,8 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
         )
     client = connect(60.0 * spec.store_patience)
     name = find_model(client, spec.model, spec.parents)
+    for model in dict.fromkeys((name, owner_of(spec, name))):
+        probes.check_model(client, model)
     spec = settle_rules(client, spec, name)
     if spec.promote and not spec.ood_tasks:
         raise SpecError(
@@ -235,6 +240,7 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
             where="--limit together with --promote",
             fix="drop one of the two options",
         )
+    probes.check_experiment(client, spec.experiment)
     where = "--pair" if spec.pair else "--versions"
     session, (versions,) = open_session(client, name, spec, [spec.parents], where)
     job = session.job(versions)

@@ -12,10 +12,14 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    TEMPORARILY_UNAVAILABLE,
+)
 
 from mlflow_soup import errors
-from mlflow_soup.registry import store
+from mlflow_soup.registry import permissions, store
 from mlflow_soup.registry.outages import asking, is_denied, is_transient
 from mlflow_soup.registry.store import Store
 
@@ -199,11 +203,59 @@ def test_mlflows_own_retries_are_off_inside_a_call_and_restored_after_it(client,
     assert name not in os.environ
 
 
-def test_calls_that_read_or_change_are_repeated_and_those_that_create_are_not():
-    for name in ("log_batch", "search_runs", "set_terminated", "delete_run", "log_artifact"):
-        assert getattr(Store, name) is not getattr(Store.__bases__[0], name), name
-    for name in ("create_run", "create_model_version", "create_logged_model", "copy_model_version"):
-        assert getattr(Store, name) is getattr(Store.__bases__[0], name), name
+def test_calls_that_read_or_change_are_repeated_and_those_that_create_are_not(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    store = Store(0.1, "http://127.0.0.1:9")
+    repeated = {"search_runs": (["1"],), "set_terminated": ("a",), "delete_run": ("a",)}
+    for name, args in repeated.items():
+        with pytest.raises(errors.StoreError):
+            getattr(store, name)(*args)
+    created = {"create_run": ("1",), "create_experiment": ("a",), "create_logged_model": ("1",)}
+    created |= {"create_registered_model": ("a",), "create_model_version": ("a", "models:/m-1")}
+    for name, args in created.items():
+        with pytest.raises(MlflowException):
+            getattr(store, name)(*args)
+
+
+def test_the_error_for_a_forbidden_call_says_what_it_needs_and_who_may_grant_it(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    denied = MlflowException("API request failed with error code 403 != 200", PERMISSION_DENIED)
+    permissions.note(denied, permissions.needed(MlflowClient.get_experiment_by_name, "soups"))
+    permissions.note(denied, permissions.needed(MlflowClient.create_run, "3", 0))
+    with pytest.raises(errors.DeniedError) as caught, asking("begin"):
+        raise denied
+    assert caught.value.what == "you may not begin: this needs EDIT on experiment 3"
+    assert caught.value.where.endswith(", user ada")
+    assert "ask whoever has MANAGE on it, or an administrator" in caught.value.fix
+    assert caught.value.exit_code == 7
+
+
+def test_the_error_for_an_unknown_user_names_the_credentials():
+    unknown = MlflowException("API request failed with error code 401 != 200")
+    with pytest.raises(errors.DeniedError, match="not know this user") as caught, asking("begin"):
+        raise unknown
+    assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "need"),
+    [
+        ("get_run", ("a1",), "READ on the experiment of run a1, if there is such a run"),
+        ("log_batch", ("a1", []), "EDIT on the experiment of run a1, if there is such a run"),
+        ("delete_tag", ("a1", "x"), "EDIT on the experiment of run a1, if there is such a run"),
+        ("get_experiment_by_name", ("soups",), "READ on experiment 'soups'"),
+        ("create_logged_model", ("3", "soup"), "EDIT on experiment 3"),
+        ("log_model_artifacts", ("m-1", "."), "EDIT on the experiment of logged model m-1"),
+        ("get_registered_model", ("toy",), "READ on registered model 'toy', if there is one"),
+        ("get_model_version", ("toy", "1"), "READ on registered model 'toy'"),
+        ("set_registered_model_alias", ("toy", "a", "1"), "EDIT on registered model 'toy'"),
+        ("delete_model_version", ("toy", "1"), "MANAGE on registered model 'toy'"),
+        ("create_experiment", ("soups",), ""),
+        ("search_runs", (["3"],), ""),
+    ],
+)
+def test_each_call_needs_one_permission(method, args, need):
+    assert permissions.needed(getattr(MlflowClient, method), *args) == need
 
 
 def test_a_download_is_repeated_only_if_the_store_lists_the_file(client):
