@@ -55,7 +55,9 @@ def run(program: str, words: list[str]) -> int:
     try:
         if program == "python":
             assert words == ["-"], words
-            exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
+            code = sys.stdin.read()
+            assert code.strip()  # which would pass whatever the page says
+            exec(compile(code, "<stdin>", "exec"), {"__name__": "__main__"})
         elif program == "warm-mlflow":
             cli(words, prog_name="mlflow")
         else:
@@ -75,6 +77,7 @@ def answer(caller: socket.socket) -> None:
         program, words, folder, environment = json.load(request)
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
+    sys.stdin = os.fdopen(0, closefd=False)  # multiprocessing has put another in its place
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
