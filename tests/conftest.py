@@ -54,9 +54,10 @@ torch.set_num_threads(1)
 MODEL = "toy-llm"
 # they take minutes each: begun first, so that no worker is left with one when all else is done
 COSTLY = (
-    *("workflows/test_study.py", "workflows/test_run.py", "faults/test_resume.py"),
-    *("test_quickstart.py", "hostile/test_secrets.py", "workflows/test_trials.py"),
-    *("test_mlproject.py", "faults/test_faults.py", "registry/test_lease.py", "test_cli.py"),
+    *("docs/test_code_blocks.py", "workflows/test_run.py", "workflows/test_study.py"),
+    *("hostile/test_forged.py", "workflows/test_trials.py", "faults/test_resume.py"),
+    *("test_quickstart.py", "faults/test_faults.py", "hostile/test_secrets.py", "test_cli.py"),
+    *("test_mlproject.py", "registry/test_lease.py", "workflows/test_doctor.py"),
 )
 FIGURES = pytest.StashKey[dict[str, object]]()
 
@@ -336,6 +337,15 @@ def server_client(server, tmp_path, monkeypatch) -> MlflowClient:
     mlflow.set_tracking_uri(server)
     mlflow.set_experiment("soups")
     return Store()
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Path]:
+    """A folder for PATH in which `mlflow-soup` starts at once."""
+    import warm
+
+    with warm.programs() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

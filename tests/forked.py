@@ -12,13 +12,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import pytest
+
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["mlflow_soup.workflows.run", "mlflow_soup.workflows.study"])
+context.set_forkserver_preload(["heavy"])
+
+
+def warm() -> ForkServerContext:
+    """The context, once the process to be forked has begun its imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        # before Python 3.12 it does not take over the path of this process
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
 
 
 def _play(program: str, words: tuple[str, ...], cwd: str, env: dict[str, str], out: str) -> None:
+    assert "heavy" in sys.modules  # a failure to import it is not said
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
@@ -46,7 +60,7 @@ class Play:
     ) -> None:
         self._out = tempfile.TemporaryDirectory()
         args = (program, words, str(Path(cwd).absolute()), dict(env), self._out.name)
-        self._process = context.Process(target=_play, args=args)
+        self._process = warm().Process(target=_play, args=args)
         self._process.start()
 
     def poll(self) -> int | None:

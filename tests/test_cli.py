@@ -10,6 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import forked
 from conftest import MODEL
 from mlflow_soup.cli import main
 
@@ -40,7 +41,7 @@ def test_help_needs_nothing_heavy():
 
 
 def test_the_main_job_ends_with_words_and_links(client, tasks):
-    done = process("run", "--pair", "v1,v2", "--promote", "champion")
+    done = forked.play("mlflow_soup", "run", "--pair", "v1,v2", "--promote", "champion")
     assert done.returncode == 0, done.stderr
     assert "registered as models:/toy-llm/4" in done.stdout
     assert "gate passed" in done.stdout

@@ -68,15 +68,18 @@ def test_the_tested_set_pins_everything_we_depend_on():
         assert name.replace("_", "-").lower() in pinned
 
 
-def mlflow_run(manager, *words):
-    """`mlflow run .` on the store of this test."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def mlflow_run(manager, *words, programs=Path(sys.executable).parent):
+    """`mlflow run .` on the store of this test; its command is the one in a folder."""
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = os.environ | {"PATH": path}  # set_experiment put the experiment's id there
     return forked.play("mlflow", "run", str(ROOT), "--env-manager", manager, *words, env=env)
 
 
-def test_the_main_job_as_a_project_finds_its_model_and_logs_to_the_run_mlflow_made(client):
-    done = mlflow_run("local", "-P", "pair=v1,v2", "-P", "trials=4", "-P", "promote=champion")
+def test_the_main_job_as_a_project_finds_its_model_and_logs_to_the_run_mlflow_made(
+    client, programs
+):
+    words = ("-P", "pair=v1,v2", "-P", "trials=4", "-P", "promote=champion")
+    done = mlflow_run("local", *words, programs=programs)
     assert done.returncode == 0, done.stderr
     version = client.get_model_version_by_alias(MODEL, "champion")
     run = client.get_run(version.run_id)
@@ -86,9 +89,10 @@ def test_the_main_job_as_a_project_finds_its_model_and_logs_to_the_run_mlflow_ma
     assert run.data.params["trials"] == run.data.params["cfg.trials"] == "4"
 
 
-def test_a_refusal_fails_the_project_and_says_so_on_the_run(client):
+def test_a_refusal_fails_the_project_and_says_so_on_the_run(client, programs):
     client.set_registered_model_alias(MODEL, "champion", "1")
-    done = mlflow_run("local", "-P", "pair=v3,v1", "-P", "trials=4", "-P", "margin=0")
+    words = ("-P", "pair=v3,v1", "-P", "trials=4", "-P", "margin=0")
+    done = mlflow_run("local", *words, programs=programs)
     assert done.returncode == 1
     assert "gate REFUSED" in done.stdout
     experiment = client.get_experiment_by_name("soups").experiment_id
@@ -97,9 +101,9 @@ def test_a_refusal_fails_the_project_and_says_so_on_the_run(client):
     assert run.data.tags["soup.gate"] == "refused"
 
 
-def test_a_study_as_a_project_logs_to_the_run_mlflow_made(client):
+def test_a_study_as_a_project_logs_to_the_run_mlflow_made(client, programs):
     words = ("-e", "study", "-P", "study=landscape", "-P", "pair=v1,v2", "-P", "points=4")
-    done = mlflow_run("local", *words)
+    done = mlflow_run("local", *words, programs=programs)
     assert done.returncode == 0, done.stderr
     assert "Landscape of v1,v2" in done.stdout
     experiment = client.get_experiment_by_name("soups").experiment_id

@@ -11,9 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
@@ -21,7 +19,6 @@ import pytest
 from markdown_it import MarkdownIt
 
 import toy
-import warm
 from conftest import fill, free_port
 from mlflow_soup.cli import main
 from mlflow_soup.registry.store import Store
@@ -62,6 +59,12 @@ def script(page: Path, instead: Mapping[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """Few items: what the commands find does not matter, but that the gate passes."""
+    return toy.write_tasks(tmp_path_factory.mktemp("tasks"), count=60)
+
+
+@pytest.fixture(scope="module")
 def stores(tmp_path_factory, trained, tasks) -> dict[str, Path]:
     """A database with thirteen versions, for each name of the model in the pages."""
     root = tmp_path_factory.mktemp("documented")
@@ -77,20 +80,6 @@ def stores(tmp_path_factory, trained, tasks) -> dict[str, Path]:
     mlflow.set_tracking_uri(f"sqlite:///{found[QUICKSTART_MODEL]}")
     Store().rename_registered_model(MODEL, QUICKSTART_MODEL)
     return found
-
-
-@pytest.fixture(scope="module")
-def programs() -> Iterator[Path]:
-    """A folder for PATH in which the commands start at once."""
-    # not pytest's folder: the path of a socket has 104 characters at most
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        with subprocess.Popen([sys.executable, warm.__file__, str(root / "socket")]) as server:
-            while not (root / "socket").exists():
-                assert server.poll() is None
-                time.sleep(0.1)
-            yield warm.stubs(root / "bin", root / "socket")
-            server.terminate()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +106,7 @@ def test_the_code_blocks_of_a_page_run(page, stores, programs, tasks, tmp_path):
         # the environment of the tests stays as it is
         "pip install": "pip install --no-deps --target installed",
         "5000": str(free_port()),
-        "mlflow run .": f"mlflow run {ROOT}",
+        "mlflow run .": f"warm-mlflow run {ROOT}",
     }
     text = script(page, instead)
     database = stores[QUICKSTART_MODEL if QUICKSTART_MODEL in text else MODEL]

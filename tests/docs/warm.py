@@ -1,22 +1,28 @@
 """Commands without their start: forks of one process that has imported everything.
 
-A page has up to ten commands, and each would spend five seconds on the same imports. The commands
+A page has up to ten commands, and each would spend ten seconds on the same imports. The commands
 are otherwise real: each runs in a process of its own, with the caller's arguments, folder,
 environment, input and output.
 
-    python warm.py SOCKET        serves
-    mlflow-soup …                a stub, written by `stubs`: asks the server for a fork
-    python - < CODE              the same for a block of Python
+    mlflow-soup …           a stub, written by `stubs`: asks the server for a fork
+    warm-mlflow …           the same for MLflow's command
+    python - < CODE         the same for a block of Python
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import stat
 import sys
+import tempfile
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+
+import forked
 
 STUB = """#!{python} -ISB
 import json, os, socket, sys
@@ -31,9 +37,9 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 def stubs(folder: Path, path: Path) -> Path:
-    """Write `mlflow-soup` and `python` into a folder for PATH; they ask the server at `path`."""
+    """Write the stubs into a folder for PATH; they ask the server at `path`."""
     folder.mkdir()
-    for program in ("mlflow-soup", "python"):
+    for program in ("mlflow-soup", "warm-mlflow", "python"):
         file = folder / program
         file.write_text(STUB.format(python=sys.executable, path=str(path), program=program))
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
@@ -42,12 +48,18 @@ def stubs(folder: Path, path: Path) -> Path:
 
 def run(program: str, words: list[str]) -> int:
     """Run the command, or the Python program on standard input; its exit code."""
+    from mlflow.cli import cli
+
     from mlflow_soup.cli import main
 
     try:
         if program == "python":
             assert words == ["-"], words
-            exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
+            code = sys.stdin.read()
+            assert code.strip()  # which would pass whatever the page says
+            exec(compile(code, "<stdin>", "exec"), {"__name__": "__main__"})
+        elif program == "warm-mlflow":
+            cli(words, prog_name="mlflow")
         else:
             main(words, prog_name=program)
     except SystemExit as end:
@@ -65,6 +77,7 @@ def answer(caller: socket.socket) -> None:
         program, words, folder, environment = json.load(request)
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
+    sys.stdin = os.fdopen(0, closefd=False)  # multiprocessing has put another in its place
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -75,15 +88,9 @@ def answer(caller: socket.socket) -> None:
 
 
 def serve(path: Path) -> None:
-    """Import everything, then fork for each caller until the process is ended."""
-    import mlflow.transformers
-    import model_signing.signing
-    import transformers
-
-    from mlflow_soup.workflows import doctor, merge, release, run, study, verify
-
-    assert all((mlflow, model_signing, doctor, merge, release, run, study, verify))
-    assert transformers.AutoModelForCausalLM  # which is imported when it is asked for
+    """Fork for each caller until the process, which has imported everything, is ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(str(path))
         door.listen()
@@ -98,6 +105,19 @@ def serve(path: Path) -> None:
             caller.close()
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
-    serve(Path(sys.argv[1]))
+@contextlib.contextmanager
+def programs() -> Iterator[Path]:
+    """A folder for PATH in which the commands start at once."""
+    # not pytest's folder: the path of a socket has 104 characters at most
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        server = forked.warm().Process(target=serve, args=(root / "socket",))
+        server.start()
+        try:
+            while not (root / "socket").exists():
+                assert server.is_alive()
+                time.sleep(0.1)
+            yield stubs(root / "bin", root / "socket")
+        finally:
+            server.terminate()
+            server.join()

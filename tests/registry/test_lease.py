@@ -86,7 +86,7 @@ def holder(folder):
     """Another process that holds the lease."""
     inside = forked.context.Event()
     args = (os.environ["MLFLOW_TRACKING_URI"], folder, inside)
-    process = forked.context.Process(target=_hold, args=args)
+    process = forked.warm().Process(target=_hold, args=args)
     process.start()
     assert inside.wait(120)
     try:

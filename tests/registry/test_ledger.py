@@ -100,7 +100,7 @@ def _make_a_ledger(uri, barrier, made):
 def test_of_several_processes_one_makes_the_ledger(client):
     barrier, made = forked.context.Barrier(3), forked.context.Queue()
     args = (os.environ["MLFLOW_TRACKING_URI"], barrier, made)
-    processes = [forked.context.Process(target=_make_a_ledger, args=args) for _ in range(3)]
+    processes = [forked.warm().Process(target=_make_a_ledger, args=args) for _ in range(3)]
     for process in processes:
         process.start()
     found = {made.get(timeout=120) for _ in processes}
