@@ -63,7 +63,8 @@ def test_the_main_job_ends_with_words_and_links(client, tasks):
     assert done.returncode == 0, done.stderr
     assert "| soup (toy-llm v4) |" in done.stdout
     assert command("gate", "--version", "v4").returncode == 0
-    client.create_registered_model("prod", {"soup.ood_tasks": "toy_digits"})  # its own rules
+    own = {"soup.tasks": "toy_letters", "soup.ood_tasks": "toy_digits"}
+    client.create_registered_model("prod", own)
     to = ("--promote", "model:prod@live", "--include-path", str(tasks))
     done = command("promote", "--version", "v4", *to)
     assert "prod@live → prod v1" in done.stdout

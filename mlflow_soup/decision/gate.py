@@ -5,13 +5,47 @@ than the margin, at the chosen confidence. Both models answer the same items, so
 them item by item (see `pairing`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mlflow_soup.decision.pairing import ROUNDING, better, lower_bound, paired
 from mlflow_soup.errors import ObjectiveError
-from mlflow_soup.records import Check, Evidence, Examination, Rules, Verdict
+from mlflow_soup.records import Check, Evidence, Examination, Rules, Score, Verdict
+
+
+def inconsistent(examination: Examination) -> str:
+    """Why the scores of an examination cannot be compared, in words; empty if they can.
+
+    All models must have been scored on the same items of the same tasks, at least one item each,
+    and each score must be the sum of its items.
+    """
+    soup = examination.roles["soup"]
+    meant = [_parts(score) for _, score in (("held-out", soup.held_out), *soup.ood)]
+    if not soup.ood or not all(meant) or not all(ids for parts in meant for _, _, _, ids in parts):
+        return "it was scored on no items"
+    for role, evidence in examination.roles.items():
+        own = [score for _, score in (("held-out", evidence.held_out), *evidence.ood)]
+        if [task for task, _ in evidence.ood] != [task for task, _ in soup.ood]:
+            return f"{role} was scored on other tasks"
+        if [_parts(score) for score in own] != meant:
+            return f"{role} was scored on other items"
+        for score in own:
+            sums = [
+                i.weight * math.fsum(s * v for s, v in zip(i.shares, i.values, strict=True))
+                for i in score.items
+            ]
+            total = math.fsum(sums)
+            if not math.isclose(total, score.value, rel_tol=1e-9, abs_tol=1e-12):
+                return f"the items of {role} do not add up to its score"
+            if any(abs(math.fsum(i.shares) - 1.0) > 1e-6 for i in score.items):
+                return f"the shares of the items of {role} do not add up to 1"
+    return ""
+
+
+def _parts(score: Score) -> list[tuple[str, str, float, tuple[str, ...]]]:
+    return [(i.task, i.metric, i.weight, i.ids) for i in score.items]
 
 
 def missing(
@@ -41,6 +75,8 @@ def missing(
             if items is not None and scored != list(items[task]):
                 return f"{role} ({evidence.version}) was scored on other items of {task}"
         for task, score in of.items():
+            if rules.tasks and task not in rules.tasks:
+                continue
             if (count := sum(len(i.ids) for i in score.items)) < rules.min_items:
                 return f"{task} has {count} items, and the rules ask for {rules.min_items}"
     return ""

@@ -27,6 +27,7 @@ from lm_eval.evaluator import evaluate
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.evaluation.items import (
     Asking,
+    asked,
     freeze,
     is_of,
     items_of,
@@ -124,6 +125,11 @@ class Evaluator:
     def items(self) -> Asking:
         """The items that are scored."""
         return items_of(self._suite)
+
+    @functools.cached_property
+    def asked(self) -> dict[str, str]:
+        """Term → digest of all that its score depends on, except the model."""
+        return asked(self._suite)
 
     def fits(self, score: Score) -> bool:
         """Whether a stored score of all terms is one of these items, and adds up."""

@@ -79,6 +79,26 @@ def items_of(suite: Suite) -> dict[str, tuple[Part, ...]]:
     }
 
 
+def asked(suite: Suite) -> dict[str, str]:
+    """Term → digest of all that its score depends on, except the model; the tasks are frozen.
+
+    Two tasks of one name and with the same documents can still score otherwise.
+    """
+    found = {}
+    for term in suite.terms:
+        digest = hashlib.sha256(str(term).encode())
+        for task in suite.leaves(term):
+            # where the documents lie does not matter
+            left_out = ("metadata", "dataset_path", "dataset_kwargs")
+            config = {k: v for k, v in task.dump_config().items() if k not in left_out}
+            digest.update(json.dumps([task.VERSION, config], default=str).encode())
+            for request in task.instances:  # a document holds the right answer
+                line = [request.request_type, request.doc_id, request.args, request.doc]
+                digest.update(json.dumps(line, default=str).encode())
+        found[str(term)] = digest.hexdigest()
+    return found
+
+
 def all_items(suite: Suite, num_fewshot: int | None) -> dict[str, tuple[Part, ...]]:
     """All items of a suite; its tasks are frozen for it.
 
@@ -116,6 +136,8 @@ def _hash(text: str) -> str:
 def is_of(score: Score, parts: Sequence[Part]) -> bool:
     """Whether a score is one of these items, all of them, finite, and the sum of its items."""
     if [(i.task, i.metric, i.ids) for i in score.items] != list(parts):
+        return False
+    if any(abs(math.fsum(i.shares) - 1.0) > 1e-6 for i in score.items):
         return False
     sums = [i.weight * math.fsum(np.multiply(i.shares, i.values)) for i in score.items]
     value = math.fsum(sums)

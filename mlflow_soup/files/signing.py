@@ -6,7 +6,6 @@ as those of another. Keys are elliptic-curve keys in PEM files; `cryptography` s
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import os
@@ -92,7 +91,7 @@ class Verifier:
                 and statement["subject"][0]["digest"]["sha256"] == sha256
                 and all(said.get(key) == value for key, value in about.items())
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, binascii.Error):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return False
 
     def _signed(self, payload: bytes, signatures: Sequence[bytes]) -> bool:

@@ -140,7 +140,7 @@ def read_trials(
             score = _read_items(trust, run, measured, fits)
             if score is not None:
                 trials[number] = Trial(number, recipe, score, run.info.run_id)
-        elif naming.FAILED in run.data.tags:
+        elif naming.FAILED in run.data.tags and trust.mode == "experiment":  # nobody signs it
             trials[number] = Trial(number, recipe, None, run.info.run_id)
     return [trials[number] for number in sorted(trials)]
 
@@ -244,7 +244,7 @@ def read_examination(trust: Trust, run_id: str) -> Examination | None:
         try:
             path = trust.read(run_id, naming.EVIDENCE, folder, "examination", {})
             content = json.loads(path.read_text())
-            if content["schema"] != SCHEMA:
+            if content["schema"] != SCHEMA or not isinstance(content["settings"]["asked"], dict):
                 return None
             for role, entry in content["roles"].items():
                 about = {"digest": entry["digest"]}
@@ -253,6 +253,8 @@ def read_examination(trust: Trust, run_id: str) -> Examination | None:
                     return None
                 of = dict(scores.read(file).of)
                 held_out = of.pop(_HELD_OUT)
+                if not isinstance(entry["digest"], str) or not of or not held_out.items:
+                    return None
                 version = Version(str(entry["model"]), int(entry["version"]))
                 roles[role] = Evidence(version, entry["digest"], held_out, tuple(of.items()))
             return Examination(run_id, roles, dict(content["settings"]))

@@ -68,7 +68,7 @@ LANDSCAPE = "landscape"  # .png and .svg
 DISTANCES = "distances.png"  # between the parents, by layer
 PASSED, REFUSED = "passed", "refused"
 # the tags of a version that its copy in another registered model gets too
-COPIED = (LAMBDA, WEIGHTS, METHOD, KEY, REQUEST, RUN_ID, GATE, GATE_RULES, GATE_RUN, EVALUATOR)
+COPIED = (LAMBDA, WEIGHTS, METHOD, KEY, REQUEST, RUN_ID, EVALUATOR)
 
 
 def format_parents(name: str, versions: tuple[Version, ...]) -> str:

@@ -93,7 +93,7 @@ def promote(
         _check_previous(ledger, target, version, standing, covers)
         made = None
         if target.model:
-            version, made = _copy(client, version, target.model, str(told["digest"]))
+            version, made = _copy(client, version, target.model, told)
         try:
             return _promote(ledger, version, target, told, standing)
         except OvertakenError:
@@ -263,7 +263,7 @@ def is_under_way(entry: Entry) -> bool:
         age = datetime.now(UTC) - datetime.fromisoformat(str(entry.told.get("at")))
     except (ValueError, TypeError):
         return False
-    return age.total_seconds() < UNDER_WAY_S
+    return -UNDER_WAY_S < age.total_seconds() < UNDER_WAY_S  # clocks differ, but not by years
 
 
 def signature() -> dict[str, str]:
@@ -358,7 +358,7 @@ def _move_stage(client: Store, version: Version, stage: str) -> None:
 
 
 def _copy(
-    client: Store, version: Version, model: str, digest: str
+    client: Store, version: Version, model: str, told: Mapping[str, Any]
 ) -> tuple[Version, Version | None]:
     """The version's copy in another registered model, and the same again if this call made it.
 
@@ -370,7 +370,15 @@ def _copy(
         parents = tuple(parent for parent, _ in family.read(version, source.tags).parents)
         tags = {name: source.tags[name] for name in naming.COPIED if name in source.tags}
         # bare numbers would mean versions of the copy's model
-        tags |= {naming.DIGEST: digest, naming.PARENTS: naming.format_parents(model, parents)}
+        tags |= {
+            naming.DIGEST: str(told["digest"]),
+            naming.PARENTS: naming.format_parents(model, parents),
+        }
+        tags |= {
+            naming.GATE: str(told.get("verdict")),
+            naming.GATE_RULES: json.dumps(told["rules"], sort_keys=True),
+            naming.GATE_RUN: str(told.get("gate_run")),
+        }
         if found := find_copies(client, version, model):
             _mend_tags(client, found[0], tags)
             return found[0], None

@@ -11,7 +11,7 @@ Tags and params find a run, and never decide: what a file holds is compared with
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from mlflow_soup.request.spec import Spec
 
 SIGNATURE = ".dsse.json"  # what the name of a file's signature adds to the file's name
 # what reading a lost, damaged or malformed artifact or run raises
-UNREADABLE = (MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError)
+UNREADABLE = (
+    *(MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+    *(RecursionError, ArithmeticError),
+)
 
 
 class Unbelieved(ValueError):
@@ -51,7 +54,24 @@ class Trust:
     @property
     def hasty(self) -> "Trust":
         """The same without retries, for calls that may fail."""
-        return Trust(self.client.hasty, self.mode, self.experiment, self.verifier)
+        return replace(self, client=self.client.hasty)
+
+    @property
+    def stored(self) -> bool:
+        """Whether anything that is stored counts."""
+        return self.mode != "own"
+
+    @property
+    def to_sign(self) -> "Trust":
+        """What counts for scores that this process will sign: only what its own key has signed.
+
+        Otherwise its signature would vouch for scores that others wrote.
+        """
+        signer = open_signer()
+        if signer is None or not self.stored:
+            return self
+        own = Verifier((signer.key.public_key(),))
+        return replace(self, mode="signed", verifier=own)
 
     def runs(self, tags: Mapping[str, str], *, finished: bool = True) -> list[Run]:
         """The runs with these tags that may hold evidence, oldest first."""

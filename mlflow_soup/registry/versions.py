@@ -243,12 +243,17 @@ def description_of(client: Store, version: Version) -> str:
 
 
 def version_at(client: Store, name: str, target: Target) -> Version | None:
-    """The version that a target points to now, or None."""
+    """The version that a target points to now, or None; of several in a stage the newest."""
+    return next(reversed(versions_at(client, name, target)), None)
+
+
+def versions_at(client: Store, name: str, target: Target) -> list[Version]:
+    """The versions that a target points to now, by number; only a stage may have several."""
     if target.kind != "stage":
-        return holder(client, name, target.name)
-    found = versions_of(client, name)
-    numbers = [int(v.version) for v in found if v.current_stage == target.name]
-    return Version(name, max(numbers)) if numbers else None
+        found = holder(client, name, target.name)
+        return [found] if found is not None else []
+    staged = [v for v in versions_of(client, name) if v.current_stage == target.name]
+    return sorted(Version(name, int(v.version)) for v in staged)
 
 
 def find_copies(
@@ -257,8 +262,12 @@ def find_copies(
     """The copies of a version in another registered model, by number; with `tags`, only those."""
     with asking(f"search the versions of {model}"):
         found = versions_of(client, model)
-    return sorted(
-        Version(model, int(v.version))
-        for v in found
-        if v.source == version.uri and (tags or {}).items() <= v.tags.items()
-    )
+        like = [
+            int(v.version)
+            for v in found
+            if v.source == version.uri and (tags or {}).items() <= v.tags.items()
+        ]
+        # the source is a text: since the copy was made, another version may have got that name
+        files = client.get_model_version_download_uri
+        its = files(version.name, str(version.number)) if like else ""
+        return sorted(Version(model, n) for n in like if files(model, str(n)) == its)

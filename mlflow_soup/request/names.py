@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mlflow_soup.errors import SpecError
 
-_VERSION = re.compile(r"v?(?P<number>[1-9][0-9]*)|@(?P<alias>[A-Za-z0-9_-]{1,255})")
+_VERSION = re.compile(r"v?(?P<number>[1-9][0-9]{0,17})|@(?P<alias>[A-Za-z0-9_-]{1,255})")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?=v?[0-9])|(?=@))(?P<version>[^/]+)")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
 _PROMOTE = re.compile(

@@ -225,7 +225,7 @@ class Spec:
         SCORE,
         "",
         "Held-out lm-eval tasks, separated by commas, each task[:metric[,filter]].",
-        f"run evaluate {_ALL}",
+        f"run evaluate gate sign promote {_ALL}",
         policy=True,
     )
     ood_tasks: str = knob(
@@ -278,7 +278,7 @@ class Spec:
         SCORE,
         None,
         "Longest input in tokens. Default: that of the model.",
-        f"run evaluate {_ALL}",
+        f"run evaluate gate sign promote {_ALL}",
         policy=True,
         range=whole(2),
     )
@@ -557,8 +557,7 @@ def policy_for(candidates: Mapping[str, str], target: Mapping[str, str]) -> dict
     its = {
         f"soup.{knob_.name}"
         for knob_ in fields(Spec)
-        if knob_.metadata["rule"] is not None
-        or (knob_.metadata["group"] == SCORE and knob_.name != "tasks")
+        if knob_.metadata["rule"] is not None or knob_.metadata["group"] == SCORE
     }
     rest = {name: text for name, text in candidates.items() if name not in its}
-    return rest | {name: text for name, text in target.items() if name in {*its, "soup.tasks"}}
+    return rest | {name: text for name, text in target.items() if name in its}

@@ -1,5 +1,8 @@
 """Open registered versions, load them into a live model, and score them on the same items."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,14 +15,14 @@ from mlflow_soup.errors import ParentError, SpecError, StoreError
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.suite import Suite, load_suite
-from mlflow_soup.records import Evidence, Parent, Score, Version
+from mlflow_soup.records import Evidence, Manifest, Parent, Score, Version
 from mlflow_soup.registry import naming
 from mlflow_soup.registry.cache import cache_folder, store_id
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.pull import pull
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.versions import holder, model_id, version_at
+from mlflow_soup.registry.versions import holder, model_id, versions_at
 from mlflow_soup.request.names import parse_target
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights.checkpoint import Checkpoint
@@ -182,7 +185,7 @@ def rivals(client: Store, name: str, spec: Spec) -> list[Version]:
     if spec.promote:
         target = parse_target(spec.promote)
         owner = target.model or name
-        found += [holder(client, owner, spec.champion), version_at(client, owner, target)]
+        found += [holder(client, owner, spec.champion), *versions_at(client, owner, target)]
     return list(dict.fromkeys(version for version in found if version is not None))
 
 
@@ -214,10 +217,18 @@ def conditions(bench: Bench) -> str:
     return naming.key_of({"held_out": bench.held_out.fingerprint, "ood": bench.ood.fingerprint})
 
 
-def settings(bench: Bench) -> dict[str, Any]:
-    """How a bench scores models out of domain, for the record."""
+def settings(bench: Bench, soup: Manifest) -> dict[str, Any]:
+    """How a bench scores a soup and its rivals, for the record.
+
+    Args:
+        bench: the bench.
+        soup: the soup's manifest: its config and tokenizer decide, too, and no tensor shows them.
+    """
     assert bench.ood is not None
     return {
+        "asked": bench.held_out.asked | bench.ood.asked,
+        "max_length": bench.spec.max_length,
+        "inherited": naming.key_of(soup.inherited),
         "held_out": bench.held_out.fingerprint,
         "ood": bench.ood.fingerprint,
         "limit": bench.spec.limit,
@@ -300,8 +311,16 @@ def forget(bench: Bench, roles: Mapping[str, Evidence], journal: Journal) -> Non
             journal.drop(entry)
 
 
-def open_journal() -> Journal:
-    """The journal of scores that MLflow has not stored yet. Each store has its own journal."""
-    journal = Journal(cache_folder() / "journal" / store_id())
+def open_journal(*, fresh: bool = False) -> Journal:
+    """The journal of scores that MLflow has not stored yet. Each store has its own journal.
+
+    Args:
+        fresh: an empty journal for this process only, which takes over no score.
+    """
+    folder = cache_folder() / "journal" / store_id()
+    if fresh:
+        folder = Path(tempfile.mkdtemp(prefix="soup-journal-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    journal = Journal(folder)
     journal.open()
     return journal

@@ -16,7 +16,7 @@ from mlflow.entities import LoggedModelStatus, Run
 from mlflow.entities.model_registry import ModelVersion
 from tqdm import tqdm
 
-from mlflow_soup.errors import GateError, SoupError
+from mlflow_soup.errors import SoupError
 from mlflow_soup.records import Version
 from mlflow_soup.registry import family, lease, naming, promotion, tracking
 from mlflow_soup.registry.cache import lease_folder
@@ -474,15 +474,15 @@ def _proofs(model: _Registered) -> Iterator[Complaint]:
             )
             continue
         # a parent that is gone has a complaint of its own
-        if wrong := [finding for finding in wrong if finding.verdict == "MISMATCH"]:
+        if differing := [finding for finding in wrong if finding.verdict == "MISMATCH"]:
             yield Complaint(
-                mismatch(version, wrong).what,
+                mismatch(version, differing).what,
                 "somebody changed files or tags after the soup was registered, or the artifact "
                 "store is faulty",
                 f"do not use {version} before you know why; mlflow-soup verify {version.uri} shows "
                 "all differences",
             )
-        elif naming.GATE in found.tags:
+        elif naming.GATE in found.tags and not wrong:
             yield from _verdict_again(model, proven, found.tags[naming.GATE])
 
 
@@ -492,7 +492,9 @@ def _verdict_again(model: _Registered, proven: Proven, told: str) -> Iterator[Co
     alone = replace(model.spec, champion="")  # what it would replace has changed since
     try:
         decision = decide(model.client, proven, alone, Standard(rules_of(alone, ())), model.trust)
-    except GateError as error:
+    except SoupError as error:
+        if is_transient(error) or is_full(error):
+            raise
         yield Complaint(
             f"the tag {naming.GATE} of {version} says {told}, but {error.what}",
             "somebody wrote the tag by hand, the scores are gone, or they lie in an experiment "

@@ -57,7 +57,7 @@ class Session:
     @cached_property
     def journal(self) -> Journal:
         """The journal of scores that the store does not have yet."""
-        return open_journal()
+        return open_journal(fresh=self.spec.evidence == "own")
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -10,12 +10,14 @@ Tags are for people: anybody who may register a version may write them. So a dec
 The verdict is computed from these each time. `run`, `gate`, `promote` and `doctor` share it.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from mlflow_soup.decision import gate as gates
 from mlflow_soup.errors import GateError, MismatchError, SpecError
-from mlflow_soup.evaluation.items import Part, all_items
+from mlflow_soup.evaluation.items import Part, all_items, asked
 from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.records import Evidence, Examination, Finding, Manifest, Rules, Verdict, Version
 from mlflow_soup.registry import naming, tracking
@@ -39,11 +41,16 @@ class Standard:
     Attributes:
         rules: the rules of the gate.
         items: OOD task → its items; None if nobody stated the tasks.
+        asked: task → digest of what it asks (`items.asked`); of the held-out tasks too, where the
+            target's model states them.
+        max_length: the longest input in tokens that was asked for.
         limited: whether scores on the first items suffice, for a verdict that promotes nothing.
     """
 
     rules: Rules
     items: Mapping[str, Sequence[Part]] | None = None
+    asked: Mapping[str, str] = field(default_factory=dict)
+    max_length: int | None = None
     limited: bool = False
 
 
@@ -129,32 +136,39 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
     if owner != name:
         tags = policy_for(tags, policy(client, owner))
     settled = spec.settle(tags, owner)
-    if owner != name and not settled.ood_tasks:
-        raise SpecError(
-            f"nobody states the out-of-domain tasks for a promotion to {owner}",
-            where=f"tag soup.ood_tasks of {owner}; those of {name} do not count for another model",
-            fix=f"set the tag soup.ood_tasks on {owner}, or name the tasks: --ood-tasks "
-            "lambada_openai",
-        )
+    for knob, what in (("tasks", "held-out"), ("ood_tasks", "out-of-domain")):
+        if owner != name and not getattr(settled, knob):
+            option = "--" + knob.replace("_", "-")
+            raise SpecError(
+                f"nobody states the {what} tasks for a promotion to {owner}",
+                where=f"tag soup.{knob} of {owner}; those of {name} do not count for another model",
+                fix=f"set the tag soup.{knob} on {owner}, or name the tasks: {option} TASK,TASK",
+            )
     return settled
 
 
-def standard_of(spec: Spec) -> Standard:
-    """The standard of a settled spec. The OOD tasks are loaded, to know all of their items.
+def standard_of(spec: Spec, *, elsewhere: bool) -> Standard:
+    """The standard of a settled spec. The tasks are loaded, to know all that they ask.
+
+    Args:
+        spec: the request.
+        elsewhere: whether the target belongs to another model than the soup; then the held-out
+            tasks must be those of the request, too.
 
     Raises:
         SpecError, ObjectiveError: as `load_suite`.
     """
     if not spec.ood_tasks:
         return Standard(rules_of(spec, ()))
-    suite = load_suite(
-        spec.ood_tasks,
-        include_path=spec.include_path,
-        allowed=spec.allowed_code,
-        where="--ood-tasks",
-    )
+    load = partial(load_suite, include_path=spec.include_path, allowed=spec.allowed_code)
+    suite = load(spec.ood_tasks, where="--ood-tasks")
     items = all_items(suite, spec.num_fewshot)
-    return Standard(rules_of(spec, tuple(items)), items)
+    digests = asked(suite)
+    if elsewhere:
+        held_out = load(spec.tasks, where="--tasks")
+        all_items(held_out, spec.num_fewshot)
+        digests |= asked(held_out)
+    return Standard(rules_of(spec, tuple(items)), items, digests, spec.max_length)
 
 
 def rules_of(spec: Spec, tasks: tuple[str, ...]) -> Rules:
@@ -193,6 +207,8 @@ def read_proof(
     origin = fetch(version.uri, "the soup", fresh=True)
     manifest = read_manifest(origin)
     known = {o.parent.version.uri: Origin(o.parent.folder, o.parent.version.uri) for o in at_hand}
+    for source in manifest.sources:
+        version_of(source.uri)  # raises if a parent is no version
     findings = list(inspect(origin, manifest, at_hand=known, blend=blend))
     wrong = [f for f in findings if f.verdict != "ok" and not _is_allowed(f, manifest)]
     return Proven(version, manifest, findings[-1].verdict == "ok", findings[0]), wrong
@@ -258,16 +274,17 @@ def decide(
         champions[rival] = read.get(rival) or open_version(client, rival, fresh=True).parent.digest
     needed = {proven.version: proven.digest, **proven.parents, **champions}
     found = find_examinations(trust, {naming.DIGEST: proven.digest}) if examined is None else []
-    examination = _choose(
-        proven.version, [examined] if examined else found, needed, standard, trust
-    )
+    examination = _choose(proven, [examined] if examined else found, needed, standard, trust)
     of = {version: _as(examination, digest, version) for version, digest in needed.items()}
     parents = [of[version] for version in proven.parents]
     others = [of[version] for version, its in champions.items() if its != proven.digest]
     # a version that the soup has replaced since is no rival any more, but its checks still hold
     others += [e for role, e in examination.roles.items() if role.startswith("champion")]
     verdict = gates.judge(of[proven.version], parents, others, standard.rules)
-    return Decision(proven, examination, verdict, frozenset(needed.values()))
+    against = {check.against for check in verdict.checks}
+    compared = {digest for version, digest in needed.items() if version in against}
+    compared |= {proven.digest, *(e.digest for e in others)}
+    return Decision(proven, examination, verdict, frozenset(compared))
 
 
 def _as(examination: Examination, digest: str, version: Version) -> Evidence:
@@ -277,7 +294,7 @@ def _as(examination: Examination, digest: str, version: Version) -> Evidence:
 
 
 def _choose(
-    version: Version,
+    proven: Proven,
     examinations: Sequence[Examination],
     needed: Mapping[Version, str],
     standard: Standard,
@@ -288,18 +305,18 @@ def _choose(
     Raises:
         GateError: none does; the error says what the newest one lacks.
     """
-    reasons = []
+    version, reasons = proven.version, []
+    inherited = naming.key_of(proven.manifest.inherited)
     for examination in examinations:
         absent = [v for v, digest in needed.items() if examination.of(digest) is None]
         if absent:
             reason = f"{' and '.join(map(str, absent))} was not scored together with it"
+        elif examination.settings["inherited"] != inherited:
+            reason = "its config or tokenizer has changed since it was scored"
         else:
-            roles = {str(v): _as(examination, d, v) for v, d in needed.items()}
-            reason = gates.missing(
-                replace(examination, roles=roles),
-                standard.rules,
-                standard.items,
-                limited=standard.limited,
+            reason = gates.inconsistent(examination) or _scored_otherwise(examination, standard)
+            reason = reason or gates.missing(
+                examination, standard.rules, standard.items, limited=standard.limited
             )
         if not reason:
             return examination
@@ -311,6 +328,20 @@ def _choose(
         fix=f"{first}run mlflow-soup evaluate --model {version.name} --version v{version.number}, "
         "then the same command again; give both the same --promote, --ood-tasks and --experiment",
     )
+
+
+def _scored_otherwise(examination: Examination, standard: Standard) -> str:
+    """What an examination asked otherwise than the standard, in words; empty if nothing."""
+    asked_then = examination.settings["asked"]
+    for task, digest in standard.asked.items():
+        if task not in asked_then:
+            return f"it was not scored on {task}"
+        if asked_then[task] != digest:
+            return f"{task} asked something else when it was scored"
+    longest = examination.settings.get("max_length")
+    if standard.asked and longest != standard.max_length:
+        return f"it was scored with --max-length {longest}, not {standard.max_length}"
+    return ""
 
 
 def _why_none(digest: str, trust: Trust) -> tuple[str, str]:
@@ -328,7 +359,7 @@ def _why_none(digest: str, trust: Trust) -> tuple[str, str]:
     names = sorted(trust.client.get_experiment(e).name for e in there)
     return (
         f"its out-of-domain scores are in experiment {' and '.join(names)}, which does not count",
-        f"name it, if you trust all who may write to it: --experiment '{names[0]}'; or ",
+        f"name it, if you trust all who may write to it: --experiment {shlex.quote(names[0])}; or ",
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from mlflow_soup.errors import DeniedError, SpecError
 from mlflow_soup.files.signing import open_verifier
-from mlflow_soup.records import Evidence, Examination, Score, Soup, Verdict, Version
+from mlflow_soup.records import Evidence, Examination, Manifest, Score, Soup, Verdict, Version
 from mlflow_soup.registry import naming, probes, promotion, tracking
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
@@ -69,6 +69,7 @@ def examine_once(
     trust: Trust,
     run_id: str,
     soup: Soup,
+    manifest: Manifest,
     known: Mapping[str, Score],
     at_hand: Sequence[Opened],
     check: Callable[[], None] = lambda: None,
@@ -80,6 +81,7 @@ def examine_once(
         trust: which earlier runs count.
         run_id: the search run; a new OOD run is its child.
         soup: the registered soup.
+        manifest: its manifest.
         known: digest → held-out score that the search measured.
         at_hand: versions that are open already.
         check: raises if another process took over.
@@ -94,23 +96,26 @@ def examine_once(
     for found in find_examinations(trust, {naming.CONDITIONS: tags[naming.CONDITIONS]}):
         if needed <= set(measured):
             break
-        if not _is_alike(found, bench):
+        if not _is_alike(found, bench, manifest):
             continue
         digests = {evidence.digest for evidence in found.roles.values()}
         if found.roles["soup"].version == soup.version and needed <= digests:
             return found
         measured |= {evidence.digest: evidence for evidence in found.roles.values()}
     with tracking.open_child(client, run_id, f"OOD {soup.version}", tags) as ood_run:
-        return _examine(client, ood_run, bench, models, known, measured, job.journal, check)
+        at = (client, ood_run, bench, manifest)
+        return _examine(*at, models, known, measured, job.journal, check)
 
 
-def _is_alike(found: Examination, bench: Bench) -> bool:
+def _is_alike(found: Examination, bench: Bench, manifest: Manifest) -> bool:
     """Whether an examination scored the same items in the same way."""
     assert bench.ood is not None
-    now = settings(bench)
+    now = settings(bench, manifest)
     return (
         "soup" in found.roles
-        and all(found.settings.get(key) == now[key] for key in ("held_out", "ood", "limit"))
+        and all(
+            found.settings.get(key) == now[key] for key in ("held_out", "ood", "limit", "inherited")
+        )
         and all(bench.held_out.fits(e.held_out) for e in found.roles.values())
         and all(bench.ood.fits_each(dict(e.ood)) for e in found.roles.values())
     )
@@ -120,6 +125,7 @@ def _examine(
     client: Store,
     run_id: str,
     bench: Bench,
+    manifest: Manifest,
     models: Mapping[str, Opened],
     known: Mapping[str, Score],
     measured: Mapping[str, Evidence],
@@ -128,7 +134,7 @@ def _examine(
 ) -> Examination:
     """Score all models out of domain, and store the evidence in a run."""
     roles = examine(bench, models, known, measured, journal, check)
-    examination = Examination(run_id, roles, settings(bench))
+    examination = Examination(run_id, roles, settings(bench, manifest))
     assert bench.ood is not None
     model_ids = {role: opened.parent.model_id for role, opened in models.items()}
     datasets = {
@@ -280,7 +286,7 @@ def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
     champions = open_rivals(client, version.name, spec, parents)
     models = contenders(soup, parents, champions)
     bench = set_up(spec, soup.checkpoint, suites)
-    trust = trust_of(client, spec)
+    trust = trust_of(client, spec).to_sign
     known: dict[str, Score] = {}
     mixed = [
         (p.parent.digest, source.lam) for p, source in zip(parents, manifest.sources, strict=True)
@@ -295,7 +301,8 @@ def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
             known[its] = found.scores.mean
     ood_tags = _tags(version, soup.parent.digest, conditions(bench))
     with tracking.open_run(client, spec.experiment, ood_tags) as run_id:
-        found_roles = _examine(client, run_id, bench, models, known, {}, open_journal())
+        at = (client, run_id, bench, manifest)
+        found_roles = _examine(*at, models, known, {}, open_journal(fresh=not trust.stored))
         tracking.note(client, run_id, report.ood_table(found_roles.roles))
     return found_roles
 
@@ -324,7 +331,7 @@ def _decide(client: Store, version: Version, spec: Spec) -> Decision:
     proven = prove(version)
     check_tags(proven)
     trust = trust_of(client, spec)
-    standard = standard_of(spec)
+    standard = standard_of(spec, elsewhere=owner_of(spec, version.name) != version.name)
     examined = _evaluate(client, version, spec) if spec.evidence == "own" else None
     return decide(client, proven, spec, standard, trust, examined=examined)
 

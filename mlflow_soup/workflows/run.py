@@ -168,10 +168,12 @@ def _decide(
     known |= {o.parent.digest: score for o, score in zip(job.opened, alone, strict=True)}
     trust = trusted(job, run_id)
     at_hand = (*job.opened, *champions)
-    examined = examine_once(job, trust, run_id, soup, known, at_hand, check)
+    examined = examine_once(job, trust, run_id, soup, proven.manifest, known, at_hand, check)
     # a limited run judges, and says so, but does not promote
     items = None if spec.limit else job.bench.ood.items
-    standard = Standard(rules_of(spec, tuple(job.bench.ood.items)), items, limited=bool(spec.limit))
+    standard = Standard(
+        rules_of(spec, tuple(job.bench.ood.items)), items, limited=bool(spec.limit)
+    )  # what was asked is what this process has just asked, or compared
     decision = decide(client, proven, spec, standard, trust, examined=examined, at_hand=at_hand)
     record(client, decision, run_id)
     if not (spec.promote and decision.verdict.passed):

@@ -231,7 +231,7 @@ def find_recipe(
 
 def trusted(job: Job, run_id: str) -> Trust:
     """Which stored scores count for a job whose run is open."""
-    return trust_of(job.client, job.spec, job.client.get_run(run_id).info.experiment_id)
+    return trust_of(job.client, job.spec, job.client.get_run(run_id).info.experiment_id).to_sign
 
 
 def _history(job: Job, trust: Trust) -> dict[int, Trial]:
@@ -239,6 +239,8 @@ def _history(job: Job, trust: Trust) -> dict[int, Trial]:
     evaluator, digests = job.bench.held_out, [o.parent.digest for o in job.opened]
 
     def measured_of(recipe: Recipe, tags: Mapping[str, str]) -> str:
+        if recipe.method not in ("linear", job.method.needs):
+            raise ValueError("it is of another method")
         if recipe.method == "linear":
             parts = list(zip(digests, recipe.lam, strict=True))
         else:  # registration compares this digest with that of the soup it writes

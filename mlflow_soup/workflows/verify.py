@@ -116,6 +116,7 @@ def inspect(
     if isinstance(stored, Finding) or len(parents) < len(manifest.sources):
         yield Finding("merged again", "skipped", ("a checkpoint is missing or damaged",))
         return
+    yield _check_donor(stored, parents[-1])
     yield _check_flavors(stored, parents[-1])
     if manifest.method == "linear" or blend is not None:
         yield _merge_again(parents, manifest, stored, blend)
@@ -207,6 +208,21 @@ def _check_inherited(stored: Checkpoint, manifest: Manifest) -> Finding:
     # 0.1.0 let a soup inherit its parent's signature
     then = {name: digest for name, digest in manifest.inherited.items() if name != SIGNATURE}
     return _finding("other files", _differing(now, then), f"{len(now)} files")
+
+
+def _check_donor(stored: Checkpoint, donor: Checkpoint) -> Finding:
+    """Compare the files that come from the newest parent with the parent's own.
+
+    The manifest alone does not vouch for them: whoever changes a config can change it, too.
+    """
+    theirs = {name: of_file(path) for name, path in inherited(donor)}
+    ours = {name: of_file(path) for name, path in inherited(stored)}
+    wrong = [
+        f"{name} is {'not in' if name not in theirs else 'unlike that of'} the newest parent"
+        for name, digest in ours.items()
+        if theirs.get(name) != digest
+    ]
+    return _finding("inherited files", wrong, f"{len(ours)} files, as in the newest parent")
 
 
 def _differing(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:

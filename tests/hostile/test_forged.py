@@ -262,7 +262,7 @@ def test_a_refused_soup_is_not_promoted_whatever_is_forged(
     before = pointers(client)
     more = {"evidence": mode} | ({"public_key": str(keys[1])} if mode == "signed" else {})
     if command is promote_model:
-        more |= {"ood_tasks": DIGITS, "include_path": str(tasks)}
+        more |= {"tasks": "toy_letters", "ood_tasks": DIGITS, "include_path": str(tasks)}
     with pytest.raises(REFUSALS):
         command(**more)
     assert pointers(client) == before
@@ -362,7 +362,7 @@ def test_a_judged_soup_is_not_promoted_once_a_file_has_changed(
 ):
     assert merged.verdict.passed
     forge(client, edit)
-    more = {"ood_tasks": DIGITS, "include_path": str(tasks)}
+    more = {"tasks": "toy_letters", "ood_tasks": DIGITS, "include_path": str(tasks)}
     with pytest.raises(REFUSALS):
         command(**(more if command is promote_model else {}))
     assert pointers(client) == {}
@@ -377,7 +377,13 @@ def test_a_plain_checkpoint_with_the_tags_of_a_good_soup_is_not_promoted(client,
     client.create_model_version(MODEL, f"models:/{logged_id}", tags=tags, model_id=logged_id)
     with pytest.raises(errors.SpecError, match="is not a soup"):
         release.promote(
-            Spec(model=MODEL, version="v5", promote="model:prod@live", ood_tasks=DIGITS)
+            Spec(
+                model=MODEL,
+                version="v5",
+                promote="model:prod@live",
+                tasks="toy_letters",
+                ood_tasks=DIGITS,
+            )
         )
     assert pointers(client) == {}
 

@@ -117,7 +117,7 @@ def prepare(place, checkpoints, tasks):
         soups = client.create_experiment("soups")
     with place.user("promoter") as client:
         client.create_experiment("gate")
-        client.create_registered_model("prod", tags={"soup.margin": "0.05"})
+        client.create_registered_model("prod", tags=policy)
     place.grant("searcher", "registered_model", MODEL, "EDIT")
     place.grant("promoter", "registered_model", MODEL, "READ")
     place.grant("promoter", "experiment", soups, "READ")
@@ -311,7 +311,7 @@ def test_a_target_that_is_not_there_looks_hidden_so_its_owner_makes_it_first(pla
     assert code == 7, said
     assert "if there is none, check the name, or create it" in said
     with place.user("promoter") as client:
-        client.create_registered_model("fresh")
+        client.create_registered_model("fresh", tags=client.get_registered_model("prod").tags)
     code, said = place.command("promoter", *words)
     assert code == 0, said
     assert aliases(place, "fresh") == {"live": "1"}

@@ -1,5 +1,6 @@
 """Soups with a manifest, and `verify`, which checks a soup against it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -270,7 +271,22 @@ def test_files_other_than_the_weights_are_checked_too(folders, tmp_path, change,
     else:
         path.parent.mkdir(exist_ok=True)
         path.write_text((path.read_text() if path.exists() else "") + "\n")
-    assert failures(mlflow_soup.verify(str(tmp_path / "soup"))) == {"other files": words}
+    found = failures(mlflow_soup.verify(str(tmp_path / "soup")))
+    assert found.pop("other files") == words
+    theirs = found.pop("inherited files", None)  # a file that is missing is only missed once
+    assert (theirs is None) == words.endswith("missing")
+    assert not found
+
+
+def test_a_config_that_its_manifest_vouches_for_must_be_the_parents_too(folders, tmp_path):
+    mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup")
+    config, manifest = tmp_path / "soup" / "config.json", tmp_path / "soup" / MANIFEST
+    config.write_text(config.read_text() + "\n")
+    content = json.loads(manifest.read_text())
+    content["inherited"]["config.json"] = hashlib.sha256(config.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(content))
+    found = failures(mlflow_soup.verify(str(tmp_path / "soup")))
+    assert found == {"inherited files": "config.json is unlike that of the newest parent"}
 
 
 def test_resharding_a_parent_is_not_a_mismatch(folders, tmp_path):
@@ -347,6 +363,7 @@ def test_a_registered_soup_verifies(client, outcome):
         "soup",
         f"parent models:/{MODEL}/1",
         f"parent models:/{MODEL}/2",
+        "inherited files",
         "flavours",
         "merged again",
     ]
@@ -360,7 +377,7 @@ def test_a_registered_soup_verifies(client, outcome):
 
 
 def test_the_copy_of_a_soup_in_another_model_verifies(client, outcome, tasks):
-    own = {"ood_tasks": "toy_digits", "include_path": str(tasks)}
+    own = {"tasks": "toy_letters", "ood_tasks": "toy_digits", "include_path": str(tasks)}
     release.promote(mlflow_soup.Spec(version="v4", promote="model:prod@live", **own))
     assert not failures(mlflow_soup.verify("models:/prod@live"))
 

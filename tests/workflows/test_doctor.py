@@ -257,7 +257,8 @@ def test_what_was_registered_twice_stays_while_it_is_used(client, outcome, use, 
 def test_copies_from_two_models_are_no_duplicates(client, outcome):
     client.create_registered_model("candidate")
     other = again(client, outcome, "candidate", **{"soup.parents": f"{MODEL}/1,{MODEL}/2"})
-    told = {**TOLD, "digest": outcome.soup.digest}
+    judged = tags_of(client, outcome.soup.version)["soup.gate_run_id"]
+    told = {**TOLD, "digest": outcome.soup.digest, "gate_run": judged}
     for version in (outcome.soup.version, other):
         promotion.promote(client, version, parse_target("model:prod@champion"), told)
     assert len(versions_of(client, "prod")) == 2

@@ -358,9 +358,9 @@ def test_a_copy_of_a_parent_is_called_one(client, checkpoints):
 def test_promotion_to_a_stage_and_to_another_model(client, outcome, tasks):
     release.promote(Spec(version="v4", promote="stage:staging"))
     assert client.get_model_version(MODEL, "4").current_stage == "Staging"
-    with pytest.raises(errors.SpecError, match="nobody states the out-of-domain tasks"):
+    with pytest.raises(errors.SpecError, match="nobody states the held-out tasks"):
         release.promote(Spec(version="v4", promote="model:prod-llm@live"))
-    own = {"ood_tasks": "toy_digits", "include_path": str(tasks)}
+    own = {"tasks": "toy_letters", "ood_tasks": "toy_digits", "include_path": str(tasks)}
     elsewhere = {"promote": "model:prod-llm@live", **own}
     version, _ = release.promote(Spec(version="@champion", **elsewhere))
     assert str(version) == "prod-llm v1"
