@@ -5,6 +5,7 @@ An evaluation is committed when its trial run is FINISHED and has a score.
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def _read_items(
             about = {"measured": measured}
             path = trust.read(source, naming.ITEMS, Path(folder), "scores", about)
             score = scores.read(path).mean
+            _check_numbers(score)
         except UNREADABLE:
             return None
     if not fits(score):
@@ -244,7 +246,10 @@ def read_examination(trust: Trust, run_id: str) -> Examination | None:
         try:
             path = trust.read(run_id, naming.EVIDENCE, folder, "examination", {})
             content = json.loads(path.read_text())
-            if content["schema"] != SCHEMA or not isinstance(content["settings"]["asked"], dict):
+            settings = dict(content["settings"])
+            if content["schema"] != SCHEMA or not isinstance(settings["asked"], dict):
+                return None
+            if not {"inherited", "held_out", "ood", "limit"} <= settings.keys():
                 return None
             for role, entry in content["roles"].items():
                 about = {"digest": entry["digest"]}
@@ -253,13 +258,29 @@ def read_examination(trust: Trust, run_id: str) -> Examination | None:
                     return None
                 of = dict(scores.read(file).of)
                 held_out = of.pop(_HELD_OUT)
-                if not isinstance(entry["digest"], str) or not of or not held_out.items:
+                if not isinstance(entry["digest"], str) or not of:
                     return None
+                for score in (held_out, *of.values()):
+                    _check_numbers(score)
                 version = Version(str(entry["model"]), int(entry["version"]))
                 roles[role] = Evidence(version, entry["digest"], held_out, tuple(of.items()))
-            return Examination(run_id, roles, dict(content["settings"]))
+            return Examination(run_id, roles, settings) if "soup" in roles else None
         except UNREADABLE:
             return None
+
+
+def _check_numbers(score: Score) -> None:
+    """Refuse a score that is no number, or has no items.
+
+    Raises:
+        ValueError, TypeError: it is.
+    """
+    numbers = [score.value, score.stderr, *(m.value for m in score.metrics)]
+    numbers += [n for i in score.items for n in (i.weight, *i.values, *i.shares)]
+    if not all(map(math.isfinite, numbers)) or not all(i.ids for i in score.items):
+        raise ValueError("a number is not finite, or there are no items")
+    if not score.items:
+        raise ValueError("there are no items")
 
 
 def find_examinations(trust: Trust, tags: Mapping[str, str]) -> list[Examination]:

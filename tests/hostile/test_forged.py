@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from conftest import MODEL, _run, folder_of, make_keys, use
@@ -20,14 +21,16 @@ from mlflow_soup import Spec, errors
 from mlflow_soup.files import signing
 from mlflow_soup.records import Examination, Version
 from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry.cache import cache_folder
 from mlflow_soup.registry.evaluations import log_examination, log_scores, read_examination
+from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.ledger import open_ledger
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.trust import trust_of
 from mlflow_soup.registry.versions import find_registered, model_id, tags_of
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
-from mlflow_soup.workflows import release
+from mlflow_soup.workflows import bench, release
 from mlflow_soup.workflows.run import run as run_soup
 
 SOUP = Version(MODEL, 4)
@@ -483,3 +486,137 @@ def test_signed_scores_of_one_model_do_not_pass_for_those_of_another(
     with pytest.raises(errors.GateError, match="no key of --public-key has signed"):
         release.promote(Spec(version="v4", promote="alias:live", public_key=str(public)))
     assert pointers(client) == {}
+
+
+# -- what a review found
+
+
+def best_scores(role, evidence, true):
+    """The champion's scores, as if they were the soup's, in a version that is not registered."""
+    if role != "soup":
+        return evidence
+    forged = champions_rows(role, evidence, true)
+    return dataclasses.replace(forged, version=Version(MODEL, 99))
+
+
+def test_a_key_does_not_vouch_for_scores_that_others_wrote(client, refused, keys, monkeypatch):
+    private, public = keys
+    write_examination(client, "soups", best_scores)
+    signed(client, monkeypatch, private)
+    assert not run_soup(Spec(**REQUEST)).verdict.passed  # measured anew
+    monkeypatch.delenv(signing.KEY_ENV)
+    with pytest.raises(errors.GateError, match="the gate refuses"):
+        release.promote(Spec(version="v4", promote="alias:live", public_key=str(public)))
+
+
+def test_tasks_of_one_name_that_ask_something_else_are_no_evidence(
+    client, refused, tasks, tmp_path
+):
+    """The candidates' folder has the same documents, and every choice in it is right."""
+    rules = {"ood_tasks": "toy_digits", "tasks": "toy_letters", "margin": "0.05"}
+    rules |= {"include_path": str(tasks)}
+    client.create_registered_model("prod", {f"soup.{k}": v for k, v in rules.items()})
+    rigged = shutil.copytree(tasks, tmp_path / "rigged")
+    for path in rigged.glob("*.yaml"):
+        config = yaml.safe_load(path.read_text().replace(str(tasks), str(rigged)))
+        if path.stem in ("letters", "digits"):
+            config |= {"doc_to_choice": "{{[choices[answer]]}}", "doc_to_target": "{{0}}"}
+        path.write_text(yaml.safe_dump(config))
+    client.set_registered_model_tag(MODEL, "soup.include_path", str(rigged))
+    release.evaluate(Spec(model=MODEL, version="v4"))
+    with pytest.raises(errors.GateError, match=r"toy_digits:acc asked something else|the gate ref"):
+        release.promote(Spec(model=MODEL, version="v4", promote="model:prod@live"))
+    assert not find_registered(client, "prod").aliases
+
+
+def test_a_copy_of_what_had_the_name_before_is_not_the_soup(client, merged, tasks):
+    rules = {"ood_tasks": DIGITS, "tasks": "toy_letters", "margin": "0.05"}
+    rules |= {"include_path": str(tasks)}
+    client.create_registered_model("prod", {f"soup.{k}": v for k, v in rules.items()})
+    client.create_model_version("prod", f"models:/{MODEL}/3")
+    policy = dict(find_registered(client, MODEL).tags)
+    client.rename_registered_model(MODEL, "old")
+    client.create_registered_model(MODEL, policy)
+    for number in "124":  # now v3 is the soup
+        was = client.get_model_version("old", number)
+        its = was.source.removeprefix("models:/")
+        client.create_model_version(MODEL, was.source, tags=dict(was.tags), model_id=its)
+    version, _ = release.promote(Spec(model=MODEL, version="v3", promote="model:prod@live"))
+    assert version == Version("prod", 2)
+
+
+def test_own_takes_over_no_score_from_the_journal(client, refused, monkeypatch):
+    seen, recall = [], Journal.recall
+
+    def note(self, measured, evaluate):
+        seen.append(self.folder)
+        return recall(self, measured, evaluate)
+
+    monkeypatch.setattr(Journal, "recall", note)
+    release.evaluate(Spec(version="v4", evidence="own"))
+    assert seen
+    assert cache_folder() not in {parent for folder in seen for parent in folder.parents}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_all_versions_of_a_stage_are_rivals(client, merged):
+    for number in "23":
+        client.transition_model_version_stage(MODEL, number, "Production", False)
+    found = bench.rivals(client, MODEL, Spec(promote="stage:Production"))
+    assert [version.number for version in found] == [2, 3]
+
+
+def spoil(change):
+    def spoilt(role, evidence, true):
+        return change(evidence) if role == "soup" else evidence
+
+    return spoilt
+
+
+def on_items(score, **changes):
+    items = [
+        dataclasses.replace(
+            i, **{name: tuple(map(to, getattr(i, name))) for name, to in changes.items()}
+        )
+        for i in score.items
+    ]
+    return dataclasses.replace(score, items=tuple(items))
+
+
+MALFORMED = {
+    "no out-of-domain scores": lambda e: dataclasses.replace(e, ood=()),
+    "no held-out items": lambda e: dataclasses.replace(
+        e, held_out=dataclasses.replace(e.held_out, items=())
+    ),
+    "not finite": lambda e: dataclasses.replace(
+        e, held_out=on_items(e.held_out, values=lambda v: float("nan"))
+    ),
+    "null": lambda e: dataclasses.replace(e, held_out=on_items(e.held_out, values=lambda v: None)),
+    "large shares": lambda e: dataclasses.replace(
+        e, ood=tuple((t, on_items(s, shares=lambda v: 100 * v)) for t, s in e.ood)
+    ),
+    "other sums": lambda e: dataclasses.replace(
+        e, ood=tuple((t, dataclasses.replace(s, value=9.0)) for t, s in e.ood)
+    ),
+}
+TEXTS = {
+    "deep": "[" * 100_000,
+    "infinite": '{"schema": 2, "settings": {"asked": {}}, "roles": {"soup": {"version": Infinity}}}',
+    "no settings": '{"schema": 2, "settings": {"asked": {}}, "roles": {}}',
+}
+
+
+def test_examinations_that_are_malformed_or_inconsistent_are_passed_over(client, merged):
+    honest_verdict = release.gate(Spec(version="v4"))[1]
+    for change in MALFORMED.values():
+        write_examination(client, "soups", spoil(change))
+        assert release.gate(Spec(version="v4"))[1] == honest_verdict
+    for text in TEXTS.values():
+        run_id = write_examination(client, "soups", spoil(lambda e: e))
+        client.log_text(run_id, text, "evidence.json")
+        assert release.gate(Spec(version="v4"))[1] == honest_verdict
+    assert run_soup(Spec(pair="v1,v2")).verdict == honest_verdict
+    _, public = make_keys(Path.cwd(), "gate")
+    client.log_text(run_id, "[" * 100_000, "evidence.json.dsse.json")
+    with pytest.raises(errors.GateError, match="no key of --public-key"):
+        release.gate(Spec(version="v4", public_key=str(public)))
