@@ -601,7 +601,8 @@ MALFORMED = {
 }
 TEXTS = {
     "deep": "[" * 100_000,
-    "infinite": '{"schema": 2, "settings": {"asked": {}}, "roles": {"soup": {"version": Infinity}}}',
+    "infinite": '{"schema": 2, "settings": {"asked": {}}, "roles": {"soup": {"version": Infinity}'
+    "}}",
     "no settings": '{"schema": 2, "settings": {"asked": {}}, "roles": {}}',
 }
 
