@@ -168,7 +168,7 @@ def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, m
     done = process("verify", "soup")
     assert done.returncode == 0, done.stderr
     *findings, verdict = done.stdout.splitlines()
-    assert [line.split()[0] for line in findings] == ["skipped", *["ok"] * 6]
+    assert [line.split()[0] for line in findings] == ["skipped", *["ok"] * 7]
     assert verdict == "soup: verified"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["soup"]  # no mlflow.db, no mlruns
     path = tmp_path / "soup" / "model.safetensors"

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -283,8 +283,8 @@ def _check_numbers(score: Score) -> None:
         raise ValueError("there are no items")
 
 
-def find_examinations(trust: Trust, tags: Mapping[str, str]) -> list[Examination]:
-    """The examinations of the OOD runs with these tags, newest first."""
-    found = trust.runs({naming.ROLE: "ood", **tags})
-    read = (read_examination(trust, run.info.run_id) for run in reversed(found))
-    return [examination for examination in read if examination is not None]
+def find_examinations(trust: Trust, tags: Mapping[str, str]) -> Iterator[Examination]:
+    """The examinations of the OOD runs with these tags, newest first; each is read when asked."""
+    for run in reversed(trust.runs({naming.ROLE: "ood", **tags})):
+        if (examination := read_examination(trust, run.info.run_id)) is not None:
+            yield examination

@@ -11,7 +11,7 @@ The verdict is computed from these each time. `run`, `gate`, `promote` and `doct
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -273,7 +273,7 @@ def decide(
     for rival in rivals(client, proven.version.name, spec):
         champions[rival] = read.get(rival) or open_version(client, rival, fresh=True).parent.digest
     needed = {proven.version: proven.digest, **proven.parents, **champions}
-    found = find_examinations(trust, {naming.DIGEST: proven.digest}) if examined is None else []
+    found = find_examinations(trust, {naming.DIGEST: proven.digest})
     examination = _choose(proven, [examined] if examined else found, needed, standard, trust)
     of = {version: _as(examination, digest, version) for version, digest in needed.items()}
     parents = [of[version] for version in proven.parents]
@@ -295,7 +295,7 @@ def _as(examination: Examination, digest: str, version: Version) -> Evidence:
 
 def _choose(
     proven: Proven,
-    examinations: Sequence[Examination],
+    examinations: Iterable[Examination],
     needed: Mapping[Version, str],
     standard: Standard,
     trust: Trust,

@@ -215,8 +215,9 @@ def _check_donor(stored: Checkpoint, donor: Checkpoint) -> Finding:
 
     The manifest alone does not vouch for them: whoever changes a config can change it, too.
     """
-    theirs = {name: of_file(path) for name, path in inherited(donor)}
     ours = {name: of_file(path) for name, path in inherited(stored)}
+    # what a soup leaves out, such as pickles, is not even read
+    theirs = {name: of_file(path) for name, path in inherited(donor) if name in ours}
     wrong = [
         f"{name} is {'not in' if name not in theirs else 'unlike that of'} the newest parent"
         for name, digest in ours.items()

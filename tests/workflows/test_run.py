@@ -437,7 +437,7 @@ WRONG = [
     (
         {"pair": "v1,v2", "tasks": "toy_letters:acc,nune"},
         errors.SpecError,
-        "no filter 'nune'",
+        "'nune' is neither an lm-eval task nor a filter",
         "none",
     ),
     ({"pair": "v1,v2", "tasks": "toy_digits"}, errors.SpecError, "overlap", "one option only"),
