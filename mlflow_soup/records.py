@@ -5,6 +5,7 @@ which the gate reads, has them.
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,6 +304,17 @@ class Score:
     stderr: float
     items: tuple[Items, ...] = ()
     metrics: tuple[Metric, ...] = ()
+
+    @property
+    def flaw(self) -> str:
+        """Why a stored score is not the sum of its items, in words; empty if it is."""
+        if any(abs(math.fsum(i.shares) - 1.0) > 1e-6 for i in self.items):
+            return "the shares of its items do not add up to 1"
+        sums = [i.weight * math.fsum(map(operator.mul, i.shares, i.values)) for i in self.items]
+        total = math.fsum(sums)
+        if math.isfinite(total) and math.isclose(total, self.value, rel_tol=1e-9, abs_tol=1e-12):
+            return ""
+        return "its items do not add up to it"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ than the margin, at the chosen confidence. Both models answer the same items, so
 them item by item (see `pairing`).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,15 +31,8 @@ def inconsistent(examination: Examination) -> str:
         if [_parts(score) for score in own] != meant:
             return f"{role} was scored on other items"
         for score in own:
-            sums = [
-                i.weight * math.fsum(s * v for s, v in zip(i.shares, i.values, strict=True))
-                for i in score.items
-            ]
-            total = math.fsum(sums)
-            if not math.isclose(total, score.value, rel_tol=1e-9, abs_tol=1e-12):
-                return f"the items of {role} do not add up to its score"
-            if any(abs(math.fsum(i.shares) - 1.0) > 1e-6 for i in score.items):
-                return f"the shares of the items of {role} do not add up to 1"
+            if score.flaw:
+                return f"a score of {role} is damaged: {score.flaw}"
     return ""
 
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mlflow_soup.errors import SpecError
+from mlflow_soup.files.untrusted import UNREADABLE
 
 KEY_ENV = "MLFLOW_SOUP_KEY"
 _STATEMENT = "https://in-toto.io/Statement/v1"
@@ -42,7 +43,7 @@ class Signer:
         """The envelope of a statement.
 
         Args:
-            kind: what the subject is: `scores`, `examination`, `verdict` or `promotion`.
+            kind: what the subject is: `scores`, `examination`, `verdict` or `entry`.
             subject: its name.
             sha256: the digest of its bytes.
             about: what it is about.
@@ -91,7 +92,7 @@ class Verifier:
                 and statement["subject"][0]["digest"]["sha256"] == sha256
                 and all(said.get(key) == value for key, value in about.items())
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except UNREADABLE:
             return False
 
     def _signed(self, payload: bytes, signatures: Sequence[bytes]) -> bool:

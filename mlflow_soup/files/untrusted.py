@@ -26,6 +26,12 @@ LARGEST_HEADER = 8 << 20  # bytes of a safetensors header
 MOST_TENSORS = 20_000  # in one file
 _LARGEST_TENSOR = 1 << 56  # elements; their number of bits still fits into 64 bits
 
+# what reading a file that is damaged, or that somebody else wrote, raises
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError),
+    *(RecursionError, ArithmeticError),
+)
+
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from mlflow_soup.files import untrusted
 from mlflow_soup.files.signing import Signer, Verifier, open_signer, open_verifier, sha256_of
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.tracking import fetch, find_runs, here
@@ -25,10 +26,7 @@ from mlflow_soup.request.spec import Spec
 
 SIGNATURE = ".dsse.json"  # what the name of a file's signature adds to the file's name
 # what reading a lost, damaged or malformed artifact or run raises
-UNREADABLE = (
-    *(MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
-    *(RecursionError, ArithmeticError),
-)
+UNREADABLE = (MlflowException, *untrusted.UNREADABLE)
 
 
 class Unbelieved(ValueError):

@@ -145,13 +145,19 @@ def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
     )
 
 
-def check_stored(client: Store, version: Version, expected: str) -> Opened:
+def check_stored(client: Store, version: Version, expected: str, *, fresh: bool = True) -> Opened:
     """Read a version from the store, not from the cache, and compare it with its digest.
+
+    Args:
+        client: the store's client.
+        version: the version.
+        expected: the digest of its tensors.
+        fresh: False if this process has just fetched the version from the store.
 
     Raises:
         StoreError: the store holds other bytes.
     """
-    opened = open_version(client, version, fresh=True)
+    opened = open_version(client, version, fresh=fresh)
     _compare(opened.parent.digest, expected, str(version), opened.parent.folder)
     return opened
 

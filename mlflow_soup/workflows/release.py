@@ -87,7 +87,7 @@ def examine_once(
         check: raises if another process took over.
     """
     client, bench = job.client, job.bench
-    stored = check_stored(client, soup.version, soup.digest)
+    stored = check_stored(client, soup.version, soup.digest, fresh=False)  # `prove` fetched it
     champions = open_rivals(client, job.session.name, job.spec, at_hand)
     models = contenders(stored, job.opened, champions)
     needed = {opened.parent.digest for opened in models.values()}
@@ -277,7 +277,7 @@ def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
             where=version.uri,
             fix="name a version that mlflow-soup run registered",
         )
-    soup = check_stored(client, version, manifest.digests.canonical)
+    soup = check_stored(client, version, manifest.digests.canonical, fresh=False)
     parents = [
         check_stored(client, version_of(source.uri), source.digests.canonical)
         for source in manifest.sources

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlflow_soup.errors import MismatchError, StoreError
 from mlflow_soup.files.signing import Signer, Verifier
-from mlflow_soup.files.untrusted import parse_json, read_regular
+from mlflow_soup.files.untrusted import UNREADABLE, parse_json, read_regular
 from mlflow_soup.records import Finding, Version
 from mlflow_soup.registry.pull import pull
 from mlflow_soup.registry.store import Store
@@ -20,7 +20,7 @@ from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.manifest import LARGEST, MANIFEST, SIGNATURE, parse_manifest
 from mlflow_soup.weights.signature import check_tree, sign_tree
 from mlflow_soup.workflows.proof import Decision
-from mlflow_soup.workflows.verify import UNREADABLE, signature_finding
+from mlflow_soup.workflows.verify import signature_finding
 
 
 def add_signature(client: Store, decision: Decision, tree: Tree, signer: Signer) -> None:

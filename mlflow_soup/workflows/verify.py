@@ -7,7 +7,13 @@ from typing import Any
 
 from mlflow_soup.errors import MismatchError, ParentError, SpecError
 from mlflow_soup.files.signing import Verifier, open_verifier
-from mlflow_soup.files.untrusted import LARGEST_YAML, parse_json, parse_yaml, read_regular
+from mlflow_soup.files.untrusted import (
+    LARGEST_YAML,
+    UNREADABLE,
+    parse_json,
+    parse_yaml,
+    read_regular,
+)
 from mlflow_soup.records import Digests, Finding, Manifest, Mismatch
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import naming
@@ -22,10 +28,6 @@ from mlflow_soup.weights.signature import Checked, check_library, check_tree
 from mlflow_soup.workflows.merge import fetch
 
 # what reading a manifest that others wrote raises
-UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError),
-    *(RecursionError, OverflowError),
-)
 _SHOWN = 10  # number of tensors or files that a finding names
 
 
