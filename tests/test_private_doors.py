@@ -8,6 +8,7 @@ that a release has changed it.
 import ast
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
@@ -18,7 +19,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import jinja2
@@ -34,6 +35,8 @@ from lm_eval.api.utils import maybe_delimit
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import TaskIndex
 from mlflow import environment_variables
 from mlflow.store.artifact import models_artifact_repo
 from mlflow.store.db import utils as db_utils
@@ -46,6 +49,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 import toy
+from mlflow_soup.evaluation.template_process import environment
 from mlflow_soup.registry import outages
 
 ROOT = Path(__file__).parent.parent
@@ -235,23 +239,91 @@ def _(tmp_path: Path) -> None:
 # -- lm-eval's tasks -------------------------------------------------------------------------------
 
 
-@door("lm_eval.utils.env", "let templates see what they are given and nothing behind it")
-def _() -> None:
-    other = jinja2.Environment(variable_start_string="<", variable_end_string=">")
+@door("lm_eval.utils.apply_template", "render templates in a process of its own")
+def _(tasks: Path) -> None:
     asked = []
-    other.from_string = lambda text: asked.append(text) or jinja2.Template("made")  # kept by us
-    with setting(lm_eval.utils, "env", other):
-        assert lm_eval.utils.apply_template("<x>", {"x": 1}) == "made"
-    assert asked == ["<x>"]
+    manager = TaskManager(include_defaults=False, include_path=[str(tasks)])
+    task = manager.load(["toy_letters"])["tasks"]["toy_letters"]
+    with setting(lm_eval.utils, "apply_template", lambda text, doc: asked.append(text) or "made"):
+        assert task.doc_to_text(task.eval_docs[0]) == "made"
+    assert asked == [task.get_config("doc_to_text")]
+    ours, its = environment(), lm_eval.utils.env
+    options = inspect.signature(jinja2.Environment).parameters.keys() - {"extensions", "loader"}
+    for name in options - {"cache_size", "enable_async"}:
+        assert getattr(ours, name) == getattr(its, name)
+    assert its.filters.keys() == ours.filters.keys()
+    assert its.tests.keys() == ours.tests.keys()
+    assert its.globals.keys() == ours.globals.keys()
+    assert its.filters["regex_replace"]("aaab", "a", "c", 2) == "ccab"
+    assert ours.filters["regex_replace"]("aaab", "a", "c", 2) == "ccab"
 
 
-@door("jinja2: an environment has its options as attributes", "copy lm-eval's into a sandbox")
+@door("datasets.packaged_modules._PACKAGED_DATASETS_MODULES", "tell formats from data sets")
 def _() -> None:
-    env = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
-    options = inspect.signature(jinja2.Environment).parameters.keys()
-    assert {name for name in options if not hasattr(env, name)} == {"cache_size", "enable_async"}
-    assert env.trim_blocks
-    assert env.undefined is jinja2.StrictUndefined
+    formats = importlib.import_module("datasets.packaged_modules")._PACKAGED_DATASETS_MODULES
+    assert {"json", "csv", "text", "parquet", "pandas", "imagefolder"} <= set(formats)
+
+
+@door("datasets: a prepared data set lies in cache_dir", "read files only once with limits")
+def _(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    builder = datasets.load_dataset_builder(
+        "json", data_files=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache")
+    )
+    assert not Path(builder.cache_dir).exists()
+    builder.download_and_prepare()
+    assert Path(builder.cache_dir).is_dir()
+    assert builder.as_dataset()["train"][0] == {"a": 1}
+
+
+@door("lm_eval.tasks._factory.TaskFactory", "judge a task before it is built")
+def _(tmp_path: Path) -> None:
+    asked = []
+
+    class Ours(TaskFactory):
+        def _load_full_config(self, entry: Any, overrides: Any = None) -> Any:
+            asked.append(entry.name)
+            return {**super()._load_full_config(entry, overrides), "custom_dataset": made}
+
+        def _build_group_members(self, members: Any, name: str, changes: Any, known: Any) -> Any:
+            asked.append(members)
+            return super()._build_group_members(members, name, changes, known)
+
+    def made(**_: Any) -> datasets.DatasetDict:
+        return datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": "x"}])})
+
+    task = {"task": "t", "output_type": "loglikelihood_rolling", "test_split": "test"}
+    task |= {"doc_to_text": "", "doc_to_target": "{{a}}", "tag": ["g"]}
+    index: dict[str, Any] = {}
+    TaskIndex.process_cfg(task, tmp_path / "t.yaml", index)
+    TaskIndex.process_cfg({"group": "all", "task": ["t"]}, tmp_path / "all.yaml", index)
+    assert {name: entry.kind.name for name, entry in index.items()} == {
+        **{"t": "TASK", "g": "TAG", "all": "GROUP"}
+    }
+    assert index["t"].yaml_path == tmp_path / "t.yaml"
+    for name in index:  # as they were read, without their files
+        index[name] = dataclasses.replace(index[name], yaml_path=None)
+    manager = TaskManager(include_defaults=False)
+    manager.task_index.update(index)
+    manager._factory = Ours()
+    loaded = manager.load(["all"])
+    assert loaded["tasks"]["t"].eval_docs[0] == {"a": "x"}
+    assert asked == ["all", ["t"], "t"]
+
+
+@door("lm_eval.tasks._index.TaskIndex", "enter the tasks of a folder that was read with limits")
+def _(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("task: t\n")
+    assert TaskIndex.build([tmp_path])["t"].kind.name == "TASK"
+
+
+@door("lm_eval: a function is sought beside its YAML first", "know which code a digest covers")
+def _(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("def loads(doc): return 'mine'\n")
+    (tmp_path / "t.yaml").write_text("task: t\ndoc_to_text: !function json.loads\n")
+    manager = TaskManager(include_defaults=False, include_path=[str(tmp_path)])
+    config = manager._factory._load_full_config(manager.task_index["t"])
+    assert config["doc_to_text"]({}) == "mine"
 
 
 @pytest.fixture(scope="module")
@@ -634,7 +706,7 @@ def test_the_walk_sees_what_is_private():
         "from mlflow.entities import Run\n"
         "from mlflow.utils.uri import is_local_uri\n"
         "from lm_eval.models.huggingface import HFLM\n"
-        "lm_eval.utils.env = None\n"
+        "lm_eval.utils.apply_template = None\n"
         "class Ours(HFLM):\n"
         "    def __init__(self):\n"
         "        self._mine = 'tag mlflow.secretTag, MLFLOW_SECRET and mlflow.runName'\n"
@@ -643,14 +715,18 @@ def test_the_walk_sees_what_is_private():
         "    def _fresh(self): pass\n"
     )
     assert Walk(source).found == {
-        *("lm_eval.utils", "lm_eval.utils.env", "mlflow.utils.uri.is_local_uri"),
+        *("lm_eval.utils", "lm_eval.utils.apply_template", "mlflow.utils.uri.is_local_uri"),
         *("mlflow.secretTag", "MLFLOW_SECRET", "_encode_pair", "_model_call", "_instances"),
     }
 
 
 # what the walk finds → the door that it is, where the names are not alike
 CALLED = {
-    "lm_eval.utils": "lm_eval.utils.env",
+    "lm_eval.utils": "lm_eval.utils.apply_template",
+    "_build_group_members": "lm_eval.tasks._factory.TaskFactory",
+    "_load_full_config": "lm_eval.tasks._factory.TaskFactory",
+    "_factory": "lm_eval.tasks._factory.TaskFactory",
+    "datasets.packaged_modules": "datasets.packaged_modules._PACKAGED_DATASETS_MODULES",
     "_instances": "lm_eval.api.task.Task",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "mlflow: variables are read at each request",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "mlflow: variables are read at each request",

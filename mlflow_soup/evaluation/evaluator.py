@@ -32,7 +32,6 @@ from mlflow_soup.evaluation.items import (
     is_of,
     items_of,
     name_of,
-    templates_kept,
 )
 from mlflow_soup.evaluation.live import LiveModel, not_finite, quiet
 from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
@@ -165,7 +164,8 @@ class Evaluator:
         for term in self._suite.terms:
             digest.update(str(term).encode())
         for name, task in sorted(self._suite.loaded["tasks"].items()):
-            config = {k: v for k, v in task.dump_config().items() if k != "metadata"}
+            left_out = ("metadata", "custom_dataset")  # our reader of a task's data
+            config = {k: v for k, v in task.dump_config().items() if k not in left_out}
             digest.update(json.dumps([name, task.VERSION, config], default=str).encode())
             for request in task.instances:  # a document holds the right answer
                 line = [request.request_type, request.doc_id, request.args, request.doc]
@@ -184,7 +184,7 @@ class Evaluator:
         self._lm.truncated = 0
         self._live.model.eval()
         try:
-            with self._enough_memory(), templates_kept(), quiet():
+            with self._enough_memory(), quiet():
                 results = evaluate(
                     self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
                 )
@@ -312,9 +312,8 @@ def _answers(task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answe
     if task.OUTPUT_TYPE != "multiple_choice":
         return (), ()
     docs = [(row["doc"], len(row["resps"])) for row in rows]
-    with templates_kept():
-        gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
-        return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
+    gold = tuple(right_choice(task, metric, doc, count) for doc, count in docs)
+    return gold, tuple(choice_sizes(task, metric, doc) for doc, _ in docs)
 
 
 def _items(

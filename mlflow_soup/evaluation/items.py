@@ -5,36 +5,31 @@ Stored scores are compared with these names, so no model needs to be loaded to l
 is one of all items of a task.
 """
 
-import contextlib
-import functools
 import hashlib
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2.exceptions import SecurityError
 from lm_eval.utils import handle_non_serializable  # private door
 
+from mlflow_soup.evaluation.limits import LimitError, try_within
 from mlflow_soup.evaluation.live import quiet
-from mlflow_soup.evaluation.suite import TEMPLATES, Suite, broken
+from mlflow_soup.evaluation.suite import Suite, broken
+from mlflow_soup.evaluation.task_data import Reader
+from mlflow_soup.evaluation.templates import RENDERER
 from mlflow_soup.records import Score
 
 # the seed that the lm_eval command uses for few-shot sampling
 FEWSHOT_SEED = 1234
 
+MOST_CHARACTERS = 1 << 31  # of all prompts of a task
+SECONDS = 30  # of processor time for filters and metrics, and 1 more for 100 items
+
 Part = tuple[str, str, tuple[str, ...]]  # leaf task, metric, names of its items
 Asking = Mapping[str, tuple[Part, ...]]  # term → the items that its score is the mean of
-
-
-@contextlib.contextmanager
-def templates_kept() -> Iterator[None]:
-    """Compile each template once; lm-eval does so for every document, 0.5 ms each."""
-    kept = functools.lru_cache(maxsize=1024)(TEMPLATES.from_string)
-    TEMPLATES.from_string = kept  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        TEMPLATES.__dict__.pop("from_string", None)  # another thread may have removed it
 
 
 def freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
@@ -50,8 +45,12 @@ def freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
     elif fixed is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(FEWSHOT_SEED)
+    if isinstance(task.get_config("custom_dataset"), Reader):  # it comes from a folder
+        _limit_requests(task)
+        _limit_scoring(task)
     try:
-        with templates_kept(), quiet():
+        _render_ahead(task, limit)
+        with quiet():
             task.build_all_requests(limit=limit)
     except Exception as error:  # templates, code and documents can raise anything
         where = f"the requests of task {task.config.task}"
@@ -64,6 +63,53 @@ def freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
         task._instances = frozen
 
     task.build_all_requests = rebuild
+
+
+def _limit_requests(task: Any) -> None:
+    """Stop a task whose prompts would fill the memory, by long examples for instance."""
+    construct, left = task.construct_requests, MOST_CHARACTERS
+
+    def construct_within(doc: Any, ctx: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= len(ctx) if isinstance(ctx, str) else sum(map(len, ctx))
+        if left < 0:
+            raise SecurityError(f"its prompts have more than {MOST_CHARACTERS} characters in all")
+        return construct(doc=doc, ctx=ctx, **options)
+
+    task.construct_requests = construct_within
+
+
+def _limit_scoring(task: Any) -> None:
+    """Stop a task whose regular expressions do not come to an end on what a model generated."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    apply = task.apply_filters
+
+    def score() -> None:
+        apply()
+        for request in task.instances:
+            for filtered in request.filtered_resps.values():
+                task.process_results(request.doc, [filtered])
+
+    def apply_within() -> Any:
+        seconds = SECONDS + len(task.instances) // 100
+        try:
+            try_within(score, seconds=seconds, memory=1 << 30, file_size=0)
+        except LimitError as error:
+            raise SecurityError(f"its filters and metrics do not end: {error}") from error
+        return apply()
+
+    task.apply_filters = apply_within
+
+
+def _render_ahead(task: Any, limit: int | None) -> None:
+    """Render the templates of a task for all documents that will be scored."""
+    fields = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix")
+    templates = [task.get_config(field) for field in fields]
+    documents = itertools.islice(task.eval_docs, limit)
+    RENDERER.render_ahead(
+        (t for t in templates if isinstance(t, str) and t not in task.features), documents
+    )
 
 
 def items_of(suite: Suite) -> dict[str, tuple[Part, ...]]:
@@ -87,7 +133,7 @@ def asked(suite: Suite) -> dict[str, str]:
         digest = hashlib.sha256(str(term).encode())
         for task in suite.leaves(term):
             # where the documents lie does not matter
-            left_out = ("metadata", "dataset_path", "dataset_kwargs")
+            left_out = ("metadata", "dataset_path", "dataset_kwargs", "custom_dataset")
             config = {k: v for k, v in task.dump_config().items() if k not in left_out}
             digest.update(json.dumps([task.VERSION, config], default=str).encode())
             for request in task.instances:  # a document holds the right answer

@@ -3,53 +3,30 @@
 A `Suite` holds the loaded tasks and the metrics that are asked for. It needs no model.
 """
 
-import contextlib
 import difflib
 import hashlib
-import inspect
 import json
 import logging
 import math
-import os
 import re
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import lm_eval.utils
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval.api import metrics as aggregations  # private door
 from lm_eval.api.group import Group  # private door
 from lm_eval.tasks import TaskManager
 
-from mlflow_soup.errors import ObjectiveError, SpecError
-from mlflow_soup.evaluation import task_folders
+from mlflow_soup.errors import ObjectiveError, SoupError, SpecError
 from mlflow_soup.evaluation.live import quiet
+from mlflow_soup.evaluation.task_folders import Factory, Folder, read_folders
+from mlflow_soup.evaluation.templates import RENDERER
 
 _PIECE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
-
-
-def _sandboxed(env: jinja2.Environment) -> ImmutableSandboxedEnvironment:
-    """The same environment as a sandbox: templates see only the values that they are given."""
-    # private door: jinja2: an environment has its options as attributes
-    options = inspect.signature(jinja2.Environment).parameters.keys() - {"extensions"}
-    sandbox = ImmutableSandboxedEnvironment(
-        **{name: getattr(env, name) for name in options if hasattr(env, name)},
-        extensions=list(env.extensions),
-    )
-    sandbox.filters |= env.filters
-    sandbox.tests |= env.tests
-    return sandbox
-
-
-# lm-eval's own environment would run any code in a task's templates when it loads the task
-# private door: lm_eval.utils.env
-TEMPLATES = lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
 
 
 @dataclass(frozen=True)
@@ -113,14 +90,30 @@ def _folders(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _open_manager(names: Sequence[str], include_path: str) -> TaskManager:
-    """lm-eval's index of the tasks; of the whole library only if some names match no folder."""
-    own = [path for path in include_path.split(os.pathsep) if path]
-    manager = TaskManager(include_defaults=False, include_path=[*_folders(names), *own])
+def _open_manager(names: Sequence[str], folders: Sequence[Folder], where: str) -> TaskManager:
+    """lm-eval's index of the tasks; of the whole library only if some names match no folder.
+
+    Raises:
+        SpecError: a name is that of a YAML in a user's folder which cannot be read.
+    """
+    own = {name: entry for folder in folders for name, entry in folder.entries.items()}
+    manager = TaskManager(include_defaults=False, include_path=_folders(names))
     # private door: lm_eval.tasks.TaskManager.task_index
-    if all(name in manager.task_index for name in names):
-        return manager
-    return TaskManager(include_path=own)
+    unknown = {name for name in names if name not in own and name not in manager.task_index}
+    for folder in folders:
+        for path, reason in folder.unreadable.items():
+            if path.stem in unknown:
+                raise SpecError(
+                    f"{path} cannot be read: {reason}",
+                    where=f"{where}: task folder {folder.path}",
+                    fix=f"correct {path}, or name another task",
+                )
+    if unknown:
+        manager = TaskManager()
+    manager.task_index.update(own)
+    # private door: lm_eval.tasks._factory.TaskFactory
+    manager._factory = Factory(folders, where)
+    return manager
 
 
 def _split(text: str, where: str) -> list[tuple[str, str | None]]:
@@ -171,10 +164,9 @@ def load_suite(
     maybe_filter = {i for i in range(1, len(pieces)) if pieces[i - 1][1] and not pieces[i][1]}
     names = [name for i, (name, _) in enumerate(pieces) if i not in maybe_filter]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    runs_code = task_folders.check(
-        include_path, allowed, "--include-path, or tag soup.include_path"
-    )
-    manager = _open_manager(names, include_path)
+    RENDERER.start()
+    folders = read_folders(include_path, allowed)
+    manager = _open_manager(names, folders, "--include-path, or tag soup.include_path")
     asked: list[tuple[str, str | None, str | None]] = []
     for i, (name, metric) in enumerate(pieces):
         if i in maybe_filter and name not in manager.task_index:
@@ -183,14 +175,8 @@ def load_suite(
         elif name in manager.task_index:
             asked.append((name, metric, None))
         else:
-            raise SpecError(
-                f"lm-eval has no task {name!r}",
-                where=where,
-                fix=_near(name, manager.all_tasks)
-                + "check the name; give the folder of your own YAMLs with --include-path FOLDER",
-            )
-    with _no_bytecode() if runs_code else contextlib.nullcontext():
-        loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
+            raise _unknown(name, manager, folders, where)
+    loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
     suite = Suite((), loaded)
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
@@ -210,14 +196,20 @@ def load_suite(
     return replace(suite, terms=tuple(terms))
 
 
-@contextlib.contextmanager
-def _no_bytecode() -> Iterator[None]:
-    """Stop Python from writing `__pycache__`, which would change the digest of the task folder."""
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
+def _unknown(name: str, manager: TaskManager, folders: Sequence[Folder], where: str) -> SpecError:
+    for folder in folders:
+        for path, reason in folder.unreadable.items():
+            return SpecError(
+                f"lm-eval has no task {name!r}, and {path} cannot be read: {reason}",
+                where=where,
+                fix=f"check the name; or correct {path}",
+            )
+    return SpecError(
+        f"lm-eval has no task {name!r}",
+        where=where,
+        fix=_near(name, sorted(manager.task_index))
+        + "check the name; give the folder of your own YAMLs with --include-path FOLDER",
+    )
 
 
 def _untag(manager: TaskManager, name: str) -> list[str]:
@@ -232,6 +224,8 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
             # private door: lm_eval.tasks.TaskManager.load
             loaded: Mapping[str, Any] = manager.load(list(names))
             return loaded
+    except SoupError:
+        raise
     except OSError as error:  # datasets found the data neither on disk nor on the Hub
         # private door: datasets: errors for data that is not there are OSErrors
         raise ObjectiveError(

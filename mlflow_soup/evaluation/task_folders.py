@@ -1,25 +1,44 @@
-"""Check a user's folders of task YAMLs: plain data pass, code needs an allowed digest.
+"""Read a user's folders of task YAMLs: plain data pass, code needs an allowed digest.
 
 A policy tag may name such a folder. A person who can write tags or the folder must not be able to
 run code here. Plain YAML is only data for lm-eval: prompts are templates in a sandbox, and items
-come from JSON, CSV, text or Parquet. This module finds everything else before lm-eval sees it. It
-reads the YAML without executing anything, and looks for Python functions and classes; for metrics,
-prompts and generation settings that libraries fetch as code; and for data and YAML from outside the
-folder.
+come from JSON, CSV, text or Parquet. So this module reads the YAML itself, without executing
+anything, and lm-eval builds each task from what was read. Before that, includes and the changes
+that groups make are resolved, and the result is judged: it may not hold Python functions and
+classes; metrics, prompts and generation settings that libraries fetch as code; or data from outside
+the folder.
+
+A folder whose digest is allowed is copied first. The digest is that of the copy, and lm-eval loads
+the copy.
 """
 
+import atexit
+import dataclasses
 import hashlib
+import logging
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets.packaged_modules
 import lm_eval.api.metrics  # private door; the import fills the registry
 import lm_eval.api.registry  # private door
+from lm_eval.tasks._factory import TaskFactory  # private door
+from lm_eval.tasks._index import TaskIndex  # private door
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.files.untrusted import LARGEST_YAML, Function, parse_yaml, read_regular
+from mlflow_soup.evaluation.task_data import LOCAL, Reader, texts
+from mlflow_soup.files.untrusted import (
+    LARGEST_YAML,
+    Function,
+    open_regular,
+    parse_yaml,
+    read_regular,
+)
 
 # arguments of datasets.load_dataset and of a model's generate that hold only numbers and names
 DATASET_KWARGS = {
@@ -34,86 +53,257 @@ GENERATION_KWARGS = {
 }
 # keys that could give trusted functions other data, or switch off a warning
 NOT_IN_GROUPS = ("dataset_path", "dataset_kwargs", "unsafe_code")
-# (value, the entry that holds it, all folders) → reasons to refuse it
+MOST_REPEATS = 1000  # answers to one item
+# (value, the task that holds it, all folders) → reasons to refuse it
 _Check = Callable[[Any, Mapping[Any, Any], Sequence[Path]], Iterator[str]]
-_FILES = ("json", "csv", "text", "parquet")
 _HUB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
 _GLOB = frozenset("*?[{")
+# private door: datasets.packaged_modules._PACKAGED_DATASETS_MODULES
+_FORMATS = set(datasets.packaged_modules._PACKAGED_DATASETS_MODULES)
+_CACHES = "__pycache__"
+
+_log = logging.getLogger(__name__)
 
 
-def check(include_path: str, allowed: Collection[str], where: str) -> bool:
-    """Refuse folders that hold more than data, unless their digest is allowed.
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder of task YAMLs as it was read."""
+
+    path: Path
+    entries: Mapping[str, Any]  # task, group or tag → lm-eval's entry, includes resolved
+    unreadable: Mapping[Path, str]  # YAML → reason
+    trusted: bool  # its code may run
+
+
+def read_folders(include_path: str, allowed: Collection[str]) -> list[Folder]:
+    """Read folders of task YAMLs; nothing in them is executed.
 
     Args:
         include_path: folders, separated as in PATH.
-        allowed: digests of folders whose code may run.
-        where: the option or tag that names the folders, for errors.
-
-    Returns:
-        True when a folder holds code that may run.
+        allowed: digests of folders whose code may run; these are copied.
 
     Raises:
-        SpecError: a folder holds code that is not allowed (the error gives its digest and the
-            option that allows it), or YAML that cannot be read.
+        SpecError: a folder whose digest is to be compared holds links, or files that are no files.
     """
-    found = False
-    folders = [Path(name) for name in include_path.split(os.pathsep) if name]
-    for folder in folders:
-        reason = next(_reasons(folder, folders), None)
-        if reason is None:
+    paths = [Path(name) for name in include_path.split(os.pathsep) if name]
+    return [_copied(path, allowed) or _read(path) for path in paths]
+
+
+def _read(folder: Path) -> Folder:
+    entries: dict[str, Any] = {}
+    unreadable: dict[Path, str] = {}
+    # the order and the folders left out are lm-eval's
+    for path in sorted(folder.rglob("*.yaml"), key=Path.as_posix):
+        if {_CACHES, ".ipynb_checkpoints"} & set(path.parts):
             continue
-        found, its = True, digest(folder)
-        if its not in allowed:
-            raise SpecError(
-                reason,
-                where=f"{where}: task folder {folder}",
-                fix="remove this from the folder; or read all its files, and if you trust "
-                f"them, give --allow-task-code {its}",
-            )
-    return found
+        try:
+            config = _resolve(path, folder, ())
+            if not config.keys() & {"task", "group", "class"}:
+                continue  # a file to be included
+            _check_names(config)
+            TaskIndex.process_cfg(config, path, entries)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            unreadable[path] = str(error) or type(error).__name__
+            _log.warning("task YAML %s is left out: %s", path, unreadable[path])
+    return Folder(folder, entries, unreadable, trusted=False)
+
+
+def _resolve(path: Path, folder: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+    """What a YAML says together with the files that it includes, merged as lm-eval merges them.
+
+    Raises:
+        ValueError: a file is not plain YAML with keys, or lies outside the folder.
+        OSError: a file cannot be read.
+    """
+    if path in within:
+        raise ValueError(f"it includes itself, by {path}")
+    config = parse_yaml(read_regular(path, LARGEST_YAML))
+    if not isinstance(config, dict):
+        return {}
+    included = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in included if isinstance(included, list) else [included]:
+        target = path.parent / str(name)
+        if not _inside(target, [folder]):
+            raise ValueError(f"{path} includes {str(name)!r}, which is outside its folder")
+        inner = _resolve(target.resolve(), folder, (*within, path))
+        inner.pop("task_list", None)
+        merged |= inner
+    return merged | config
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    for key in ("task", "group", "tag"):  # lm-eval sorts these names, so each must be text
+        value = config.get(key, [])
+        for name in value if isinstance(value, list) else [value]:
+            if not isinstance(name, str | dict):
+                raise ValueError(f"it has a {key} named {name!r}, which is not text")
+
+
+def _copied(folder: Path, allowed: Collection[str]) -> Folder | None:
+    """The copy of a folder whose digest is allowed, as lm-eval reads it; None if it is not."""
+    if not allowed or not folder.is_dir():
+        return None
+    place = Path(tempfile.mkdtemp(prefix="mlflow-soup-tasks-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    copied = place / folder.resolve().name
+    for path in _files(folder):
+        target = copied / path.relative_to(folder)
+        if path.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open_regular(path) as file, target.open("wb") as out:
+                shutil.copyfileobj(file, out)
+    if digest(copied) not in allowed:
+        return None
+    _check_covered(copied)
+    return Folder(copied, TaskIndex.build([copied]), {}, trusted=True)
 
 
 def digest(folder: Path) -> str:
-    """The SHA-256 of all names and contents in a folder, `__pycache__` included."""
+    """The SHA-256 of all names and contents in a folder, except `__pycache__`.
+
+    Raises:
+        SpecError: the folder holds a link, or something that is no file.
+    """
     whole = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in _files(folder):
         kind, content = "folder", ""
-        if path.is_symlink():
-            kind, content = "link", os.readlink(path)
-        if path.is_file():
-            with path.open("rb") as file:
-                content += hashlib.file_digest(file, "sha256").hexdigest()
-            kind += " file"
+        if not path.is_dir():
+            with open_regular(path) as file:
+                kind, content = "folder file", hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(f"{kind} {path.relative_to(folder).as_posix()!r} {content!r}\n".encode())
     return whole.hexdigest()
 
 
-def _reasons(folder: Path, folders: Sequence[Path]) -> Iterator[str]:
-    """The reasons why a folder holds more than data, one reason per finding."""
-    pending = sorted(folder.rglob("*.yaml"))
-    seen = set(pending)
-    for path in pending:  # the list grows when a YAML includes another file
+def _files(folder: Path) -> Iterator[Path]:
+    """The files and folders in a folder, all of which a digest covers."""
+    for path in sorted(folder.rglob("*")):
+        if _CACHES in path.relative_to(folder).parts:
+            continue
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise SpecError(
+                f"{path} is a link, a pipe or a device, so no digest covers what it leads to",
+                where=f"task folder {folder}",
+                fix=f"replace {path} by the file itself, or remove it",
+            )
+        yield path
+
+
+def _check_covered(folder: Path) -> None:
+    """Refuse a folder that loads YAML or functions which its digest does not cover."""
+    for path in folder.rglob("*.yaml"):
         try:
             content = parse_yaml(read_regular(path, LARGEST_YAML))
-        except (OSError, ValueError) as error:
-            raise SpecError(
-                f"{path} cannot be read: {error}",
-                where=f"task folder {folder}",
-                fix=f"correct {path}, or move it out of the folder",
-            ) from error
+        except ValueError:
+            continue  # lm-eval leaves it out, too
+        odd = [name for name in _includes(content) if not _inside(path.parent / name, [folder])]
         for function in _functions(content):
-            yield f"{path} runs a Python function, {function}"
-        if not isinstance(content, dict):
-            continue  # lm-eval does not take it for a task
-        for reason in _of_entry(content, folders, "group" in content):
-            yield f"{path} {reason}"
-        for included in _texts(content.get("include")):
-            target = path.parent / included
-            if not _inside(target, [folder]):
-                yield f"{path} includes {included!r}, which is outside its folder"
-            elif target not in seen:
-                seen.add(target)
-                pending.append(target)
+            # private door: lm_eval: a function is sought beside its YAML first
+            module = path.parent / (function.rpartition(".")[0].replace(".", "/") + ".py")
+            odd += [function] if module.exists() and not _inside(module, [folder]) else []
+        if odd:
+            raise SpecError(
+                f"{path.relative_to(folder)} loads {odd[0]!r}, which is outside its folder, so the "
+                "digest does not cover it",
+                where=f"task folder {folder.name}",
+                fix="copy into the folder what its YAML files name, and allow the new digest",
+            )
+
+
+def _includes(content: Any) -> list[str]:
+    return list(texts(content.get("include"))) if isinstance(content, dict) else []
+
+
+class Factory(TaskFactory):  # type: ignore[misc]
+    """lm-eval's builder of tasks, which judges what comes from folders without leave.
+
+    Args:
+        folders: all folders that tasks may come from, besides lm-eval's own.
+        where: the option or tag that names the folders, for errors.
+    """
+
+    def __init__(self, folders: Sequence[Folder], where: str) -> None:
+        super().__init__()
+        self._of = {
+            entry.yaml_path: folder
+            for folder in folders
+            for entry in folder.entries.values()
+            if entry.yaml_path is not None and not folder.trusted
+        }
+        self._paths = [folder.path for folder in folders]
+        self._where = where
+        self._group: Path | None = None  # the YAML of the group being built, if it has no leave
+
+    def build(self, entry: Any, **arguments: Any) -> Any:
+        """The task, the group or the tasks of a tag.
+
+        Raises:
+            SpecError: it is more than data, and its folder has no leave.
+        """
+        outer = self._group
+        if entry.kind.name == "GROUP":
+            self._group = entry.yaml_path if entry.yaml_path in self._of else None
+        try:
+            return super().build(entry, **arguments)
+        finally:
+            self._group = outer
+
+    def _build_group_members(
+        self, member_list: Any, group_name: str, overrides: Any, registry: Any
+    ) -> Any:
+        if self._group is not None:
+            member_list = [
+                self._member(member, self._group, overrides or {}, registry)
+                for member in member_list
+            ]
+        return super()._build_group_members(member_list, group_name, overrides, registry)
+
+    def _member(self, member: Any, yaml: Path, overrides: Any, registry: Any) -> Any:
+        """A member of a group: with a reader for its data if it is a task without a YAML."""
+        if not isinstance(member, dict):
+            return member
+        _check_names(member)
+        if "group" in member or member.get("task") in registry:
+            self._judge(member, yaml, in_group=True)
+            return member
+        return self._plain({**overrides, **member}, yaml)
+
+    def _load_full_config(self, entry: Any, overrides: Any = None) -> Any:
+        yaml = entry.yaml_path
+        if yaml not in self._of:
+            return super()._load_full_config(entry, overrides)
+        # without its path, lm-eval takes what was read, and does not read the file again
+        config = super()._load_full_config(dataclasses.replace(entry, yaml_path=None), overrides)
+        config["metadata"]["config_source"] = str(yaml)
+        if entry.kind.name == "GROUP":
+            self._judge(config, yaml, in_group=True)
+            return config
+        return self._plain(config, yaml)
+
+    def _plain(self, config: dict[str, Any], yaml: Path) -> dict[str, Any]:
+        """The configuration of a task that is data only, with a reader for its data set."""
+        self._judge(config, yaml, in_group=False)
+        kind, name = str(config.get("dataset_path")), config.get("dataset_name")
+        return {**config, "custom_dataset": Reader(kind, name, _options(config), str(yaml))}
+
+    def _judge(self, config: Any, yaml: Path, *, in_group: bool) -> None:
+        reason = next(_reasons(config, self._paths, in_group=in_group), None)
+        if reason is not None:
+            folder = self._of[yaml].path
+            raise SpecError(
+                f"{yaml} {reason}",
+                where=f"{self._where}: task folder {folder}",
+                fix="remove this from the folder; or read all its files, and if you trust "
+                f"them, give --allow-task-code {digest(folder)}",
+            )
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of load_dataset that a task sets."""
+    options = config.get("dataset_kwargs") or {}
+    return {key: value for key, value in options.items() if key != "trust_remote_code"}
 
 
 def _functions(value: Any) -> Iterator[Function]:
@@ -129,21 +319,20 @@ def _inside(path: Path, folders: Sequence[Path]) -> bool:
     return any(path.is_relative_to(folder.resolve()) for folder in folders)
 
 
-def _of_entry(entry: Mapping[Any, Any], folders: Sequence[Path], in_group: bool) -> Iterator[str]:
-    """The reasons to refuse a task or group: what it does besides reading its own data."""
-    for key, value in entry.items():
-        if key in _CHECKS:
-            yield from _CHECKS[key](value, entry, folders)
+def _reasons(
+    config: Mapping[Any, Any], folders: Sequence[Path], *, in_group: bool
+) -> Iterator[str]:
+    """The reasons to refuse a task, or what a group changes: it does more than read its own data.
+
+    Members of a group are judged on their own.
+    """
+    for function in _functions(config):
+        yield f"runs a Python function, {function}"
+    for key, value in config.items():
         if in_group and key in NOT_IN_GROUPS:
             yield f"replaces the {key} of its tasks"
-        if key in ("task", "group", "tag"):  # lm-eval sorts these names, so each must be text
-            names = value if isinstance(value, list) else [value]
-            for odd in (name for name in names if not isinstance(name, str | dict)):
-                yield f"has a {key} named {odd!r}, which is not text"
-        if isinstance(value, list) and key in ("task", "task_list"):
-            for member in value:
-                if isinstance(member, dict):
-                    yield from _of_entry(member, folders, True)
+        if key in _CHECKS:
+            yield from _CHECKS[key](value, config, folders)
 
 
 def _runs(what: str) -> _Check:
@@ -176,10 +365,13 @@ def _of_unsafe(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> 
 
 
 def _of_path(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
-    if not isinstance(value, str) or value in _FILES:
+    if value in LOCAL:
+        options = task.get("dataset_kwargs") or {}
+        if not any(options.get(key) for key in ("data_files", "data_dir")):
+            yield "names no data_files"  # datasets would search the working directory
         return
-    if not _HUB.fullmatch(value) or os.path.lexists(value):
-        yield f"takes its data from {value!r}, which is not {', '.join(_FILES)} or a Hub dataset"
+    if value in _FORMATS or not _HUB.fullmatch(str(value)) or os.path.lexists(str(value)):
+        yield f"takes its data from {value!r}, which is not {', '.join(LOCAL)} or a Hub dataset"
 
 
 def _of_dataset(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
@@ -196,7 +388,7 @@ def _of_dataset(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) ->
             yield f"takes its data from {place!r}, which is outside its folder"
         elif any(path.is_symlink() for path in Path(place).expanduser().rglob("*")):
             yield f"takes its data from {place!r}, which contains links"
-    for file in _texts(value.get("data_files")):
+    for file in texts(value.get("data_files")):
         on_the_hub = "/" in str(task.get("dataset_path", "")) and ".." not in file
         if "://" in file or "::" in file or _GLOB & set(file):
             yield f"takes its data from {file!r}, which is not a plain file"
@@ -206,15 +398,13 @@ def _of_dataset(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) ->
             yield f"takes its data from {file!r}, which is outside its folder"
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
-    elif value is not None:
-        yield str(value)
+def _of_repeats(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
+    if not isinstance(value, int) or value > MOST_REPEATS:
+        yield f"asks each item {value} times, but {MOST_REPEATS} times is the most"
 
 
 _CHECKS: dict[str, _Check] = {
+    "repeats": _of_repeats,
     "class": _runs("is a Python class"),
     "custom_dataset": _runs("makes its data with code"),
     "use_prompt": _runs("takes prompts from another place"),

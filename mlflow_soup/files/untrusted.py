@@ -12,10 +12,11 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -46,7 +47,7 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
 _Loader.add_constructor("!function", lambda _, node: Function(str(node.value)))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises:

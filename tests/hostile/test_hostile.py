@@ -10,9 +10,7 @@ import os
 import pickle
 import shutil
 import socket
-import sys
 import time
-from types import SimpleNamespace
 
 import dill
 import lm_eval.caching.cache
@@ -21,6 +19,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from traps import ALWAYS, Watch, place, plain, untouched, with_data, with_fields, with_lines, write  # noqa: F401
 
 import mlflow_soup
 import toy
@@ -30,7 +29,7 @@ from mlflow_soup.errors import MismatchError, ParentError, SpecError
 from mlflow_soup.evaluation import task_folders
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
-from mlflow_soup.evaluation.suite import TEMPLATES, load_suite
+from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.records import Version
 from mlflow_soup.registry.pull import pull
 from mlflow_soup.request.names import parse_uri
@@ -38,56 +37,6 @@ from mlflow_soup.weights.checkpoint import INDEX, SINGLE
 from mlflow_soup.weights.find import find_checkpoint
 
 SECOND = "model-00002-of-00002.safetensors"
-
-WATCHED: list[tuple[str, str]] = []
-_ALWAYS = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"}
-_watching = False
-
-
-def _note(event, args):
-    if _watching and (event in _ALWAYS or event in ("open", "pickle.find_class")):
-        WATCHED.append((event, str(args[0]) if args else ""))
-
-
-sys.addaudithook(_note)
-
-
-class Watch:
-    """What is opened and run meanwhile."""
-
-    def __enter__(self):
-        global _watching
-        WATCHED.clear()
-        _watching = True
-        return WATCHED
-
-    def __exit__(self, *_):
-        global _watching
-        _watching = False
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A folder to be spoilt, what a payload would make, and what it would read."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    secret = elsewhere / "secret.jsonl"
-    secret.write_text('{"text": "the password is 1234"}\n')
-    return SimpleNamespace(
-        root=tmp_path,
-        folder=tmp_path / "v2",
-        canary=tmp_path / "canary",
-        secret=secret,
-        code=f"__import__('pathlib').Path({str(tmp_path / 'canary')!r}).touch()",
-    )
-
-
-def untouched(place, watched):
-    """Nothing was run, and the secret was not read."""
-    assert not place.canary.exists()
-    opened = [path for event, path in watched if event == "open"]
-    assert not [path for path in opened if path == str(place.secret)]
-    assert not [event for event, _ in watched if event in _ALWAYS]
 
 
 class Payload:
@@ -331,53 +280,6 @@ def test_a_hostile_checkpoint_is_refused(place, case):
 # ---- task folders: what `--include-path` or a tag meets
 
 
-def plain(place, **fields):
-    """A task of plain data, which would be loaded but for these fields."""
-    data = place.folder / "items.jsonl"
-    row = {"question": "a", "choices": ["b", "c"], "answer": 0}
-    data.write_text((json.dumps(row) + "\n") * 3)
-    return {
-        "task": "mine",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "num_fewshot": 0,
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        **fields,
-    }
-
-
-def write(place, content, name="mine.yaml"):
-    (place.folder / "utils.py").write_text(f"{place.code}\ndef run(*a, **k): return []\n")
-    text = content if isinstance(content, str) else yaml.safe_dump(content)
-    (place.folder / name).write_text(text)
-
-
-def with_fields(**fields):
-    def spoil(place):
-        told = json.loads(
-            json.dumps(fields)
-            .replace("SECRET", str(place.secret))
-            .replace("ELSEWHERE", str(place.secret.parent))
-            .replace("UTILS", str(place.folder / "utils.py"))
-        )
-        write(place, plain(place, **told))
-
-    return spoil
-
-
-def with_lines(lines):
-    return lambda place: write(place, yaml.safe_dump(plain(place)) + lines)
-
-
-def with_data(**kwargs):
-    return with_fields(dataset_kwargs=kwargs)
-
-
 def group(**fields):
     def spoil(place):
         write(place, {"group": "mine", **fields})
@@ -463,7 +365,7 @@ TASKS = {
     "code that is not unsafe": (with_fields(unsafe_code=False), "unsafe_code"),
     "a group gives data": (
         group(task=[{"task": "arc_easy", "dataset_path": "json", "dataset_kwargs": {}}]),
-        "replaces the dataset_",
+        "names no data_files",
     ),
     "a group takes a warning off": (group(task=["humaneval"], unsafe_code=False), "unsafe_code"),
     "a group in a group": (
@@ -586,7 +488,13 @@ PLAIN = {
 def test_a_folder_of_plain_data_needs_no_leave(place, case):
     place.folder.mkdir()
     PLAIN[case](place)
-    assert task_folders.check(str(place.folder), (), "here") is False
+    [folder] = task_folders.read_folders(str(place.folder), ())
+    assert not folder.unreadable
+    factory = task_folders.Factory([folder], "here")
+    for entry in folder.entries.values():
+        if entry.kind.name == "GROUP":
+            continue  # its members' data are on the Hub
+        factory._load_full_config(entry)
 
 
 def test_no_tag_allows_code():
@@ -611,16 +519,6 @@ def test_shipped_templates_say_in_the_sandbox_what_they_said(place):
     ):
         expected = plainly.from_string(template).render(**row)
         assert lm_eval.utils.apply_template(template, row) == expected
-    assert lm_eval.utils.env is TEMPLATES
-
-
-def test_no_module_of_lm_eval_keeps_the_environment_that_runs_everything():
-    assert not [
-        name
-        for name, module in sys.modules.items()
-        if name.startswith(("lm_eval", "mlflow_soup"))
-        and type(getattr(module, "env", None)).__module__ == "jinja2.environment"
-    ]
 
 
 @pytest.mark.parametrize(
@@ -666,7 +564,7 @@ def test_a_pickle_beside_the_weights_is_not_read(place, checkpoints):
         )
         assert {f.verdict for f in mlflow_soup.verify(place.root / "soup")} == {"ok", "skipped"}
     assert not place.canary.exists()
-    assert not [event for event, _ in watched if event in _ALWAYS]
+    assert not [event for event, _ in watched if event in ALWAYS]
     assert not [path for event, path in watched if event == "open" and path.endswith(".bin")]
     assert load_file(place.root / "soup" / SINGLE)
 
