@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jinja2
 import lm_eval.utils
 import numpy as np
@@ -30,6 +31,7 @@ from lm_eval.tasks import TaskManager
 from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.evaluation import task_folders
 from mlflow_soup.evaluation.live import quiet
+from mlflow_soup.files.durable import check_writable
 
 _PIECE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
 
@@ -233,6 +235,7 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
             loaded: Mapping[str, Any] = manager.load(list(names))
             return loaded
     except OSError as error:  # datasets found the data neither on disk nor on the Hub
+        check_writable(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME, which datasets writes to")
         # private door: datasets: errors for data that is not there are OSErrors
         raise ObjectiveError(
             f"the data of {', '.join(names)} could not be loaded: {error}",
