@@ -1,8 +1,9 @@
-"""One filter that removes secrets from text before it is shown, logged, raised or stored.
+"""One filter that text passes before it is shown, logged, raised or stored.
 
-It finds a secret in three ways, from certain to likely: by its value, if an environment variable
-holds it; by its place, as in `://user:password@` or `password=…`; by its looks, as for the ID of an
-AWS key.
+It escapes what a terminal obeys or does not show, because others write names. And it removes
+secrets. It finds a secret in three ways, from certain to likely: by its value, if an environment
+variable holds it; by its place, as in `://user:password@` or `password=…`; by its looks, as for the
+ID of an AWS key.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import re
 import sys
 import threading
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
@@ -62,12 +64,33 @@ _LOOKS = re.compile(
 )
 
 
-def redact(text: str) -> str:
-    """The text with each secret replaced: by its value, its place or its looks.
+# categories of Unicode: control, format (as the marks that turn the direction of writing),
+# surrogates, separators of lines and paragraphs
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_SPECIAL = re.compile(r"[^ -~\n\t]")
 
-    In URIs, user names, passwords and queries are removed; the part after a # stays.
+
+def redact(text: str) -> str:
+    """The text with each secret replaced, and with what is not seen escaped as in Python.
+
+    Secrets are found by their value, their place or their looks. In URIs, user names, passwords and
+    queries are removed; the part after a # stays. Line feeds and tabs stay.
     `redact(redact(text))` equals `redact(text)`.
     """
+    return _without_secrets(_SPECIAL.sub(_escaped, text))
+
+
+def redact_line(text: str) -> str:
+    """The same in one line: a name cannot add lines to it."""
+    return redact(text).replace("\n", "\\n")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    letter = match[0]
+    return repr(letter)[1:-1] if unicodedata.category(letter) in _UNSEEN else letter
+
+
+def _without_secrets(text: str) -> str:
     known = _known(_held())
     before = None
     while text != before:
@@ -200,7 +223,8 @@ def _clean(value: Any, done: dict[int, BaseException], depth: int = 4) -> Any:
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, bytes):
-        return redact(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+        text = _without_secrets(value.decode(errors="surrogateescape"))
+        return text.encode(errors="surrogateescape")
     if isinstance(value, BaseException):
         return _purge(value, done)
     if type(value) in (tuple, list) and depth:
@@ -212,10 +236,11 @@ def _clean(value: Any, done: dict[int, BaseException], depth: int = 4) -> Any:
 
 def redact_record(record: logging.LogRecord) -> bool:
     """Redact a log record and its exception; always True, so that it is also a `logging` filter."""
+    words = redact_line if record.name == "mlflow_soup" else redact
     try:
-        record.msg, record.args = redact(record.getMessage()), None
+        record.msg, record.args = words(record.getMessage()), None
     except Exception:  # a wrong format; logging reports it later and prints it
-        record.msg, record.args = redact(f"{record.msg} {record.args}"), None
+        record.msg, record.args = words(f"{record.msg} {record.args}"), None
     if record.exc_info and record.exc_info[0] is not None:
         record.exc_text = redact("".join(traceback.format_exception(*record.exc_info))).rstrip("\n")
     if record.stack_info:
