@@ -16,7 +16,7 @@ import cloup
 
 from mlflow_soup.errors import SoupError, SpecError
 from mlflow_soup.files.untrusted import parse_yaml
-from mlflow_soup.redaction import guard_process, purge, redact
+from mlflow_soup.redaction import guard_process, purge, redact, redact_line
 from mlflow_soup.registry.family import FORMATS
 from mlflow_soup.request.knobs import kind, option
 from mlflow_soup.request.names import parse_uri
@@ -407,11 +407,6 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
     _say(f"{out} = {shares}")
 
 
-def _printable(line: str) -> str:
-    """One line for the terminal: a name in it cannot add lines or colours."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-
-
 @main.command(section=OTHER)
 @click.option("--model", default="", help="Registered model. Default: as for run.")
 @click.option(
@@ -453,14 +448,14 @@ def doctor(ctx: click.Context, /, fix: bool, digests: bool, **said: Any) -> None
     name, complaints = doctors.examine(_spec(said), digests=digests)
     left = 0
     for complaint in complaints:
-        _say(_printable(complaint.what))
-        _say(_printable(f"    why: {complaint.why}"))
+        _say(redact_line(complaint.what))
+        _say(redact_line(f"    why: {complaint.why}"))
         if fix and doctors.mend(complaint):
-            click.echo(_printable(f"    done: {complaint.remedy.removeprefix('--fix ')}"))
+            _say(redact_line(f"    done: {complaint.remedy.removeprefix('--fix ')}"))
         else:
-            _say(_printable(f"    fix: {complaint.remedy}"))
+            _say(redact_line(f"    fix: {complaint.remedy}"))
             left += 1
-    click.echo(f"{name}: {left or 'no'} complaint{'' if left == 1 else 's'}")
+    _say(f"{name}: {left or 'no'} complaint{'' if left == 1 else 's'}")
     ctx.exit(3 if left else 0)
 
 
@@ -489,9 +484,9 @@ def verify(ctx: click.Context, soup: str, public_key: str) -> None:
     verdicts, again, unsigned = set(), False, False
     for finding in checks.verify(soup, public_key=public_key):
         first, *others = finding.details
-        _say(_printable(f"{finding.verdict:<8}  {finding.what}: {first}"))
+        _say(redact_line(f"{finding.verdict:<8}  {finding.what}: {first}"))
         for line in others:
-            _say(_printable(f"{'':<10}{line}"))
+            _say(redact_line(f"{'':<10}{line}"))
         verdicts.add(finding.verdict)
         unsigned |= finding.what == "signature" and finding.verdict != "ok"
         again = (finding.what, finding.verdict) == ("merged again", "ok")  # the last finding

@@ -18,21 +18,22 @@
 A gate that refuses returns a `Verdict` and raises nothing; the commands then exit with code 3.
 """
 
-from mlflow_soup.redaction import redact
+from mlflow_soup.redaction import redact, redact_line
 
 
 class SoupError(Exception):
-    """What went wrong, where, and how to fix it. Passwords are redacted."""
+    """What went wrong, where, and how to fix it; without secrets and control characters."""
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str, fix: str) -> None:
-        what, where, fix = redact(what), redact(where), redact(fix)
+        what, where, fix = redact(what), redact_line(where), redact_line(fix)
         super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
 
     def __str__(self) -> str:
-        return f"{self.what}\n  where: {self.where}\n    fix: {self.fix}"
+        what = self.what.replace("\n", "\n  | ")  # a name in it cannot pass for the lines below
+        return f"{what}\n  where: {self.where}\n    fix: {self.fix}"
 
 
 class SpecError(SoupError, ValueError):

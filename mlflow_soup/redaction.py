@@ -1,8 +1,9 @@
-"""One filter that removes secrets from text before it is shown, logged, raised or stored.
+"""One filter that text passes before it is shown, logged, raised or stored.
 
-It finds a secret in three ways, from certain to likely: by its value, if an environment variable
-holds it; by its place, as in `://user:password@` or `password=…`; by its looks, as for the ID of an
-AWS key.
+It escapes what a terminal obeys or does not show, because others write names. And it removes
+secrets. It finds a secret in three ways, from certain to likely: by its value, if an environment
+variable holds it; by its place, as in `://user:password@` or `password=…`; by its looks, as for the
+ID of an AWS key.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import re
 import sys
 import threading
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
@@ -23,9 +25,36 @@ from urllib.parse import quote, unquote
 GONE = "…"
 _CLOSERS = ",.:)]}'\"\\`"  # characters that follow a value in prose, Markdown, JSON and Python
 
-# names of environment variables that hold secrets; not TOKENIZERS_PARALLELISM or MAX_TOKENS
+# names of environment variables that hold secrets; not TOKENIZERS_PARALLELISM, MAX_TOKENS or PWD
 _SECRET_NAME = re.compile(
-    r"PASSW|PASSPHRASE|PASS$|SECRET|CREDENTIAL|TOKEN(?!I|S)|KEY(_?ID)?$", re.IGNORECASE
+    r"""PASSW | PASSPHRASE | PASSCODE | PASS$ | _PWD | SECRET | CREDENTIAL | TOKEN(?!I|S)
+      | (?:API|ACCESS|AUTH|BEARER)_?TOKENS
+      | KEY(?:S|_?ID)?(?:_?\d+)?$""",
+    re.X | re.I,
+)
+# names that mean something else as often; only values with a digit count
+_LIKELY_NAME = re.compile(
+    r"""(?:^|_|API|ACCESS)KEY_(?!FILE|PATH|DIR|NAME|TYPE|PREFIX|RING|SIZE|MAP|ALG)
+      | CONN(?:ECTION)?_?STR | COOKIE | WEBHOOK
+      | (?:^|_)(?:AUTH|BEARER|CERT|CREDS?|DSN|JWT|OTP|PASS|PAT|PIN|PSK|PW|SALT|SAS)(?:$|_)""",
+    re.X | re.I,
+)
+_PEM = re.compile(  # to its end, to the next one, or to the end of the text
+    r"""-----BEGIN\s(?:[A-Z0-9]+\s)*PRIVATE\sKEY (?:(?!-----BEGIN\s)[\s\S])*?
+        (?: -----END\s[A-Z0-9\s]{0,60}----- | (?=-----BEGIN\s) | \Z )""",
+    re.X,
+)
+_GAP = r"(?:\s|\\[nrt]){1,99}"
+_NETRC = re.compile(
+    rf"""((?: \b(?:machine|login|account){_GAP}[^\s\\]{{1,999}}{_GAP} | ^\s{{0,99}} )
+          password{_GAP} ) [^\s\\"']+ (?= ["']?$ | {_GAP} )""",
+    re.X | re.M,
+)
+# what is left of a location whose :// a library has cut off
+_LOCATION = re.compile(
+    r"""(bucket\sname\s["'])[^"'\n]{0,999}[:@][^"'\n]{0,999}(?=["'])
+      | (["'])[^\s"'/:@]{0,999}:[^\s"'/@]{1,999}@(?=[\w.-]{1,999}\2)""",
+    re.X,
 )
 # `odd` finds passwords with a slash, which SQLAlchemy accepts; the `:5000` of `host:5000/a@b` is a
 # port. Lengths are bounded: without a bound, a hostile text of many :// would take minutes.
@@ -37,7 +66,8 @@ _USER = re.compile(
 # text after a # is not a query: it stays, because MLflow's UI uses it in links
 _QUERY = re.compile(r"""(?P<head>://[^\s?#"<>]{0,1999}\?)(?P<bare>[^\s"<>]+)""")
 _PAIR = re.compile(
-    r"""(?P<head> (?: passw(?:or)?d | passphrase | pwd | secret | token | credentials?
+    r"""(?P<head> (?: passw(?:or)?d | passphrase | passcode | pwd | secret | token | credentials?
+                    | (?<![a-z]) (?:pass|pw|auth|jwt|sas) | cookie | sharedaccesssignature
                     | amz-signature | (?<=[?&]) sig(?:nature)?
                     | (?:api|access|account|secret|private) [_-]?key (?:[_-]?id)? )
             (?: \s?=(?!=)\s? | (?P<named> \\?["'] \s*[:=]\s* ) ) )
@@ -50,36 +80,114 @@ _HEADER = re.compile(
         (?: bearer | basic | digest | token | aws4-hmac-sha256 ) \s+ [^"'\r\n]+""",
     re.X | re.I,
 )
+# as a header or in YAML; with a digit, which the next word of a sentence has not
+_COLON = re.compile(
+    r"""((?: passw(?:or)?d | passphrase | (?:secret|private|api|access|auth)[_-]?(?:key|token)
+           | [_-]secret | [_-]token) \s?:\s? ) (?=\S*\d) [^\s"'<|][^\s"']{7,}""",
+    re.X | re.I,
+)
+_COOKIE = re.compile(r"(\b(?:set-)?cookie['\"]?\s?:\s?['\"]?)[^\s=]{1,99}=[^\"'\r\n]+", re.I)
 _BEARER = re.compile(r"\b(bearer|basic)(\s+)(?=\S*\d)[\w.~+/=-]{16,}", re.I)
+# what detect-secrets does not know yet, or finds in time that grows with the square of the length
 _LOOKS = re.compile(
-    r"""(?:AKIA|ASIA)[A-Z0-9]{12,}                          # AWS
-      | hf_[A-Za-z0-9]{16,}                                 # Hugging Face
+    r"""hf_[A-Za-z0-9]{16,} | api_org_[A-Za-z0-9]{16,}      # Hugging Face
       | gh[opsur]_[A-Za-z0-9]{16,} | github_pat_\w{20,}     # GitHub
-      | glpat-[\w-]{16,}                                    # GitLab
       | dapi[0-9a-f]{16,}(?:-\d)?                           # Databricks
-      | eyJ[\w-]{8,999}\.[\w-]{8,}\.[\w-]*                  # JSON web tokens""",
+      | eyJ[\w-]{8,999}\.[\w-]{8,}\.[\w-]*                  # JSON web tokens
+      | (?:(?<![A-Za-z0-9])|(?<=\\[nrt]))sk-(?:(?:ant|proj|svcacct|admin|or|lf)-[\w-]{16,}
+          | [A-Za-z0-9]{20,})                               # OpenAI, Anthropic and alike
+      | AIza[\w-]{35} | ya29\.[\w-]{20,} | GOCSPX-[\w-]{20,}  # Google
+      | [\w~.-]{3}8Q~[\w~.-]{31,}                          # Azure
+      | xapp-\d-[\w-]{20,} | xoxe[.-][\w.-]{20,}           # Slack
+      | hv[sbr]\.[\w-]{20,} | dop_v1_[0-9a-f]{20,}         # Vault, DigitalOcean
+      | npm_[A-Za-z0-9]{30,} | dckr_pat_[\w-]{16,}         # npm, Docker
+      | (?:gsk|lin_api|nvapi|pplx|xai|wandb_v\d)[_-][A-Za-z0-9]{20,}[\w-]*
+      | [rs]k_test_[0-9A-Za-z]{16,} | whsec_[\w+/=]{20,}    # Stripe
+      | shp(?:at|ca|pa|ss)_[0-9a-fA-F]{20,}                 # Shopify
+      | AGE-SECRET-KEY-1[0-9A-Z]{20,}""",
     re.X,
 )
 
 
-def redact(text: str) -> str:
-    """The text with each secret replaced: by its value, its place or its looks.
+@lru_cache(maxsize=1)
+def _vendors() -> tuple[re.Pattern[str], ...]:
+    """What the keys of vendors look like: the rows of detect-secrets that no digest looks like.
 
-    In URIs, user names, passwords and queries are removed; the part after a # stays.
+    It is imported late, because it imports requests.
+    """
+    from detect_secrets.plugins import (
+        aws,
+        discord,
+        gitlab_token,
+        mailchimp,
+        pypi_token,
+        sendgrid,
+        slack,
+        square_oauth,
+        stripe,
+        twilio,
+    )
+
+    rows = [
+        *aws.AWSKeyDetector.denylist[:1],  # the others are hidden by their place
+        *discord.DiscordBotTokenDetector.denylist,
+        *gitlab_token.GitLabTokenDetector.denylist,
+        *mailchimp.MailchimpDetector.denylist,
+        *pypi_token.PypiTokenDetector.denylist,
+        *sendgrid.SendGridDetector.denylist,
+        *slack.SlackDetector.denylist,
+        *square_oauth.SquareOAuthDetector.denylist,
+        *stripe.StripeDetector.denylist,
+        *twilio.TwilioKeyDetector.denylist,
+    ]
+    return (_LOOKS, *rows)
+
+
+# categories of Unicode: control, format (as the marks that turn the direction of writing),
+# surrogates, separators of lines and paragraphs
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_SPECIAL = re.compile(r"[^ -~\n\t]")
+
+
+def redact(text: str) -> str:
+    """The text with each secret replaced, and with what is not seen escaped as in Python.
+
+    Secrets are found by their value, their place or their looks. In URIs, user names, passwords and
+    queries are removed; the part after a # stays. Line feeds and tabs stay.
     `redact(redact(text))` equals `redact(text)`.
     """
+    return _without_secrets(_SPECIAL.sub(_escaped, text))
+
+
+def redact_line(text: str) -> str:
+    """The same in one line: a name cannot add lines to it."""
+    return redact(text).replace("\n", "\\n")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    letter = match[0]
+    return repr(letter)[1:-1] if unicodedata.category(letter) in _UNSEEN else letter
+
+
+def _without_secrets(text: str) -> str:
     known = _known(_held())
     before = None
     while text != before:
         before = text
         if known is not None:
             text = known.sub(GONE, text)
+        text = _PEM.sub(GONE, text)
         text = _USER.sub("://", text)
         text = _QUERY.sub(_hide, text)
         text = _PAIR.sub(_hide, text)
         text = _HEADER.sub(rf"\1{GONE}", text)
         text = _BEARER.sub(rf"\1\2{GONE}", text)
-        text = _LOOKS.sub(GONE, text)
+        text = _COLON.sub(rf"\1{GONE}", text)
+        text = _COOKIE.sub(rf"\1{GONE}", text)
+        text = _NETRC.sub(rf"\1{GONE}", text)
+        text = _LOCATION.sub(lambda match: f"{match[1] or match[2]}{GONE}", text)
+        for looks in _vendors():
+            text = looks.sub(GONE, text)
     return text
 
 
@@ -95,24 +203,36 @@ def _hide(match: re.Match[str]) -> str:
 
 
 def _held() -> frozenset[str]:
-    """The secrets in the environment variables, as they are and percent-decoded.
+    """The secrets in the environment variables, as they are and percent-decoded, and their parts.
 
     Short values and short plain words are left out: the password `mlflow` would hide every mention
     of MLflow.
     """
     found = set()
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and not _is_file(value):
-            found.add(value.strip())
+        digit = any(map(str.isdecimal, value))
+        named = _SECRET_NAME.search(name) or (digit and _LIKELY_NAME.search(name))
+        if named and not _is_file(value) and not (value.isdecimal() and len(value) < 8):
+            found |= {value.strip(), *_parts(value)}
+        for block in _PEM.findall(value):
+            found |= {block, *_parts(block)}
+        for line in _NETRC.finditer(value):
+            found.add(line[0][len(line[1]) :])
         if "://" in value:
             for match in _USER.finditer(value):
-                userinfo = match["plain"] or match["odd"] or ""
-                found.add(userinfo.partition(":")[2])
-        if "=" in value:
+                user, colon, password = (match["plain"] or match["odd"] or "").partition(":")
+                found.add(password if colon else user if len(user) >= 16 else "")
+        if "=" in value or ":" in value:
             for match in _PAIR.finditer(value):
                 found.add(match["quoted"] or match["bare"] or "")
     found |= {unquote(value) for value in found}
     return frozenset(v for v in found if len(v) >= (8 if v.isalpha() else 6) and GONE not in v)
+
+
+def _parts(value: str) -> list[str]:
+    """The lines of a value of many, since an error may quote one; not those that frame a PEM."""
+    lines = re.split(r"\s*(?:\n|\\n)\s*", value.strip())
+    return [line for line in lines if len(line) >= 16 and "-----" not in line] if lines[1:] else []
 
 
 def _is_file(value: str) -> bool:
@@ -200,7 +320,8 @@ def _clean(value: Any, done: dict[int, BaseException], depth: int = 4) -> Any:
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, bytes):
-        return redact(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+        text = _without_secrets(value.decode(errors="surrogateescape"))
+        return text.encode(errors="surrogateescape")
     if isinstance(value, BaseException):
         return _purge(value, done)
     if type(value) in (tuple, list) and depth:
@@ -212,10 +333,11 @@ def _clean(value: Any, done: dict[int, BaseException], depth: int = 4) -> Any:
 
 def redact_record(record: logging.LogRecord) -> bool:
     """Redact a log record and its exception; always True, so that it is also a `logging` filter."""
+    words = redact_line if record.name == "mlflow_soup" else redact
     try:
-        record.msg, record.args = redact(record.getMessage()), None
+        record.msg, record.args = words(record.getMessage()), None
     except Exception:  # a wrong format; logging reports it later and prints it
-        record.msg, record.args = redact(f"{record.msg} {record.args}"), None
+        record.msg, record.args = words(f"{record.msg} {record.args}"), None
     if record.exc_info and record.exc_info[0] is not None:
         record.exc_text = redact("".join(traceback.format_exception(*record.exc_info))).rstrip("\n")
     if record.stack_info:

@@ -221,6 +221,25 @@ def _() -> None:
     assert outages.is_transient(said(caught.value))
 
 
+@door("mlflow: words for what is deleted", "name what somebody deleted")
+def _(tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    kept, gone = (client.create_experiment(name) for name in ("kept", "gone"))
+    run_id = client.create_run(kept).info.run_id
+    client.delete_run(run_id)
+    client.delete_experiment(gone)
+    for call in (
+        lambda: client.log_param(run_id, "a", "b"),
+        lambda: client.create_run(gone),
+        lambda: client.get_model_version("none", "1"),
+        lambda: client.get_registered_model("none"),
+        lambda: client.get_logged_model("m-0"),
+    ):
+        with pytest.raises(mlflow.MlflowException) as caught:
+            call()
+        assert outages._deleted("try", caught.value) is not None, caught.value
+
+
 @door("urllib3: too many 500 error responses", "give a server that breaks down less patience")
 def _() -> None:
     words = urllib3.exceptions.ResponseError.SPECIFIC_ERROR

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jinja2
 import numpy as np
 from lm_eval.api import metrics as aggregations  # private door
@@ -25,6 +26,7 @@ from mlflow_soup.errors import ObjectiveError, SoupError, SpecError
 from mlflow_soup.evaluation.live import quiet
 from mlflow_soup.evaluation.task_folders import Factory, Folder, read_folders
 from mlflow_soup.evaluation.templates import RENDERER
+from mlflow_soup.files.durable import check_writable
 
 _PIECE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
 
@@ -227,6 +229,7 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
     except SoupError:
         raise
     except OSError as error:  # datasets found the data neither on disk nor on the Hub
+        check_writable(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME, which datasets writes to")
         # private door: datasets: errors for data that is not there are OSErrors
         raise ObjectiveError(
             f"the data of {', '.join(names)} could not be loaded: {error}",

@@ -1,17 +1,22 @@
 """Files and folders that are complete or absent, and that survive a power cut once they exist."""
 
 import contextlib
+import enum
 import errno
 import fcntl
 import glob
+import logging
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlflow_soup.errors import SpecError, StoreError
+
+logger = logging.getLogger("mlflow_soup")
 
 
 def sync(path: Path) -> None:
@@ -72,9 +77,26 @@ def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
 def scratch() -> Iterator[Path]:
     """A temporary folder that may hold a whole model; it is deleted at the end.
 
-    The next call removes a folder that a killed process left.
+    It lies in a folder of this user in TMPDIR, which nobody else can write to. The next call
+    removes a folder that a killed process left.
+
+    Raises:
+        StoreError: the user's folder cannot be made, or is not private.
     """
-    partial, lock = _claim(Path(tempfile.gettempdir(), "mlflow-soup"), mode=0o700)
+    ours = Path(tempfile.gettempdir(), f"mlflow-soup-{os.geteuid()}")
+    with on_disk(ours):
+        with contextlib.suppress(FileExistsError):
+            ours.mkdir(0o700)
+        found = ours.lstat()  # somebody else may have made it, in a folder that all may write to
+        private = stat.S_ISDIR(found.st_mode) and not stat.S_IMODE(found.st_mode) & 0o077
+        if not private or found.st_uid != os.geteuid():
+            raise StoreError(
+                f"{ours} is not a folder that only this user can use",
+                where=str(ours),
+                fix="delete it, or set TMPDIR to a folder of yours, then run the same command "
+                "again",
+            )
+        partial, lock = _claim(ours / "scratch")
     try:
         yield partial
     finally:
@@ -82,41 +104,63 @@ def scratch() -> Iterator[Path]:
         os.close(lock)
 
 
-def _claim(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
+def _claim(folder: Path) -> tuple[Path, int]:
     """A hidden folder beside `folder`, and the lock that keeps other processes from removing it."""
     pattern = f".{folder.name}.partial-"
     for left in folder.parent.glob(f"{glob.escape(pattern)}*"):
-        # another process holds the lock, or removed the folder just now
-        with contextlib.suppress(OSError):
-            lock = _lock(left)
-            try:
+        # it is no folder, or another process removed it just now
+        with contextlib.suppress(OSError), _opened(left) as lock:
+            if os.fstat(lock).st_uid == os.geteuid() and try_lock(lock, left) is Lock.OURS:
                 shutil.rmtree(left)
-            finally:
-                os.close(lock)
     while True:
         partial = folder.parent / (pattern + secrets.token_hex(4))
-        partial.mkdir(mode)
+        partial.mkdir()
         # another process may remove the folder before it is locked
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            lock = _lock(partial)
-            if partial.exists():
-                return partial, lock
-            os.close(lock)
+        with contextlib.suppress(FileNotFoundError), _opened(partial) as lock:
+            if try_lock(lock, partial) is not Lock.THEIRS and partial.exists():
+                return partial, os.dup(lock)
 
 
-def _lock(folder: Path) -> int:
-    """A descriptor that holds a lock on a folder; the lock ends with the process.
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A descriptor of a folder.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        OSError: it is a link, a pipe, a file or a device; none of these is opened.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(folder, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class Lock(enum.Enum):
+    """Who holds a lock: this process, another one, or nobody because there are no locks."""
+
+    OURS = enum.auto()
+    THEIRS = enum.auto()
+    NONE = enum.auto()
+
+
+def try_lock(descriptor: int, path: Path) -> Lock:
+    """Try to lock an open file or folder; its lock ends when all its descriptors are closed.
+
+    A file system without locks is told as a warning.
+
+    Args:
+        descriptor: the open file or folder.
+        path: what the warning names.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
-        raise
-    return descriptor
+        return Lock.THEIRS
+    except OSError as error:
+        logger.warning("%s cannot be locked: %s", path, error.strerror)
+        return Lock.NONE
+    return Lock.OURS
 
 
 @contextlib.contextmanager

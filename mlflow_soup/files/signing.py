@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.files.untrusted import UNREADABLE
+from mlflow_soup.files.untrusted import UNREADABLE, open_regular
 
 KEY_ENV = "MLFLOW_SOUP_KEY"
 _STATEMENT = "https://in-toto.io/Statement/v1"
@@ -116,10 +116,14 @@ def _encoded(payload: bytes) -> bytes:
 
 
 def sha256_of(content: str | Path) -> str:
-    """The SHA-256 of a text, or of a file's bytes."""
+    """The SHA-256 of a text, or of the bytes of a regular file.
+
+    Raises:
+        ValueError, OSError: as `open_regular`.
+    """
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
-    with content.open("rb") as file:
+    with open_regular(content) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

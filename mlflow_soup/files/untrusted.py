@@ -10,6 +10,7 @@ Files with several hard links are accepted: a store may link files that are equa
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from io import BufferedReader
@@ -23,6 +24,7 @@ import yaml
 DEEPEST = 64  # nested levels of JSON and YAML
 MOST_NODES = 100_000  # YAML values, aliases expanded: nine lines can expand to billions of values
 LARGEST_YAML = 1 << 20  # bytes
+LARGEST_JSON = 16 << 20  # bytes of a record that mlflow-soup itself writes
 LARGEST_HEADER = 8 << 20  # bytes of a safetensors header
 MOST_TENSORS = 20_000  # in one file
 _LARGEST_TENSOR = 1 << 56  # elements; their number of bits still fits into 64 bits
@@ -76,6 +78,19 @@ def read_regular(path: Path, most: int) -> bytes:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it is longer than {most} bytes")
+    return content
+
+
+def read_hex(path: Path) -> str:
+    """The hexadecimal number in a small file, which may be the name of a folder.
+
+    Raises:
+        ValueError: it is not a regular file, or holds anything else.
+        OSError: the file cannot be read.
+    """
+    content = read_regular(path, 64).decode()
+    if not re.fullmatch("[0-9a-f]+", content):
+        raise ValueError("it is not a hexadecimal number")
     return content
 
 

@@ -3,10 +3,12 @@
 An evaluation is committed when its trial run is FINISHED and has a score.
 """
 
+import contextlib
 import json
 import logging
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,18 +19,20 @@ from mlflow.entities import Run, RunStatus
 from mlflow.exceptions import MlflowException
 
 from mlflow_soup.files.signing import sha256_of
+from mlflow_soup.files.untrusted import LARGEST_JSON, parse_json, read_regular
 from mlflow_soup.records import Evidence, Examination, Recipe, Score, Trial, Version
 from mlflow_soup.registry import naming, scores
 from mlflow_soup.registry.outages import is_forbidden
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.tracking import log, metric, without_model
+from mlflow_soup.registry.tracking import find_runs, log, metric, without_model
 from mlflow_soup.registry.trust import UNREADABLE, Trust, sign_file
 
 logger = logging.getLogger("mlflow_soup")
 
 SCHEMA = 2  # the version of the format of `evidence.json`
 _HELD_OUT = "held-out"
+_EARLIER = "earlier"  # in `evidence.json`: the examinations of the soup that were there before
 
 
 def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]:
@@ -205,10 +209,21 @@ def log_examination(
             "sha256": sha256,
         }
     _log_metrics(client, run_id, metrics)
-    content = {"schema": SCHEMA, "settings": dict(examination.settings), "roles": index}
+    there = find_runs(client, _of_soup(examination.roles["soup"].digest), status="FINISHED")
+    content = {
+        "schema": SCHEMA,
+        "settings": dict(examination.settings),
+        "roles": index,
+        _EARLIER: sorted({run.info.run_id for run in there} - {run_id}),
+    }
     text = json.dumps(content, indent=2)
     client.log_text(run_id, text, naming.EVIDENCE)
-    sign_file(client, run_id, naming.EVIDENCE, text, "examination", {})
+    sign_file(client, run_id, naming.EVIDENCE, text, "examination", {"run": run_id})
+
+
+def _of_soup(digest: str) -> dict[str, str]:
+    """The tags of the OOD runs of a soup."""
+    return {naming.ROLE: "ood", naming.DIGEST: digest}
 
 
 def _log_metrics(client: Store, run_id: str, of: Mapping[str, Sequence[MlflowMetric]]) -> None:
@@ -244,10 +259,9 @@ def read_examination(trust: Trust, run_id: str) -> Examination | None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, roles = Path(temporary), {}
         try:
-            path = trust.read(run_id, naming.EVIDENCE, folder, "examination", {})
-            content = json.loads(path.read_text())
+            content = _read_index(trust, run_id, folder)
             settings = dict(content["settings"])
-            if content["schema"] != SCHEMA or not isinstance(settings["asked"], dict):
+            if not isinstance(settings["asked"], dict):
                 return None
             if not {"inherited", "held_out", "ood", "limit"} <= settings.keys():
                 return None
@@ -269,6 +283,21 @@ def read_examination(trust: Trust, run_id: str) -> Examination | None:
             return None
 
 
+def _read_index(trust: Trust, run_id: str, folder: Path) -> dict[str, Any]:
+    """What an examination says that it holds, downloaded into a folder.
+
+    Raises:
+        MlflowException, OSError, ValueError …: as in `UNREADABLE`; it does not count, or is lost or
+            damaged.
+    """
+    about = {"run": run_id}  # so that nobody can log it again as that of another run
+    path = trust.read(run_id, naming.EVIDENCE, folder, "examination", about)
+    content = parse_json(read_regular(path, LARGEST_JSON))
+    if content["schema"] != SCHEMA or not all(isinstance(e, str) for e in content[_EARLIER]):
+        raise ValueError("mlflow-soup did not write it")
+    return dict(content)
+
+
 def _check_numbers(score: Score) -> None:
     """Refuse a score that is no number, or has no items.
 
@@ -284,7 +313,28 @@ def _check_numbers(score: Score) -> None:
 
 
 def find_examinations(trust: Trust, tags: Mapping[str, str]) -> Iterator[Examination]:
-    """The examinations of the OOD runs with these tags, newest first; each is read when asked."""
+    """The examinations of the OOD runs with these tags, in any order; each is read when asked."""
     for run in reversed(trust.runs({naming.ROLE: "ood", **tags})):
+        if (examination := read_examination(trust, run.info.run_id)) is not None:
+            yield examination
+
+
+def examinations_of(trust: Trust, digest: str) -> Iterator[Examination]:
+    """The examinations of a soup, newest first; each is read when asked.
+
+    Each names those that were there before it, so the clocks of the machines do not matter. They
+    order only what was measured at the same time.
+
+    Args:
+        trust: which runs count.
+        digest: the digest of the soup's tensors.
+    """
+    runs = trust.runs(_of_soup(digest))
+    later: Counter[str] = Counter()  # run → how many examinations came after it
+    for run in runs:
+        with contextlib.suppress(*UNREADABLE), tempfile.TemporaryDirectory() as folder:
+            later.update({*_read_index(trust, run.info.run_id, Path(folder))[_EARLIER]})
+    runs.reverse()
+    for run in sorted(runs, key=lambda run: later[run.info.run_id]):
         if (examination := read_examination(trust, run.info.run_id)) is not None:
             yield examination

@@ -5,7 +5,6 @@ taken for dead, they still register one version (`registry.register`) and promot
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -16,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mlflow_soup.errors import OvertakenError, RegistryError, SoupError, StoreError
-from mlflow_soup.files.durable import on_disk, replace
+from mlflow_soup.files.durable import Lock, on_disk, replace, try_lock
+from mlflow_soup.files.untrusted import read_hex
 from mlflow_soup.registry.ledger import Entry, Ledger, open_ledger
 from mlflow_soup.registry.store import Store
 
@@ -193,16 +193,11 @@ def _locked(folder: Path, key: str) -> Iterator[bool]:
     # not filelock: it cannot lock another user's file, and fails on a file system without locks
     with on_disk(path):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # others may share the folder: a link is refused, and a pipe is not waited for
+        flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
     try:
-        ours = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            ours = False
-        except OSError as error:  # the file system has no locks
-            logger.warning("%s cannot be locked: %s", path, error.strerror)
-        yield ours
+        yield try_lock(descriptor, path) is not Lock.THEIRS
     finally:
         os.close(descriptor)
 
@@ -243,7 +238,9 @@ def _is_dead(ledger: Ledger, key: str, last: Entry, here: str) -> bool:
 def _identity(folder: Path) -> str:
     """A random name for the folder, the same for all processes that share it."""
     path = folder / "identity"
-    if not path.is_file():
-        replace(path, lambda partial: partial.write_text(secrets.token_hex(16)))
     with on_disk(path):
-        return path.read_text()
+        try:
+            return read_hex(path)
+        except (FileNotFoundError, ValueError):
+            replace(path, lambda partial: partial.write_text(secrets.token_hex(16)))
+        return read_hex(path)

@@ -16,7 +16,14 @@ from mlflow.exceptions import MlflowException
 from requests import HTTPError, RequestException
 from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 
-from mlflow_soup.errors import AwayError, DeniedError, RegistryError, StoreError
+from mlflow_soup.errors import (
+    AwayError,
+    DeniedError,
+    ParentError,
+    RegistryError,
+    SoupError,
+    StoreError,
+)
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import permissions
 from mlflow_soup.registry.permissions import IF_ANY
@@ -28,6 +35,9 @@ _SLOW = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")  # S
 _DENIED = re.compile(
     r"read-?\s?only|no such (table|column)|denied|unable to open|forbidden|\b40[13]\b", re.I
 )
+# private door: mlflow: words for what is deleted
+_DELETED = re.compile(r"deleted (experiment) '|(experiment|run) \w+ must be in the 'active' state")
+_VERSION = re.compile(r"Model Version|Registered Model|Logged model|Model '")
 _CODES = (401, 403)
 _STRANGER = ("UNAUTHENTICATED", "UNAUTHORIZED")
 _FORBIDDEN = ("PERMISSION_DENIED", *_STRANGER)
@@ -124,6 +134,7 @@ def asking(what: str) -> Iterator[None]:
     Raises:
         StoreError: the store was away too long, or a disk is full or fails.
         DeniedError: MLflow's permissions forbid it.
+        ParentError: the store no longer holds a version.
         RegistryError: MLflow refused.
     """
     try:
@@ -156,11 +167,33 @@ def asking(what: str) -> Iterator[None]:
             raise
         if is_forbidden(error):
             raise denied(what, error) from error
+        if isinstance(error, MlflowException) and (deleted := _deleted(what, error)):
+            raise deleted from error
         raise RegistryError(
             f"MLflow refused to {what}: {error}",
             where=where(),
             fix="check the store and your permissions in it, then run the same command again",
         ) from error
+
+
+def _deleted(what: str, error: MlflowException) -> SoupError | None:
+    """The error for what somebody has deleted; None if MLflow says something else."""
+    said = str(error.message)
+    if found := _DELETED.search(said):
+        kind = found[1] or found[2]
+        return RegistryError(
+            f"somebody deleted the {kind} that is needed to {what}: {said}",
+            where=where(),
+            fix=f"restore it (mlflow {kind}s restore --help), or name another experiment "
+            "(--experiment NAME); then run the command again",
+        )
+    if error.error_code == NOT_FOUND and _VERSION.search(said):
+        return ParentError(
+            f"the store no longer holds what is needed to {what}: {said}",
+            where=where(),
+            fix="name versions that are registered: MLflow cannot restore a deleted one",
+        )
+    return None
 
 
 def denied(what: str, error: BaseException) -> DeniedError:

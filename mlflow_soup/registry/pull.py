@@ -14,6 +14,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path  # private door
 from mlflow.utils.uri import is_local_uri  # private door
 
 from mlflow_soup.errors import ParentError, SoupError, StoreError
+from mlflow_soup.files.untrusted import read_hex
 from mlflow_soup.records import Version
 from mlflow_soup.registry.cache import cache_folder
 from mlflow_soup.registry.outages import denied, is_forbidden, where
@@ -97,11 +98,12 @@ def _pull_remote(client: Store, version: Version, source: str, fresh: bool) -> P
     listing = _listing_of(client, version.uri)
     entry = hashlib.sha256(json.dumps([source, listing]).encode()).hexdigest()
     pointer = cache / "source" / entry
-    if pointer.is_file() and not fresh:
-        folder = cache / "content" / pointer.read_text()
-        if folder.is_dir() and _tree_digest(folder) == folder.name:
+    with contextlib.suppress(OSError, ValueError):
+        folder = cache / "content" / read_hex(pointer)
+        if not fresh and folder.is_dir() and _tree_digest(folder) == folder.name:
             return folder
-        shutil.rmtree(folder, ignore_errors=True)  # damaged
+        if not fresh:
+            shutil.rmtree(folder, ignore_errors=True)  # damaged
     for below in ("source", "content", "temporary"):
         (cache / below).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache / "temporary") as temporary:

@@ -16,6 +16,7 @@ from mlflow.utils.uri import is_local_uri  # private door
 from mlflow_soup.errors import StoreError
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Version
+from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming
 from mlflow_soup.registry.outages import NOT_FOUND, asking, is_forbidden
 from mlflow_soup.registry.pull import download_tree
@@ -188,7 +189,7 @@ def _register_once(
             source=f"models:/{logged_id}",
             run_id=run_id,
             tags=dict(tags),
-            description=description,
+            description=redact(description),
             await_creation_for=0,
             model_id=logged_id,
         )

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlflow_soup.errors import NonFiniteError
+from mlflow_soup.files.untrusted import open_regular
 from mlflow_soup.records import Items, Metric, Score
 
 _COLUMNS = pa.schema(
@@ -102,7 +103,8 @@ def read(path: Path) -> Scores:
     Raises:
         OSError, ValueError, KeyError, TypeError: the file is damaged, or `write` did not write it.
     """
-    table = pq.read_table(path)
+    with open_regular(path) as file:
+        table = pq.read_table(file)
     head = json.loads(table.schema.metadata[b"soup"])
     if table.schema.metadata[b"sha256"].decode() != _digest(head, table):
         raise ValueError(f"{path} is damaged")

@@ -103,7 +103,8 @@ class Trust:
                 raise Unbelieved("the run is in another experiment")
             return fetch(self.client, run_id, file, folder)
         path = fetch(self.client, run_id, file, folder)
-        envelope = fetch(self.client, run_id, file + SIGNATURE, folder).read_text()
+        signature = fetch(self.client, run_id, file + SIGNATURE, folder)
+        envelope = untrusted.read_regular(signature, untrusted.LARGEST_JSON).decode()
         assert self.verifier is not None
         if not self.verifier.holds(envelope, kind, sha256_of(path), about):
             raise Unbelieved("no key that counts has signed it")

@@ -233,7 +233,7 @@ def unregister(client: Store, version: Version) -> None:
 def describe(client: Store, version: Version, description: str) -> None:
     """Replace a version's description."""
     with asking(f"describe {version}"):
-        client.update_model_version(version.name, str(version.number), description)
+        client.update_model_version(version.name, str(version.number), redact(description))
 
 
 def description_of(client: Store, version: Version) -> str:

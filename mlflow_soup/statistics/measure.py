@@ -22,6 +22,8 @@ from torch import Tensor
 from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.files.durable import on_disk, staged
+from mlflow_soup.files.signing import sha256_of
+from mlflow_soup.files.untrusted import LARGEST_JSON, read_regular
 from mlflow_soup.request.spec import ESTIMATORS
 from mlflow_soup.statistics import averaging
 from mlflow_soup.statistics.calibration import Calibration
@@ -29,7 +31,6 @@ from mlflow_soup.statistics.passes import KINDS
 from mlflow_soup.statistics.sums import mapped
 from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.compatibility import function_of
-from mlflow_soup.weights.digests import of_file
 from mlflow_soup.weights.mix import Scratch
 
 # in units of the mean Fisher information; it makes elements that no parent uses the plain mean
@@ -123,7 +124,7 @@ def measure(
             about = KINDS[kind](live, parent, calibration, partial / _TENSORS, recipe)
             with on_disk(partial / _ABOUT):
                 content = {"kind": kind, "tokens": calibration.tokens, "turned": [], "mean": 0.0}
-                content |= about | {"sha256": of_file(partial / _TENSORS)}
+                content |= about | {"sha256": sha256_of(partial / _TENSORS)}
                 (partial / _ABOUT).write_text(json.dumps(content), encoding="utf-8")
     except SpecError:  # another process was faster, or the folder cannot be written
         if _open(place) is None:
@@ -136,8 +137,8 @@ def measure(
 def _open(place: Path) -> Statistics | None:
     """The statistics at a place in the cache; None if there are none or they are damaged."""
     try:
-        about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
-        if of_file(place / _TENSORS) != about["sha256"]:
+        about = json.loads(read_regular(place / _ABOUT, LARGEST_JSON))
+        if sha256_of(place / _TENSORS) != about["sha256"]:
             return None
         tensors = mapped(place / _TENSORS)
         if not tensors.keys() >= {*about["places"].values()}:

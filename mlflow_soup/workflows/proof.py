@@ -21,7 +21,7 @@ from mlflow_soup.evaluation.items import Part, all_items, asked
 from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.records import Evidence, Examination, Finding, Manifest, Rules, Verdict, Version
 from mlflow_soup.registry import naming, tracking
-from mlflow_soup.registry.evaluations import find_examinations
+from mlflow_soup.registry.evaluations import examinations_of
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import Trust
 from mlflow_soup.registry.versions import policy
@@ -273,7 +273,7 @@ def decide(
     for rival in rivals(client, proven.version.name, spec):
         champions[rival] = read.get(rival) or open_version(client, rival, fresh=True).parent.digest
     needed = {proven.version: proven.digest, **proven.parents, **champions}
-    found = find_examinations(trust, {naming.DIGEST: proven.digest})
+    found = examinations_of(trust, proven.digest)
     examination = _choose(proven, [examined] if examined else found, needed, standard, trust)
     of = {version: _as(examination, digest, version) for version, digest in needed.items()}
     parents = [of[version] for version in proven.parents]

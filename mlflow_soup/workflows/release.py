@@ -11,6 +11,7 @@ from dataclasses import asdict
 from mlflow_soup.errors import DeniedError, SpecError
 from mlflow_soup.files.signing import open_verifier
 from mlflow_soup.records import Evidence, Examination, Manifest, Score, Soup, Verdict, Version
+from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, probes, promotion, tracking
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
@@ -164,7 +165,7 @@ def record(client: Store, decision: Decision, *runs: str) -> bool:
     ood_run = decision.examination.run_id
     word = naming.PASSED if verdict.passed else naming.REFUSED
     rules = json.dumps(rules_told(decision), sort_keys=True)
-    table = f"{report.verdict_words(verdict)}\n\n{report.checks_table(verdict)}\n"
+    table = redact(f"{report.verdict_words(verdict)}\n\n{report.checks_table(verdict)}\n")
     about = {"soup": decision.proven.digest, "verdict": word, "rules": rules_told(decision)}
     told = {naming.GATE: word, naming.GATE_RULES: rules}
     for run_id in runs:

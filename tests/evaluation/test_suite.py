@@ -100,3 +100,18 @@ def test_a_data_file_that_is_not_there_is_not_blamed_on_the_hub(tasks, tmp_path)
     with pytest.raises(errors.ObjectiveError, match=r"gone\.jsonl") as caught:
         load_suite("toy_letters", include_path=str(tmp_path))
     assert "data_files" in caught.value.fix
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "{}/file", "{}/file/below", "{}/dangling"])
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_tasks(
+    tasks, tmp_path, monkeypatch, place
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("gone")
+    cache = place.format(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    with pytest.raises(errors.SpecError, match="cannot be written") as caught:
+        load_suite("toy_letters", include_path=str(tasks))
+    assert cache in caught.value.what
+    assert "HF_HOME" in caught.value.where
+    assert "data_files" not in caught.value.fix

@@ -54,7 +54,8 @@ def whole(prepared):
             assert code == 0, place.said()
             assert checker.problems(place.database) == []
             assert place.repeated() == 0
-            assert not list(place.temporary.iterdir())
+            (ours,) = place.temporary.iterdir()
+            assert not list(ours.iterdir())
             left.append(checker.look(place.database))
             found[kinds] = (place.root / "points.txt").read_text().splitlines()
     assert len({*left}) == 1
@@ -107,7 +108,7 @@ def end(prepared, expected, place, name, kills, code):
     found += checker.problems(place.database, expected)
     if code not in (0, -signal.SIGKILL, 1, 6, 7):
         found.append(f"exit code {code}: {place.said()[-1500:]}")
-    left = [f.name for f in place.temporary.iterdir() if "mlflow-soup" in f.name]
+    left = [f.name for f in place.temporary.glob("mlflow-soup-*/*")]
     if left and code < 0:
         found.append(f"temporary folders are left: {left}")
     # what MLflow was told of as it was killed, before it was dropped here; swept in three months

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, and the fast writer."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -384,30 +385,125 @@ def test_a_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
 
 
-def test_temporary_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / ".mlflow-soup.partial-dead").mkdir()
-    (tmp_path / "mine").mkdir()
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """A folder for temporary files that everybody may write to."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def own(shared):
+    return shared / f"mlflow-soup-{os.geteuid()}"
+
+
+def test_temporary_folders_of_killed_processes_are_removed(shared):
+    with durable.scratch():
+        (own(shared) / ".scratch.partial-dead").mkdir()
+        (own(shared) / "mine").mkdir()
     with durable.scratch() as first, durable.scratch() as second:
         (first / "model").touch()
-        assert first.stat().st_mode & 0o777 == 0o700
-        assert {p.name for p in tmp_path.iterdir()} == {first.name, second.name, "mine"}
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+        assert own(shared).stat().st_mode & 0o777 == 0o700
+        assert {p.name for p in own(shared).iterdir()} == {first.name, second.name, "mine"}
+    assert [p.name for p in own(shared).iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "squat",
+    [
+        os.mkfifo,
+        Path.touch,
+        lambda path: path.symlink_to("gone"),
+        lambda path: path.symlink_to(path.parent),
+        lambda path: (path.mkdir(), path.chmod(0o777)),
+        lambda path: (path.mkdir(), path.chmod(0o750)),
+        lambda path: (path.mkdir(0o700), os.chown(path, 12345, -1)),
+    ],
+    ids=["pipe", "file", "dangling", "link", "open", "readable", "foreign"],
+)
+def test_a_scratch_folder_that_others_could_use_is_refused_with_its_path(shared, squat):
+    try:
+        squat(own(shared))
+    except PermissionError:
+        pytest.skip("only root may give a folder away")
+    with pytest.raises(StoreError) as refused, durable.scratch():
+        pytest.fail("the block must not run")
+    assert refused.value.where == str(own(shared))
+    assert "not a folder that only this user can use" in refused.value.what
+    assert "TMPDIR" in refused.value.fix
+
+
+def elsewhere(path):
+    """A link to a folder that the sweep must not empty."""
+    canary = path.parent.parent / "canary"
+    canary.mkdir(exist_ok=True)
+    (canary / "file").touch()
+    path.symlink_to(canary)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, elsewhere], ids=["pipe", "file", "link"])
+def test_what_lies_beside_a_folder_under_the_name_of_remains_is_not_opened(shared, make):
+    for name in (".mlflow-soup.partial-x", ".soup.partial-x"):
+        make(shared / name)
+    with durable.scratch(), staged(shared / "soup") as folder:
+        (folder / "file").touch()
+    assert (shared / "soup" / "file").exists()
+    assert (shared / ".soup.partial-x").lstat()
+    assert make is not elsewhere or (shared.parent / "canary" / "file").exists()
+
+
+def test_a_foreign_folder_under_the_name_of_remains_is_left_alone(tmp_path):
+    foreign = tmp_path / ".soup.partial-x"
+    a_folder(foreign)
+    try:
+        os.chown(foreign, 12345, -1)
+    except PermissionError:
+        pytest.skip("only root may give a folder away")
+    with staged(tmp_path / "soup"):
+        pass
+    assert (foreign / "file").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_told_and_removes_no_folder(
+    shared, monkeypatch, caplog, code
+):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with durable.scratch() as first, durable.scratch() as second:
+        (first / "file").touch()
+        (second / "file").touch()
+        with staged(shared / "soup") as folder:
+            (folder / "file").touch()
+        assert (first / "file").exists()
+    assert (shared / "soup" / "file").exists()
+    assert [*own(shared).iterdir()] == []
+    assert f"cannot be locked: {os.strerror(code)}" in caplog.text
+
+
+def test_no_descriptor_of_a_lock_stays_open(shared):
+    before = os.listdir("/proc/self/fd")
+    with durable.scratch(), durable.scratch(), staged(shared / "soup"):
+        pass
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_folder_that_another_process_sweeps_before_it_is_locked_is_made_anew(
     tmp_path, monkeypatch
 ):
-    lock, swept = durable._lock, []
+    lock, swept = durable.try_lock, []
 
-    def sweep_first(folder):
-        descriptor = lock(folder)
+    def sweep_first(descriptor, folder):
         if not swept:  # another process was quicker: it locked, removed, and let go
             swept.append(folder)
             folder.rmdir()
-        return descriptor
+        return lock(descriptor, folder)
 
-    monkeypatch.setattr(durable, "_lock", sweep_first)
+    monkeypatch.setattr(durable, "try_lock", sweep_first)
     with staged(tmp_path / "soup") as partial:
         (partial / "file").write_text("whole")
     assert not swept[0].exists()

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 
 import mlflow
@@ -80,7 +81,7 @@ def honest(client):
     return read_examination(trust_of(client, Spec()), run.info.run_id)
 
 
-def write_examination(client, experiment, change, **settings):
+def write_examination(client, experiment, change, start_time=None, **settings):
     """An examination run as mlflow-soup writes it, with scores that somebody made up."""
     true = honest(client)
     tags = {
@@ -92,7 +93,8 @@ def write_examination(client, experiment, change, **settings):
         ),
         naming.GATE: "passed",
     }
-    run_id = client.begin_run(in_experiment(client, experiment), "OOD toy-llm v4", tags)
+    where = in_experiment(client, experiment)
+    run_id = client.begin_run(where, "OOD toy-llm v4", tags, start_time)
     roles = {role: change(role, evidence, true) for role, evidence in true.roles.items()}
     forged = Examination(run_id, roles, {**true.settings, **settings})
     names = dict.fromkeys(roles), {"dev": "d", "ood": "o"}
@@ -621,3 +623,58 @@ def test_examinations_that_are_malformed_or_inconsistent_are_passed_over(client,
     client.log_text(run_id, "[" * 100_000, "evidence.json.dsse.json")
     with pytest.raises(errors.GateError, match="no key of --public-key"):
         release.gate(Spec(version="v4", public_key=str(public)))
+
+
+NOW, DAY, YEAR_9999 = int(time.time() * 1000), 24 * 3600 * 1000, 253_370_764_800_000
+
+
+def as_it_was(role, evidence, true):
+    return evidence
+
+
+def judged(client, **request):
+    """The run whose examination the gate reads."""
+    release.gate(Spec(version="v4", **request))
+    return client.get_model_version(MODEL, "4").tags[naming.GATE_RUN]
+
+
+@pytest.mark.parametrize(
+    "clocks",
+    [(NOW + DAY, NOW), (YEAR_9999, NOW), (NOW, 1), (NOW, NOW), (NOW - DAY, NOW)],
+    ids=["a day ahead", "never in reach", "epoch", "equal", "right"],
+)
+def test_the_newest_examination_is_the_last_that_was_stored_by_any_clock(client, refused, clocks):
+    for clock in clocks:
+        run_id = write_examination(client, "soups", as_it_was, clock)
+        assert judged(client) == run_id
+    release.evaluate(Spec(version="v4"))
+    assert judged(client) not in (run_id, honest(client).run_id)
+
+
+@pytest.mark.parametrize("text", ["[]", "", '{"schema": 2, "earlier": [1]}', "gone", "deleted"])
+def test_a_newer_examination_that_is_lost_leaves_the_one_before_it(client, refused, text):
+    kept = write_examination(client, "soups", as_it_was, NOW + DAY)
+    run_id = write_examination(client, "soups", as_it_was, NOW)
+    folder = Path(local_file_uri_to_path(client.get_run(run_id).info.artifact_uri))
+    if text == "deleted":
+        client.delete_run(run_id)
+    elif text == "gone":
+        shutil.rmtree(folder)
+    else:
+        (folder / "evidence.json").write_text(text)
+    assert judged(client) == kept
+
+
+def test_a_signed_examination_cannot_be_logged_again(client, refused, keys, monkeypatch):
+    private, public = keys
+    signed(client, monkeypatch, private)
+    old = client.get_run(write_examination(client, "soups", as_it_was))
+    newest = write_examination(client, "soups", as_it_was)
+    monkeypatch.delenv(signing.KEY_ENV)
+    assert judged(client, public_key=str(public)) == newest
+    tags = {key: old.data.tags[key] for key in (naming.ROLE, naming.DIGEST, naming.CONDITIONS)}
+    for start_time in (None, 1, NOW + DAY):
+        again = client.begin_run(old.info.experiment_id, "OOD toy-llm v4", tags, start_time)
+        client.log_artifacts(again, local_file_uri_to_path(old.info.artifact_uri))
+        client.set_terminated(again)
+        assert judged(client, public_key=str(public)) == newest

@@ -101,6 +101,171 @@ def test_a_secret_is_known_by_its_looks(secret):
     assert redact(f"key {secret}, or '{secret}'\\n{secret}") == "key …, or '…'\\n…"
 
 
+BODY = "Zq7k3yOf8Base64" * 12
+HEX = "9f86d081884c7d659a2feaa0c55ad015"
+TOKENS = {
+    "aws sts": f"ABIA{BODY[:16].upper()}",
+    "anthropic": f"sk-ant-api03-{BODY[:80]}",
+    "openai": f"sk-proj-{BODY[:48]}",
+    "openai of old": f"sk-{BODY[:48]}",
+    "google": f"AIza{BODY[:35]}",
+    "google oauth": f"ya29.{BODY[:60]}",
+    "azure": f"a1b8Q~{BODY[:34]}",
+    "azure sas": f"https://a.blob.core.windows.net/c?sv=2024-01-01&sig={BODY[:40]}%3D",
+    "slack": "xoxb-123456789012-1234567890123-AbCdEfGhIjKlMnOpQrStUvWx",
+    "slack app": "xapp-1-A0123456789-1234567890123-" + HEX,
+    "stripe": f"sk_live_{BODY[:24]}",
+    "gitlab runner": f"glrt-{BODY[:20]}",
+    "pypi": f"pypi-AgEIcHlwaS5vcmc{BODY[:80]}",
+    "npm": f"npm_{BODY[:36]}",
+    "docker": f"dckr_pat_{BODY[:27]}",
+    "vault": f"hvs.{BODY[:90]}",
+    "sendgrid": f"SG.{BODY[:22]}.{BODY[:43]}",
+    "twilio": f"SK{HEX}",
+    "discord": f"M{BODY[:23]}.{BODY[:6]}.{BODY[:27]}",
+    "mailchimp": f"{HEX}-us12",
+    "digital ocean": f"dop_v1_{HEX}{HEX}",
+    "shopify": f"shpat_{HEX}",
+    "groq": f"gsk_{BODY[:52]}",
+    "nvidia": f"nvapi-{BODY[:64]}",
+    "age": f"AGE-SECRET-KEY-1{BODY[:58].upper()}",
+}
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize(
+    "around", ["{}", "key {}, gone", "'{}'", "a\\n{}\\nb", "x={}&y", "[{}](#)"]
+)
+def test_the_tokens_of_vendors_are_hidden(token, around):
+    shown = redact(around.format(token))
+    assert token not in shown
+    assert token.partition("?")[0][-12:] not in shown or "?" in token
+    assert redact(shown) == shown
+
+
+PEM = "\n".join(
+    ["-----BEGIN {}PRIVATE KEY-----", BODY[:64], BODY[64:128], "-----END {}PRIVATE KEY-----"]
+)
+
+
+@pytest.mark.parametrize("kind", ["", "RSA ", "EC ", "OPENSSH ", "ENCRYPTED "])
+@pytest.mark.parametrize("encode", [str, json.dumps, repr, quote_plus, lambda s: s[:110]])
+def test_private_keys_are_hidden_also_by_their_lines(monkeypatch, kind, encode):
+    pem = PEM.format(kind, kind)
+    assert BODY[:20] not in redact(f"loading {pem} failed")
+    assert BODY[:20] not in redact(f"loading {pem[:90]}")
+    monkeypatch.setenv("SERVER_PEM", pem)
+    assert BODY[:20] not in redact(f"loading {encode(pem)} failed")
+    assert BODY[64:84] not in redact(f"line 3 is {BODY[64:128]!r}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "machine host login alice password {}",
+        "machine host\n  login alice\n  password {}\n",
+        "default login alice password {}",
+        "machine host login alice account x password {}",
+        "machine host password {} login alice",
+        "bad line 'machine host login alice password {}'",
+        "b'machine host\\n login alice\\n password {}\\n'",
+        "password {}",
+    ],
+)
+def test_lines_of_netrc_are_hidden(monkeypatch, line):
+    assert "hunter2" not in redact(line.format("hunter2-s3cret"))
+    monkeypatch.setenv("NETRC_CONTENT", line.format("hunter2-s3cret"))
+    assert "hunter2" not in redact("refused: hunter2-s3cret") or line[0] == "b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Invalid bucket name "alice:{}@bucket": Bucket name must match the regex',
+        'Invalid bucket name "alice:{}": Bucket name must match the regex',
+        'Invalid bucket name "{}@bucket": Bucket name must match',
+        "cannot resolve 'alice:{}@host'",
+        'no host "alice:{}@host.example"',
+        "password: {}",
+        "X-Api-Key: {}",
+        "PRIVATE-TOKEN: {}",
+        "Cookie: session={}; a=b",
+        "{{'Set-Cookie': 'session={}; Path=/'}}",
+        "//registry.npmjs.org/:_authToken={}",
+        "SharedAccessSignature={}",
+        "DefaultEndpointsProtocol=https;AccountName=a;AccountKey={};EndpointSuffix=b",
+        "user=alice pass={}",
+    ],
+)
+def test_secrets_are_known_by_more_places(text):
+    shown = redact(text.format("hunter2-s3cret"))
+    assert "hunter2" not in shown
+    assert "s3cret" not in shown
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("GITHUB_PAT", "AZURE_DEVOPS_EXT_PAT", "MYSQL_PWD", "PGPASSWORD", "DB_PASS", "SMTP_PW"),
+        *("STRIPE_KEY_LIVE", "API_KEYS", "OPENAI_KEY_2", "OPENAI_API_KEY", "NPM_AUTH", "A_JWT"),
+        *("SESSION_COOKIE", "SLACK_WEBHOOK", "DB_CONN_STRING", "AZURE_CONNECTION_STRING"),
+        *("PASSPHRASE", "SSH_PASSCODE", "GCP_CREDS", "ENCRYPTION_SALT", "WIFI_PSK", "STORAGE_SAS"),
+        *("API_TOKENS", "HF_TOKEN", "CI_JOB_TOKEN", "CLIENT_SECRET", "aws_session_token"),
+    ],
+)
+def test_many_names_of_variables_hold_secrets(monkeypatch, name):
+    monkeypatch.setenv(name, "hunter2-s3cret")
+    assert redact("at hunter2-s3cret") == "at …"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MLFLOW_TRACKING_AUTH", "databricks"),
+        ("MAX_TOKENS", "131072"),
+        ("TOKENIZERS_PARALLELISM", "disabled"),
+        ("KEYBOARD_LAYOUT", "us-intl1"),
+        ("SSH_KEY_PATH", "models/v12"),
+        ("S3_KEY_PREFIX", "models/v12"),
+        ("OLDPWD", "/gone/models/v12"),
+        ("GIT_AUTHOR_NAME", "toy-llm v12"),
+        ("MONKEY_PATCH_LEVEL", "toy-llm-12"),
+        ("WEBHOOK_STATE", "disabled"),
+        ("SHARE_PATTERN", "toy-llm-12"),
+        ("PIN", "40960"),
+        ("APIKEY_FILE", "models/v12"),
+    ],
+)
+def test_other_names_hold_none(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert redact(f"at {value}.") == f"at {value}."
+
+
+digits = st.text("0123456789abcdef", min_size=32, max_size=64)
+
+
+@UNHURRIED
+@given(
+    digest=digits,
+    number=st.integers(0, 10**13),
+    share=st.floats(0, 1),
+    name=st.from_regex(r"[a-z]{2,12}(-[a-z]{2,12}){0,3}-v?[0-9]{1,3}", fullmatch=True),
+)
+def test_digests_runs_versions_and_weights_are_left_alone(digest, number, share, name):
+    for text in (
+        f"{number}:{digest}",
+        f"sha256:{digest}, run {digest[:32]}, m-{digest[:32]}",
+        f"models:/{name}/{number % 100} and models:/{name}@champion",
+        f"image {name}:v{number % 9}@sha256:{digest}",
+        f"λ = {share!r} · {name}, --allow-task-code {digest}",
+        f"soup.key={digest} cfg.seed {number}",
+        f"s3://{name}/{number}/{digest[:32]}/artifacts/model.safetensors",
+        f"task {name}:acc_norm,none at {share:.4f}",
+        f"{{'weights': [{share!r}], 'digest': '{digest}'}}",
+    ):
+        assert redact(text) == text
+
+
 @UNHURRIED
 @given(text=st.text() | prose)
 def test_what_is_redacted_stays_as_it_is(text):
@@ -254,7 +419,18 @@ def test_a_record_with_an_exception_or_a_wrong_format_is_redacted():
 
 
 @pytest.mark.parametrize(
-    "unit", ["://", "://a:", "eyJaaaaaaaa", "password='", 'token": "', "bearer ", "://u:p@h?a=b,"]
+    "unit",
+    [
+        *("://", "://a:", "eyJaaaaaaaa", "password='", 'token": "', "bearer ", "://u:p@h?a=b,"),
+        *(
+            "-----BEGIN PRIVATE KEY-----",
+            "-----BEGIN A ",
+            "machine a ",
+            "password a\n",
+            "cookie: a",
+        ),
+        *("sk-ant-", "AIza", "SK0", 'bucket name "', "'a:", "password: a1", "xoxb-1-", "AC", "M"),
+    ],
 )
 def test_no_text_takes_long(unit):
     text = unit * (200_000 // len(unit))

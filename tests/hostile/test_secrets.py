@@ -10,6 +10,7 @@ from urllib.parse import quote
 import mlflow
 import pytest
 import yaml
+from test_redaction import BODY, PEM, TOKENS
 
 import forked
 import mlflow_soup
@@ -212,3 +213,57 @@ def test_an_artifact_store_that_is_away_is_an_error_without_keys(client, tasks, 
         assert done.returncode in (4, 6), done.stderr
         assert "Traceback" not in done.stderr
     check_bytes((tmp_path / "mlflow.db").read_bytes())
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
+def test_a_command_that_fails_on_a_token_does_not_repeat_it(tmp_path, token):
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({f"x-{token}": "1"}))
+    merge = ("merge", token, f"models:/{token}", "--weights", token, "--out", f"x{token}")
+    for words in (merge, ("run", "--spec", "spec.yaml"), ("run", f"--{token}"), ("verify", token)):
+        done = forked.play("mlflow_soup", *words, cwd=tmp_path)
+        assert done.returncode not in (0, 1), done.stderr
+        assert token.partition("?")[2] or token not in done.stdout + done.stderr
+
+
+VARIABLES = {
+    "GITHUB_PAT": "hunter2-s3cret",
+    "MYSQL_PWD": "hunter2-s3cret",
+    "STRIPE_KEY_LIVE": "hunter2-s3cret",
+    "NETRC": "machine host login alice password hunter2-s3cret",
+    "PIP_INDEX_URL": "https://hunter2-s3cret-0123@host/simple",
+    "CONFIG_JSON": '{"private_key": "hunter2-s3cret", "type": "service_account"}',
+    "STORAGE": "DefaultEndpointsProtocol=https;AccountKey=hunter2-s3cret;EndpointSuffix=b",
+    "SERVER_CERT": PEM.format("", "").replace(BODY[:64], "hunter2-s3cret" * 4),
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_command_that_fails_on_what_a_variable_holds_does_not_repeat_it(tmp_path, name):
+    planted = {**os.environ, name: VARIABLES[name]}
+    secret = "hunter2-s3cret" * (4 if name == "SERVER_CERT" else 1)
+    secret += "-0123" if name == "PIP_INDEX_URL" else ""
+    for words in (("merge", secret, secret, "--weights", "1/2,1/2", "--out", "x"), ("run", secret)):
+        done = forked.play("mlflow_soup", *words, cwd=tmp_path, env=planted)
+        assert done.returncode in (2, 4), done.stderr
+        assert "hunter2" not in done.stdout + done.stderr
+        assert "…" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["s3://alice:hunter2-s3cret@bucket/far", "s3://alice:hunter2-s3cret/far", "s3://a:hunter2@b"],
+)
+def test_a_password_in_the_location_of_artifacts_is_not_shown(client, tasks, location):
+    client.create_experiment("cloud", artifact_location=location)
+    client.create_registered_model("far-llm")
+    for number in (1, 2):
+        client.create_model_version("far-llm", f"{location}/{number}")
+    words = ("run", "--pair", "v1,v2", "--store-patience", "0", "--experiment", "cloud")
+    asked = ("--tasks", "toy_letters", "--include-path", str(tasks))
+    for model in (MODEL.replace("guarded", "toy"), "far-llm"):
+        env = {**os.environ, **CLOUD, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        done = forked.play("mlflow_soup", *words, "--model", model, *asked, env=env)
+        assert done.returncode in (1, 4, 6), done.stderr
+        assert "Invalid bucket name" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "hunter2" not in done.stdout + done.stderr

@@ -486,12 +486,18 @@ GENERATE = {
     "generation_kwargs": {"until": ["never"], "max_gen_toks": 24},
 }
 BACK = r"(?:[\s\S]+)+(?!)"
-FIRST = {"function": "take_first"}
 MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+
+
+def filters(pattern):
+    chain = [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]
+    return [{"name": "x", "filter": chain}]
+
+
 PATTERNS = {
     "a filter": {
         "metric_list": [MATCH],
-        "filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": BACK}, FIRST]}],
+        "filter_list": filters(BACK),
     },
     "a metric": {
         "metric_list": [MATCH | {"regexes_to_ignore": [r"(a+)+$"]}],
@@ -513,7 +519,7 @@ def test_honest_patterns_score_as_lm_eval_scores_them(place, live):
     place.folder.mkdir()
     fields = {
         "metric_list": [MATCH | {"regexes_to_ignore": [","]}],
-        "filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "(.*)"}, FIRST]}],
+        "filter_list": filters("(.*)"),
     }
     write(place, plain(place, **GENERATE, **fields))
     assert Evaluator(live, load(place)).score().items[0].values == (0.0, 0.0, 0.0)

@@ -1,10 +1,11 @@
+import os
 import time
 
 import pytest
 
 from mlflow_soup import errors
 from mlflow_soup.records import Items, Score
-from mlflow_soup.registry import journal
+from mlflow_soup.registry import journal, scores
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.scores import Scores
 
@@ -75,3 +76,16 @@ def test_old_entries_are_deleted(kept, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now + 100 * 24 * 3600)
     kept.open()
     assert kept.read("old") is None
+
+
+@pytest.mark.parametrize("spoil", ["pipe", "link", "folder", "device"])
+def test_an_entry_that_others_made_is_not_waited_for_or_followed(kept, tmp_path, spoil):
+    path = kept.folder / "k.parquet"
+    scores.write(SCORES, tmp_path / "elsewhere")
+    if spoil == "pipe":
+        os.mkfifo(path)
+    elif spoil == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "elsewhere" if spoil == "link" else "/dev/zero")
+    assert kept.read("k") is None

@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import threading
@@ -196,3 +198,55 @@ def test_without_leases_nothing_is_waited_for(book, tmp_path):
     assert lease.held(book, {KEY}, tmp_path / "new") == set()
     assert lease.held(book, set(), tmp_path / "newer") == set()
     assert time.monotonic() - begin < lease.GRACE_S
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A file elsewhere that must not be read, and a folder for locks that others can write to."""
+    path = tmp_path / "secret"
+    path.write_text("machine host password hunter2-s3cret")
+    (tmp_path / "shared").mkdir()
+    return path
+
+
+@pytest.mark.parametrize("spoil", ["pipe", "link", "dangling"])
+def test_a_lock_that_others_made_is_not_waited_for_or_followed(book, tmp_path, secret, spoil):
+    lock = tmp_path / "shared" / f"{KEY[:32]}.lock"
+    if spoil == "pipe":
+        os.mkfifo(lock)
+        with lease.hold(book.client, MODEL, KEY, lock.parent):
+            return
+    lock.symlink_to(secret if spoil == "link" else tmp_path / "canary")
+    with (
+        pytest.raises(errors.StoreError) as refused,
+        lease.hold(book.client, MODEL, KEY, lock.parent),
+    ):
+        pytest.fail("the block must not run")
+    assert refused.value.where == str(lock)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("spoil", ["pipe", "link", "text", "long", "path"])
+def test_a_name_for_the_folder_that_others_wrote_is_replaced(book, tmp_path, secret, spoil):
+    path = tmp_path / "shared" / "identity"
+    texts = {"text": "hunter2-s3cret", "long": "a" * (1 << 20), "path": "../secret"}
+    if spoil in texts:
+        path.write_text(texts[spoil])
+    else:
+        os.mkfifo(path) if spoil == "pipe" else path.symlink_to(secret)
+    with lease.hold(book.client, MODEL, KEY, path.parent):
+        pass
+    (entry,) = entries(book)
+    assert len(entry.told["cache"]) == 32
+    assert "hunter2" not in str(entry)
+    assert secret.read_text().endswith("hunter2-s3cret")
+
+
+def test_a_folder_without_locks_is_told(book, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with lease.hold(book.client, MODEL, KEY, tmp_path):
+        pass
+    assert "cannot be locked: No locks available" in caplog.text

@@ -62,6 +62,31 @@ def test_a_damaged_cache_entry_is_fetched_again(server_client, checkpoints):
     assert (again / "model.safetensors").read_bytes() == sound
 
 
+def test_a_cache_entry_that_names_another_folder_removes_nothing(
+    server_client, checkpoints, tmp_path
+):
+    server_client.create_registered_model("pointed")
+    register(server_client, checkpoints[1], "pointed")
+    folder = pull(server_client, Version("pointed", 1))
+    canary = tmp_path / "canary"
+    canary.mkdir()
+    (pointer,) = (
+        path
+        for path in (tmp_path / "cache" / "source").iterdir()
+        if path.read_text() == folder.name
+    )
+    linked = tmp_path / "name"
+    linked.write_text(str(canary))
+    for spoil in (str(canary), "../../canary", "..", "", f"{folder.name}\n", linked, os.mkfifo):
+        pointer.unlink()
+        if isinstance(spoil, str):
+            pointer.write_text(spoil)
+        else:
+            spoil(pointer) if spoil is os.mkfifo else pointer.symlink_to(spoil)
+        assert pull(server_client, Version("pointed", 1)) == folder
+        assert canary.is_dir()
+
+
 def test_a_version_that_was_never_uploaded_completely_is_refused(client, checkpoints):
     logged = mlflow.initialize_logged_model(name="half")
     client.log_model_artifacts(logged.model_id, str(checkpoints[0]))
