@@ -17,6 +17,7 @@ from mlflow.entities import Run, RunStatus
 from mlflow.exceptions import MlflowException
 
 from mlflow_soup.files.signing import sha256_of
+from mlflow_soup.files.untrusted import parse_json, read_regular
 from mlflow_soup.records import Evidence, Examination, Recipe, Score, Trial, Version
 from mlflow_soup.registry import naming, scores
 from mlflow_soup.registry.outages import is_forbidden
@@ -29,6 +30,7 @@ logger = logging.getLogger("mlflow_soup")
 
 SCHEMA = 2  # the version of the format of `evidence.json`
 _HELD_OUT = "held-out"
+_LARGEST = 64 << 20  # bytes of `evidence.json`; it names the files with the items
 
 
 def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]:
@@ -245,7 +247,7 @@ def read_examination(trust: Trust, run_id: str) -> Examination | None:
         folder, roles = Path(temporary), {}
         try:
             path = trust.read(run_id, naming.EVIDENCE, folder, "examination", {})
-            content = json.loads(path.read_text())
+            content = parse_json(read_regular(path, _LARGEST))
             settings = dict(content["settings"])
             if content["schema"] != SCHEMA or not isinstance(settings["asked"], dict):
                 return None

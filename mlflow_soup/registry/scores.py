@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlflow_soup.errors import NonFiniteError
+from mlflow_soup.files.untrusted import parse_json
 from mlflow_soup.records import Items, Metric, Score
 
 _COLUMNS = pa.schema(
@@ -103,7 +104,7 @@ def read(path: Path) -> Scores:
         OSError, ValueError, KeyError, TypeError: the file is damaged, or `write` did not write it.
     """
     table = pq.read_table(path)
-    head = json.loads(table.schema.metadata[b"soup"])
+    head = parse_json(table.schema.metadata[b"soup"])
     if table.schema.metadata[b"sha256"].decode() != _digest(head, table):
         raise ValueError(f"{path} is damaged")
     groups: dict[tuple[int, str, str, float], list[Any]] = {}

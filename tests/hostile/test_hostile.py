@@ -188,6 +188,13 @@ def mlmodel(content):
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "\n".join(
     f"{n}: &{n} [{','.join([f'*{m}'] * 9)}]" for m, n in zip("abcdefgh", "bcdefghi", strict=True)
 )
+
+
+def empties(size, one=b"[]"):
+    """A JSON object of so many bytes that holds only empty values."""
+    return b'{"a":[' + b",".join([one] * (size // len(one + b","))) + b"]}"
+
+
 MANY = {f"t{i}": entry((0,), (0, 0)) for i in range(20_001)}
 
 CHECKPOINTS = {
@@ -236,6 +243,22 @@ CHECKPOINTS = {
         replace_by(long(1 << 30), "tokenizer_config.json"),
         r"tokenizer_config\.json of .* 1073741824",
     ),
+    "tokenizer's config of empties": (
+        replace_by(text(empties(15 << 20)), "tokenizer_config.json"),
+        r"tokenizer_config\.json of .* more than 4000000 commas",
+    ),
+    "an index of empties": (
+        in_shards(replace_by(text(empties(15 << 20, b"{}")), INDEX)),
+        f"{INDEX} of .* more than 4000000 commas",
+    ),
+    "a header of empties": (
+        lambda place: header(place, empties((8 << 20) - 64, b"[[]]")),
+        "model.safetensors of .* more than 4000000 commas",
+    ),
+    "a shape of 1000 dimensions": (
+        lambda place: header(place, {"a": entry((1,) * 1000, (0, 4))}, bytes(4)),
+        "'a' has 1000 dimensions",
+    ),
     "weights are a link": (replace_by(link, SINGLE), "model.safetensors of .* is a link"),
     "weights are a pipe": (replace_by(pipe, SINGLE), "model.safetensors of .* neither a file"),
     "weights are a folder": (replace_by(folder, SINGLE), "model.safetensors of .* regular"),
@@ -264,7 +287,10 @@ CHECKPOINTS = {
         lambda p: header(p, b"{}", length=1 << 62),
         "ends inside its header",
     ),
-    "a header nested": (lambda p: header(p, b'{"a":' * 100_000), "header is nested too deep"),
+    "a header nested": (
+        lambda p: header(p, b'{"a":' * 100_000),
+        "model.safetensors of .* nested too deep",
+    ),
     "a name twice": (lambda p: header(p, b'{"a":1,"a":1}'), "has a key twice"),
     "no tensors": (lambda p: header(p, {}), "holds no tensors"),
     "20001 tensors": (lambda p: header(p, MANY), "more than 20000 tensors"),
@@ -702,6 +728,8 @@ def test_a_model_name_that_is_more_than_a_name_is_refused(name):
 
 MANIFESTS = {
     "nested": lambda content, place: "[" * 100_000,
+    "empties": lambda content, place: empties(60 << 20).decode(),
+    "empty objects": lambda content, place: empties(60 << 20, b"{}").decode(),
     "huge": lambda content, place: " " * (65 << 20),
     "a list": lambda content, place: [],
     "a weight that is no number": lambda content, place: (
