@@ -27,9 +27,10 @@ from mlflow_soup.weights.checkpoint import (
     shorten,
     stamp_of,
 )
+from mlflow_soup.weights.inherit import TEMPLATES, belongs
 
-# largest sizes of JSON files in bytes. For comparison: Gemma's tokenizer_config.json lists 6000
-# unused tokens; an index with 90 000 tensors has 9 MB, a tokenizer with 260 000 tokens 34 MB
+# largest sizes of files in bytes. For comparison: Gemma's tokenizer_config.json lists 6000 unused
+# tokens; an index with 90 000 tensors has 9 MB, a tokenizer with 260 000 tokens 34 MB
 _LARGEST = {"config.json": 1 << 20, "tokenizer_config.json": 16 << 20, INDEX: 16 << 20}
 _LARGEST_OTHER = 128 << 20
 _ADAPTER = "merge the adapter into its base (peft: merge_and_unload), then register the result"
@@ -71,7 +72,7 @@ def _unreadable(path: Path, label: str, error: Exception) -> ParentError:
 
 
 def _check_plain(folder: Path, label: str) -> None:
-    """Refuse links, pipes and overlong JSON, because libraries will read this folder later."""
+    """Refuse links, pipes and overlong files, because libraries will read this folder later."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.is_symlink():
@@ -81,6 +82,8 @@ def _check_plain(folder: Path, label: str) -> None:
                 fix="register plain files; `cp -rL` replaces the links in a folder by copies",
             )
         if entry.is_dir():
+            if entry.name == TEMPLATES:
+                _check_plain(path, label)
             continue
         if not entry.is_file():
             raise ParentError(
@@ -89,7 +92,8 @@ def _check_plain(folder: Path, label: str) -> None:
                 fix="register the checkpoint again with plain files only",
             )
         most = _LARGEST.get(entry.name, _LARGEST_OTHER)
-        if entry.name.endswith(".json") and (size := entry.stat().st_size) > most:
+        size = entry.stat().st_size
+        if belongs(entry.name) and size > most:
             error = ValueError(f"it is {size} bytes long, but at most {most} bytes are allowed")
             raise _unreadable(path, label, error)
 
