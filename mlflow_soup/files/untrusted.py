@@ -103,10 +103,18 @@ def parse_json(content: bytes) -> Any:
     raise ValueError("it is nested too deep")
 
 
-def _load_json(content: bytes, **hooks: Any) -> Any:
-    """`json.loads` within `MOST_MARKS`: 60 MB of empty lists would take half a minute and 2 GB."""
+def check_marks(content: bytes) -> None:
+    """Refuse JSON of too many values: 60 MB of empty lists would take half a minute and 2 GB.
+
+    Raises:
+        ValueError: the text has more than `MOST_MARKS` commas and brackets.
+    """
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_MARKS:
         raise ValueError(f"it has more than {MOST_MARKS} commas and brackets")
+
+
+def _load_json(content: bytes, **hooks: Any) -> Any:
+    check_marks(content)
     try:
         return json.loads(content.decode(), **hooks)
     except RecursionError as error:

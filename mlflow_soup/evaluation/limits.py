@@ -1,0 +1,83 @@
+"""Do work that files of unknown origin decide in a process of its own, within limits."""
+
+import contextlib
+import multiprocessing
+import resource
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+_FAILED, _TOO_MUCH = 1, 3  # exit codes
+_WORDS = ("File too large", "Cannot allocate memory")  # of the system; torch quotes them, too
+
+
+class LimitError(Exception):
+    """Work took more processor time, memory or disk than it may."""
+
+
+def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_size: int) -> None:
+    """Do work in a fork, to learn whether it ends; what it changes in memory is lost.
+
+    Work that raises an error has ended: the caller does it again and meets the error.
+
+    Args:
+        work: the work.
+        seconds: of processor time.
+        memory: bytes, in addition to those of this process.
+        file_size: bytes of each file that the work writes.
+
+    Raises:
+        LimitError: the work took more than its limits, or crashed.
+    """
+
+    def limited() -> None:
+        _limit(resource.RLIMIT_CPU, seconds)
+        _limit(resource.RLIMIT_FSIZE, file_size)
+        _limit(resource.RLIMIT_CORE, 0)
+        used = _data_size()
+        if used is not None:
+            _limit(resource.RLIMIT_DATA, used + memory)
+        try:
+            work()
+        except Exception as error:  # the caller meets it again
+            sys.exit(_TOO_MUCH if _is_of_limits(error) else _FAILED)
+
+    process = multiprocessing.get_context("fork").Process(target=limited, daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
+        process.start()
+    try:
+        process.join(60 + 20 * seconds)  # it may wait, on a busy machine or for what never comes
+    finally:
+        if process.is_alive():  # it waits, or Ctrl-C
+            process.kill()
+            process.join()
+    if process.exitcode not in (0, _FAILED):
+        raise LimitError(
+            f"it takes more than {seconds} s of processor time, {memory >> 20} MiB of memory, or "
+            f"{file_size >> 20} MiB of disk"
+        )
+
+
+def _limit(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (most, most))
+
+
+def _data_size() -> int | None:
+    """The bytes that RLIMIT_DATA counts; None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) << 10
+    return None
+
+
+def _is_of_limits(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
