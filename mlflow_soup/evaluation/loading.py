@@ -1,10 +1,12 @@
 """Let transformers load a model and a tokenizer that somebody else wrote, within limits."""
 
 import contextlib
+import faulthandler
 import gc
 import io
 import math
 import os
+import string
 import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -28,6 +30,8 @@ _SECONDS_OF_MODEL, _SECONDS_OF_TOKENIZER = 30, 120
 # a model may have 4 parts or values for each that the weights have, as when weights are tied or
 # stored fused, and so many more: masks of GPT-Neo's and GPT-J's kind are not stored
 _MORE_PARTS, _MORE_VALUES = 10_000, 1 << 28
+
+_PROBE = f"{string.printable} é ß 中 🙂"  # rules of a tokenizer can make a text longer without end
 
 _ONE_THREAD = threading.RLock()
 
@@ -61,7 +65,7 @@ def try_loading(checkpoint: Checkpoint) -> None:
 
     Both decide how often transformers' loops run and how much they allocate, in more ways than
     rules on numbers could name. A fork does what this process will do, up to the weights. It costs
-    0.1 s, and as long as the tokenizer takes to load; a new process would take seconds to start.
+    0.2 s, and as long as the tokenizer takes to load; a new process would take seconds to start.
 
     Raises:
         ParentError: one of them takes more than its limits, or ends the process.
@@ -76,7 +80,7 @@ def try_loading(checkpoint: Checkpoint) -> None:
 
     def tokenize() -> None:
         _hush()
-        load_tokenizer(checkpoint)
+        load_tokenizer(checkpoint)(_PROBE)
 
     for work, seconds, file in (
         (build, _SECONDS_OF_MODEL, checkpoint.weights / "config.json"),
@@ -98,6 +102,7 @@ def try_loading(checkpoint: Checkpoint) -> None:
 def _hush() -> None:
     """Prepare a fork: libraries print nothing, and nothing of the process before is finalised."""
     gc.freeze()
+    faulthandler.disable()
     torch.set_num_threads(1)
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):

@@ -234,6 +234,9 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     refused = [(key, "brings its own code", own_code) for key in _code(config)]
     for key in ("quantization_config", "compression_config"):
         refused += [(key, "is quantised", unquantised)] if key in config else []
+    if config.get("transformers_weights") not in (None, SINGLE, INDEX):
+        whole = f"name the weights {SINGLE}, or name them in {INDEX}"
+        refused += [("transformers_weights", "names other files as its weights", whole)]
     for key, why, fix in refused:
         raise ParentError(
             f"{label} cannot be merged: it {why} ({key} in its config)",

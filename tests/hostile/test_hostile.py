@@ -222,6 +222,10 @@ CHECKPOINTS = {
         in_json("config.json", _attn_implementation="evil/kernel"),
         r"brings its own code \(_attn_implementation",
     ),
+    "weights by another name": (
+        in_json("config.json", transformers_weights="evil.safetensors.index.json"),
+        r"names other files as its weights \(transformers_weights",
+    ),
     "code in tokenizer": (
         in_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}),
         "tokenizer of .* brings its own code",
@@ -431,6 +435,13 @@ def broken_tokenizer(place):
     (place.folder / "tokenizer.json").write_text("{}")
 
 
+def doubling(place):
+    """Each rule of this tokenizer makes the letters twice as many."""
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    rules = {"type": "Sequence", "normalizers": [rule] * 40}
+    toy.edit_json(place.folder / "tokenizer.json", normalizer=rules)
+
+
 HUGE = 10**9
 TOO_MUCH = "cannot be loaded: it takes more than"
 BUILT = {
@@ -463,6 +474,7 @@ BUILT = {
         in_json("tokenizer_config.json", tokenizer_class="PegasusTokenizer", offset=HUGE),
         f"tokenizer of .* {TOO_MUCH}",
     ),
+    "a text of 2^40 letters": (doubling, f"tokenizer of .* {TOO_MUCH}"),
     "a tokenizer that is none": (broken_tokenizer, "transformers cannot load"),
 }
 
