@@ -203,7 +203,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "\n".join(
 
 def empties(size, one=b"[]"):
     """A JSON object of so many bytes that holds only empty values."""
-    return b'{"a":[' + b",".join([one] * (size // len(one + b","))) + b"]}"
+    return b'{"a":[' + (one + b",") * (size // len(one + b",")) + b"0]}"
 
 
 MANY = {f"t{i}": entry((0,), (0, 0)) for i in range(20_001)}
@@ -980,7 +980,7 @@ def test_hostile_checkpoints_take_little_memory_and_time(tmp_path, capsys):
             *slowest,
             sep="\n  ",
         )
-    assert end.ru_maxrss >> 10 < 3072
+    assert end.ru_maxrss >> 10 < 3072  # this process, and the 1 GiB that a fork may take
     assert seconds < 40 + 8 * count
 
 
