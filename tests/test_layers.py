@@ -44,7 +44,7 @@ HOMES = {
         "workflows.doctor",
     },
     "lm_eval": {"evaluation"},
-    "transformers": {"quickstart", "evaluation.live", "statistics.passes"},
+    "transformers": {"quickstart", "evaluation.live", "evaluation.loading", "statistics.passes"},
     "safetensors": {"weights", "statistics"},
     "torch": {"files.writer", "weights", "evaluation", "statistics", "quickstart"},
     "model_signing": {"weights.signature"},

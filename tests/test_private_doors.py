@@ -19,7 +19,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import datasets
 import jinja2
@@ -44,7 +44,7 @@ from mlflow.tracking.fluent import _get_experiment_id
 from mlflow.utils import mlflow_tags
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
@@ -67,7 +67,8 @@ PUBLIC = {
     "cryptography.hazmat.primitives.asymmetric",
     *("model_signing", "model_signing.hashing", "model_signing.manifest"),
     *("model_signing.signing", "model_signing.verifying"),
-    *("transformers", "torch", "torch.nn", "datasets", "tokenizers", "tqdm"),
+    *("transformers", "torch", "torch.nn", "torch.nn.modules.module", "datasets"),
+    *("tokenizers", "tqdm"),
     *("safetensors", "safetensors.torch", "jinja2", "jinja2.sandbox", "jinja2.exceptions"),
     *("boto3.exceptions", "botocore.exceptions", "requests", "requests.exceptions"),
     *("sqlalchemy.exc", "click", "cloup", "platformdirs", "yaml", "pyarrow", "pyarrow.parquet"),
@@ -562,6 +563,20 @@ def _(trained: torch.nn.Module, checkpoints: list[Path]) -> None:
     on_disk = set(toy.load_file(checkpoints[0] / "model.safetensors"))
     numbers = {name: torch.zeros(len(p), 2) for name, p in trained.state_dict().items()}
     assert set(revert_weight_conversion(trained, numbers)) >= on_disk
+
+
+@door("transformers.PreTrainedModel._load_pretrained_model", "build a model without its weights")
+def _(checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def stop(model: torch.nn.Module, *_: object) -> NoReturn:
+        built.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(stop))
+    with contextlib.suppress(KeyboardInterrupt):
+        AutoModelForCausalLM.from_pretrained(checkpoints[0])
+    assert all(parameter.is_meta for parameter in built[0].parameters())
 
 
 @door("transformers.pytorch_utils.Conv1D", "know the linear layers that are stored turned")

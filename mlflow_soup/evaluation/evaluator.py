@@ -33,7 +33,8 @@ from mlflow_soup.evaluation.items import (
     items_of,
     name_of,
 )
-from mlflow_soup.evaluation.live import LiveModel, not_finite, quiet
+from mlflow_soup.evaluation.live import LiveModel, not_finite
+from mlflow_soup.evaluation.loading import quiet
 from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
 from mlflow_soup.evaluation.suite import (
     Asked,

@@ -16,7 +16,7 @@ from jinja2.exceptions import SecurityError
 from lm_eval.utils import handle_non_serializable  # private door
 
 from mlflow_soup.evaluation.limits import LimitError, try_within
-from mlflow_soup.evaluation.live import quiet
+from mlflow_soup.evaluation.loading import quiet
 from mlflow_soup.evaluation.suite import Suite, broken
 from mlflow_soup.evaluation.task_data import Reader
 from mlflow_soup.evaluation.templates import RENDERER

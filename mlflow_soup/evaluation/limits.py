@@ -1,15 +1,21 @@
 """Do work that files of unknown origin decide in a process of its own, within limits."""
 
 import contextlib
+import faulthandler
+import gc
 import multiprocessing
+import os
 import resource
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _FAILED, _TOO_MUCH = 1, 3  # exit codes
-_SLOWEST = 10  # seconds in which a process gets one second of processor time
+_SLOWEST = 10  # seconds that a busy machine may take for one second of processor time
+_WORDS = ("File too large", "Cannot allocate memory")  # of the system; torch quotes them, too
 
 
 class LimitError(Exception):
@@ -17,7 +23,7 @@ class LimitError(Exception):
 
 
 def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_size: int) -> None:
-    """Do work in a fork, to learn whether it ends; what it changes in memory is lost.
+    """Do work in a silent fork, to learn whether it ends; what it changes in memory is lost.
 
     Work that raises an error has ended: the caller does it again and meets the error.
 
@@ -32,6 +38,7 @@ def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_si
     """
 
     def limited() -> None:
+        _hush()
         _limit(resource.RLIMIT_CPU, seconds)
         _limit(resource.RLIMIT_FSIZE, file_size)
         _limit(resource.RLIMIT_CORE, 0)
@@ -48,9 +55,9 @@ def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_si
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
         process.start()
     try:
-        process.join(_SLOWEST * seconds)
+        process.join(_SLOWEST * (seconds + 3))
     finally:
-        if process.is_alive():  # or Ctrl-C
+        if process.is_alive():  # it waits, or Ctrl-C
             process.kill()
             process.join()
     if process.exitcode not in (0, _FAILED):
@@ -58,6 +65,16 @@ def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_si
             f"it takes more than {seconds} s of processor time, {memory >> 20} MiB of memory, or "
             f"{file_size >> 20} MiB of disk"
         )
+
+
+def _hush() -> None:
+    """Prepare a fork: libraries print nothing, and nothing of the process before is finalised."""
+    gc.freeze()
+    faulthandler.disable()
+    torch.set_num_threads(1)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
 
 
 def _limit(what: int, most: int) -> None:
@@ -77,7 +94,7 @@ def _data_size() -> int | None:
 
 def _is_of_limits(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, MemoryError) or "File too large" in str(error):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS):
             return True
         error = error.__cause__ or error.__context__
     return False

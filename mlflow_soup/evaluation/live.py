@@ -8,9 +8,7 @@ that is loaded from the written soup. Parents stay memory-mapped: they use page 
 """
 
 import contextlib
-import io
 import math
-import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 from transformers.core_model_loading import revert_weight_conversion  # private door
 
 from mlflow_soup.errors import NonFiniteError, ParentError, SpecError
+from mlflow_soup.evaluation.loading import load_model, load_tokenizer, try_loading
 from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint
 from mlflow_soup.weights.mix import Scratch, add_up, all_same, same_bytes, terms
-
-_ONE_THREAD = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -59,22 +55,6 @@ class Link:
     same: bool  # True when all parents have the same bytes
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and notes of libraries, which have no switches of their own.
-
-    One thread at a time: the streams belong to the process, and so do the classes that transformers
-    patches while it loads a model. Two threads that restore them out of order leave them changed:
-    silent streams, and models that tie no weights.
-    """
-    with (
-        _ONE_THREAD,
-        contextlib.redirect_stderr(io.StringIO()),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        yield
-
-
 def not_finite(what: str, where: str) -> NonFiniteError:
     """The error that tells a search that a λ has no finite score."""
     fix = (
@@ -82,40 +62,6 @@ def not_finite(what: str, where: str) -> NonFiniteError:
         "BF16, which hold larger numbers than F16"
     )
     return NonFiniteError(what, where=where, fix=fix)
-
-
-def _load(checkpoint: Checkpoint) -> Any:
-    """Load the model of a checkpoint, and check that no weight is missing or left over."""
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(checkpoint.weights),
-                dtype="auto",
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # a config can make the model's code raise anything
-        raise _unloadable(checkpoint, "AutoModelForCausalLM", error) from error
-    model, info = loaded
-    # transformers initialises missing weights at random, with only a warning
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            raise ParentError(
-                f"{checkpoint.label} has {problem.replace('_', ' ')}: {sorted(info[problem])[:5]}",
-                where=str(checkpoint.weights),
-                fix="save the checkpoint with save_pretrained, and register it again",
-            )
-    return model
-
-
-def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> ParentError:
-    return ParentError(
-        f"transformers cannot load {checkpoint.label}: {error}",
-        where=str(checkpoint.weights),
-        fix=f"register a checkpoint that {loader}.from_pretrained loads",
-    )
 
 
 def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[str, str]]:
@@ -232,16 +178,12 @@ class LiveModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
-        model = _load(checkpoint)
+        try_loading(checkpoint)
+        model = load_model(checkpoint)
         self.places, self.tied = _locate(model, checkpoint)
         self.config = checkpoint.config
         self.model = model.to(_device(device)).eval()
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                str(checkpoint.tokenizer), trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:
-            raise _unloadable(checkpoint, "AutoTokenizer", error) from error
+        self.tokenizer = load_tokenizer(checkpoint)
         self._scratch = Scratch()
 
     def link(self, parents: Sequence[Checkpoint], *, resident: bool = False) -> list[Link]:

@@ -23,7 +23,7 @@ from lm_eval.api.group import Group  # private door
 from lm_eval.tasks import TaskManager
 
 from mlflow_soup.errors import ObjectiveError, SoupError, SpecError
-from mlflow_soup.evaluation.live import quiet
+from mlflow_soup.evaluation.loading import quiet
 from mlflow_soup.evaluation.task_folders import Factory, Folder, read_folders
 from mlflow_soup.evaluation.templates import RENDERER
 from mlflow_soup.files.durable import check_writable

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.files.untrusted import UNREADABLE, open_regular
+from mlflow_soup.files.untrusted import UNREADABLE, open_regular, parse_json
 
 KEY_ENV = "MLFLOW_SOUP_KEY"
 _STATEMENT = "https://in-toto.io/Statement/v1"
@@ -80,12 +80,12 @@ class Verifier:
             about: what they must be about; the statement may say more.
         """
         try:
-            content = json.loads(envelope)
+            content = parse_json(envelope.encode())
             payload = base64.b64decode(content["payload"], validate=True)
             signatures = [base64.b64decode(s["sig"], validate=True) for s in content["signatures"]]
             if content["payloadType"] != _TYPE or not self._signed(payload, signatures):
                 return False
-            statement = json.loads(payload)
+            statement = parse_json(payload)
             said = statement["predicate"]
             return bool(
                 statement["predicateType"] == _predicate(kind)

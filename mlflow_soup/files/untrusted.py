@@ -21,7 +21,10 @@ from typing import Any
 
 import yaml
 
-DEEPEST = 64  # nested levels of JSON and YAML
+DEEPEST = 64  # nested levels of JSON and YAML; dimensions of a tensor
+# commas and opening brackets of JSON, of which each value but the first needs one: the largest
+# tokenizers, with 500 000 tokens and merges, have 2 million
+MOST_MARKS = 4_000_000
 MOST_NODES = 100_000  # YAML values, aliases expanded: nine lines can expand to billions of values
 LARGEST_YAML = 1 << 20  # bytes
 LARGEST_JSON = 16 << 20  # bytes of a record that mlflow-soup itself writes
@@ -98,23 +101,40 @@ def parse_json(content: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: the text is not JSON, or is nested deeper than `DEEPEST` levels.
+        ValueError: the text is not JSON, has more than `MOST_MARKS` commas and brackets, or is
+            nested deeper than `DEEPEST` levels.
     """
-    try:
-        value = json.loads(content.decode())
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+    value = _load_json(content)
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [
             inner
             for outer in level
             if isinstance(outer, dict | list)
             for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
         ]
         if not level:
             return value
     raise ValueError("it is nested too deep")
+
+
+def check_marks(content: bytes) -> None:
+    """Refuse JSON of too many values: 60 MB of empty lists would take half a minute and 2 GB.
+
+    Raises:
+        ValueError: the text has more than `MOST_MARKS` commas and brackets.
+    """
+    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_MARKS:
+        raise ValueError(f"it has more than {MOST_MARKS} commas and brackets")
+
+
+def _load_json(content: bytes, **hooks: Any) -> Any:
+    check_marks(content)
+    try:
+        return json.loads(content.decode(), **hooks)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def parse_yaml(content: bytes) -> Any:
@@ -197,16 +217,13 @@ def parse_header(content: bytes, size: int, widths: Mapping[str, int]) -> dict[s
     """
     if not content.startswith(b"{"):
         raise ValueError("the header does not begin with {")
-    try:
-        header: dict[str, Any] = json.loads(
-            content.decode(),
-            object_pairs_hook=_unique,
-            parse_int=_natural,
-            parse_float=_refuse_number,
-            parse_constant=_refuse_number,
-        )
-    except RecursionError as error:
-        raise ValueError("the header is nested too deep") from error
+    header: dict[str, Any] = _load_json(
+        content,
+        object_pairs_hook=_unique,
+        parse_int=_natural,
+        parse_float=_refuse_number,
+        parse_constant=_refuse_number,
+    )
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("the __metadata__ of the header is not an object of strings")
@@ -257,6 +274,8 @@ def _span(name: str, entry: Any, widths: Mapping[str, int]) -> tuple[int, int]:
     dtype.encode()  # raises a ValueError for a lone surrogate
     if not all(isinstance(n, list) and all(type(i) is int for i in n) for n in (shape, offsets)):
         raise ValueError(f"the shape or data_offsets of {name!r} is not a list of whole numbers")
+    if len(shape) > DEEPEST:
+        raise ValueError(f"{name!r} has {len(shape)} dimensions, but at most {DEEPEST} are allowed")
     # partial products from the left, as safetensors multiplies: a 0 at the end does not help
     if any(count > _LARGEST_TENSOR for count in accumulate(shape, mul)):
         raise ValueError(f"the shape of {name!r} is too large")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlflow_soup.errors import NonFiniteError
-from mlflow_soup.files.untrusted import open_regular
+from mlflow_soup.files.untrusted import open_regular, parse_json
 from mlflow_soup.records import Items, Metric, Score
 
 _COLUMNS = pa.schema(
@@ -105,7 +105,7 @@ def read(path: Path) -> Scores:
     """
     with open_regular(path) as file:
         table = pq.read_table(file)
-    head = json.loads(table.schema.metadata[b"soup"])
+    head = parse_json(table.schema.metadata[b"soup"])
     if table.schema.metadata[b"sha256"].decode() != _digest(head, table):
         raise ValueError(f"{path} is damaged")
     groups: dict[tuple[int, str, str, float], list[Any]] = {}

@@ -23,7 +23,7 @@ from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.files.durable import on_disk, staged
 from mlflow_soup.files.signing import sha256_of
-from mlflow_soup.files.untrusted import LARGEST_JSON, read_regular
+from mlflow_soup.files.untrusted import LARGEST_JSON, parse_json, read_regular
 from mlflow_soup.request.spec import ESTIMATORS
 from mlflow_soup.statistics import averaging
 from mlflow_soup.statistics.calibration import Calibration
@@ -137,7 +137,7 @@ def measure(
 def _open(place: Path) -> Statistics | None:
     """The statistics at a place in the cache; None if there are none or they are damaged."""
     try:
-        about = json.loads(read_regular(place / _ABOUT, LARGEST_JSON))
+        about = parse_json(read_regular(place / _ABOUT, LARGEST_JSON))
         if sha256_of(place / _TENSORS) != about["sha256"]:
             return None
         tensors = mapped(place / _TENSORS)

@@ -13,7 +13,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mlflow_soup.errors import ParentError
-from mlflow_soup.files.untrusted import LARGEST_YAML, parse_json, parse_yaml, read_regular
+from mlflow_soup.files.untrusted import (
+    LARGEST_YAML,
+    check_marks,
+    parse_json,
+    parse_yaml,
+    read_regular,
+)
 from mlflow_soup.weights.checkpoint import (
     COPIED,
     INDEX,
@@ -27,11 +33,15 @@ from mlflow_soup.weights.checkpoint import (
     shorten,
     stamp_of,
 )
+from mlflow_soup.weights.inherit import TEMPLATES, belongs
 
-# largest sizes of JSON files in bytes. For comparison: Gemma's tokenizer_config.json lists 6000
-# unused tokens; an index with 90 000 tensors has 9 MB, a tokenizer with 260 000 tokens 34 MB
-_LARGEST = {"config.json": 1 << 20, "tokenizer_config.json": 16 << 20, INDEX: 16 << 20}
+# largest sizes of files in bytes. For comparison: Gemma's tokenizer_config.json lists 6000 unused
+# tokens; an index with 90 000 tensors has 9 MB, a tokenizer with 260 000 tokens 34 MB
+_CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+_LARGEST = {_CONFIG: 1 << 20, _GENERATION: 1 << 20, _TOKENIZER: 16 << 20, INDEX: 16 << 20}
 _LARGEST_OTHER = 128 << 20
+_COPIES = ("num_beams", "num_beam_groups", "num_return_sequences")
+_MOST_COPIES = 64
 _ADAPTER = "merge the adapter into its base (peft: merge_and_unload), then register the result"
 
 
@@ -71,7 +81,7 @@ def _unreadable(path: Path, label: str, error: Exception) -> ParentError:
 
 
 def _check_plain(folder: Path, label: str) -> None:
-    """Refuse links, pipes and overlong JSON, because libraries will read this folder later."""
+    """Refuse links, pipes and overlong files, because libraries will read this folder later."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.is_symlink():
@@ -81,6 +91,8 @@ def _check_plain(folder: Path, label: str) -> None:
                 fix="register plain files; `cp -rL` replaces the links in a folder by copies",
             )
         if entry.is_dir():
+            if entry.name == TEMPLATES:
+                _check_plain(path, label)
             continue
         if not entry.is_file():
             raise ParentError(
@@ -89,9 +101,33 @@ def _check_plain(folder: Path, label: str) -> None:
                 fix="register the checkpoint again with plain files only",
             )
         most = _LARGEST.get(entry.name, _LARGEST_OTHER)
-        if entry.name.endswith(".json") and (size := entry.stat().st_size) > most:
-            error = ValueError(f"it is {size} bytes long, but at most {most} bytes are allowed")
-            raise _unreadable(path, label, error)
+        if belongs(entry.name):
+            try:
+                _check_size(path, most)
+            except ValueError as error:
+                raise _unreadable(path, label, error) from error
+
+
+def _check_size(path: Path, most: int) -> None:
+    """Refuse a file of more than `most` bytes, and JSON of too many values."""
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"it is {size} bytes long, but at most {most} bytes are allowed")
+    if path.suffix == ".json":
+        check_marks(read_regular(path, most))
+
+
+def _check_generation(config: Mapping[str, Any], path: Path, label: str) -> None:
+    """Refuse settings of generation that multiply what each text takes."""
+    for key in _COPIES:
+        number = config.get(key)
+        if isinstance(number, int | float) and number > _MOST_COPIES:
+            raise ParentError(
+                f"{path.name} of {label} asks for {key} = {number}, but at most {_MOST_COPIES} are "
+                "allowed",
+                where=str(path),
+                fix=f"register the checkpoint with a smaller {key}",
+            )
 
 
 def _check_mlmodel(path: Path, label: str) -> None:
@@ -171,7 +207,7 @@ def find_checkpoint(root: Path, label: str, *, with_tokenizer: bool = True) -> C
 
 def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     folders = sorted({path.parent for path in root.rglob("*.safetensors")})
-    folders = [folder for folder in folders if os.path.lexists(folder / "config.json")]
+    folders = [folder for folder in folders if os.path.lexists(folder / _CONFIG)]
     if not folders and any(root.rglob("adapter_config.json")):
         fix = _ADAPTER
     elif not folders and any(root.rglob("*.bin")):
@@ -188,27 +224,34 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     _check_plain(weights, label)
     if os.path.lexists(root / "MLmodel"):
         _check_mlmodel(root / "MLmodel", label)
-    config = load_json(weights / "config.json", label)
+    config = load_json(weights / _CONFIG, label)
+    _check_generation(config, weights / _CONFIG, label)
+    if (weights / _GENERATION).is_file():
+        path = weights / _GENERATION
+        _check_generation(load_json(path, label), path, label)
     unquantised = f"register its weights in one of the dtypes {', '.join(MIXED)}"
     own_code = "register a model whose architecture is part of transformers"
     refused = [(key, "brings its own code", own_code) for key in _code(config)]
     for key in ("quantization_config", "compression_config"):
         refused += [(key, "is quantised", unquantised)] if key in config else []
+    if config.get("transformers_weights") not in (None, SINGLE, INDEX):
+        whole = f"name the weights {SINGLE}, or name them in {INDEX}"
+        refused += [("transformers_weights", "names other files as its weights", whole)]
     for key, why, fix in refused:
         raise ParentError(
             f"{label} cannot be merged: it {why} ({key} in its config)",
-            where=str(weights / "config.json"),
+            where=str(weights / _CONFIG),
             fix=fix,
         )
     tokenizer = weights
-    if not (weights / "tokenizer_config.json").is_file():
-        holders = sorted({path.parent for path in root.rglob("tokenizer_config.json")})
+    if not (weights / _TOKENIZER).is_file():
+        holders = sorted({path.parent for path in root.rglob(_TOKENIZER)})
         if holders or with_tokenizer:
             fix = "register the model together with its one tokenizer"
             tokenizer = _only(holders, root, "a tokenizer", label, fix)
             _check_plain(tokenizer, label)
-    if (tokenizer / "tokenizer_config.json").is_file():
-        _check_tokenizer(load_json(tokenizer / "tokenizer_config.json", label), tokenizer, label)
+    if (tokenizer / _TOKENIZER).is_file():
+        _check_tokenizer(load_json(tokenizer / _TOKENIZER, label), tokenizer, label)
     files, where = _weight_files(weights, label)
     stamps = {file: stamp_of(weights / file) for file in files}
     tensors: dict[str, TensorInfo] = {}
@@ -279,6 +322,6 @@ def _check_tokenizer(config: Mapping[str, Any], folder: Path, label: str) -> Non
     if what:
         raise ParentError(
             f"the tokenizer of {label} {what}",
-            where=str(folder / "tokenizer_config.json"),
+            where=str(folder / _TOKENIZER),
             fix="register a tokenizer whose class is part of transformers, with all of its files",
         )

@@ -10,7 +10,6 @@ The package model-signing is an extra, and takes a second to import.
 
 import base64
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -231,7 +230,7 @@ def _differing(folder: Path, now: dict[str, str], then: Mapping[str, str]) -> li
 def _digests(statement: bytes) -> dict[str, str]:
     """File → digest, of a statement whose signature holds; none for older kinds of statements."""
     try:
-        resources = json.loads(statement)["predicate"]["resources"]
+        resources = parse_json(statement)["predicate"]["resources"]
         return {str(resource["name"]): str(resource["digest"]) for resource in resources}
     except (ValueError, KeyError, TypeError):
         return {}

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from itertools import groupby
 from pathlib import Path
 from typing import NoReturn
@@ -18,25 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlflow_soup.errors import ParentError
-from mlflow_soup.files.durable import check_space, on_disk
-from mlflow_soup.files.untrusted import open_regular
 from mlflow_soup.files.writer import BLOCK, FileWriter, Sink
 from mlflow_soup.records import Digests, Mismatch
-from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint, readable
+from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint
 from mlflow_soup.weights.digests import Digesting, canonical, check_may_be_infinite, threads
 from mlflow_soup.weights.find import find_checkpoint
-from mlflow_soup.weights.manifest import CARD, MANIFEST, UNSIGNED
+from mlflow_soup.weights.inherit import copy_the_rest
 from mlflow_soup.weights.mix import Scratch, Term, add_up, bits, is_finite, same_bytes, terms
-
-# files that are not copied from the newest parent: files that are written anew for each soup, files
-# that MLflow writes, the parent's signature, weights in other formats, the state of the training,
-# and git's files, which the usual check of a signature leaves out
-NOT_INHERITED = (
-    *(MANIFEST, CARD, *UNSIGNED, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
-    *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "optimizer*", "scheduler*", "trainer_state.json"),
-    ".git*",
-)
-
 
 # tensor name, tensors of the parents → tensor of the soup, or None for the weighted sum
 Blend = Callable[[str, Sequence[Tensor]], Tensor | None]
@@ -64,7 +51,7 @@ def write(
 ) -> Written:
     """Write the soup Σ λ_i·Θ_i with the files, names and dtypes of its newest parent.
 
-    All files but the weights are copied from the newest parent.
+    The files of `inherit.BELONGS` are copied from the newest parent.
 
     Args:
         parents: the checkpoints, oldest first, already checked to be compatible.
@@ -81,7 +68,7 @@ def write(
     for parent in parents:  # if a file changed, its tensors may have moved
         parent.check_unchanged()
     donor = parents[-1]
-    weights_folder = _copy_the_rest(donor, folder)
+    weights_folder = copy_the_rest(donor, folder)
     weights = [dict(parent.read()) for parent in parents]
     contents: dict[str, str] = {}
     files: dict[str, str] = {}
@@ -113,43 +100,6 @@ def write(
     return Written(made, own, measured or (None,) * len(parents))
 
 
-def _copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
-    """Copy all files but the weights; return the folder for the weights.
-
-    Raises:
-        StoreError: there is no space for the copies and the weights.
-    """
-    paths = list(_taken_over(donor))
-    sizes = [stamp[0] for stamp in donor.stamps.values()] + [path.stat().st_size for path in paths]
-    check_space(folder, sum(size + BLOCK for size in sizes))
-    for path in paths:
-        target = folder / path.relative_to(donor.root)
-        content = _read(path, donor.label)
-        with on_disk(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-    weights = folder / donor.weights.relative_to(donor.root)
-    with on_disk(weights):
-        weights.mkdir(parents=True, exist_ok=True)
-    return weights
-
-
-def _read(path: Path, label: str) -> bytes:
-    try:
-        with readable(label), open_regular(path) as file:
-            return file.read()
-    except ValueError as error:
-        raise _not_plain(path, label, "an entry that is not a plain file") from error
-
-
-def _not_plain(path: Path, label: str, what: str) -> ParentError:
-    return ParentError(
-        f"{label} holds {what}: {path.name}",
-        where=str(path),
-        fix="register the checkpoint again with plain files only",
-    )
-
-
 def _parts(
     name: str, tensors: Sequence[Tensor], lam: Sequence[float], blend: Blend | None
 ) -> list[Term]:
@@ -177,19 +127,6 @@ def _stream(
             return False
         done += len(out)
     return True
-
-
-def _taken_over(donor: Checkpoint) -> Iterator[Path]:
-    """The files that a soup takes from its newest parent."""
-    for path in sorted(donor.root.rglob("*")):
-        if path.is_symlink():
-            raise _not_plain(path, donor.label, "a link")
-        parts = path.relative_to(donor.root).parts
-        if path.is_dir() or any(fnmatch(p, n) for p in parts for n in NOT_INHERITED):
-            continue
-        if not path.is_file():
-            raise _not_plain(path, donor.label, "an entry that is neither a file nor a folder")
-        yield path
 
 
 def _header(donor: Checkpoint, file: str) -> bytes:

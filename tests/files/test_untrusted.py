@@ -78,6 +78,7 @@ WRONG = {
     "bytes missing": ({"a": entry()}, 7, "take 8 bytes, but the file has 7"),
     "a lone surrogate": (b'{"\\ud800":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', 4, "utf"),
     "metadata of numbers": ({"__metadata__": {"a": 1}, "a": entry()}, 8, "object of strings"),
+    "100 dimensions": ({"a": entry((1,) * 100, (0, 4))}, 4, "has 100 dimensions"),
     "deep nesting": (b'{"a":' * 100_000, 0, "nested too deep"),
     "too many tensors": (
         {f"t{i}": entry((0,), (0, 0)) for i in range(MOST_TENSORS + 1)},
@@ -92,6 +93,38 @@ def test_a_header_that_is_wrong_is_refused_with_a_reason(name):
     header, size, words = WRONG[name]
     with pytest.raises(ValueError, match=words):
         parse(packed(header, size))
+
+
+def padded(filler, opening=b"[", closing=b"]"):
+    """60 MB of JSON that repeats one value."""
+    return opening + (filler + b",") * ((60 << 20) // len(filler + b",")) + filler + closing
+
+
+MANY = {
+    "empty lists": lambda: padded(b"[]"),
+    "empty objects": lambda: padded(b"{}"),
+    "lists in lists": lambda: padded(b"[[[[]]]]"),
+    "numbers": lambda: padded(b"1"),
+    "fields": lambda: padded(b'"a":[]', opening=b"{", closing=b"}"),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(case):
+    content = MANY[case]()
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="more than 4000000 commas and brackets"):
+        parse_json(content)
+    with pytest.raises(ValueError, match="more than 4000000 commas and brackets"):
+        parse_header(b"{" + content, 0, _WIDTHS)
+    assert time.process_time() - begin < 2
+
+
+def test_the_json_of_a_large_tokenizer_is_accepted():
+    vocabulary = {f"token{i}": i for i in range(500_000)}
+    merges = [[f"to{i}", "ken"] for i in range(500_000)]
+    tokenizer = {"added_tokens": [], "model": {"vocab": vocabulary, "merges": merges}}
+    assert parse_json(json.dumps(tokenizer).encode()) == tokenizer
 
 
 @given(

@@ -8,8 +8,11 @@ reason; the canary must not be there, and nobody may have opened the secret.
 import json
 import os
 import pickle
+import resource
 import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import dill
@@ -19,6 +22,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig
 from traps import ALWAYS, Watch, place, plain, untouched, with_data, with_fields, with_lines, write  # noqa: F401
 
 import mlflow_soup
@@ -26,7 +30,7 @@ import toy
 from conftest import MODEL
 from mlflow_soup import Spec, errors
 from mlflow_soup.errors import MismatchError, ParentError, SpecError
-from mlflow_soup.evaluation import task_folders
+from mlflow_soup.evaluation import loading, task_folders
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.suite import load_suite
@@ -130,6 +134,14 @@ def below(make, name):
     return spoil
 
 
+def beside_tokenizer(make):
+    def spoil(place):
+        (place.folder / "additional_chat_templates").mkdir()
+        make(place.folder / "additional_chat_templates" / "tool_use.jinja", place)
+
+    return spoil
+
+
 def mlmodel(content):
     return lambda place: (place.folder / "MLmodel").write_text(content.format(code=place.code))
 
@@ -137,6 +149,13 @@ def mlmodel(content):
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "\n".join(
     f"{n}: &{n} [{','.join([f'*{m}'] * 9)}]" for m, n in zip("abcdefgh", "bcdefghi", strict=True)
 )
+
+
+def empties(size, one=b"[]"):
+    """A JSON object of so many bytes that holds only empty values."""
+    return b'{"a":[' + (one + b",") * (size // len(one + b",")) + b"0]}"
+
+
 MANY = {f"t{i}": entry((0,), (0, 0)) for i in range(20_001)}
 
 CHECKPOINTS = {
@@ -152,6 +171,10 @@ CHECKPOINTS = {
     "a kernel of the Hub": (
         in_json("config.json", _attn_implementation="evil/kernel"),
         r"brings its own code \(_attn_implementation",
+    ),
+    "weights by another name": (
+        in_json("config.json", transformers_weights="evil.safetensors.index.json"),
+        r"names other files as its weights \(transformers_weights",
     ),
     "code in tokenizer": (
         in_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}),
@@ -185,6 +208,68 @@ CHECKPOINTS = {
         replace_by(long(1 << 30), "tokenizer_config.json"),
         r"tokenizer_config\.json of .* 1073741824",
     ),
+    "tokenizer's config of empties": (
+        replace_by(text(empties(15 << 20)), "tokenizer_config.json"),
+        r"tokenizer_config\.json of .* more than 4000000 commas",
+    ),
+    "an index of empties": (
+        in_shards(replace_by(text(empties(15 << 20, b"{}")), INDEX)),
+        f"{INDEX} of .* more than 4000000 commas",
+    ),
+    "a header of empties": (
+        lambda place: header(place, empties((8 << 20) - 64, b"[[]]")),
+        "model.safetensors of .* more than 4000000 commas",
+    ),
+    "a shape of 1000 dimensions": (
+        lambda place: header(place, {"a": entry((1,) * 1000, (0, 4))}, bytes(4)),
+        "'a' has 1000 dimensions",
+    ),
+    "tokenizer of empties": (
+        replace_by(text(empties(60 << 20)), "tokenizer.json"),
+        r"tokenizer\.json of .* more than 4000000 commas",
+    ),
+    "special tokens of empties": (
+        replace_by(text(empties(60 << 20, b"{}")), "special_tokens_map.json"),
+        r"special_tokens_map\.json of .* more than 4000000 commas",
+    ),
+    "added tokens of empties": (
+        replace_by(text(empties(60 << 20, b"{}")), "added_tokens.json"),
+        r"added_tokens\.json of .* more than 4000000 commas",
+    ),
+    "generation settings of 100 MB": (
+        replace_by(text(empties(100 << 20)), "generation_config.json"),
+        r"generation_config\.json of .* 1048576",
+    ),
+    "generation settings nested": (
+        replace_by(text(b'{"a":' * 100_000), "generation_config.json"),
+        r"generation_config\.json of .* nested too deep",
+    ),
+    "a million beams": (
+        replace_by(text(b'{"num_beams": 1000000}'), "generation_config.json"),
+        r"generation_config\.json of .* asks for num_beams = 1000000",
+    ),
+    "a million beams in config": (
+        in_json("config.json", num_return_sequences=1_000_000),
+        r"config\.json of .* asks for num_return_sequences = 1000000",
+    ),
+    "vocabulary of 1 GB": (replace_by(long(1 << 30), "vocab.txt"), r"vocab\.txt of .* 1073741824"),
+    "merges of 1 GB": (replace_by(long(1 << 30), "merges.txt"), r"merges\.txt of .* 1073741824"),
+    "sentencepiece of 1 TB": (
+        replace_by(long(1 << 40), "tokenizer.model"),
+        r"tokenizer\.model of .* 1099511627776",
+    ),
+    "a chat template of 1 GB": (
+        replace_by(long(1 << 30), "chat_template.jinja"),
+        r"chat_template\.jinja of .* 1073741824",
+    ),
+    "a chat template is a link": (
+        beside_tokenizer(link),
+        r"tool_use\.jinja of .* is a link",
+    ),
+    "a chat template is a pipe": (
+        beside_tokenizer(pipe),
+        r"tool_use\.jinja of .* neither a file",
+    ),
     "weights are a link": (replace_by(link, SINGLE), "model.safetensors of .* is a link"),
     "weights are a pipe": (replace_by(pipe, SINGLE), "model.safetensors of .* neither a file"),
     "weights are a folder": (replace_by(folder, SINGLE), "model.safetensors of .* regular"),
@@ -213,7 +298,10 @@ CHECKPOINTS = {
         lambda p: header(p, b"{}", length=1 << 62),
         "ends inside its header",
     ),
-    "a header nested": (lambda p: header(p, b'{"a":' * 100_000), "header is nested too deep"),
+    "a header nested": (
+        lambda p: header(p, b'{"a":' * 100_000),
+        "model.safetensors of .* nested too deep",
+    ),
     "a name twice": (lambda p: header(p, b'{"a":1,"a":1}'), "has a key twice"),
     "no tensors": (lambda p: header(p, {}), "holds no tensors"),
     "20001 tensors": (lambda p: header(p, MANY), "more than 20000 tensors"),
@@ -253,7 +341,7 @@ CHECKPOINTS = {
         "MLmodel of .* has more than",
     ),
     "MLmodel nested": (mlmodel("a: " + "[" * 100_000), "MLmodel of .* nested too deep"),
-    "MLmodel of 1 GB": (replace_by(long(1 << 30), "MLmodel"), "MLmodel of .* longer than"),
+    "MLmodel of 1 GB": (replace_by(long(1 << 30), "MLmodel"), "MLmodel of .* 1073741824"),
     "MLmodel is a link": (replace_by(link, "MLmodel"), "MLmodel of .* is a link"),
     "a link in the tree": (below(link, "notes.txt"), "holds a link: notes.txt"),
     "a pipe in the tree": (below(pipe, "notes.txt"), "neither a file nor a folder: notes.txt"),
@@ -275,6 +363,109 @@ def test_a_hostile_checkpoint_is_refused(place, case):
     assert str(place.folder) in str(refusal.value)
     assert refusal.value.fix
     assert not (place.root / "soup").exists()
+
+
+# ---- checkpoints: what the live model meets when transformers builds it
+
+
+def gpt_neo(**fields):
+    """A model whose config says how often a list is repeated, and whose masks grow as a square."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    config = GPTNeoConfig(**small, max_position_embeddings=64, attention_types=[[["global"], 2]])
+
+    def spoil(place):
+        AutoModelForCausalLM.from_config(config).save_pretrained(place.folder)
+        in_json("config.json", **fields)(place)
+
+    return spoil
+
+
+def broken_tokenizer(place):
+    """transformers cannot load it; memory and time are not the reason."""
+    (place.folder / "tokenizer.json").write_text("{}")
+
+
+def doubling(place):
+    """Each rule of this tokenizer makes the letters twice as many."""
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    rules = {"type": "Sequence", "normalizers": [rule] * 40}
+    toy.edit_json(place.folder / "tokenizer.json", normalizer=rules)
+
+
+HUGE = 10**9
+TOO_MUCH = "cannot be loaded: it takes more than"
+BUILT = {
+    "labels": (in_json("config.json", num_labels=HUGE), f"config of .* {TOO_MUCH}"),
+    "labels with names": (
+        in_json("config.json", num_labels=HUGE, id2label={str(i): "a" for i in range(30_000)}),
+        f"config of .* {TOO_MUCH}",
+    ),
+    "a list of so many": (
+        gpt_neo(attention_types=[[["global", "local"], HUGE]]),
+        f"config of .* {TOO_MUCH}",
+    ),
+    "layers": (in_json("config.json", num_hidden_layers=10**7), "more than 1.... tensors, but"),
+    "a vocabulary": (in_json("config.json", vocab_size=10**12), "more than 2........ values, but"),
+    "wide layers": (
+        in_json("config.json", intermediate_size=HUGE),
+        "more than 2........ values, but its weights have",
+    ),
+    "hidden states": (in_json("config.json", hidden_size=4 * HUGE), "more than 2........ values"),
+    "masks of a square": (gpt_neo(max_position_embeddings=10**6), "more than 2........ values"),
+    "extra tokens": (
+        in_json("tokenizer_config.json", tokenizer_class="T5Tokenizer", extra_ids=HUGE),
+        f"tokenizer of .* {TOO_MUCH}",
+    ),
+    "extra bytes": (
+        in_json("tokenizer_config.json", tokenizer_class="ByT5Tokenizer", extra_ids=HUGE),
+        f"tokenizer of .* {TOO_MUCH}",
+    ),
+    "masks for sentences": (
+        in_json("tokenizer_config.json", tokenizer_class="PegasusTokenizer", offset=HUGE),
+        f"tokenizer of .* {TOO_MUCH}",
+    ),
+    "a text of 2^40 letters": (doubling, f"tokenizer of .* {TOO_MUCH}"),
+    "a tokenizer that is none": (broken_tokenizer, "transformers cannot load"),
+}
+
+
+def build(place, checkpoints, case):
+    """Spoil a checkpoint, and try to make a live model of it."""
+    spoil, words = BUILT[case]
+    shutil.copytree(checkpoints[0], place.folder)
+    spoil(place)
+    with Watch() as watched, pytest.raises(ParentError, match=words) as refusal:
+        LiveModel(find_checkpoint(place.folder, "v2"))
+    untouched(place, watched)
+    assert str(place.folder) in str(refusal.value)
+    assert refusal.value.fix
+
+
+@pytest.mark.parametrize("case", BUILT)
+def test_a_checkpoint_that_takes_too_much_to_build_is_refused(
+    place, checkpoints, monkeypatch, case
+):
+    monkeypatch.setattr(loading, "_MEMORY", 256 << 20)  # the slow test has the true limit
+    begin = resource.getrusage(resource.RUSAGE_SELF)
+    build(place, checkpoints, case)
+    end = resource.getrusage(resource.RUSAGE_SELF)
+    assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 10  # of this process
+
+
+def test_a_large_vocabulary_and_a_long_context_are_built(place):
+    config = LlamaConfig(
+        vocab_size=250_000,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=10_485_760,
+        rope_theta=100_000_000,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(place.folder)
+    toy.tokenizer().save_pretrained(place.folder)
+    toy.edit_json(place.folder / "tokenizer_config.json", model_max_length=10**30)
+    assert LiveModel(find_checkpoint(place.folder, "v2")).model.config.vocab_size == 250_000
 
 
 # ---- task folders: what `--include-path` or a tag meets
@@ -600,6 +791,8 @@ def test_a_model_name_that_is_more_than_a_name_is_refused(name):
 
 MANIFESTS = {
     "nested": lambda content, place: "[" * 100_000,
+    "empties": lambda content, place: empties(60 << 20).decode(),
+    "empty objects": lambda content, place: empties(60 << 20, b"{}").decode(),
     "huge": lambda content, place: " " * (65 << 20),
     "a list": lambda content, place: [],
     "a weight that is no number": lambda content, place: (
@@ -655,10 +848,46 @@ def test_a_million_tensors_and_a_config_of_real_json_are_refused_in_a_second(pla
     assert time.monotonic() - begin < 30  # writing 300 MB included
 
 
-def test_there_are_forty_cases_and_more(capsys):
-    cases = len(CHECKPOINTS) + len(TASKS) + len(MANIFESTS)
+CORPUS = """
+import sys, pytest
+sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "", "--durations=3",
+    "--durations-min=0", "--basetemp", sys.argv[2], sys.argv[1], "-k",
+    "hostile_checkpoint_is_refused or true_limits"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BUILT)
+def test_the_true_limits_end_what_takes_too_much(place, checkpoints, case):
+    build(place, checkpoints, case)
+
+
+@pytest.mark.slow
+def test_hostile_checkpoints_take_little_memory_and_time(tmp_path, capsys):
+    command = [sys.executable, "-c", CORPUS, __file__, tmp_path / "corpus"]
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ran = subprocess.run(command, capture_output=True, text=True)
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ran.returncode == 0, ran.stdout
+    seconds = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
+    count = len(CHECKPOINTS) + len(BUILT)
+    slowest = [line for line in ran.stdout.splitlines() if " call " in line]
     with capsys.disabled():
         print(
-            f"\n{cases} hostile inputs: {len(CHECKPOINTS)} checkpoints, {len(TASKS)} task folders"
+            f"\n{count} hostile checkpoints: {seconds:.0f} s of processor time, "
+            f"peak of one process {end.ru_maxrss >> 10} MB; slowest:",
+            *slowest,
+            sep="\n  ",
+        )
+    assert end.ru_maxrss >> 10 < 3072  # this process, and the 1 GiB that a fork may take
+    assert seconds < 40 + 8 * count
+
+
+def test_there_are_forty_cases_and_more(capsys):
+    cases = len(CHECKPOINTS) + len(BUILT) + len(TASKS) + len(MANIFESTS)
+    with capsys.disabled():
+        print(
+            f"\n{cases} hostile inputs: {len(CHECKPOINTS) + len(BUILT)} checkpoints, "
+            f"{len(TASKS)} task folders"
         )
     assert cases >= 40

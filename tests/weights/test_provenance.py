@@ -289,6 +289,23 @@ def test_a_config_that_its_manifest_vouches_for_must_be_the_parents_too(folders,
     assert found == {"inherited files": "config.json is unlike that of the newest parent"}
 
 
+def test_a_soup_that_inherited_more_still_matches_its_manifest(folders, tmp_path):
+    # soups of 0.1.0 took all files but those of a list
+    mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup")
+    manifest = tmp_path / "soup" / MANIFEST
+    content = json.loads(manifest.read_text())
+    for name in ("train.log", "runs/1/events.out", "checkpoint-500/config.json"):
+        for root in (folders[-1], tmp_path / "soup"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("{}")
+        content["inherited"][name] = hashlib.sha256(b"{}").hexdigest()
+    manifest.write_text(json.dumps(content))
+    assert not failures(mlflow_soup.verify(str(tmp_path / "soup")))
+    (tmp_path / "soup" / "train.log").write_text("no")
+    found = failures(mlflow_soup.verify(str(tmp_path / "soup")))
+    assert found["other files"] == "train.log is changed"
+
+
 def test_resharding_a_parent_is_not_a_mismatch(folders, tmp_path):
     mlflow_soup.merge_checkpoints(folders, [0.3, 0.7], tmp_path / "soup", digests=True)
     content = load_file(folders[0] / WEIGHTS)

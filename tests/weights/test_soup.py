@@ -2,16 +2,20 @@
 
 import filecmp
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import random
 import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -28,9 +32,10 @@ from mlflow_soup.weights import soup
 from mlflow_soup.weights.checkpoint import SINGLE, Checkpoint
 from mlflow_soup.weights.digests import digest, digest_all
 from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.weights.inherit import belongs
 from mlflow_soup.weights.manifest import CARD, MANIFEST
 from mlflow_soup.weights.mix import mix, same_bytes
-from mlflow_soup.weights.soup import NOT_INHERITED, compare
+from mlflow_soup.weights.soup import compare
 
 FLOATS = {
     "double": torch.float64,
@@ -225,6 +230,7 @@ WRITE = """
 import sys
 from pathlib import Path
 import torch
+import transformers
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.soup import write
 threads, folder, *parents = sys.argv[1:]
@@ -323,33 +329,82 @@ def test_a_soup_without_digests_has_the_same_bytes(pair, tmp_path):
     assert same_trees(tmp_path / "with", tmp_path / "without")
 
 
-OWN_NAMES = [
-    *(MANIFEST, CARD, "registered_model_meta", "pytorch_model.bin", "model.gguf", "rng_state.pth"),
+OF_THE_MODEL = [
+    *("generation_config.json", "special_tokens_map.json", "tokenizer.model", "qwen.tiktoken"),
+    *("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer.4.0.json"),
+    *("LICENSE", "LLAMA_LICENCE.txt", "NOTICE.md", "USE_POLICY.md", "MLmodel", "metadata/MLmodel"),
+    *("conda.yaml", "input_example.json", "code/evil.py", "code/own/words.txt"),
+    *("components/processor/preprocessor_config.json", "components/tokenizer/tokenizer.json"),
+]
+OF_THE_PARENT = [
+    *(MANIFEST, CARD, "registered_model_meta", "model.sig", ".gitattributes", ".git/config"),
+    # weights in other formats
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "model.safetensors.bak"),
+    *("tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "consolidated.00.pth", "params.json"),
+    # the state of the training
     *("optimizer.pt", "optimizer/state.json", "scheduler.json", "trainer_state.json"),
-    *("model.sig", ".gitattributes", ".git/config"),
+    *("pytorch_model_fsdp_0/__0_0.distcp", "random_states_0.pkl", "latest", "rng_state_0.pth"),
+    *("checkpoint-500/config.json", "checkpoint-500/tokenizer.json", "training_args.bin"),
+    # results, logs and caches
+    *(
+        "eval_results.json",
+        "all_results.json",
+        "train.log",
+        "events.out.tfevents.1",
+        "notes/on.txt",
+    ),
+    *(
+        "runs/1/events.out",
+        "wandb/config.yaml",
+        "__pycache__/a.pyc",
+        "modeling_own.py",
+        "core.1234",
+    ),
 ]
 
 
-def test_files_that_concern_only_a_parent_are_not_inherited(pair, tmp_path):
-    for name in (*OWN_NAMES, "generation_config.json", "notes/on.txt"):
-        (pair[1] / name).parent.mkdir(exist_ok=True)
-        (pair[1] / name).write_text("of the parent")
-    (pair[0] / "of_the_older.txt").touch()
+def test_a_soup_inherits_what_belongs_to_a_model_and_nothing_else(pair, tmp_path):
+    for name in (*OF_THE_MODEL, *OF_THE_PARENT):
+        (pair[1] / name).parent.mkdir(parents=True, exist_ok=True)
+        (pair[1] / name).write_text("{}")
+    (pair[0] / "NOTICE").touch()  # of the older parent
     write(opened(pair), (0.5, 0.5), tmp_path / "soup")
     written = {
         str(path.relative_to(tmp_path / "soup"))
         for path in (tmp_path / "soup").rglob("*")
         if path.is_file()
     }
-    assert written == {
-        *(SINGLE, "config.json", "tokenizer_config.json"),
-        *("generation_config.json", "notes/on.txt"),
-    }
+    assert written == {SINGLE, "config.json", "tokenizer_config.json", *OF_THE_MODEL}
 
 
-def test_a_weight_in_any_other_format_is_not_inherited():
-    patterns = set(NOT_INHERITED)
-    assert {"*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"} <= patterns
+@pytest.mark.slow
+def test_what_any_tokenizer_of_transformers_loads_is_inherited():
+    names = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    for module in pkgutil.walk_packages(transformers.models.__path__, "transformers.models."):
+        if ".tokenization_" not in module.name:
+            continue
+        try:
+            found = vars(importlib.import_module(module.name)).values()
+        except (ImportError, NameError):  # it needs a package that is not installed
+            continue
+        for kind in found:
+            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase):
+                names |= set(kind.vocab_files_names.values())
+    assert len(names) > 20
+    assert [name for name in names if not belongs(name)] == []
+
+
+def test_files_beside_the_weights_take_no_memory(pair, tmp_path):
+    for name, size in (("train.log", 1 << 40), ("code/words.bin", 300 << 20)):
+        (pair[1] / name).parent.mkdir(exist_ok=True)
+        (pair[1] / name).touch()
+        os.truncate(pair[1] / name, size)
+    tracemalloc.start()
+    write(opened(pair), (0.5, 0.5), tmp_path / "soup")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000  # of which 16 MB are the buffers for the weights
+    assert (tmp_path / "soup" / "code" / "words.bin").stat().st_size == 300 << 20
 
 
 def file_link(folder):

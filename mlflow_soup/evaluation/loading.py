@@ -1,0 +1,188 @@
+"""Let transformers load a model and a tokenizer that somebody else wrote, within limits."""
+
+import contextlib
+import io
+import math
+import string
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mlflow_soup.errors import ParentError
+from mlflow_soup.evaluation.limits import LimitError, try_within
+from mlflow_soup.weights.checkpoint import Checkpoint
+
+# what loading a config or a tokenizer may take. Models of transformers take up to 1 s and 150 MB, a
+# tokenizer with 500 000 tokens and merges 5 s and 380 MB; sentencepiece is converted, which is slow
+_MEMORY = 1 << 30
+_SECONDS_OF_MODEL, _SECONDS_OF_TOKENIZER = 30, 120
+# a model may have 4 parts or values for each that the weights have, as when weights are tied or
+# stored fused, and so many more: masks of GPT-Neo's and GPT-J's kind are not stored
+_MORE_PARTS, _MORE_VALUES = 10_000, 1 << 28
+
+_PROBE = f"{string.printable} é ß 中 🙂"  # rules of a tokenizer can make a text longer without end
+
+_ONE_THREAD = threading.RLock()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and notes of libraries, which have no switches of their own.
+
+    One thread at a time: the streams belong to the process, and so do the classes that transformers
+    patches while it loads a model. Two threads that restore them out of order leave them changed:
+    silent streams, and models that tie no weights.
+    """
+    with (
+        _ONE_THREAD,
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        yield
+
+
+class _Built(BaseException):
+    """The model is built, and its weights are not loaded."""
+
+
+def _stop(*_: Any, **__: Any) -> NoReturn:
+    raise _Built
+
+
+def try_loading(checkpoint: Checkpoint) -> None:
+    """Refuse a config or tokenizer that takes more than its limits, before this process loads it.
+
+    Both decide how often transformers' loops run and how much they allocate, in more ways than
+    rules on numbers could name. A fork does what this process will do, up to the weights. It costs
+    0.2 s, and as long as the tokenizer takes to load; a new process would take seconds to start.
+
+    Raises:
+        ParentError: one of them takes more than its limits, or ends the process.
+    """
+
+    def build() -> None:
+        # private door: transformers.PreTrainedModel._load_pretrained_model
+        PreTrainedModel._load_pretrained_model = staticmethod(_stop)  # type: ignore[method-assign]
+        with contextlib.suppress(_Built):
+            load_model(checkpoint)
+
+    def tokenize() -> None:
+        load_tokenizer(checkpoint)(_PROBE)
+
+    for work, seconds, file in (
+        (build, _SECONDS_OF_MODEL, checkpoint.weights / "config.json"),
+        (tokenize, _SECONDS_OF_TOKENIZER, checkpoint.tokenizer / "tokenizer_config.json"),
+    ):
+        try:
+            with quiet():  # a fork while another thread loads would wait for that thread forever
+                try_within(work, seconds=seconds, memory=_MEMORY, file_size=_MEMORY)
+        except LimitError as error:
+            what = "config" if file.name == "config.json" else "tokenizer"
+            raise ParentError(
+                f"the {what} of {checkpoint.label} cannot be loaded: {error}",
+                where=str(file),
+                fix=f"compare the numbers and files of the {what} with those of a sound version, "
+                "and register it again",
+            ) from error
+
+
+@contextlib.contextmanager
+def _in_proportion(checkpoint: Checkpoint) -> Iterator[None]:
+    """Refuse a model with far more parameters than the weights, while it is built.
+
+    transformers builds it without memory for its values, but then allocates all that it misses.
+    """
+    thread = threading.get_ident()
+    most_parts = _MORE_PARTS + 4 * len(checkpoint.tensors)
+    stored = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    parts, values = 0, 0
+
+    def count(_: torch.nn.Module, __: str, tensor: Tensor | None) -> None:
+        nonlocal parts, values
+        if tensor is None or not tensor.is_meta or threading.get_ident() != thread:
+            return
+        parts, values = parts + 1, values + tensor.numel()
+        for much, most, there, what in (
+            (parts, most_parts, len(checkpoint.tensors), "tensors"),
+            (values, _MORE_VALUES + 4 * stored, stored, "values"),
+        ):
+            if much > most:
+                raise ParentError(
+                    f"the config of {checkpoint.label} asks for more than {most} {what}, but its "
+                    f"weights have {there}",
+                    where=str(checkpoint.weights / "config.json"),
+                    fix="save the model again with save_pretrained, so that its config fits",
+                )
+
+    handles = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_model(checkpoint: Checkpoint) -> Any:
+    """The transformers model of a checkpoint, with its weights.
+
+    Raises:
+        ParentError: transformers cannot load it, a weight is missing or left over, or the config
+            asks for far more than the weights have.
+    """
+    try:
+        with quiet(), _in_proportion(checkpoint):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(checkpoint.weights),
+                dtype="auto",
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except ParentError:
+        raise
+    except Exception as error:  # a config can make the model's code raise anything
+        raise _unloadable(checkpoint, "AutoModelForCausalLM", error) from error
+    model, info = loaded
+    # transformers initialises missing weights at random, with only a warning
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise ParentError(
+                f"{checkpoint.label} has {problem.replace('_', ' ')}: {sorted(info[problem])[:5]}",
+                where=str(checkpoint.weights),
+                fix="save the checkpoint with save_pretrained, and register it again",
+            )
+    return model
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ParentError: transformers cannot load it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(checkpoint.tokenizer), trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        raise _unloadable(checkpoint, "AutoTokenizer", error) from error
+
+
+def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> ParentError:
+    return ParentError(
+        f"transformers cannot load {checkpoint.label}: {error}",
+        where=str(checkpoint.weights),
+        fix=f"register a checkpoint that {loader}.from_pretrained loads",
+    )

@@ -1,0 +1,102 @@
+"""The files that a soup takes from its newest parent besides the weights, and how they are copied.
+
+A soup takes what something loads: transformers, a tokenizer or MLflow. It also takes licences.
+Logs, states of optimizers, results, caches, signatures, code of the training and weights in other
+formats stay behind: they are about the parent, or they are no part of a model.
+"""
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from mlflow_soup.errors import ParentError
+from mlflow_soup.files.durable import check_space, on_disk
+from mlflow_soup.files.untrusted import open_regular
+from mlflow_soup.files.writer import BLOCK
+from mlflow_soup.weights.checkpoint import INDEX, Checkpoint, readable
+
+# lower-case names of files that a soup takes over, in any folder of `_homes`
+BELONGS = (
+    # what transformers loads
+    *("config.json", "generation_config.json", INDEX, "processor_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+    # what tokenizers load
+    *("tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "*.jinja", "*.model", "*.spm"),
+    *("*.tiktoken", "tekken.json", "*vocab*.json", "vocab.txt", "vocab.bpe", "encoder.json"),
+    *("merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json", "word_*.json"),
+    *("normalizer.json", "prophetnet.tokenizer"),
+    # what sentence-transformers loads
+    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json"),
+    # what MLflow loads
+    *("mlmodel", "conda.yaml", "python_env.yaml", "requirements.txt"),
+    *("input_example*", "serving_input_example.json"),
+    # licences
+    *("*licen[cs]e*", "*copying*", "notice*", "*use_policy*", "*terms_of_use*"),
+)
+_CODE = "code"  # MLflow puts this folder on Python's path
+TEMPLATES = "additional_chat_templates"  # a folder beside a tokenizer
+_PIECE = 1 << 20  # bytes that are copied at a time
+
+
+def belongs(name: str) -> bool:
+    """Whether a file of this name is part of a model."""
+    return any(fnmatch(name.lower(), pattern) for pattern in BELONGS)
+
+
+def copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
+    """Copy the files that belong to the model but hold no weights; return the weights' folder.
+
+    Raises:
+        ParentError: the donor holds a link or a special file, or a file that cannot be read.
+        StoreError: there is no space for the copies and the weights.
+    """
+    paths = list(_taken_over(donor))
+    sizes = [stamp[0] for stamp in donor.stamps.values()] + [path.stat().st_size for path in paths]
+    check_space(folder, sum(size + BLOCK for size in sizes))
+    for path in paths:
+        target = folder / path.relative_to(donor.root)
+        with on_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as copy:
+                for piece in _pieces(path, donor.label):
+                    copy.write(piece)
+    weights = folder / donor.weights.relative_to(donor.root)
+    with on_disk(weights):
+        weights.mkdir(parents=True, exist_ok=True)
+    return weights
+
+
+def _taken_over(donor: Checkpoint) -> Iterator[Path]:
+    root = donor.root
+    # folders in which names count; the last two are those of MLflow's flavours
+    homes = {root, donor.weights, donor.tokenizer, root / "metadata", root / "processor"}
+    homes |= {home / TEMPLATES for home in homes}
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            raise _not_plain(path, donor.label, "a link")
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise _not_plain(path, donor.label, "an entry that is neither a file nor a folder")
+        named = path.parent in homes or path.parent.parent == root / "components"
+        if (named and belongs(path.name)) or path.is_relative_to(root / _CODE):
+            yield path
+
+
+def _pieces(path: Path, label: str) -> Iterator[bytes]:
+    """The content of a regular file, piece by piece: it may be larger than the memory."""
+    try:
+        with readable(label), open_regular(path) as file:
+            while piece := file.read(_PIECE):
+                yield piece
+    except ValueError as error:
+        raise _not_plain(path, label, "an entry that is not a plain file") from error
+
+
+def _not_plain(path: Path, label: str, what: str) -> ParentError:
+    return ParentError(
+        f"{label} holds {what}: {path.name}",
+        where=str(path),
+        fix="register the checkpoint again with plain files only",
+    )
