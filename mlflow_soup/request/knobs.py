@@ -40,11 +40,22 @@ class Rule:
 AT_MOST = Rule(lambda ours, policy: ours <= policy, "at most")
 AT_LEAST = Rule(lambda ours, policy: ours >= policy, "at least")
 SAME = Rule(lambda ours, policy: ours == policy, "the same,")
-ALL_OF = Rule(lambda ours, policy: {*_pieces(policy)} <= {*_pieces(ours)}, "all of")
+ALL_OF = Rule(lambda ours, policy: {*_terms(policy)} <= {*_terms(ours)}, "all of, in this order,")
 
 
-def _pieces(text: str) -> list[str]:
-    return text.replace(",", " ").split()
+def _terms(text: str) -> list[str]:
+    """The tasks of an objective.
+
+    A name after `task:metric` may be the filter of that task: without lm-eval nobody can tell. So
+    it belongs to that task here, for `t:acc,strict u:acc` must not pass as `t:acc u:acc,strict`.
+    """
+    terms: list[str] = []
+    for piece in text.replace(",", " ").split():
+        if terms and ":" not in piece and ":" in terms[-1] and "," not in terms[-1]:
+            terms[-1] += f",{piece}"
+        else:
+            terms.append(piece)
+    return terms
 
 
 def whole(least: int, most: int | None = None) -> Range:
