@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lm_eval.api.group import Group  # private door
 from lm_eval.tasks import TaskManager
 
 from mlflow_soup.errors import ObjectiveError, SoupError, SpecError
+from mlflow_soup.evaluation.library import library
 from mlflow_soup.evaluation.loading import quiet
 from mlflow_soup.evaluation.task_folders import Factory, Folder, read_folders
 from mlflow_soup.evaluation.templates import RENDERER
@@ -74,45 +74,24 @@ def _metrics(task: Any) -> list[str]:
     return [f"{metric},{filter_name}" for filter_name in filters for metric in task.aggregation()]
 
 
-def _folders(names: Sequence[str]) -> list[str]:
-    """The folders of lm-eval's task library that match the task names (`arc_easy` → `arc`).
-
-    lm-eval takes 6 s to index all of its 14,000 YAMLs, but 0.2 s at most for these folders.
-    """
-    spec = find_spec("lm_eval")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    # private door: lm_eval: a folder of its library is named as its tasks begin
-    root = Path(spec.submodule_search_locations[0]) / "tasks"
-    return [
-        str(folder)
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-        and any(re.match(re.escape(folder.name) + r"($|[_:-])", name) for name in names)
-    ]
-
-
 def _open_manager(names: Sequence[str], folders: Sequence[Folder], where: str) -> TaskManager:
-    """lm-eval's index of the tasks; of the whole library only if some names match no folder.
+    """lm-eval's manager of its own tasks and those of the folders.
 
     Raises:
         SpecError: a name is that of a YAML in a user's folder which cannot be read.
     """
-    own = {name: entry for folder in folders for name, entry in folder.entries.items()}
-    manager = TaskManager(include_defaults=False, include_path=_folders(names))
-    # private door: lm_eval.tasks.TaskManager.task_index
-    unknown = {name for name in names if name not in own and name not in manager.task_index}
+    manager = library()
+    for folder in folders:
+        # private door: lm_eval.tasks.TaskManager.task_index
+        manager.task_index.update(folder.entries)
     for folder in folders:
         for path, reason in folder.unreadable.items():
-            if path.stem in unknown:
+            if path.stem in names and path.stem not in manager.task_index:
                 raise SpecError(
                     f"{path} cannot be read: {reason}",
                     where=f"{where}: task folder {folder.path}",
                     fix=f"correct {path}, or name another task",
                 )
-    if unknown:
-        manager = TaskManager()
-    manager.task_index.update(own)
     # private door: lm_eval.tasks._factory.TaskFactory
     manager._factory = Factory(folders, where)
     return manager

@@ -27,8 +27,8 @@ from typing import Any
 import datasets.packaged_modules
 import lm_eval.api.metrics  # private door; the import fills the registry
 import lm_eval.api.registry  # private door
+from lm_eval.tasks import _index  # private door
 from lm_eval.tasks._factory import TaskFactory  # private door
-from lm_eval.tasks._index import TaskIndex  # private door
 
 from mlflow_soup.errors import SpecError
 from mlflow_soup.evaluation.task_data import LOCAL, Reader, texts
@@ -101,7 +101,7 @@ def _read(folder: Path) -> Folder:
             if not config.keys() & {"task", "group", "class"}:
                 continue  # a file to be included
             _check_names(config)
-            TaskIndex.process_cfg(config, path, entries)
+            _index.TaskIndex.process_cfg(config, path, entries)
         except (OSError, ValueError, TypeError, KeyError) as error:
             unreadable[path] = str(error) or type(error).__name__
             _log.warning("task YAML %s is left out: %s", path, unreadable[path])
@@ -158,7 +158,7 @@ def _copied(folder: Path, allowed: Collection[str]) -> Folder | None:
     if digest(copied) not in allowed:
         return None
     _check_covered(copied)
-    return Folder(copied, TaskIndex.build([copied]), {}, trusted=True)
+    return Folder(copied, _index.TaskIndex.build([copied]), {}, trusted=True)
 
 
 def digest(folder: Path) -> str:

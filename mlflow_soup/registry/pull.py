@@ -14,9 +14,9 @@ from mlflow.utils.file_utils import local_file_uri_to_path  # private door
 from mlflow.utils.uri import is_local_uri  # private door
 
 from mlflow_soup.errors import ParentError, SoupError, StoreError
+from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.untrusted import read_hex
 from mlflow_soup.records import Version
-from mlflow_soup.registry.cache import cache_folder
 from mlflow_soup.registry.outages import denied, is_forbidden, where
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import model_id

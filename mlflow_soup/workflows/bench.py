@@ -15,9 +15,10 @@ from mlflow_soup.errors import ParentError, SpecError, StoreError
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.suite import Suite, load_suite
+from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.records import Evidence, Manifest, Parent, Score, Version
 from mlflow_soup.registry import naming
-from mlflow_soup.registry.cache import cache_folder, store_id
+from mlflow_soup.registry.cache import store_id
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.pull import pull
 from mlflow_soup.registry.scores import Scores

@@ -8,10 +8,10 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 from mlflow_soup.errors import SpecError
+from mlflow_soup.files.cache import CACHE_ENV, cache_folder
 from mlflow_soup.files.durable import check_writable
 from mlflow_soup.records import Recipe, Version
 from mlflow_soup.registry import naming
-from mlflow_soup.registry.cache import CACHE_ENV, cache_folder
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.store import Store, connect
 from mlflow_soup.registry.versions import find_model, last, policy, resolve, tags_of

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from mlflow_soup.decision import pairing
 from mlflow_soup.errors import SpecError, StoreError
+from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.durable import check_space, scratch
 from mlflow_soup.records import Found, Outcome, Score, Soup, Version
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import lease, naming, probes, tracking
-from mlflow_soup.registry.cache import cache_folder, lease_folder
+from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import connect
 from mlflow_soup.registry.versions import find_model, find_soups

@@ -24,7 +24,6 @@ PAPER = {
 def test_the_papers_benchmarks_resolve_and_name_the_dataset_they_cannot_reach(name):
     manager = suite._open_manager([name], [], "here")
     assert name in manager.task_index
-    assert len(manager.all_tasks) < 1000  # not the whole library
     with pytest.raises(errors.ObjectiveError) as caught:
         load_suite(name)
     assert PAPER[name].split("/")[-1] in caught.value.what

@@ -13,9 +13,9 @@ from conftest import MODEL, register
 from mlflow_soup import Spec, errors
 from mlflow_soup import run as run_soup
 from mlflow_soup.evaluation import evaluator
+from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.registry import lease, tracking
 from mlflow_soup.registry import register as registering
-from mlflow_soup.registry.cache import cache_folder
 from mlflow_soup.registry.ledger import open_ledger
 from mlflow_soup.registry.register import register_soup
 from mlflow_soup.registry.store import Store

@@ -20,9 +20,9 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from conftest import MODEL, _run, folder_of, make_keys, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.files import signing
+from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.records import Examination, Version
 from mlflow_soup.registry import naming, tracking
-from mlflow_soup.registry.cache import cache_folder
 from mlflow_soup.registry.evaluations import log_examination, log_scores, read_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.ledger import open_ledger

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.registry.cache import cache_folder
+from mlflow_soup.files.cache import cache_folder
 
 
 @pytest.fixture(autouse=True)
