@@ -117,6 +117,41 @@ def _near(name: str, names: Sequence[str]) -> str:
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
+Named = tuple[str, str | None, str | None]  # task, metric, filter; as far as they are named
+
+
+def named_terms(
+    text: str, *, include_path: str = "", allowed: Collection[str] = (), where: str = "--tasks"
+) -> list[Named]:
+    """The terms that a text names, as `load_suite` reads it; no data are loaded.
+
+    Raises:
+        SpecError: a task is unknown, or a folder cannot be read.
+    """
+    return _find(text, include_path, allowed, where)[1]
+
+
+def _find(
+    text: str, include_path: str, allowed: Collection[str], where: str
+) -> tuple[TaskManager, list[Named]]:
+    pieces = _split(text, where)
+    # a piece without a metric after `task:metric` may be a filter
+    maybe_filter = {i for i in range(1, len(pieces)) if pieces[i - 1][1] and not pieces[i][1]}
+    names = [name for i, (name, _) in enumerate(pieces) if i not in maybe_filter]
+    folders = read_folders(include_path, allowed)
+    manager = _open_manager(names, folders, "--include-path, or tag soup.include_path")
+    asked: list[Named] = []
+    for i, (name, metric) in enumerate(pieces):
+        if i in maybe_filter and name not in manager.task_index:
+            before, its_metric, _ = asked.pop()
+            asked.append((before, its_metric, name))
+        elif name in manager.task_index:
+            asked.append((name, metric, None))
+        else:
+            raise _unknown(name, manager, folders, where)
+    return manager, asked
+
+
 def load_suite(
     text: str,
     *,
@@ -140,23 +175,9 @@ def load_suite(
             unusable, or a folder holds code that is not allowed.
         ObjectiveError: a task's data cannot be loaded.
     """
-    pieces = _split(text, where)
-    # a piece without a metric after `task:metric` may be a filter; filters have no folder
-    maybe_filter = {i for i in range(1, len(pieces)) if pieces[i - 1][1] and not pieces[i][1]}
-    names = [name for i, (name, _) in enumerate(pieces) if i not in maybe_filter]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     RENDERER.start()
-    folders = read_folders(include_path, allowed)
-    manager = _open_manager(names, folders, "--include-path, or tag soup.include_path")
-    asked: list[tuple[str, str | None, str | None]] = []
-    for i, (name, metric) in enumerate(pieces):
-        if i in maybe_filter and name not in manager.task_index:
-            before, its_metric, _ = asked.pop()
-            asked.append((before, its_metric, name))
-        elif name in manager.task_index:
-            asked.append((name, metric, None))
-        else:
-            raise _unknown(name, manager, folders, where)
+    manager, asked = _find(text, include_path, allowed, where)
     loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
     suite = Suite((), loaded)
     for name, task in loaded["tasks"].items():

@@ -40,22 +40,12 @@ class Rule:
 AT_MOST = Rule(lambda ours, policy: ours <= policy, "at most")
 AT_LEAST = Rule(lambda ours, policy: ours >= policy, "at least")
 SAME = Rule(lambda ours, policy: ours == policy, "the same,")
-ALL_OF = Rule(lambda ours, policy: {*_terms(policy)} <= {*_terms(ours)}, "all of, in this order,")
+# whether a name after `task:metric` is a task or a filter, only lm-eval tells: `settle_rules` asks
+ALL_OF = Rule(lambda ours, policy: {*_pieces(policy)} <= {*_pieces(ours)}, "all of")
 
 
-def _terms(text: str) -> list[str]:
-    """The tasks of an objective.
-
-    A name after `task:metric` may be the filter of that task: without lm-eval nobody can tell. So
-    it belongs to that task here, for `t:acc,strict u:acc` must not pass as `t:acc u:acc,strict`.
-    """
-    terms: list[str] = []
-    for piece in text.replace(",", " ").split():
-        if terms and ":" not in piece and ":" in terms[-1] and "," not in terms[-1]:
-            terms[-1] += f",{piece}"
-        else:
-            terms.append(piece)
-    return terms
+def _pieces(text: str) -> list[str]:
+    return text.replace(",", " ").split()
 
 
 def whole(least: int, most: int | None = None) -> Range:
@@ -179,14 +169,19 @@ def check_rule(knob_: Field[Any], ours: Any, policy: Any, owner: str) -> None:
     Raises:
         SpecError: it is.
     """
+    if not knob_.metadata["rule"].holds(ours, policy):
+        raise looser(knob_, ours, policy, owner)
+
+
+def looser(knob_: Field[Any], ours: Any, policy: Any, owner: str) -> SpecError:
+    """The error for a rule of the command line that is looser than that of the policy."""
     rule: Rule = knob_.metadata["rule"]
-    if not rule.holds(ours, policy):
-        raise SpecError(
-            f"{option(knob_)} {ours} is looser than the policy of {owner}, which says {policy}",
-            where=f"{option(knob_)}, and tag soup.{knob_.name} of {owner}",
-            fix=f"leave {option(knob_)} out, or give {rule.words} {policy}; whoever owns {owner} "
-            "may change the tag",
-        )
+    return SpecError(
+        f"{option(knob_)} {ours} is looser than the policy of {owner}, which says {policy}",
+        where=f"{option(knob_)}, and tag soup.{knob_.name} of {owner}",
+        fix=f"leave {option(knob_)} out, or give {rule.words} {policy}; whoever owns {owner} "
+        "may change the tag",
+    )
 
 
 def numbers(knob_: Field[Any], text: str, least: float, most: float) -> tuple[float, ...]:

@@ -12,19 +12,20 @@ The verdict is computed from these each time. `run`, `gate`, `promote` and `doct
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 from mlflow_soup.decision import gate as gates
 from mlflow_soup.errors import GateError, MismatchError, SpecError
 from mlflow_soup.evaluation.items import Part, all_items, asked
-from mlflow_soup.evaluation.suite import load_suite
+from mlflow_soup.evaluation.suite import load_suite, named_terms
 from mlflow_soup.records import Evidence, Examination, Finding, Manifest, Rules, Verdict, Version
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import examinations_of
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import Trust
 from mlflow_soup.registry.versions import policy
+from mlflow_soup.request import knobs
 from mlflow_soup.request.names import parse_target, parse_uri
 from mlflow_soup.request.spec import Spec, policy_for
 from mlflow_soup.weights import soup
@@ -136,6 +137,8 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
     if owner != name:
         tags = policy_for(tags, policy(client, owner))
     settled = spec.settle(tags, owner)
+    if stated := tags.get("soup.ood_tasks"):
+        _check_all_of(settled, stated, owner)
     for knob, what in (("tasks", "held-out"), ("ood_tasks", "out-of-domain")):
         if owner != name and not getattr(settled, knob):
             option = "--" + knob.replace("_", "-")
@@ -145,6 +148,17 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
                 fix=f"set the tag soup.{knob} on {owner}, or name the tasks: {option} TASK,TASK",
             )
     return settled
+
+
+def _check_all_of(spec: Spec, stated: str, owner: str) -> None:
+    """Refuse OOD tasks that leave out one of the policy's, or name it with another filter."""
+    if spec.ood_tasks in ("", stated):
+        return
+    named = partial(named_terms, include_path=spec.include_path, allowed=spec.allowed_code)
+    its = named(stated, where=f"tag soup.ood_tasks of {owner}")
+    if not {*its} <= {*named(spec.ood_tasks, where="--ood-tasks")}:
+        knob_ = next(knob_ for knob_ in fields(Spec) if knob_.name == "ood_tasks")
+        raise knobs.looser(knob_, spec.ood_tasks, stated, owner)
 
 
 def standard_of(spec: Spec, *, elsewhere: bool) -> Standard:

@@ -439,10 +439,7 @@ def test_a_target_of_another_model_keeps_its_alias_and_model_apart():
         ("margin", "0.01", 0.005, 0.2),
         ("confidence", "0.9", 0.99, 0.8),
         ("min_items", "200", 500, 60),
-        ("ood_tasks", "piqa,lambada_openai:acc", "boolq piqa lambada_openai:acc", "piqa"),
-        # the filter of one task is not that of another
-        ("ood_tasks", "a:acc,strict b:acc", "c a:acc,strict b:acc", "a:acc b:acc,strict"),
-        ("ood_tasks", "a:acc b:acc,strict", "c a:acc b:acc,strict", "a:acc,strict b:acc,strict"),
+        ("ood_tasks", "piqa,lambada_openai:acc", "lambada_openai:acc piqa,boolq", "piqa"),
         ("champion", "live", "live", "other"),
     ],
 )

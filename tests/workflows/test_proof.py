@@ -1,0 +1,42 @@
+import pytest
+
+from conftest import MODEL
+from mlflow_soup import Spec
+from mlflow_soup.errors import SpecError
+from mlflow_soup.workflows.proof import settle_rules
+
+STATED = "toy_digits:acc toy_spelling:exact_match,strict"
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        STATED,
+        STATED.replace(" ", ","),
+        f"{STATED},toy_letters",  # a task, though it follows a metric
+        f"toy_letters:acc,{STATED}",
+        "toy_spelling:exact_match,strict,toy_digits:acc",
+    ],
+)
+def test_a_command_line_may_name_more_tasks_than_the_policy(client, ours):
+    client.set_registered_model_tag(MODEL, "soup.ood_tasks", STATED)
+    spec = Spec(model=MODEL, pair="v1,v2", ood_tasks=ours)
+    assert settle_rules(client, spec, MODEL).ood_tasks == ours
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        "toy_digits:acc",
+        # the filter of one task is not that of another
+        "toy_spelling:exact_match toy_digits:acc,strict",
+        "toy_digits:acc,strict,toy_spelling:exact_match",
+    ],
+)
+def test_a_command_line_may_not_name_other_tasks_than_the_policy(client, ours):
+    client.set_registered_model_tag(MODEL, "soup.ood_tasks", STATED)
+    spec = Spec(model=MODEL, pair="v1,v2", ood_tasks=ours)
+    with pytest.raises(SpecError, match="is looser than the policy of toy-llm") as refusal:
+        settle_rules(client, spec, MODEL)
+    assert ours in refusal.value.what
+    assert STATED in refusal.value.what
