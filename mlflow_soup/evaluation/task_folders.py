@@ -295,6 +295,8 @@ class Factory(TaskFactory):  # type: ignore[misc]
             return member
         _check_names(member)
         known = member.get("group", member.get("task")) in registry
+        if known and set(member.get("metadata") or ()) - {"version"}:
+            self._refuse(yaml, "gives its members metadata, which functions take as arguments")
         if known or "group" in member:
             self._judge(member, yaml, in_group=True)
             return member

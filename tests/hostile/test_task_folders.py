@@ -370,6 +370,23 @@ def test_a_folder_that_is_too_large_has_no_digest(place, monkeypatch):
         load(place, allowed=("0" * 64,))
 
 
+def test_a_group_without_leave_gives_no_arguments_to_allowed_code(place):
+    place.folder.mkdir()
+    made = "import datasets\ndef make(say, **_):\n    print(say)\n    return {}\n"
+    write(place, yaml.safe_dump(plain(place)) + "custom_dataset: !function make.make\n")
+    (place.folder / "make.py").write_text(made)
+    other = place.root / "other"
+    other.mkdir()
+    for member in (
+        {"task": "mine", "metadata": {"say": "x"}},
+        {"group": "mine", "metadata": {"say": "x"}},
+    ):
+        (other / "g.yaml").write_text(yaml.safe_dump({"group": "g", "task": [member]}))
+        its = task_folders.digest(place.folder)
+        with pytest.raises(SpecError, match="gives its members metadata"):
+            load_suite("g", include_path=f"{place.folder}{os.pathsep}{other}", allowed=(its,))
+
+
 def an_include_above(place):
     return "include: ../elsewhere/base.yaml\n", "'../elsewhere/base.yaml'"
 
