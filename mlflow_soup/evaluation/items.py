@@ -25,7 +25,8 @@ from mlflow_soup.records import Score
 # the seed that the lm_eval command uses for few-shot sampling
 FEWSHOT_SEED = 1234
 
-MOST_CHARACTERS = 1 << 31  # of all prompts of a task
+MOST_CHARACTERS = 1 << 31  # of all prompts and answers of a task
+CHARACTERS_EACH = 1 << 12  # that a request counts as, besides its texts
 SECONDS = 30  # of processor time for filters and metrics, and 1 more for 100 items
 
 Part = tuple[str, str, tuple[str, ...]]  # leaf task, metric, names of its items
@@ -66,28 +67,36 @@ def freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
 
 
 def _limit_requests(task: Any) -> None:
-    """Stop a task whose prompts would fill the memory, by long examples for instance."""
+    """Stop a task whose requests would fill the memory, by long examples or many choices."""
     construct, left = task.construct_requests, MOST_CHARACTERS
 
     def construct_within(doc: Any, ctx: Any, **options: Any) -> Any:
         nonlocal left
         left -= len(ctx) if isinstance(ctx, str) else sum(map(len, ctx))
+        made = construct(doc=doc, ctx=ctx, **options)
+        for request in made if isinstance(made, list) else [made]:
+            answer = request.args[-1]  # the prompt is one text for all answers
+            left -= CHARACTERS_EACH + (len(answer) if isinstance(answer, str) else 0)
         if left < 0:
-            raise SecurityError(f"its prompts have more than {MOST_CHARACTERS} characters in all")
-        return construct(doc=doc, ctx=ctx, **options)
+            raise SecurityError(
+                f"its prompts and answers have more than {MOST_CHARACTERS} characters in all, with "
+                f"{CHARACTERS_EACH} for each answer"
+            )
+        return made
 
     task.construct_requests = construct_within
 
 
 def _limit_scoring(task: Any) -> None:
-    """Stop a task whose regular expressions do not come to an end on what a model generated."""
-    if task.OUTPUT_TYPE != "generate_until":
+    """Stop a task whose regular expressions do not come to an end on what a model answered."""
+    generates = task.OUTPUT_TYPE == "generate_until"  # only then a metric can hold a pattern
+    if not generates and not task.get_config("filter_list"):
         return
     apply = task.apply_filters
 
     def score() -> None:
         apply()
-        for request in task.instances:
+        for request in task.instances if generates else ():
             for filtered in request.filtered_resps.values():
                 task.process_results(request.doc, [filtered])
 

@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets.packaged_modules
 import lm_eval.api.metrics  # private door; the import fills the registry
@@ -54,6 +54,10 @@ GENERATION_KWARGS = {
 # keys that could give trusted functions other data, or switch off a warning
 NOT_IN_GROUPS = ("dataset_path", "dataset_kwargs", "unsafe_code")
 MOST_REPEATS = 1000  # answers to one item
+MOST_BEAMS = MOST_STOPS = 64  # of generation
+# bytes of all YAML of a folder: an included file counts each time, and each file with 1 KiB more
+LARGEST_YAMLS = 128 << 20
+LARGEST_FOLDER = 8 << 30  # bytes that a digest covers
 # (value, the task that holds it, all folders) → reasons to refuse it
 _Check = Callable[[Any, Mapping[Any, Any], Sequence[Path]], Iterator[str]]
 _HUB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
@@ -92,12 +96,13 @@ def read_folders(include_path: str, allowed: Collection[str]) -> list[Folder]:
 def _read(folder: Path) -> Folder:
     entries: dict[str, Any] = {}
     unreadable: dict[Path, str] = {}
+    reading = _Reading(folder)
     # the order and the folders left out are lm-eval's
     for path in sorted(folder.rglob("*.yaml"), key=Path.as_posix):
         if {_CACHES, ".ipynb_checkpoints"} & set(path.parts):
             continue
         try:
-            config = _resolve(path, folder, ())
+            config = reading.resolve(path, ())
             if not config.keys() & {"task", "group", "class"}:
                 continue  # a file to be included
             _check_names(config)
@@ -108,28 +113,44 @@ def _read(folder: Path) -> Folder:
     return Folder(folder, entries, unreadable, trusted=False)
 
 
-def _resolve(path: Path, folder: Path, within: tuple[Path, ...]) -> dict[str, Any]:
-    """What a YAML says together with the files that it includes, merged as lm-eval merges them.
+class _Reading:
+    """Reads the YAML of a folder, within a limit for all of it: includes can multiply a file."""
 
-    Raises:
-        ValueError: a file is not plain YAML with keys, or lies outside the folder.
-        OSError: a file cannot be read.
-    """
-    if path in within:
-        raise ValueError(f"it includes itself, by {path}")
-    config = parse_yaml(read_regular(path, LARGEST_YAML))
-    if not isinstance(config, dict):
-        return {}
-    included = config.pop("include", [])
-    merged: dict[str, Any] = {}
-    for name in included if isinstance(included, list) else [included]:
-        target = path.parent / str(name)
-        if not _inside(target, [folder]):
-            raise ValueError(f"{path} includes {str(name)!r}, which is outside its folder")
-        inner = _resolve(target.resolve(), folder, (*within, path))
-        inner.pop("task_list", None)
-        merged |= inner
-    return merged | config
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._left = folder, LARGEST_YAMLS
+
+    def resolve(self, path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+        """What a YAML says together with the files that it includes, merged as lm-eval does.
+
+        Raises:
+            ValueError: a file is not plain YAML with keys, or lies outside the folder.
+            OSError: a file cannot be read.
+            SpecError: all that was read is more than the limit.
+        """
+        if path in within:
+            raise ValueError(f"it includes itself, by {path}")
+        content = read_regular(path, LARGEST_YAML)
+        self._left -= len(content) + 1024
+        if self._left < 0:
+            raise SpecError(
+                f"the YAML files in {self._folder} have more than {LARGEST_YAMLS >> 20} MiB, an "
+                "included file counted each time",
+                where=f"task folder {self._folder}",
+                fix="remove files that no task needs, or include fewer files",
+            )
+        config = parse_yaml(content)
+        if not isinstance(config, dict):
+            return {}
+        included = config.pop("include", [])
+        merged: dict[str, Any] = {}
+        for name in included if isinstance(included, list) else [included]:
+            target = path.parent / str(name)
+            if not _inside(target, [self._folder]):
+                raise ValueError(f"{path} includes {str(name)!r}, which is outside its folder")
+            inner = self.resolve(target.resolve(), (*within, path))
+            inner.pop("task_list", None)
+            merged |= inner
+        return merged | config
 
 
 def _check_names(config: Mapping[str, Any]) -> None:
@@ -179,6 +200,7 @@ def digest(folder: Path) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     """The files and folders in a folder, all of which a digest covers."""
+    size = 0
     for path in sorted(folder.rglob("*")):
         if _CACHES in path.relative_to(folder).parts:
             continue
@@ -187,6 +209,13 @@ def _files(folder: Path) -> Iterator[Path]:
                 f"{path} is a link, a pipe or a device, so no digest covers what it leads to",
                 where=f"task folder {folder}",
                 fix=f"replace {path} by the file itself, or remove it",
+            )
+        size += 0 if path.is_dir() else path.stat().st_size
+        if size > LARGEST_FOLDER:
+            raise SpecError(
+                f"{folder} has more than {LARGEST_FOLDER >> 30} GiB, so no digest covers it",
+                where=f"task folder {folder}",
+                fix="move large files that no task needs out of the folder",
             )
         yield path
 
@@ -265,7 +294,10 @@ class Factory(TaskFactory):  # type: ignore[misc]
         if not isinstance(member, dict):
             return member
         _check_names(member)
-        if "group" in member or member.get("task") in registry:
+        known = member.get("group", member.get("task")) in registry
+        if known and set(member.get("metadata") or ()) - {"version"}:
+            self._refuse(yaml, "gives its members metadata, which functions take as arguments")
+        if known or "group" in member:
             self._judge(member, yaml, in_group=True)
             return member
         return self._plain({**overrides, **member}, yaml)
@@ -291,13 +323,17 @@ class Factory(TaskFactory):  # type: ignore[misc]
     def _judge(self, config: Any, yaml: Path, *, in_group: bool) -> None:
         reason = next(_reasons(config, self._paths, in_group=in_group), None)
         if reason is not None:
-            folder = self._of[yaml].path
-            raise SpecError(
-                f"{yaml} {reason}",
-                where=f"{self._where}: task folder {folder}",
-                fix="remove this from the folder; or read all its files, and if you trust "
-                f"them, give --allow-task-code {digest(folder)}",
-            )
+            self._refuse(yaml, reason)
+
+    def _refuse(self, yaml: Path, reason: str) -> NoReturn:
+        folder = self._of[yaml].path
+        fix = "remove this from the folder"
+        try:
+            leave = f"--allow-task-code {digest(folder)}"
+            fix += f"; or read all its files, and if you trust them, give {leave}"
+        except SpecError as error:
+            fix += f"; its code cannot be allowed as it is: {error.what}"
+        raise SpecError(f"{yaml} {reason}", where=f"{self._where}: task folder {folder}", fix=fix)
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,9 +390,20 @@ def _of_metrics(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) ->
 
 
 def _of_generation(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
-    odd = sorted(map(str, value.keys() - GENERATION_KWARGS)) if isinstance(value, dict) else []
+    if not isinstance(value, dict):
+        return
+    odd = sorted(map(str, value.keys() - GENERATION_KWARGS))
     if odd:
         yield f"generates with {', '.join(odd)}, which could name code"
+    for key, setting in value.items():
+        if key == "until":
+            stops = setting if isinstance(setting, list) else [setting]
+            if len(stops) > MOST_STOPS:
+                yield f"stops at {len(stops)} texts, but {MOST_STOPS} are the most"
+        elif not isinstance(setting, int | float | str | None):
+            yield f"generates with a {key} that is not a number or a text"
+        elif key == "num_beams" and not (isinstance(setting, int) and setting <= MOST_BEAMS):
+            yield f"generates with num_beams = {setting}, but {MOST_BEAMS} are the most"
 
 
 def _of_unsafe(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:

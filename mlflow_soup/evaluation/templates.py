@@ -39,7 +39,8 @@ CHARACTERS_EACH = 1 << 14  # for each of its documents, and
 CHARACTERS_PER_BYTE = 4  # for each byte of its documents
 _BATCH = 256  # documents
 _BATCH_BYTES = 8 << 20
-_MOST_KEPT = 4_000_000  # texts
+_MOST_KEPT = 1 << 29  # characters of texts, and
+_KEPT_EACH = 1 << 7  # for each text
 _NOT_PLAIN = object()
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 
@@ -72,6 +73,7 @@ class _Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._kept: dict[str, dict[bytes, str]] = {}  # template → document's digest → text
+        self._size = 0  # characters that are kept
         os.register_at_fork(after_in_child=self._forget)
         atexit.register(self._end)
 
@@ -88,7 +90,7 @@ class _Renderer:
                 than it may.
             Exception: what the template raised.
         """
-        kept = self._kept.setdefault(template, {})
+        kept = self._kept.get(template, {})
         # a document of plain values is its own plain form; no other document has the same bytes
         with contextlib.suppress(ValueError):
             text = kept.get(_digest(marshal.dumps(document, FORMAT)))
@@ -101,8 +103,14 @@ class _Renderer:
             [(text, kind, message)] = self._ask(template, [content])
             if text is None:
                 raise _error(kind, message)
-            kept[key] = text
+            self._keep(template, key, text)
         return text
+
+    def _keep(self, template: str, key: bytes, text: str) -> None:
+        self._size += len(text) + _KEPT_EACH
+        if self._size > _MOST_KEPT:
+            self._kept, self._size = {}, 0
+        self._kept.setdefault(template, {})[key] = text
 
     def render_ahead(
         self, templates: Iterable[str], documents: Iterable[Mapping[str, Any]]
@@ -115,17 +123,13 @@ class _Renderer:
         """
         contents = [marshal.dumps(plain(document), FORMAT) for document in documents]
         keyed = {_digest(content): content for content in contents}
-        if sum(map(len, self._kept.values())) > _MOST_KEPT:
-            self._kept = {}
         for template in templates:
-            kept = self._kept.setdefault(template, {})
+            kept = set(self._kept.get(template, ()))
             for batch in _batches((k, c) for k, c in keyed.items() if k not in kept):
                 answers = self._ask(template, list(batch.values()))
-                kept.update(
-                    (key, text)
-                    for key, (text, _, _) in zip(batch, answers, strict=True)
-                    if text is not None
-                )
+                for key, (text, _, _) in zip(batch, answers, strict=True):
+                    if text is not None:
+                        self._keep(template, key, text)
 
     def _ask(self, template: str, batch: list[bytes]) -> list[Answer]:
         room = CHARACTERS + CHARACTERS_EACH * len(batch)

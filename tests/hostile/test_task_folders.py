@@ -203,6 +203,13 @@ def in_a_group(member, **changes):
     return spoil
 
 
+def doubling_includes(place):
+    for i in range(40):
+        (place.folder / f"{i}.inc").write_text(f"include: [{i + 1}.inc, {i + 1}.inc]\n")
+    (place.folder / "40.inc").write_text("num_fewshot: 0\n")
+    write(place, plain(place) | {"include": "0.inc"})
+
+
 HUB = {"dataset_path": "a/b", "dataset_kwargs": {"data_files": {"test": "secret.jsonl"}}}
 MERGED = {
     "a file of the Hub read here": (
@@ -247,12 +254,20 @@ MERGED = {
         "takes prompts from",
     ),
     "an answer asked for without end": (with_fields(repeats=10**9), "asks each item 1000000000"),
+    "many beams": (with_fields(generation_kwargs={"num_beams": 10**5}), "num_beams = 100000"),
+    "beams that are no number": (with_fields(generation_kwargs={"num_beams": {}}), "a num_beams"),
+    "many texts to stop at": (
+        with_fields(generation_kwargs={"until": ["x"] * 65}),
+        "stops at 65 texts",
+    ),
+    "includes that double": (doubling_includes, "an included file counted each time"),
 }
 
 
 @pytest.mark.parametrize("case", MERGED)
 def test_what_files_say_together_is_judged(place, monkeypatch, case):
     spoil, words = MERGED[case]
+    monkeypatch.setattr(task_folders, "LARGEST_YAMLS", 1 << 20)
     place.folder.mkdir()
     monkeypatch.chdir(place.secret.parent)
     spoil(place)
@@ -336,9 +351,40 @@ def test_a_folder_has_no_digest_if_something_in_it_leads_elsewhere(place, spoil)
     spoil(place)
     with Watch() as watched, pytest.raises(SpecError, match="no digest covers"):
         load(place, allowed=(its,))
-    with pytest.raises(SpecError, match="no digest covers"):  # nor does the error tell one
+    with pytest.raises(SpecError, match="no digest covers") as refusal:
         load(place)
+    assert "mine.yaml runs a Python function" in refusal.value.what
+    assert "--allow-task-code" not in refusal.value.fix
     untouched(place, watched)
+
+
+def test_a_folder_that_is_too_large_has_no_digest(place, monkeypatch):
+    monkeypatch.setattr(task_folders, "LARGEST_FOLDER", 1 << 20)
+    with_code(place)
+    with (place.folder / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(SpecError, match="runs a Python function") as refusal:
+        load(place)
+    assert "no digest covers it" in refusal.value.fix
+    with pytest.raises(SpecError, match="no digest covers it"):
+        load(place, allowed=("0" * 64,))
+
+
+def test_a_group_without_leave_gives_no_arguments_to_allowed_code(place):
+    place.folder.mkdir()
+    made = "import datasets\ndef make(say, **_):\n    print(say)\n    return {}\n"
+    write(place, yaml.safe_dump(plain(place)) + "custom_dataset: !function make.make\n")
+    (place.folder / "make.py").write_text(made)
+    other = place.root / "other"
+    other.mkdir()
+    for member in (
+        {"task": "mine", "metadata": {"say": "x"}},
+        {"group": "mine", "metadata": {"say": "x"}},
+    ):
+        (other / "g.yaml").write_text(yaml.safe_dump({"group": "g", "task": [member]}))
+        its = task_folders.digest(place.folder)
+        with pytest.raises(SpecError, match="gives its members metadata"):
+            load_suite("g", include_path=f"{place.folder}{os.pathsep}{other}", allowed=(its,))
 
 
 def an_include_above(place):
@@ -478,6 +524,25 @@ def test_prompts_do_not_fill_the_memory(place, live, monkeypatch):
         Evaluator(live, load(place))
 
 
+MANY = {
+    "many choices": {"doc_to_choice": ["b"] * 100},
+    "a long answer": {
+        "output_type": "loglikelihood",
+        "doc_to_choice": None,
+        "doc_to_target": "{{ 'b' * 500000 }}",
+    },
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_answers_do_not_fill_the_memory(place, live, monkeypatch, case):
+    monkeypatch.setattr(items, "MOST_CHARACTERS", 1_000_000)
+    place.folder.mkdir()
+    write(place, plain(place, **MANY[case]))
+    with pytest.raises(SpecError, match="prompts and answers have more than 1000000"):
+        Evaluator(live, load(place))
+
+
 GENERATE = {
     "output_type": "generate_until",
     "doc_to_text": "{{ 'a' * 30 }}",
@@ -502,6 +567,13 @@ PATTERNS = {
     "a metric": {
         "metric_list": [MATCH | {"regexes_to_ignore": [r"(a+)+$"]}],
     },
+    "a filter of choices": {
+        "output_type": "multiple_choice",
+        "doc_to_target": "answer",
+        "doc_to_choice": "{{choices}}",
+        # it sees no text, and does not end on that
+        "filter_list": filters("(?:(?:(?:(?:x|a|){100}){100}){100}){100}(?!)"),
+    },
 }
 
 
@@ -509,7 +581,7 @@ PATTERNS = {
 def test_patterns_on_what_a_model_generates_come_to_an_end(place, live, monkeypatch, case):
     monkeypatch.setattr(items, "SECONDS", 1)
     place.folder.mkdir()
-    write(place, plain(place, **GENERATE, **PATTERNS[case]))
+    write(place, plain(place, **GENERATE | PATTERNS[case]))
     evaluator = Evaluator(live, load(place))
     with pytest.raises(SpecError, match="its filters and metrics do not end"):
         evaluator.score()
@@ -614,6 +686,14 @@ def test_texts_are_rendered_once(monkeypatch):
     assert len(asked) == 4
     assert [RENDERER.render("<{{a}}>", row) for row in rows] == [f"<once {i}>" for i in range(1000)]
     assert len(asked) == 4
+
+
+def test_texts_that_are_kept_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(templates, "_MOST_KEPT", 100_000)
+    rows = [{"a": f"much {i}"} for i in range(1000)]
+    RENDERER.render_ahead(["{{ a * 100 }}"], rows)
+    assert sum(len(text) for kept in RENDERER._kept.values() for text in kept.values()) < 100_000
+    assert RENDERER.render("{{ a * 100 }}", rows[0]) == "much 0" * 100
 
 
 @pytest.mark.parametrize("document", [{"a": "é\ud800\x00"}, {"a": 2**80}, {"a": float("inf")}])
