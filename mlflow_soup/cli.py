@@ -233,7 +233,7 @@ for _name, _words in STUDIES.items():
 @main.command(section=STEPS)
 @_knobs("evaluate")
 def evaluate(**said: Any) -> None:
-    """Score a soup, its parents and the champion."""
+    """Score a soup, its parents and the champion out of domain."""
     spec = _spec(said)
     with _heavy_imports():
         from mlflow_soup.reporting import report
@@ -440,7 +440,7 @@ def doctor(ctx: click.Context, /, fix: bool, digests: bool, **said: Any) -> None
     explains each difference. With --fix it also repairs whatever needs no decision of yours.
 
     Exit codes: 0 everything agrees, 3 something still disagrees, 4 no such model, 6 store
-    unreachable or disk full, 1 anything else.
+    unreachable or disk full, 7 no permission, 1 anything else.
     """
     with _heavy_imports():
         from mlflow_soup.workflows import doctor as doctors
@@ -471,8 +471,8 @@ def doctor(ctx: click.Context, /, fix: bool, digests: bool, **said: Any) -> None
 def verify(ctx: click.Context, soup: str, public_key: str) -> None:
     """Check a soup against its manifest.
 
-    SOUP is a version, models:/my-llm/14, or a folder. The command pulls the soup and its
-    parents, compares files and digests with the manifest, and mixes the parents again.
+    SOUP is a version, models:/my-llm/14, or a folder. The command downloads the soup and
+    its parents, compares files and digests with the manifest, and merges the parents again.
 
     Exit codes: 0 the soup is what its manifest says, 3 it is not, or is not signed by
     --public-key, 4 the soup or a parent is missing.

@@ -144,9 +144,9 @@ def open_signer() -> Signer | None:
         content = said.encode() if inline else Path(said).read_bytes()
         key = serialization.load_pem_private_key(content, password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _no_key("no private key can be read", where, error) from error
+        raise _no_key("no private key can be read", where, _PRIVATE, error) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise _no_key(f"the key is a {type(key).__name__.lstrip('_')}", where)
+        raise _no_key(f"the key is a {type(key).__name__.lstrip('_')}", where, _PRIVATE)
     return Signer(key, name_of(key.public_key()))
 
 
@@ -162,9 +162,9 @@ def open_verifier(files: Sequence[Path]) -> Verifier:
         try:
             key = serialization.load_pem_public_key(file.read_bytes())
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            raise _no_key("no public key can be read", where, error) from error
+            raise _no_key("no public key can be read", where, _PUBLIC, error) from error
         if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise _no_key(f"the key is a {type(key).__name__.lstrip('_')}", where)
+            raise _no_key(f"the key is a {type(key).__name__.lstrip('_')}", where, _PUBLIC)
         keys.append(key)
     return Verifier(tuple(keys))
 
@@ -175,13 +175,20 @@ def name_of(key: ec.EllipticCurvePublicKey) -> str:
     return hashlib.sha256(key.public_bytes(*encoding)).hexdigest()
 
 
-def _no_key(what: str, where: str, error: Exception | None = None) -> SpecError:
-    # an error of the library may quote the key
-    why = f": {type(error).__name__}" if error is not None else ""
-    return SpecError(
-        f"{what}{why}",
-        where=where,
-        fix="give an elliptic-curve key without a password, in PEM: openssl ecparam -name "
-        "prime256v1 -genkey -noout -out gate.pem; openssl ec -in gate.pem -pubout -out "
-        "gate.pub.pem",
-    )
+_PRIVATE = (
+    "give the private part of an elliptic-curve key, in PEM, without a password; a new one: "
+    "openssl ecparam -name prime256v1 -genkey -noout -out new.pem"
+)
+_PUBLIC = (
+    "give the public part of an elliptic-curve key, in PEM: "
+    "openssl ec -in gate.pem -pubout -out gate.pub.pem"
+)
+
+
+def _no_key(what: str, where: str, fix: str, error: Exception | None = None) -> SpecError:
+    why = ""
+    if isinstance(error, OSError):
+        why = f": {error.strerror}"
+    elif error is not None:  # an error of the library may quote the key
+        why = f": it is not in PEM, has a password, or is of another kind ({type(error).__name__})"
+    return SpecError(f"{what}{why}", where=where, fix=fix)

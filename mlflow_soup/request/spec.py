@@ -56,7 +56,7 @@ STUDIES = {
 }
 _ALL = " ".join(STUDIES)
 # groups of options, in the order of `--help`
-MERGE, SEARCH, SCORE = "What to merge", "How to search", "How to score"
+MERGE, SEARCH, SCORE = "Which versions", "How to search", "How to score"
 GATE, MACHINE = "Gate and promotion", "Machine"
 _STEPS = 10_000  # of λ from 0 to 1
 _SEARCHING = "run pairs count alpha ood methods"  # commands that search by some method
@@ -91,7 +91,7 @@ class Spec:
     last: int | None = knob(
         MERGE,
         None,
-        "Merge the newest k versions that are not soups. Replaces --pair and --versions.",
+        "Merge the newest k versions that are not soups, instead of naming them.",
         "run pairs count",
         range=whole(2),
     )
@@ -239,7 +239,7 @@ class Spec:
     include_path: str = knob(
         SCORE,
         "",
-        "Folder with your own lm-eval task YAMLs.",
+        "Folder with your own lm-eval task YAMLs; several are separated as in PATH.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
     )
@@ -343,8 +343,8 @@ class Spec:
     promote: str = knob(
         GATE,
         "",
-        "Where to promote when the gate passes: alias:NAME, stage:NAME or model:NAME@ALIAS. "
-        "Default: nowhere.",
+        "Target of the promotion: alias:NAME, stage:NAME or model:NAME@ALIAS. Only run and promote "
+        "move it, if the gate passes; elsewhere it says whose rules hold. Default: nowhere.",
         "run evaluate gate sign promote",
     )
     device: str = knob(

@@ -364,7 +364,10 @@ def _why_none(digest: str, trust: Trust) -> tuple[str, str]:
     if not elsewhere:
         return "it was never scored out of domain", ""
     if trust.mode == "signed":
-        return "no key of --public-key has signed its out-of-domain scores", ""
+        return (
+            "no key of --public-key has signed its out-of-domain scores",
+            "let MLFLOW_SOUP_KEY name the private part of such a key, then ",
+        )
     if trust.mode == "own":
         return "with --evidence own no stored score counts", ""
     there = {run.info.experiment_id for run in elsewhere}
