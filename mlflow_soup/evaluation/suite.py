@@ -253,7 +253,10 @@ def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
         "--tasks NAME --include_path FOLDER --limit 1`"
     )
     if isinstance(error, jinja2.exceptions.SecurityError):
-        fix = "correct the templates in the task's YAML: a template may only format a document"
+        fix = (
+            "correct the task's YAML: a template may only format a document, and neither templates "
+            "nor patterns may run for long"
+        )
     return SpecError(f"task {name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
 
 
