@@ -5,6 +5,7 @@ several folders, a group too, and of two tasks with one name the first counts.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,30 +19,35 @@ from lm_eval.tasks import TaskManager
 from mlflow_soup.errors import SoupError
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.durable import replace
-from mlflow_soup.files.untrusted import UNREADABLE, parse_json, read_regular
+from mlflow_soup.files.untrusted import UNREADABLE, read_regular
 
 _LARGEST = 64 << 20  # bytes
 
 
 def library() -> TaskManager:
     """lm-eval's manager of the tasks that it ships; the caller may add others to its index."""
-    root = Path(lm_eval.tasks.__file__).parent
-    installed = _installed()
-    if installed is None:
-        return TaskManager()
-    # private door: lm_eval.tasks.TaskManager.task_index
     manager = TaskManager(include_defaults=False)
-    kept = cache_folder() / "lm-eval" / f"{installed}.json"
-    with contextlib.suppress(*UNREADABLE):
-        manager.task_index.update(_read(kept, root))
-        return manager
-    manager = TaskManager()
-    with contextlib.suppress(SoupError, OSError):  # it only serves speed
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        replace(kept, lambda path: _write(path, manager.task_index, root))
+    # private door: lm_eval.tasks.TaskManager.task_index
+    manager.task_index.update(_index(_installed()))
     return manager
 
 
+@functools.lru_cache(maxsize=1)
+def _index(installed: str | None) -> dict[str, Any]:
+    root = Path(lm_eval.tasks.__file__).parent
+    if installed is None:
+        return dict(TaskManager().task_index)
+    kept = cache_folder() / "lm-eval" / f"{installed}.json"
+    with contextlib.suppress(*UNREADABLE):
+        return _read(kept, root)
+    index: dict[str, Any] = TaskManager().task_index
+    with contextlib.suppress(SoupError, OSError):  # it only serves speed
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace(kept, lambda path: _write(path, index, root))
+    return index
+
+
+@functools.lru_cache(maxsize=1)
 def _installed() -> str | None:
     """A digest of lm-eval's files; None if they may change, as in an editable installation."""
     distribution = importlib.metadata.distribution("lm_eval")
@@ -65,8 +71,9 @@ def _write(path: Path, index: dict[str, Any], root: Path) -> None:
 
 def _read(path: Path, root: Path) -> dict[str, Any]:
     index = lm_eval.tasks._index
-    content = parse_json(read_regular(path, _LARGEST))
+    content = json.loads(read_regular(path, _LARGEST))
+    # paths as text: lm-eval makes a Path of the one that it reads, and to make all takes 0.2 s
     return {
-        name: index.Entry(name, index.Kind[kind], yaml and root / yaml, tags=set(tags))
+        name: index.Entry(name, index.Kind[kind], yaml and f"{root}/{yaml}", tags=set(tags))
         for name, (kind, yaml, tags) in content.items()
     }

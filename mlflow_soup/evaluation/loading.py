@@ -1,6 +1,7 @@
 """Let transformers load a model and a tokenizer that somebody else wrote, within limits."""
 
 import contextlib
+import hashlib
 import io
 import math
 import string
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mlflow_soup.errors import ParentError
 from mlflow_soup.evaluation.limits import LimitError, try_within
+from mlflow_soup.files.untrusted import open_regular
 from mlflow_soup.weights.checkpoint import Checkpoint
+from mlflow_soup.weights.inherit import TEMPLATES, belongs
 
 # what loading a config or a tokenizer may take. Models of transformers take up to 1 s and 150 MB, a
 # tokenizer with 500 000 tokens and merges 5 s and 380 MB; sentencepiece is converted, which is slow
@@ -31,6 +34,7 @@ _MORE_PARTS, _MORE_VALUES = 10_000, 1 << 28
 _PROBE = f"{string.printable} é ß 中 🙂"  # rules of a tokenizer can make a text longer without end
 
 _ONE_THREAD = threading.RLock()
+_TRIED: set[str] = set()  # fingerprints of what loads within limits
 
 
 @contextlib.contextmanager
@@ -63,10 +67,14 @@ def try_loading(checkpoint: Checkpoint) -> None:
     Both decide how often transformers' loops run and how much they allocate, in more ways than
     rules on numbers could name. A fork does what this process will do, up to the weights. It costs
     0.2 s, and as long as the tokenizer takes to load; a new process would take seconds to start.
+    Checkpoints of one training have the same config and tokenizer: these are tried once.
 
     Raises:
         ParentError: one of them takes more than its limits, or ends the process.
     """
+    fingerprint = _fingerprint(checkpoint)
+    if fingerprint in _TRIED:
+        return
 
     def build() -> None:
         # private door: transformers.PreTrainedModel._load_pretrained_model
@@ -92,6 +100,20 @@ def try_loading(checkpoint: Checkpoint) -> None:
                 fix=f"compare the numbers and files of the {what} with those of a sound version, "
                 "and register it again",
             ) from error
+    _TRIED.add(fingerprint)
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of what transformers builds a model and a tokenizer from, besides the weights."""
+    digest = hashlib.sha256(repr([(n, t.shape) for n, t in checkpoint.tensors.items()]).encode())
+    places = {checkpoint.weights, checkpoint.tokenizer, checkpoint.tokenizer / TEMPLATES}
+    for folder in sorted(place for place in places if place.is_dir()):
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and belongs(path.name):
+                with open_regular(path) as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.update(repr((folder == checkpoint.weights, path.name, content)).encode())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
