@@ -556,7 +556,7 @@ TASKS = {
     "code that is not unsafe": (with_fields(unsafe_code=False), "unsafe_code"),
     "a group gives data": (
         group(task=[{"task": "arc_easy", "dataset_path": "json", "dataset_kwargs": {}}]),
-        "names no data_files",
+        "replaces the dataset_",
     ),
     "a group takes a warning off": (group(task=["humaneval"], unsafe_code=False), "unsafe_code"),
     "a group in a group": (

@@ -234,7 +234,7 @@ def no_index(folder):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (in_the_wrong_shard, f"b is in {SECOND}, but the index says {FIRST}\n    c is in"),
+        (in_the_wrong_shard, rf"b is in {SECOND}, but the index says {FIRST}\n  \|     c is in"),
         (missing_in_the_index, f"c is in {FIRST}, but the index says nothing"),
         (in_no_shard, f"d is in no file, but the index says {SECOND}"),
         (in_two_shards, f"'c' of models:/toy/1 is in two files\n  where: {FIRST} and {SECOND}"),
