@@ -50,12 +50,16 @@ def freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
         _limit_requests(task)
         _limit_scoring(task)
     try:
-        _render_ahead(task, limit)
         with quiet():
+            documents = list(itertools.islice(task.eval_docs, limit))
+            _render_ahead(task, documents)
+            task.doc_iterator = lambda **_: enumerate(documents)  # they are decoded once
             task.build_all_requests(limit=limit)
     except Exception as error:  # templates, code and documents can raise anything
         where = f"the requests of task {task.config.task}"
         raise broken(task.config.task, "could not build its requests", where, error) from error
+    finally:
+        task.__dict__.pop("doc_iterator", None)
     frozen = task.instances
 
     def rebuild(**_: Any) -> None:
@@ -111,14 +115,12 @@ def _limit_scoring(task: Any) -> None:
     task.apply_filters = apply_within
 
 
-def _render_ahead(task: Any, limit: int | None) -> None:
+def _render_ahead(task: Any, documents: Sequence[Any]) -> None:
     """Render the templates of a task for all documents that will be scored."""
     fields = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix")
-    templates = [task.get_config(field) for field in fields]
-    documents = itertools.islice(task.eval_docs, limit)
-    RENDERER.render_ahead(
-        (t for t in templates if isinstance(t, str) and t not in task.features), documents
-    )
+    texts = [text for field in fields if isinstance(text := task.get_config(field), str)]
+    # a template that is the name of a column stands for the column
+    RENDERER.render_ahead((text for text in texts if text not in task.features), documents)
 
 
 def items_of(suite: Suite) -> dict[str, tuple[Part, ...]]:
