@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from mlflow_soup.evaluation.template_process import lower
+
 _FAILED, _TOO_MUCH = 1, 3  # exit codes
 _SLOWEST = 10  # seconds that a busy machine may take for one second of processor time
 _WORDS = ("File too large", "Cannot allocate memory")  # of the system; torch quotes them, too
@@ -39,12 +41,12 @@ def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_si
 
     def limited() -> None:
         _hush()
-        _limit(resource.RLIMIT_CPU, seconds)
-        _limit(resource.RLIMIT_FSIZE, file_size)
-        _limit(resource.RLIMIT_CORE, 0)
+        lower(resource.RLIMIT_CPU, seconds)
+        lower(resource.RLIMIT_FSIZE, file_size)
+        lower(resource.RLIMIT_CORE, 0)
         used = _data_size()
         if used is not None:
-            _limit(resource.RLIMIT_DATA, used + memory)
+            lower(resource.RLIMIT_DATA, used + memory)
         try:
             work()
         except Exception as error:  # the caller meets it again
@@ -75,12 +77,6 @@ def _hush() -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nothing, stream)
-
-
-def _limit(what: int, most: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(what, (most, most))
 
 
 def _data_size() -> int | None:

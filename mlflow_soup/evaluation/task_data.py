@@ -49,7 +49,7 @@ class Reader:
 
 
 def _read_files(kind: str, name: str | None, options: Mapping[str, Any], where: str) -> Any:
-    files = list(named_files(options))
+    files = list(_named_files(options))
     size = 0
     for file in files:
         try:
@@ -79,7 +79,7 @@ def _read_files(kind: str, name: str | None, options: Mapping[str, Any], where: 
     return builder.as_dataset()
 
 
-def named_files(options: Mapping[str, Any]) -> Iterator[Path]:
+def _named_files(options: Mapping[str, Any]) -> Iterator[Path]:
     """The files that the arguments of `load_dataset` name; all of `data_dir` if they name none."""
     folder = Path(options.get("data_dir") or "").expanduser()
     names = list(texts(options.get("data_files")))

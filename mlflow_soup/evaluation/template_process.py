@@ -56,15 +56,11 @@ def send(stream: IO[bytes], value: Any) -> None:
     stream.write(len(content).to_bytes(4, "little") + content)
 
 
-def _limit() -> None:
-    for limit, most in (
-        (resource.RLIMIT_AS, MEMORY),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(limit)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (most, most))
+def lower(limit: int, most: int) -> None:
+    """Lower one of the `resource` limits of this process; a lower one stays."""
+    hard = resource.getrlimit(limit)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(limit, (most, most))
 
 
 class _Renderer:
@@ -96,7 +92,9 @@ class _Renderer:
 
 def main() -> None:
     """Answer requests until the input ends."""
-    _limit()
+    lower(resource.RLIMIT_AS, MEMORY)
+    lower(resource.RLIMIT_FSIZE, 0)
+    lower(resource.RLIMIT_CORE, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     renderer = _Renderer(*map(float, sys.argv[1:]))
     while True:
