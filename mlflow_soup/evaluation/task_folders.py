@@ -13,13 +13,13 @@ the copy.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from lm_eval.tasks._factory import TaskFactory  # private door
 
 from mlflow_soup.errors import SpecError
 from mlflow_soup.evaluation.task_data import LOCAL, Reader, texts
+from mlflow_soup.files.durable import scratch
 from mlflow_soup.files.untrusted import (
     LARGEST_YAML,
     Function,
@@ -66,7 +67,9 @@ _GLOB = frozenset("*?[{")
 _FORMATS = set(datasets.packaged_modules._PACKAGED_DATASETS_MODULES)
 _CACHES = "__pycache__"
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger("mlflow_soup")
+_COPIES = contextlib.ExitStack()  # of folders with a leave: their code may read them at any time
+atexit.register(_COPIES.close)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _read(folder: Path) -> Folder:
             _index.TaskIndex.process_cfg(config, path, entries)
         except (OSError, ValueError, TypeError, KeyError) as error:
             unreadable[path] = str(error) or type(error).__name__
-            _log.warning("task YAML %s is left out: %s", path, unreadable[path])
+            logger.warning("task YAML %s is left out: %s", path, unreadable[path])
     return Folder(folder, entries, unreadable, trusted=False)
 
 
@@ -165,9 +168,17 @@ def _copied(folder: Path, allowed: Collection[str]) -> Folder | None:
     """The copy of a folder whose digest is allowed, as lm-eval reads it; None if it is not."""
     if not allowed or not folder.is_dir():
         return None
-    place = Path(tempfile.mkdtemp(prefix="mlflow-soup-tasks-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    copied = place / folder.resolve().name
+    with contextlib.ExitStack() as made:
+        copied = made.enter_context(scratch()) / folder.resolve().name
+        _copy(folder, copied)
+        if digest(copied) not in allowed:
+            return None
+        _check_covered(copied)
+        _COPIES.push(made.pop_all())
+    return Folder(copied, _index.TaskIndex.build([copied]), {}, trusted=True)
+
+
+def _copy(folder: Path, copied: Path) -> None:
     for path in _files(folder):
         target = copied / path.relative_to(folder)
         if path.is_dir():
@@ -176,10 +187,6 @@ def _copied(folder: Path, allowed: Collection[str]) -> Folder | None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with open_regular(path) as file, target.open("wb") as out:
                 shutil.copyfileobj(file, out)
-    if digest(copied) not in allowed:
-        return None
-    _check_covered(copied)
-    return Folder(copied, _index.TaskIndex.build([copied]), {}, trusted=True)
 
 
 def digest(folder: Path) -> str:

@@ -291,6 +291,16 @@ def test_a_yaml_that_is_not_asked_for_stops_nobody(place, caplog):
     assert len([text for text in told if "odd.yaml" in text or "pipe.yaml" in text]) == 2
 
 
+def test_the_name_of_a_yaml_reaches_no_log_as_it_is(place, caplog):
+    place.folder.mkdir()
+    write(place, plain(place))
+    (place.folder / "odd\x1b[2J.yaml").write_text("task: [unclosed\n")
+    load(place)
+    [told] = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert r"odd\x1b[2J.yaml" in told
+    assert "\x1b" not in told
+
+
 # ---- the leave for code
 
 
@@ -314,6 +324,15 @@ def test_the_code_that_runs_is_the_copy_that_was_digested(place, monkeypatch):
     monkeypatch.setattr("mlflow_soup.evaluation.suite.read_folders", then_changed)
     assert load(place, allowed=(its,)).terms
     assert place.canary.exists()
+
+
+def test_a_copy_that_is_not_allowed_is_deleted_at_once(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with_code(place)
+    with pytest.raises(SpecError, match="runs a Python function"):
+        load(place, allowed=("0" * 64,))
+    assert not [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
 
 
 def test_compiled_code_beside_it_is_not_run(place):
