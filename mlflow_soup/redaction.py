@@ -209,7 +209,8 @@ def _held() -> frozenset[str]:
     of MLflow.
     """
     found = set()
-    for name, value in os.environ.items():
+    for name in list(os.environ):  # in one step: other threads change variables meanwhile
+        value = os.environ.get(name, "")
         digit = any(map(str.isdecimal, value))
         named = _SECRET_NAME.search(name) or (digit and _LIKELY_NAME.search(name))
         if named and not _is_file(value) and not (value.isdecimal() and len(value) < 8):

@@ -72,6 +72,7 @@ class _Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._others: subprocess.Popen[bytes] | None = None  # in a fork
         self._kept: dict[str, dict[bytes, str]] = {}  # template → document's digest → text
         self._size = 0  # characters that are kept
         os.register_at_fork(after_in_child=self._forget)
@@ -159,7 +160,8 @@ class _Renderer:
         return process.returncode
 
     def _forget(self) -> None:
-        """In a fork: leave the process to the one that started it."""
+        """In a fork: leave the process to the one that started it, and close none of its pipes."""
+        self._others = self._process
         self._lock, self._process = threading.Lock(), None
 
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import string
+import threading
 import time
 import traceback
 from urllib.parse import quote, quote_plus
@@ -437,6 +439,28 @@ def test_no_text_takes_long(unit):
     began = time.process_time()
     redact(text)
     assert time.process_time() - began < 20.0  # a second or two; minutes, were it quadratic
+
+
+def test_variables_may_change_while_a_text_is_redacted():
+    """As they do when another thread asks MLflow for something."""
+    names = [f"MLFLOW_SOUP_TEST_{number}" for number in range(200)]
+    done = threading.Event()
+
+    def change():
+        while not done.is_set():
+            for name in names:
+                os.environ[name] = "x"
+            for name in names:
+                del os.environ[name]
+
+    other = threading.Thread(target=change)
+    other.start()
+    try:
+        for _ in range(200):
+            assert redact("nothing to hide") == "nothing to hide"
+    finally:
+        done.set()
+        other.join()
 
 
 def test_passwords_in_uris_are_not_repeated():
