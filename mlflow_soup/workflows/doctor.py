@@ -461,7 +461,7 @@ def _proofs(model: _Registered) -> Iterator[Complaint]:
     """Compare each soup with its manifest, mix its parents again, and compute its verdict again."""
     for version, found in tqdm(model.soups, "reading soups", unit="version", disable=None):
         try:
-            proven, wrong = read_proof(version)
+            proven, wrong = read_proof(model.client, version)
         except SoupError as error:
             if is_transient(error) or is_full(error):
                 raise  # an unreachable store or a full disk says nothing about the version

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from math import fsum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlflow_soup.errors import ParentError, SpecError
 from mlflow_soup.files.durable import staged
@@ -16,15 +17,19 @@ from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.provenance import Origin, make
 
+if TYPE_CHECKING:
+    from mlflow_soup.registry.store import Store
+
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
-def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
+def fetch(text: str, where: str, *, client: "Store | None" = None, fresh: bool = False) -> Origin:
     """The folder or the registered version that a text names. A version is pulled.
 
     Args:
         text: a folder's path, or a URI such as `models:/name/12`.
         where: the argument that the text came from, for errors.
+        client: the store's client, for a version; a new one without patience by default.
         fresh: read the version from the store, not from the cache.
 
     Raises:
@@ -44,7 +49,7 @@ def fetch(text: str, where: str, *, fresh: bool = False) -> Origin:
         from mlflow_soup.registry.pull import pull
         from mlflow_soup.registry.versions import find_model, origin_of, resolve, tags_of
 
-        client = store.connect()
+        client = client or store.connect()
         version = resolve(client, find_model(client, name, [ref]), ref)
         folder = pull(client, version, fresh=fresh)
         run_id, location = origin_of(client, version)

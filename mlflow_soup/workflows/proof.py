@@ -191,11 +191,16 @@ def rules_of(spec: Spec, tasks: tuple[str, ...]) -> Rules:
 
 
 def prove(
-    version: Version, *, at_hand: Sequence[Opened] = (), blend: soup.Blend | None = None
+    client: Store,
+    version: Version,
+    *,
+    at_hand: Sequence[Opened] = (),
+    blend: soup.Blend | None = None,
 ) -> Proven:
     """Read a soup from the store, and mix its parents again.
 
     Args:
+        client: the store's client.
         version: the registered soup.
         at_hand: parents that this process has read already; the others are fetched anew.
         blend: as for `inspect`.
@@ -205,25 +210,29 @@ def prove(
         MismatchError: its files and parents are not what its manifest says.
         ParentError: the version does not exist.
     """
-    proven, wrong = read_proof(version, at_hand=at_hand, blend=blend)
+    proven, wrong = read_proof(client, version, at_hand=at_hand, blend=blend)
     if wrong := [finding for finding in wrong if finding is not proven.tags]:
         raise mismatch(version, wrong)
     return proven
 
 
 def read_proof(
-    version: Version, *, at_hand: Sequence[Opened] = (), blend: soup.Blend | None = None
+    client: Store,
+    version: Version,
+    *,
+    at_hand: Sequence[Opened] = (),
+    blend: soup.Blend | None = None,
 ) -> tuple[Proven, list[Finding]]:
     """What `prove` reads, and what is wrong with it: the tags, the files, the parents.
 
     Args and errors are those of `prove`, but what is wrong raises none.
     """
-    origin = fetch(version.uri, "the soup", fresh=True)
+    origin = fetch(version.uri, "the soup", client=client, fresh=True)
     manifest = read_manifest(origin)
     known = {o.parent.version.uri: Origin(o.parent.folder, o.parent.version.uri) for o in at_hand}
     for source in manifest.sources:
         version_of(source.uri)  # raises if a parent is no version
-    findings = list(inspect(origin, manifest, at_hand=known, blend=blend))
+    findings = list(inspect(origin, manifest, client=client, at_hand=known, blend=blend))
     wrong = [f for f in findings if f.verdict != "ok" and not _is_allowed(f, manifest)]
     return Proven(version, manifest, findings[-1].verdict == "ok", findings[0]), wrong
 

@@ -111,7 +111,7 @@ def made_by(job: Job, version: Version, trials: Sequence[Trial]) -> Proven | Non
     method = job.method.needs or "linear"
     try:
         blend = job.blend(Recipe(method, job.space.uniform().lam))
-        proven = prove(version, at_hand=job.opened, blend=blend)
+        proven = prove(job.client, version, at_hand=job.opened, blend=blend)
     except (SpecError, MismatchError, ParentError) as error:
         logger.warning("%s is passed over: %s", version, error.what)
         return None

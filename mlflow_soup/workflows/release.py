@@ -271,7 +271,7 @@ def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
-    manifest = read_manifest(fetch(version.uri, "--version", fresh=True))
+    manifest = read_manifest(fetch(version.uri, "--version", client=client, fresh=True))
     if manifest.digests is None or any(source.digests is None for source in manifest.sources):
         raise SpecError(
             f"the manifest of {version} holds no digests",
@@ -329,7 +329,7 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
 
 
 def _decide(client: Store, version: Version, spec: Spec) -> Decision:
-    proven = prove(version)
+    proven = prove(client, version)
     check_tags(proven)
     trust = trust_of(client, spec)
     standard = standard_of(spec, elsewhere=owner_of(spec, version.name) != version.name)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_soup.errors import MismatchError, ParentError, SpecError
 from mlflow_soup.files.signing import Verifier, open_verifier
@@ -27,7 +27,9 @@ from mlflow_soup.weights.provenance import Origin, inherited
 from mlflow_soup.weights.signature import Checked, check_library, check_tree
 from mlflow_soup.workflows.merge import fetch
 
-# what reading a manifest that others wrote raises
+if TYPE_CHECKING:
+    from mlflow_soup.registry.store import Store
+
 _SHOWN = 10  # number of tensors or files that a finding names
 
 
@@ -78,6 +80,7 @@ def inspect(
     origin: Origin,
     manifest: Manifest,
     *,
+    client: "Store | None" = None,
     at_hand: Mapping[str, Origin] | None = None,
     blend: soup.Blend | None = None,
 ) -> Iterator[Finding]:
@@ -86,6 +89,7 @@ def inspect(
     Args:
         origin: the soup.
         manifest: its manifest.
+        client: the store's client; a new one without patience by default.
         at_hand: URI → parents that were fetched already; the others are fetched anew.
         blend: how statistics mix the tensors, if the manifest's method needs statistics and they
             are at hand; the linear methods need none.
@@ -104,7 +108,7 @@ def inspect(
     parents = []
     for source in manifest.sources:
         try:
-            found = at_hand.get(source.uri) or _fetch_parent(origin, source.uri)
+            found = at_hand.get(source.uri) or _fetch_parent(origin, source.uri, client)
             parent = _open(found, source.uri)
         except ParentError as error:
             parent = Finding(f"parent {source.uri}", "missing", (error.what,))
@@ -135,7 +139,7 @@ def _open(origin: Origin, name: str) -> Checkpoint | Finding:
         return Finding(name, "MISMATCH", (error.what, error.where))
 
 
-def _fetch_parent(origin: Origin, uri: str) -> Origin:
+def _fetch_parent(origin: Origin, uri: str, client: "Store | None") -> Origin:
     if origin.uri.startswith("models:") and not uri.startswith("models:"):
         # a manifest from the registry must not choose which local folders are read
         raise ParentError(
@@ -143,7 +147,7 @@ def _fetch_parent(origin: Origin, uri: str) -> Origin:
             where=uri,
             fix="merge registered versions, so that the soup can be verified from the registry",
         )
-    return fetch(uri, "parents of the manifest", fresh=True)
+    return fetch(uri, "parents of the manifest", client=client, fresh=True)
 
 
 def read_manifest(origin: Origin) -> Manifest:

@@ -79,10 +79,10 @@ def test_of_two_same_searches_at_once_one_waits_and_says_so(
 @pytest.mark.parametrize("begun", [2, 4, 5, 7])
 def test_who_was_paused_finds_that_another_took_over(place, prepared, expected, figures, begun):
     """Paused in a trial, in the last of them, and in the examination of soup and parents."""
-    paused = episodes.start(place, prepared.request, hurry, partial(episodes.slow, 1.0))
+    paused = episodes.start(place, prepared.request, hurry, partial(episodes.slow, 2.0))
     episodes.wait_for(place, begun)
     time.sleep(0.5)
-    os.kill(paused.pid, signal.SIGSTOP)
+    episodes.pause(paused, place)
     other = episodes.start(place, prepared.request, hurry, environment=elsewhere(place))
     try:
         codes = [episodes.finish(other)]
