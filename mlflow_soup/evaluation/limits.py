@@ -5,23 +5,28 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import pickle
 import resource
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
 from mlflow_soup.evaluation.template_process import lower
 
-_FAILED, _TOO_MUCH = 1, 3  # exit codes
+Result = TypeVar("Result")
+
+_FAILED, _TOO_MUCH = 3, 4  # exit codes; multiprocessing gives 1 to a process that crashes
 _SLOWEST = 10  # seconds that a busy machine may take for one second of processor time
 _WORDS = ("File too large", "Cannot allocate memory")  # of the system; torch quotes them, too
 
 
 class LimitError(Exception):
-    """Work took more processor time, memory or disk than it may."""
+    """Work took more processor time, memory or disk than it may, or it crashed."""
 
 
 def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_size: int) -> None:
@@ -65,8 +70,29 @@ def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_si
     if process.exitcode not in (0, _FAILED):
         raise LimitError(
             f"it takes more than {seconds} s of processor time, {memory >> 20} MiB of memory, or "
-            f"{file_size >> 20} MiB of disk"
+            f"{file_size >> 20} MiB of disk, or it crashes"
         )
+
+
+def work_within(work: Callable[[], Result], *, seconds: int, memory: int, file_size: int) -> Result:
+    """Do work as `try_within` does, and return its result, which pickle can copy.
+
+    Raises:
+        LimitError: the work took more than its limits, or crashed.
+        Exception: the work raised it.
+    """
+    with tempfile.TemporaryFile() as file:
+
+        def write() -> None:
+            pickle.dump(work(), file, protocol=pickle.HIGHEST_PROTOCOL)
+            file.flush()
+
+        try_within(write, seconds=seconds, memory=memory, file_size=file_size)
+        # the file and its position are those of the fork, which did not write if work failed
+        if file.seek(0, os.SEEK_END) == 0:
+            return work()
+        file.seek(0)
+        return cast(Result, pickle.load(file))
 
 
 def _hush() -> None:

@@ -3,10 +3,11 @@
 import contextlib
 import hashlib
 import io
+import json
 import math
 import string
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.modules.module import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mlflow_soup.errors import ParentError
-from mlflow_soup.evaluation.limits import LimitError, try_within
+from mlflow_soup.evaluation.limits import LimitError, Result, try_within, work_within
 from mlflow_soup.files.untrusted import open_regular
 from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.inherit import TEMPLATES, belongs
@@ -30,6 +31,12 @@ _SECONDS_OF_MODEL, _SECONDS_OF_TOKENIZER = 30, 120
 # a model may have 4 parts or values for each that the weights have, as when weights are tied or
 # stored fused, and so many more: masks of GPT-Neo's and GPT-J's kind are not stored
 _MORE_PARTS, _MORE_VALUES = 10_000, 1 << 28
+
+# what reading texts may take, for each character: Python's slow tokenizers read 100 000 in a
+# second, and a list of tokens takes 36 bytes for each
+_CHARACTERS_IN_A_SECOND, _BYTES_OF_CHARACTER = 20_000, 200
+
+_MOST_GROWTH = 16  # of a text, by the rules of a decoder; those of transformers have at most 1
 
 _PROBE = f"{string.printable} é ß 中 🙂"  # rules of a tokenizer can make a text longer without end
 
@@ -192,14 +199,51 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer of a checkpoint.
 
     Raises:
-        ParentError: transformers cannot load it.
+        ParentError: transformers cannot load it, or its decoder makes texts much longer.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(checkpoint.tokenizer), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
         raise _unloadable(checkpoint, "AutoTokenizer", error) from error
+    _check_decoder(tokenizer, checkpoint)
+    return tokenizer
+
+
+def _check_decoder(tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Refuse rules by which tokens become text without an end.
+
+    The weights choose the tokens. So no trial on texts shows what these rules can take.
+    """
+    decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
+    if decoder is None:
+        return
+    growth = 1.0
+    for rule in _replacements(json.loads(decoder.__getstate__())):
+        text = rule["pattern"].get("String")
+        if text is None:
+            what = f"matches a pattern, {rule['pattern']}"
+            break
+        growth *= max(1.0, len(rule["content"]) / max(1, len(text)))
+        if growth > _MOST_GROWTH:
+            what = f"makes texts more than {_MOST_GROWTH} times as long"
+            break
+    else:
+        return
+    raise ParentError(
+        f"the decoder of the tokenizer of {checkpoint.label} {what}",
+        where=str(checkpoint.tokenizer / "tokenizer.json"),
+        fix="replace short texts by short texts in the decoder, and register the version again",
+    )
+
+
+def _replacements(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The Replace rules of a decoder."""
+    if rule["type"] == "Replace":
+        yield rule
+    for inner in rule.get("decoders", ()):
+        yield from _replacements(inner)
 
 
 def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> ParentError:
@@ -208,3 +252,34 @@ def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> Parent
         where=str(checkpoint.weights),
         fix=f"register a checkpoint that {loader}.from_pretrained loads",
     )
+
+
+def tokenize_within(work: Callable[[], Result], tokenizer: Any, characters: int) -> Result:
+    """Let a tokenizer read texts in a fork, within limits, and return what `work` makes of them.
+
+    The rules of a tokenizer are somebody else's. A rule can make a text longer without end, take
+    forever on it, or crash, and do so on no other text.
+
+    Args:
+        work: reads the texts; its result can be pickled.
+        tokenizer: the tokenizer, as `load_tokenizer` returned it.
+        characters: the number of characters in the texts.
+
+    Raises:
+        ParentError: the tokenizer takes more than its limits, or ends the process.
+    """
+    limits = {
+        "seconds": _SECONDS_OF_TOKENIZER + characters // _CHARACTERS_IN_A_SECOND,
+        "memory": _MEMORY + _BYTES_OF_CHARACTER * characters,
+        "file_size": _MEMORY + _BYTES_OF_CHARACTER * characters,
+    }
+    try:
+        with quiet():
+            return work_within(work, **limits)
+    except LimitError as error:
+        raise ParentError(
+            f"the tokenizer of the versions cannot read the texts of the tasks: {error}",
+            where=str(tokenizer.name_or_path),
+            fix="compare the rules in tokenizer.json with those of a sound version, and register "
+            "the versions again",
+        ) from error

@@ -14,19 +14,23 @@ which in lm-eval also depends on the shape of a batch.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs  # private door
 from torch import Tensor
 
-from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.errors import ObjectiveError, ParentError
 from mlflow_soup.evaluation.batches import Input, Limits, Part, Tokens, divide, pack, unpack
+from mlflow_soup.evaluation.limits import Result
 from mlflow_soup.evaluation.live import not_finite
+from mlflow_soup.evaluation.loading import tokenize_within
 
+GENERATION = "generate_until"  # the method of lm-eval that generates text
 Answer = tuple[float, bool]  # log-likelihood; True when greedy decoding gives the continuation
 
 # most padded tokens of a batch; more leave a CPU's cache, which costs 10 to 20 % of its speed
@@ -46,10 +50,68 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._pairs: dict[tuple[str, str], Any] = {}
         self._encoded: dict[Any, list[int]] = {}
+        self._only_reads = False  # True in the fork that tokenises the requests
         self.truncated = 0  # requests cut to max_length since it was last set to 0
 
     def prepare(self, requests: Mapping[str, Sequence[Any]]) -> None:
-        """Do nothing: the first evaluation tokenises the requests."""
+        """Tokenise the requests, and check that what they generate has an end.
+
+        Args:
+            requests: lm-eval method → its requests, in the order in which `evaluate` asks them.
+
+        Raises:
+            ParentError: the tokenizer takes too much time or memory, or crashes; or the generation
+                config asks for too much.
+            ObjectiveError: a task generates more tokens than the model can read.
+        """
+        self._check_generation(requests.get(GENERATION, ()))
+        self._pairs, self._encoded = self._tokenize(lambda: self._read_all(requests), requests)
+
+    def _tokenize(
+        self, work: Callable[[], Result], requests: Mapping[str, Sequence[Any]]
+    ) -> Result:
+        arguments = [request.args for asked in requests.values() for request in asked]
+        return tokenize_within(work, self.tokenizer, sum(len(str(each)) for each in arguments))
+
+    def _read_all(self, requests: Mapping[str, Sequence[Any]]) -> Any:
+        """What is remembered once lm-eval's methods have tokenised the requests."""
+        self._only_reads = True
+        for kind, asked in requests.items():
+            if kind == GENERATION:
+                self._read_generation(asked)
+            else:
+                getattr(self, kind)(asked, disable_tqdm=True)
+        return self._pairs, self._encoded
+
+    def _read_generation(self, requests: Sequence[Any]) -> None:
+        """Tokenise prompts and the texts that end a generation."""
+        for request in requests:
+            context, settings = request.args
+            self.tok_encode(context)
+            for stop in handle_stop_sequences(settings.get("until"), eos=None):
+                self.tokenizer.encode(stop, add_special_tokens=False)
+
+    def _check_generation(self, requests: Sequence[Any]) -> None:
+        for request in requests:
+            count = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if count >= self.max_length:
+                raise ObjectiveError(
+                    f"task {request.task_name} generates up to {count} tokens, but the model reads "
+                    f"{self.max_length} in all, with the prompt",
+                    where=f"max_gen_toks in the generation_kwargs of task {request.task_name}",
+                    fix="lower max_gen_toks, or raise --max-length",
+                )
+        if not requests:
+            return
+        most_of = {"max_new_tokens": self.max_length - 1, "num_return_sequences": 1}
+        for setting, most in most_of.items():
+            value = getattr(self.model.generation_config, setting, None)
+            if value is not None and value > most:
+                raise ParentError(
+                    f"the model generates with {setting} = {value}, but {most} is the most",
+                    where=f"generation_config.json in {self.model.name_or_path}",
+                    fix=f"register the versions with a {setting} of {most} or less, or without one",
+                )
 
     # private door: lm_eval.models.huggingface.HFLM._encode_pair
     def _encode_pair(self, context: str, continuation: str) -> Any:
@@ -68,6 +130,8 @@ class FrozenLM(HFLM):  # type: ignore[misc]
 
     # private door: lm_eval.models.huggingface.HFLM._loglikelihood_tokens
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._only_reads:
+            return [(0.0, False)] * len(requests)
         self.truncated += sum(self._cuts(context, asked) for _, context, asked in requests)
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
@@ -162,12 +226,19 @@ class PreparedLM(FrozenLM):
             requests: lm-eval method → its requests, in the order in which `evaluate` asks them.
 
         Raises:
-            ObjectiveError: a continuation is empty, or longer than the longest input.
+            ParentError: the tokenizer takes too much time or memory, or crashes; or the generation
+                config asks for too much.
+            ObjectiveError: a continuation is empty, or longer than the longest input; or a task
+                generates more tokens than the model can read.
             torch.OutOfMemoryError: a batch does not fit into memory; with `probes`, not even a
                 batch of one sequence does.
         """
-        known = ("loglikelihood", "loglikelihood_rolling")
-        plans = {kind: self._read(kind, asked) for kind, asked in requests.items() if kind in known}
+        self._check_generation(requests.get(GENERATION, ()))
+        read = self._tokenize(lambda: self._read_all(requests), requests)
+        plans = {
+            kind: replace(plan, asked=[request.args for request in requests[kind]])
+            for kind, plan in read.items()
+        }
         while True:
             try:
                 self._settle([plan.inputs for plan in plans.values()])
@@ -208,6 +279,15 @@ class PreparedLM(FrozenLM):
         return plan
 
     # ---- run once
+
+    def _read_all(self, requests: Mapping[str, Sequence[Any]]) -> dict[str, _Plan]:
+        """A plan for each method, without the requests' own arguments."""
+        self._read_generation(requests.get(GENERATION, ()))
+        return {
+            kind: replace(self._read(kind, asked), asked=())
+            for kind, asked in requests.items()
+            if kind != GENERATION
+        }
 
     def _read(self, kind: str, requests: Sequence[Any]) -> _Plan:
         """Tokenise requests as lm-eval does, and collect each distinct sequence once."""

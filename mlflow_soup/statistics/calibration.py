@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlflow_soup.errors import SpecError
 from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.evaluation.loading import tokenize_within
 
 WINDOW = 256  # most tokens in a window; the memory for activations grows with it
 
@@ -70,26 +71,33 @@ def calibrate(
     """Tokenise texts and cut them into windows, until there are enough tokens.
 
     Args:
-        texts: the documents; read only as far as needed.
+        texts: the documents; tokenised only as far as needed.
         live: the model whose tokenizer is used.
         tokens: the largest number of tokens, 2 or more; there are fewer if the texts end before.
         max_length: a further limit on the tokens in a window, besides `WINDOW` and the model's own.
 
     Raises:
         SpecError: no text has two tokens.
+        ParentError: the tokenizer takes too much time or memory, or crashes.
     """
     longest = getattr(live.model.config, "max_position_embeddings", None)
     length = min(limit for limit in (WINDOW, longest, max_length) if limit)
-    windows, left = [], tokens
-    for text in texts:
-        ids = live.tokenizer(text, verbose=False)["input_ids"]
-        for start in range(0, len(ids), length):
-            window = tuple(ids[start : start + length][:left])
-            if len(window) >= 2:  # in a window of one token, nothing is predicted
-                windows.append(window)
-                left -= len(window)
-        if left < 2:
-            break
+    texts = list(texts)
+
+    def cut() -> list[tuple[int, ...]]:
+        windows, left = [], tokens
+        for text in texts:
+            ids = live.tokenizer(text, verbose=False)["input_ids"]
+            for start in range(0, len(ids), length):
+                window = tuple(ids[start : start + length][:left])
+                if len(window) >= 2:  # in a window of one token, nothing is predicted
+                    windows.append(window)
+                    left -= len(window)
+            if left < 2:
+                break
+        return windows
+
+    windows = tokenize_within(cut, live.tokenizer, sum(map(len, texts)))
     if not windows:
         raise SpecError(
             "the calibration text is too short: no document in it has two tokens",

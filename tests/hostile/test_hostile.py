@@ -29,7 +29,7 @@ import mlflow_soup
 import toy
 from conftest import MODEL
 from mlflow_soup import Spec, errors
-from mlflow_soup.errors import MismatchError, ParentError, SpecError
+from mlflow_soup.errors import MismatchError, ObjectiveError, ParentError, SpecError
 from mlflow_soup.evaluation import loading, task_folders
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
@@ -37,6 +37,7 @@ from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.records import Version
 from mlflow_soup.registry.pull import pull
 from mlflow_soup.request.names import parse_uri
+from mlflow_soup.statistics.calibration import calibrate
 from mlflow_soup.weights.checkpoint import INDEX, SINGLE
 from mlflow_soup.weights.find import find_checkpoint
 
@@ -450,6 +451,131 @@ def test_a_checkpoint_that_takes_too_much_to_build_is_refused(
     build(place, checkpoints, case)
     end = resource.getrusage(resource.RUSAGE_SELF)
     assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 10  # of this process
+
+
+# ---- tokenizers: what no text shows but those of the tasks
+
+
+def replacing(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def split(pattern):
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+def chain(name, rules):
+    return {"type": "Sequence", name: rules}
+
+
+WORD = {"Regex": "[a-m0-9]{3} "}  # the toy texts have it
+FUTILE = "|".join(f"[a-m0-9{other} ]" for other in "NOPQRSTU")  # so many ways to match a letter
+READ = {
+    "a text of 10 MB for a word": {"normalizer": replacing(WORD, "k" * 10**7)},
+    "a text of 2^40 words": {
+        "normalizer": chain("normalizers", [replacing(WORD, "kam kam ")] * 40),
+    },
+    "a pattern that the library gives up": {
+        "pre_tokenizer": split({"Regex": f"(?=[a-m0-9]{{3}} )(?:{FUTILE})+(?<![a-m0-9 ])"})
+    },
+}
+
+
+def spoilt_tokenizer(place, checkpoints, **rules):
+    shutil.copytree(checkpoints[0], place.folder)
+    toy.edit_json(place.folder / "tokenizer.json", **rules)
+    return find_checkpoint(place.folder, "v2")
+
+
+@pytest.mark.parametrize("case", READ)
+@pytest.mark.parametrize("reader", ["prepared", "lm-eval", "calibration"])
+def test_a_tokenizer_that_takes_too_much_for_a_tasks_texts_is_refused(
+    place, checkpoints, tasks, monkeypatch, case, reader
+):
+    monkeypatch.setattr(loading, "_MEMORY", 256 << 20)
+    live = LiveModel(spoilt_tokenizer(place, checkpoints, **READ[case]), "cpu")
+    begin = resource.getrusage(resource.RUSAGE_SELF)
+    suite = load_suite("toy_letters", include_path=str(tasks))
+    read = {
+        "calibration": lambda: calibrate(["kam kam kam kam"], live, tokens=100),
+        "prepared": lambda: Evaluator(live, suite),
+        "lm-eval": lambda: Evaluator(live, suite, evaluator="lm-eval"),
+    }[reader]
+    with pytest.raises(ParentError, match="tokenizer of the versions cannot read") as refusal:
+        read()
+    end = resource.getrusage(resource.RUSAGE_SELF)
+    assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 10  # of this process
+    assert refusal.value.where == str(place.folder)
+
+
+@pytest.mark.parametrize("case", READ)
+def test_nor_does_it_read_what_a_task_generates_from(place, checkpoints, tasks, monkeypatch, case):
+    monkeypatch.setattr(loading, "_MEMORY", 256 << 20)
+    live = LiveModel(spoilt_tokenizer(place, checkpoints, **READ[case]), "cpu")
+    with pytest.raises(ParentError, match="tokenizer of the versions cannot read"):
+        Evaluator(live, load_suite("toy_spelling", include_path=str(tasks)))
+
+
+LETTER = {"String": "a"}
+DECODED = {
+    "a text of 10 MB for a letter": (replacing(LETTER, "b" * 10**7), "makes texts more than 16"),
+    "a text of 2^40 letters": (
+        chain("decoders", [replacing(LETTER, "aa")] * 40),
+        "makes texts more than 16",
+    ),
+    "chains in chains": (
+        chain("decoders", [chain("decoders", [replacing(LETTER, "aaa")])] * 3),
+        "makes texts more than 16",
+    ),
+    "a text for nothing": (replacing({"String": ""}, "b" * 17), "makes texts more than 16"),
+    "a pattern": (
+        chain("decoders", [{"type": "Fuse"}, replacing({"Regex": "(a+)+$"}, "")]),
+        "matches a pattern",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DECODED)
+def test_a_decoder_that_could_take_too_much_is_refused(place, checkpoints, case):
+    decoder, words = DECODED[case]
+    with pytest.raises(ParentError, match=f"decoder of the tokenizer of v2 {words}") as refusal:
+        LiveModel(spoilt_tokenizer(place, checkpoints, decoder=decoder), "cpu")
+    assert refusal.value.where == str(place.folder / "tokenizer.json")
+
+
+def test_the_decoder_of_a_llama_is_not_refused(place, checkpoints):
+    rules = [replacing({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    rules += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    decoder = chain("decoders", rules)
+    live = LiveModel(spoilt_tokenizer(place, checkpoints, decoder=decoder), "cpu")
+    assert live.tokenizer.decode(live.tokenizer("kam")["input_ids"]) == "kam"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": 64}, "max_new_tokens = 64, but 63 is the most"),
+        ({"num_beams": 2, "num_return_sequences": 2}, "num_return_sequences = 2, but 1 is"),
+    ],
+)
+def test_a_model_that_generates_too_much_is_refused(place, checkpoints, tasks, settings, words):
+    shutil.copytree(checkpoints[0], place.folder)
+    toy.edit_json(place.folder / "generation_config.json", **settings)
+    live = LiveModel(find_checkpoint(place.folder, "v2"), "cpu")
+    with pytest.raises(ParentError, match=words):
+        Evaluator(live, load_suite("toy_spelling", include_path=str(tasks)))
+    assert Evaluator(live, load_suite("toy_letters", include_path=str(tasks))).score()
+
+
+def test_a_task_that_generates_more_than_the_model_reads_is_refused(place, checkpoints, tasks):
+    live = LiveModel(find_checkpoint(checkpoints[0], "v2"), "cpu")
+    suite = load_suite("toy_spelling", include_path=str(tasks))
+    suite.loaded["tasks"]["toy_spelling"].config.generation_kwargs["max_gen_toks"] = 10**9
+    with pytest.raises(ObjectiveError, match="toy_spelling generates up to 1000000000 tokens"):
+        Evaluator(live, suite)
+
+
+# ---- back to checkpoints
 
 
 def test_a_large_vocabulary_and_a_long_context_are_built(place):
