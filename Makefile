@@ -2,8 +2,9 @@
 
 # files in the order of conftest.py, the costly ones first: none is left for the end
 SPREAD = -n auto --dist loadfile --no-loadscope-reorder
-FAST = tests/test_private_doors.py $(addprefix tests/,request files weights decision search) \
-	$(addprefix tests/,evaluation registry reporting) tests/workflows/test_job.py \
+FAST = tests/test_private_doors.py $(addprefix tests/,request files weights decision reporting) \
+	$(addprefix tests/search/test_,acquisition.py kriging.py methods.py surrogate.py) \
+	$(addprefix tests/,evaluation registry) tests/workflows/test_job.py \
 	tests/workflows/test_run.py::test_the_soup_is_a_new_version_with_its_lineage \
 	tests/workflows/test_run.py::test_the_search_run_tells_the_story
 

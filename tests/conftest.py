@@ -101,7 +101,7 @@ def trained():
 
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory) -> Path:
-    return toy.write_tasks(tmp_path_factory.mktemp("tasks"), count=200)
+    return toy.write_tasks(tmp_path_factory.mktemp("tasks"), count=100)
 
 
 @pytest.fixture(scope="session")

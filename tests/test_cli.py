@@ -71,7 +71,8 @@ def test_the_main_job_ends_with_words_and_links(client, tasks):
 
 
 def test_a_refusal_exits_with_3(client):
-    done = command("run", "--pair", "v3,v1", "--promote", "champion", "--trials", "4")
+    strict = ("--margin", "0", "--confidence", "0.9999")
+    done = command("run", "--pair", "v3,v1", "--promote", "champion", "--trials", "4", *strict)
     assert done.returncode == 3, done.stderr
     assert "gate REFUSED" in done.stdout
     assert "promoted" not in done.stdout

@@ -92,6 +92,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     }
 
 
+@pytest.mark.slow  # .ci/run does it in a checkout
 def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice(
     tmp_path, quickstart
 ):

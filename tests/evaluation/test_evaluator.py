@@ -115,7 +115,7 @@ def test_groups_are_weighted_as_lm_eval_weights_them(live, tasks, tmp_path):
         for name in ("sized", "macro", "few_letters", "toy_digits")
     }
     few, digits = scores["few_letters"].value, scores["toy_digits"].value
-    assert scores["sized"].value == pytest.approx((30 * few + 200 * digits) / 230)
+    assert scores["sized"].value == pytest.approx((30 * few + 100 * digits) / 130)
     assert scores["macro"].value == pytest.approx((few + digits) / 2)
     assert scores["sized"].metrics[0].task == "sized"
 
@@ -179,7 +179,7 @@ def test_cut_requests_are_counted(live, tasks):
     whole.score()
     cut.score()
     assert whole.truncated == 0
-    assert cut.truncated == 800  # 200 items of 4 choices, each 7 + 4 characters
+    assert cut.truncated == 400  # 100 items of 4 choices, each 7 + 4 characters
     assert whole.fingerprint != cut.fingerprint
 
 
@@ -342,7 +342,7 @@ def test_an_item_without_one_right_answer_has_no_text(texts, tasks, tmp_path):
 
 
 def test_texts_are_those_of_the_asked_tasks_alone(texts):
-    assert len(texts("toy_all")) == 400
+    assert len(texts("toy_all")) == 200
     held_out, ood = ({*texts(names)} for names in ("toy_letters", "toy_digits,toy_digits_bpb"))
     assert not held_out & ood
     assert not set("".join(held_out)) & set(toy.DIGITS)

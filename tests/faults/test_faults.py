@@ -183,10 +183,10 @@ def test_a_search_killed_at_random_times_ends_as_if_it_had_not_been(prepared, wh
 def test_a_search_disturbed_at_a_few_points_ends_as_if_it_had_not_been(prepared, whole, figures):
     expected, points = whole
     chosen = [
-        *((MOMENTS, failpoints.kill, share) for share in (0.2, 0.4, 0.6, 0.75, 0.9)),
-        *((FILES, failpoints.fail_for_good, share) for share in (0.3, 0.6)),
-        *((CALLS, failpoints.fail_for_good, share) for share in (0.3, 0.8)),
-        *((TRANSIENT, failpoints.fail_once, share) for share in (0.3, 0.7)),
+        *((MOMENTS, failpoints.kill, share) for share in (0.2, 0.5, 0.75, 0.9)),
+        (FILES, failpoints.fail_for_good, 0.6),
+        (CALLS, failpoints.fail_for_good, 0.3),
+        (TRANSIENT, failpoints.fail_once, 0.7),
     ]
     done = episodes.spread(
         lambda one: disturb(prepared, expected, *one[:2], int(one[2] * len(points[one[0]]))), chosen

@@ -259,7 +259,7 @@ def test_a_password_in_the_location_of_artifacts_is_not_shown(client, tasks, loc
     for number in (1, 2):
         client.create_model_version("far-llm", f"{location}/{number}")
     words = ("run", "--pair", "v1,v2", "--store-patience", "0", "--experiment", "cloud")
-    asked = ("--tasks", "toy_letters", "--include-path", str(tasks))
+    asked = ("--tasks", "toy_letters", "--include-path", str(tasks), "--limit", "10")
     for model in (MODEL.replace("guarded", "toy"), "far-llm"):
         env = {**os.environ, **CLOUD, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
         done = forked.play("mlflow_soup", *words, "--model", model, *asked, env=env)

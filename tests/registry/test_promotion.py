@@ -259,7 +259,7 @@ def test_a_promotion_records_the_verdict_of_the_gate(client, outcome):
     rules = outcome.verdict.rules
     said = entry.told["rules"]
     assert (said["margin"], said["confidence"], said["min_items"]) == (0.05, 0.95, 1)
-    assert said["tasks"] == {"toy_digits:acc": 200, "toy_digits_bpb:bits_per_byte": 40}
+    assert said["tasks"] == {"toy_digits:acc": 100, "toy_digits_bpb:bits_per_byte": 40}
     soup_again = replace(roles["soup"], version=outcome.soup.version)
     assert gate.judge(soup_again, parents, [], rules) == outcome.verdict
 

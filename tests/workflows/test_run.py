@@ -330,7 +330,7 @@ def test_documents_in_both_sets_are_refused_whatever_their_task_is_called(client
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
     path = os.pathsep.join([str(tasks), str(tmp_path)])
     ood_tasks = "toy_digits,toy_digits_bpb:bits_per_byte,other_name"
-    with pytest.raises(errors.SpecError, match="200 documents are in both held-out and out-of"):
+    with pytest.raises(errors.SpecError, match="100 documents are in both held-out and out-of"):
         run_soup(Spec(pair="v1,v2", ood_tasks=ood_tasks, include_path=path))
 
 

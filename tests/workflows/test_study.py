@@ -325,10 +325,10 @@ def test_shares_of_the_items_are_nested_and_scored_on_what_was_drawn(store, repo
         drawn = {share: pilots._part(score, share, seed) for share in (0.05, 0.25, 0.5, 1.0)}
         kept = {share: part.items[0].ids for share, part in drawn.items()}
         assert {share: len(ids) for share, ids in kept.items()} == {
-            0.05: 10,
-            0.25: 50,
-            0.5: 100,
-            1.0: 200,
+            0.05: 5,
+            0.25: 25,
+            0.5: 50,
+            1.0: 100,
         }
         assert {*kept[0.05]} < {*kept[0.25]} < {*kept[0.5]} < {*kept[1.0]}
         for share, part in drawn.items():
@@ -350,7 +350,7 @@ def test_what_shares_choose_is_what_a_search_would_recommend(store, reports, mea
 
     rows = read(reports["heldout"])
     assert numbers(rows, "share") == [0.05, 0.25, 1.0]
-    assert numbers(rows, "items") == [10, 50, 200]
+    assert numbers(rows, "items") == [5, 25, 100]
     for row in rows:
         share = float(row["share"])
         draws = [choose(share, seed) for seed in range(10)]
@@ -375,7 +375,7 @@ def test_what_shares_choose_is_what_a_search_would_recommend(store, reports, mea
     recommended = recommend(Space.pair(0.0), everything, measured=True)
     assert float(rows[-1]["λ"]) == recommended.lam[-1]
     assert float(rows[-1]["s.d. of λ"]) == 0.0
-    assert float(rows[0]["s.d. of λ"]) > 0.0  # ten items do not tell
+    assert float(rows[0]["s.d. of λ"]) > 0.0  # five items do not tell
 
 
 def test_alpha_searches_each_space_within_its_bounds(store, reports, tmp_path):
@@ -725,7 +725,7 @@ def test_a_study_without_the_option_loads_no_out_of_domain_tasks(client, name):
 
 def test_no_study_calibrates_on_out_of_domain_items(client, tasks):
     text = str(tasks / "text.jsonl")
-    with pytest.raises(errors.SpecError, match="contains 49 out-of-domain items"):
+    with pytest.raises(errors.SpecError, match="contains 43 out-of-domain items"):
         study("pairs", Spec(versions="v1,v2", method="fisher", calibration=text))
 
 
