@@ -44,7 +44,10 @@ HOMES = {
         "workflows.doctor",
     },
     "lm_eval": {"evaluation"},
-    "transformers": {"quickstart", "evaluation.live", "evaluation.loading", "statistics.passes"},
+    "transformers": {
+        *("quickstart", "evaluation.live", "evaluation.loading", "statistics.passes"),
+        "weights.find",  # only for checkpoints that name code
+    },
     "safetensors": {"weights", "statistics"},
     "torch": {"files.writer", "weights", "evaluation", "statistics", "quickstart"},
     "model_signing": {"weights.signature"},

@@ -34,6 +34,7 @@ import urllib3
 from lm_eval.api.utils import maybe_delimit
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
@@ -425,6 +426,18 @@ def _() -> None:
 @door("lm_eval.api.utils.maybe_delimit", "join a prompt with its reference as lm-eval does")
 def _() -> None:
     assert maybe_delimit("a", "b", " ") == "a b"
+
+
+@door("lm_eval.models.utils.handle_stop_sequences", "read what ends a generation")
+def _() -> None:
+    assert handle_stop_sequences("a", eos=None) == ["a"]
+    assert handle_stop_sequences(None, eos=None) == []
+
+
+@door("lm_eval.models.utils.normalize_gen_kwargs", "read how much a task generates")
+def _() -> None:
+    assert normalize_gen_kwargs({"max_tokens": 7}, 256)["max_gen_toks"] == 7
+    assert normalize_gen_kwargs({}, 256)["max_gen_toks"] == 256
 
 
 @door("lm_eval.api.group.Group", "ask a group for its tasks")

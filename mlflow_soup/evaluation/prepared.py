@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs  # private door
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from torch import Tensor
 
 from mlflow_soup.errors import ObjectiveError, ParentError
@@ -88,11 +88,13 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         for request in requests:
             context, settings = request.args
             self.tok_encode(context)
+            # private door: lm_eval.models.utils.handle_stop_sequences
             for stop in handle_stop_sequences(settings.get("until"), eos=None):
                 self.tokenizer.encode(stop, add_special_tokens=False)
 
     def _check_generation(self, requests: Sequence[Any]) -> None:
         for request in requests:
+            # private door: lm_eval.models.utils.normalize_gen_kwargs
             count = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
             if count >= self.max_length:
                 raise ObjectiveError(

@@ -1,6 +1,7 @@
 """An opened checkpoint: tensors by name, memory-mapped from safetensors files."""
 
 import contextlib
+import logging
 import mmap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from mlflow_soup.files.untrusted import (
     read_header,
 )
 
+logger = logging.getLogger("mlflow_soup")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # dtypes that the kernel mixes
@@ -69,6 +71,7 @@ class Checkpoint:
         config: the content of config.json.
         tensors: tensor name on disk → its header entry, in the order of the files and of the data.
         stamps: weight file → its stamp when it was opened.
+        passed_over: weights in the tree, and an index, that transformers does not read either.
     """
 
     label: str
@@ -78,6 +81,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     stamps: Mapping[str, Stamp]
+    passed_over: tuple[Path, ...] = ()
     _mapped: dict[str, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
@@ -110,6 +114,16 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of the safetensors files, sorted."""
         return sorted(self.stamps)
+
+    def tell_passed_over(self) -> None:
+        """Warn of weights in the tree that are not merged."""
+        for path in self.passed_over:
+            logger.warning(
+                "%s of %s is passed over, as transformers does; the weights are %s",
+                path.relative_to(self.root),
+                self.label,
+                ", ".join(shorten(self.files(), 3)),
+            )
 
     def check_unchanged(self) -> None:
         """Refuse a checkpoint whose weight files changed after it was opened.

@@ -6,6 +6,7 @@ averaged.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mlflow_soup.weights.checkpoint import (
     shorten,
     stamp_of,
 )
-from mlflow_soup.weights.inherit import TEMPLATES, belongs
+from mlflow_soup.weights.inherit import AUTO_MAP, TEMPLATES, belongs
 
 # largest sizes of files in bytes. For comparison: Gemma's tokenizer_config.json lists 6000 unused
 # tokens; an index with 90 000 tensors has 9 MB, a tokenizer with 260 000 tokens 34 MB
@@ -42,15 +43,25 @@ _LARGEST = {_CONFIG: 1 << 20, _GENERATION: 1 << 20, _TOKENIZER: 16 << 20, INDEX:
 _LARGEST_OTHER = 128 << 20
 _COPIES = ("num_beams", "num_beam_groups", "num_return_sequences")
 _MOST_COPIES = 64
+# what libraries for training put before the names of all tensors, or into some
+_BEFORE = ("module.", "base_model.model.")
+_INTO = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# files that hold a vocabulary; transformers needs no tokenizer_config.json beside them
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
 _ADAPTER = "merge the adapter into its base (peft: merge_and_unload), then register the result"
 
 
 def _only(folders: Sequence[Path], root: Path, what: str, label: str, fix: str) -> Path:
-    if len(folders) != 1:
+    """The one folder, or the one that the others are in, such as a Trainer's checkpoint-500."""
+    around = [folder for folder in folders if all(f.is_relative_to(folder) for f in folders)]
+    if not around:
         found = ", ".join(str(f) for f in folders) or f"below {root}"
         what = f"{label} has {len(folders)} folders with {what}, but must have exactly one"
         raise ParentError(what, where=found, fix=fix)
-    return folders[0]
+    return around[0]
 
 
 def load_json(path: Path, label: str) -> dict[str, Any]:
@@ -139,19 +150,31 @@ def _check_mlmodel(path: Path, label: str) -> None:
 
 
 def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
-    """The names of the weight files, and the index: tensor name → file; empty without an index."""
+    """The weight files that transformers reads, and the index: tensor name → file.
+
+    The index is empty if there is none, and where transformers does not read it: it prefers
+    model.safetensors.
+    """
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not (folder / INDEX).is_file():
-        if files != [SINGLE]:
+        if SINGLE not in files:
             raise ParentError(
                 f"{label} has no index, and its weights are not the one file {SINGLE}",
                 where=f"{folder}: {', '.join(files)}",
                 fix=f"register one file {SINGLE}, or shards with {INDEX}",
             )
-        return files, {}
+        return [SINGLE], {}
     weight_map = load_json(folder / INDEX, label).get("weight_map")
     where = {str(k): str(v) for k, v in weight_map.items()} if isinstance(weight_map, dict) else {}
     names = sorted(set(where.values()))
+    if SINGLE in files and SINGLE not in names:
+        return [SINGLE], {}
+    if not names:
+        raise ParentError(
+            f"the index of {label} names no weight file",
+            where=str(folder / INDEX),
+            fix="save the checkpoint again with save_pretrained",
+        )
     for name in names:
         if name not in files:
             raise ParentError(
@@ -159,13 +182,17 @@ def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:
                 where=str(folder / INDEX),
                 fix="save the checkpoint again with all shards in one folder",
             )
-    if names != files:  # transformers would read model.safetensors and ignore the index
-        raise ParentError(
-            f"the index of {label} names {len(names)} files, but its folder has {len(files)}",
-            where=f"{folder}: {', '.join(sorted({*files} ^ {*names}))}",
-            fix="save the checkpoint again in an empty folder, so that it has one set of weights",
-        )
     return names, where
+
+
+def _passed_over(
+    folders: Sequence[Path], weights: Path, files: Sequence[str], indexed: bool
+) -> list[Path]:
+    """Weights that transformers does not read: of other folders, and beside those that it reads."""
+    beside = sorted(path for path in weights.glob("*.safetensors") if path.name not in files)
+    if not indexed and (weights / INDEX).is_file():
+        beside.append(weights / INDEX)
+    return [folder for folder in folders if folder != weights] + beside
 
 
 def _check_index(
@@ -233,7 +260,7 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
     own_code = "register a model whose architecture is part of transformers"
     refused = [(key, "brings its own code", own_code) for key in _code(config)]
     for key in ("quantization_config", "compression_config"):
-        refused += [(key, "is quantised", unquantised)] if key in config else []
+        refused += [(key, "is quantised", unquantised)] if config.get(key) else []
     if config.get("transformers_weights") not in (None, SINGLE, INDEX):
         whole = f"name the weights {SINGLE}, or name them in {INDEX}"
         refused += [("transformers_weights", "names other files as its weights", whole)]
@@ -243,13 +270,7 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
             where=str(weights / _CONFIG),
             fix=fix,
         )
-    tokenizer = weights
-    if not (weights / _TOKENIZER).is_file():
-        holders = sorted({path.parent for path in root.rglob(_TOKENIZER)})
-        if holders or with_tokenizer:
-            fix = "register the model together with its one tokenizer"
-            tokenizer = _only(holders, root, "a tokenizer", label, fix)
-            _check_plain(tokenizer, label)
+    tokenizer = _tokenizer(root, weights, label, with_tokenizer)
     if (tokenizer / _TOKENIZER).is_file():
         _check_tokenizer(load_json(tokenizer / _TOKENIZER, label), tokenizer, label)
     files, where = _weight_files(weights, label)
@@ -289,17 +310,73 @@ def _find(root: Path, label: str, with_tokenizer: bool) -> Checkpoint:
         )
     for file in files:
         _check_with_safetensors(weights / file, label)
-    return Checkpoint(label, root, weights, tokenizer, config, tensors, stamps)
+    unfilled = [n for n, info in tensors.items() if info.shape == (0,) and info.dtype in MIXED]
+    if unfilled:
+        raise ParentError(
+            f"{label} has {len(unfilled)} tensors without values, the first {unfilled[0]}",
+            where=str(weights / tensors[unfilled[0]].file),
+            fix="gather the weights of all processes when you save: with DeepSpeed ZeRO-3, set "
+            "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
+        )
+    wrappers = [found[0] for name in tensors if (found := _INTO.search(name))]
+    wrappers += [part for part in _BEFORE if tensors and all(n.startswith(part) for n in tensors)]
+    if wrappers:
+        raise ParentError(
+            f"the tensors of {label} have {wrappers[0]!r} in their names, as in "
+            f"{next(name for name in tensors if wrappers[0] in name)}; no model has",
+            where=str(weights),
+            fix="save the model without what wraps it for training: "
+            "accelerator.unwrap_model(model), model.module or model._orig_mod; of an adapter, "
+            "model.merge_and_unload()",
+        )
+    over = tuple(_passed_over(folders, weights, files, indexed=bool(where)))
+    return Checkpoint(label, root, weights, tokenizer, config, tensors, stamps, over)
+
+
+def _tokenizer(root: Path, weights: Path, label: str, needed: bool) -> Path:
+    """The folder of the tokenizer: that of the weights, or the one other folder that has one."""
+    for files in ((_TOKENIZER,), _VOCABULARIES):
+        if any((weights / name).is_file() for name in files):
+            return weights
+        holders = sorted({path.parent for name in files for path in root.rglob(name)})
+        if holders:
+            break
+    else:
+        if not needed:
+            return weights
+    fix = "register the model together with its one tokenizer"
+    tokenizer = _only(holders, root, "a tokenizer", label, fix)
+    _check_plain(tokenizer, label)
+    return tokenizer
 
 
 def _code(config: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of a config, and of the configs inside it, that name code outside transformers."""
+    """The keys of a config, and of the configs inside it, by which transformers would run code.
+
+    It ignores `auto_map` where it has the model type or the class itself.
+    """
+    named = [*_named_code(config)]
+    if AUTO_MAP in named and _is_known(config):
+        named = [key for key in named if key != AUTO_MAP]
+    yield from named
+
+
+def _named_code(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in config.items():
         # a value `org/kernel` makes transformers download code from the Hub
-        if key == "auto_map" or (key.endswith("_implementation") and "/" in str(value)):
+        if (key == AUTO_MAP and value) or (key.endswith("_implementation") and "/" in str(value)):
             yield key
         elif isinstance(value, dict):
-            yield from _code(value)
+            yield from _named_code(value)
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has the model type of a config, or the class of a tokenizer."""
+    import transformers  # takes seconds, and few checkpoints name code
+
+    if "tokenizer_class" in config:
+        return hasattr(transformers, str(config["tokenizer_class"]))
+    return config.get("model_type") in transformers.CONFIG_MAPPING
 
 
 def _check_with_safetensors(path: Path, label: str) -> None:

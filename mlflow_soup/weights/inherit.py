@@ -5,13 +5,16 @@ Logs, states of optimizers, results, caches, signatures, code of the training an
 formats stay behind: they are about the parent, or they are no part of a model.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from mlflow_soup.errors import ParentError
 from mlflow_soup.files.durable import check_space, on_disk
-from mlflow_soup.files.untrusted import open_regular
+from mlflow_soup.files.untrusted import open_regular, parse_json
 from mlflow_soup.files.writer import BLOCK
 from mlflow_soup.weights.checkpoint import INDEX, Checkpoint, readable
 
@@ -34,6 +37,7 @@ BELONGS = (
     # licences
     *("*licen[cs]e*", "*copying*", "notice*", "*use_policy*", "*terms_of_use*"),
 )
+AUTO_MAP = "auto_map"  # a field of configs that names code
 _CODE = "code"  # MLflow puts this folder on Python's path
 TEMPLATES = "additional_chat_templates"  # a folder beside a tokenizer
 _PIECE = 1 << 20  # bytes that are copied at a time
@@ -59,7 +63,7 @@ def copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
         with on_disk(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as copy:
-                for piece in _pieces(path, donor.label):
+                for piece in _taken(path, donor.label):
                     copy.write(piece)
     weights = folder / donor.weights.relative_to(donor.root)
     with on_disk(weights):
@@ -79,9 +83,47 @@ def _taken_over(donor: Checkpoint) -> Iterator[Path]:
             continue
         if not path.is_file():
             raise _not_plain(path, donor.label, "an entry that is neither a file nor a folder")
+        if path in donor.passed_over:
+            continue
         named = path.parent in homes or path.parent.parent == root / "components"
         if (named and belongs(path.name)) or path.is_relative_to(root / _CODE):
             yield path
+
+
+def digest_of_copy(path: Path, label: str) -> str:
+    """SHA-256 of a file as a soup takes it over."""
+    sha256 = hashlib.sha256()
+    for piece in _taken(path, label):
+        sha256.update(piece)
+    return sha256.hexdigest()
+
+
+def _taken(path: Path, label: str) -> Iterator[bytes]:
+    """The content that a soup takes over: without fields that name code, which stays behind."""
+    if not path.name.endswith("config.json"):
+        yield from _pieces(path, label)
+        return
+    content = b"".join(_pieces(path, label))
+    if AUTO_MAP.encode() in content:
+        try:
+            config = parse_json(content)
+        except ValueError as error:
+            raise ParentError(
+                f"{path.name} of {label} cannot be read: {error}",
+                where=str(path),
+                fix="save the checkpoint again, then register the new copy",
+            ) from error
+        if _drop_code(config):
+            content = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+    yield content
+
+
+def _drop_code(config: Any) -> bool:
+    """Remove `auto_map` from a config, and from the configs inside it; whether there was one."""
+    if not isinstance(config, dict):
+        return False
+    inside = [_drop_code(value) for value in config.values()]
+    return config.pop(AUTO_MAP, None) is not None or any(inside)
 
 
 def _pieces(path: Path, label: str) -> Iterator[bytes]:

@@ -65,6 +65,7 @@ def open_version(client: Store, version: Version, *, fresh: bool = False) -> Ope
     """
     folder = pull(client, version, fresh=fresh)
     found = find_checkpoint(folder, version.uri)
+    found.tell_passed_over()
     parent = Parent(version, digest(found), folder, model_id(client, version))
     return Opened(parent, found)
 

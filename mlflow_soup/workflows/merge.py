@@ -113,6 +113,8 @@ def merge_checkpoints(
         find_checkpoint(origin.folder, name, with_tokenizer=False)
         for origin, name in zip(origins, names, strict=True)
     ]
+    for checkpoint in checkpoints:
+        checkpoint.tell_passed_over()
     check_compatible(checkpoints)
     for origin in origins:
         if Path(out).resolve().is_relative_to(origin.folder.resolve()):

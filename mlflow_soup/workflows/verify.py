@@ -22,6 +22,7 @@ from mlflow_soup.weights.checkpoint import Checkpoint, shorten
 from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.digests import digest_all, of_file
 from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.weights.inherit import digest_of_copy
 from mlflow_soup.weights.manifest import LARGEST, MANIFEST, SIGNATURE, parse_manifest
 from mlflow_soup.weights.provenance import Origin, inherited
 from mlflow_soup.weights.signature import Checked, check_library, check_tree
@@ -223,7 +224,9 @@ def _check_donor(stored: Checkpoint, donor: Checkpoint) -> Finding:
     """
     ours = {name: of_file(path) for name, path in inherited(stored)}
     # what a soup leaves out, such as pickles, is not even read
-    theirs = {name: of_file(path) for name, path in inherited(donor) if name in ours}
+    theirs = {
+        name: digest_of_copy(path, donor.label) for name, path in inherited(donor) if name in ours
+    }
     wrong = [
         f"{name} is {'not in' if name not in theirs else 'unlike that of'} the newest parent"
         for name, digest in ours.items()

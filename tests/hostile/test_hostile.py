@@ -162,11 +162,13 @@ MANY = {f"t{i}": entry((0,), (0, 0)) for i in range(20_001)}
 CHECKPOINTS = {
     "a pickle alone": (only_pickle, "pickles are not read"),
     "code in config": (
-        in_json("config.json", auto_map={"AutoModel": "evil.Model"}),
+        in_json("config.json", model_type="evil", auto_map={"AutoModel": "evil.Model"}),
         r"brings its own code \(auto_map in its config",
     ),
     "code in a config within": (
-        in_json("config.json", text_config={"auto_map": {"AutoModel": "evil.Model"}}),
+        in_json(
+            "config.json", model_type="e", text_config={"auto_map": {"AutoModel": "evil.Model"}}
+        ),
         "brings its own code",
     ),
     "a kernel of the Hub": (
@@ -178,7 +180,11 @@ CHECKPOINTS = {
         r"names other files as its weights \(transformers_weights",
     ),
     "code in tokenizer": (
-        in_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}),
+        in_json(
+            "tokenizer_config.json",
+            auto_map={"AutoTokenizer": ["evil.Tokenizer", None]},
+            tokenizer_class="EvilTokenizer",
+        ),
         "tokenizer of .* brings its own code",
     ),
     "a tokenizer elsewhere": (

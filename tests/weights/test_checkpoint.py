@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy
+from mlflow_soup import merge_checkpoints, verify
 from mlflow_soup.errors import ParentError
+from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.weights.checkpoint import INDEX, SINGLE, shorten
 from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.weights.soup import write
 
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
@@ -89,7 +92,9 @@ def adapter_beside_weights(folder):
 
 
 def two_models(folder):
-    shutil.copytree(folder, folder / "again")
+    shutil.copytree(folder, folder / "one")
+    shutil.copytree(folder / "one", folder / "two")
+    (folder / "config.json").unlink()
 
 
 def own_code(folder):
@@ -120,6 +125,19 @@ def not_safetensors(folder):
 
 def no_tokenizer(folder):
     (folder / "tokenizer_config.json").unlink()
+
+
+def no_values(folder):
+    toy.edit_tensors(folder, a=torch.empty(0), b=torch.empty(0))
+
+
+def compiled(folder):
+    toy.edit_tensors(folder, **{"layer.0._orig_mod.weight": torch.ones(2)})
+
+
+def parallel(folder):
+    wrapped = {f"module.{name}": tensor for name, tensor in weights().items()}
+    toy.lay_out(folder / SINGLE, wrapped)
 
 
 def two_tokenizers(folder):
@@ -157,6 +175,9 @@ def config_is_nested_too_deep(folder):
         (not_safetensors, "model.safetensors of models:/toy/1 is damaged"),
         (no_tokenizer, "0 folders with a tokenizer"),
         (two_tokenizers, "2 folders with a tokenizer"),
+        (no_values, "has 2 tensors without values, the first a\n.*\n.*zero_to_fp32"),
+        (compiled, "'_orig_mod.' in their names, as in layer.0._orig_mod.weight"),
+        (parallel, r"'module.' in their names, as in module\.[abc].*\n.*\n.*model\.module"),
         (config_is_not_json, "config.json of models:/toy/1 cannot be read"),
         (config_is_not_an_object, "config.json of models:/toy/1 is not a JSON object"),
         (config_is_nested_too_deep, "config.json of models:/toy/1 cannot be read"),
@@ -238,14 +259,12 @@ def no_index(folder):
         (missing_in_the_index, f"c is in {FIRST}, but the index says nothing"),
         (in_no_shard, f"d is in no file, but the index says {SECOND}"),
         (in_two_shards, f"'c' of models:/toy/1 is in two files\n  where: {FIRST} and {SECOND}"),
-        (unlisted_shard, "2 files, but its folder has 3\n.*model-00003-of-00003.safetensors"),
-        (single_file_beside_shards, "2 files, but its folder has 3\n.*: model.safetensors"),
         (shard_missing, f"names '{SECOND}', which is not a weight file in its folder"),
         (shard_is_a_link, f"{SECOND} of models:/toy/1 is a link"),
         (shard_above, f"names '../{SECOND}', which is not a weight file in its folder"),
         (shard_is_the_folder_above, r"names '\.\.', which is not a weight file in its folder"),
         (shard_by_absolute_path, "which is not a weight file in its folder"),
-        (no_weight_map, "names 0 files, but its folder has 2"),
+        (no_weight_map, "the index of models:/toy/1 names no weight file"),
         (no_index, f"has no index.*\n.*{FIRST}, {SECOND}"),
     ],
 )
@@ -254,6 +273,89 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(bare, spoil, words):
     with pytest.raises(ParentError, match=words) as refusal:
         find_checkpoint(bare, "models:/toy/1")
     assert "models:/toy/1" in refusal.value.what
+
+
+@pytest.mark.parametrize(
+    ("put", "files", "over"),
+    [
+        (unlisted_shard, [FIRST, SECOND], ["model-00003-of-00003.safetensors"]),
+        # transformers looks for it first
+        (single_file_beside_shards, [SINGLE], [FIRST, SECOND, INDEX]),
+    ],
+)
+def test_weights_that_transformers_does_not_read_are_passed_over(
+    bare, tmp_path, caplog, put, files, over
+):
+    put(toy.shard(bare))
+    found = find_checkpoint(bare, "v1")
+    assert found.files() == files
+    assert found.tensors.keys() == {"a", "b", "c"}
+    assert [path.name for path in found.passed_over] == over
+    found.tell_passed_over()
+    assert [record.getMessage().partition(" is passed over")[0] for record in caplog.records] == [
+        f"{name} of v1" for name in over
+    ]
+    (tmp_path / "soup").mkdir()
+    write([found, found], (0.5, 0.5), tmp_path / "soup")
+    weights_of_the_soup = {path.name for path in (tmp_path / "soup").glob("model*")}
+    assert weights_of_the_soup == {*files} | {INDEX} - {*over}
+
+
+def test_consolidated_weights_beside_one_file_are_passed_over(bare):
+    shutil.copy(bare / SINGLE, bare / "consolidated.safetensors")
+    found = find_checkpoint(bare, "v1")
+    assert found.files() == [SINGLE]
+    assert found.passed_over == (bare / "consolidated.safetensors",)
+
+
+@pytest.mark.parametrize("home", ["", "model"])
+def test_a_model_counts_and_not_the_checkpoints_below_it(bare, tmp_path, home):
+    root = tmp_path / "root"
+    shutil.copytree(bare, root / home)
+    for step in (500, 1000):
+        shutil.copytree(bare, root / home / f"checkpoint-{step}")
+    found = find_checkpoint(root, "v1")
+    assert found.weights == found.tokenizer == root / home
+    assert [path.name for path in found.passed_over] == ["checkpoint-1000", "checkpoint-500"]
+    (tmp_path / "soup").mkdir()
+    write([found, found], (0.5, 0.5), tmp_path / "soup")
+    assert not list((tmp_path / "soup").rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"])
+@pytest.mark.parametrize("home", ["", "components/tokenizer"])
+def test_a_tokenizer_is_known_by_its_vocabulary(bare, name, home):
+    (bare / "tokenizer_config.json").unlink()
+    (bare / home).mkdir(parents=True, exist_ok=True)
+    (bare / home / name).write_text("{}")
+    assert find_checkpoint(bare, "v1").tokenizer == bare / home
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "auto_map"])
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_field_that_says_nothing_is_no_reason_to_refuse(bare, key, nothing):
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {key: nothing}))
+    assert find_checkpoint(bare, "v1").config[key] == nothing
+
+
+def test_code_that_transformers_does_not_need_is_left_behind(folder, tmp_path):
+    for file, code in (
+        ("config.json", {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.Tokenizer", None]}),
+    ):
+        toy.edit_json(folder / file, auto_map=code)
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    live = LiveModel(find_checkpoint(folder, "v1"), "cpu")
+    assert type(live.model).__name__ == "GPTNeoXForCausalLM"
+    assert live.tokenizer("kam")["input_ids"]
+    merge_checkpoints([folder, folder], [0.5, 0.5], tmp_path / "soup", digests=True)
+    for file in ("config.json", "tokenizer_config.json"):
+        before, after = (json.loads((f / file).read_text()) for f in (folder, tmp_path / "soup"))
+        assert before.pop("auto_map")
+        assert after == before
+    assert not (tmp_path / "soup" / "evil.py").exists()
+    assert {finding.verdict for finding in verify(tmp_path / "soup")} == {"ok", "skipped"}
 
 
 def test_one_file_has_one_name(bare):

@@ -124,7 +124,7 @@ def test_every_flipped_bit_changes_the_digest(tmp_path):
         {"half": TENSORS["half"].view(torch.bfloat16)},
         {"mask": TENSORS["mask"].view(torch.uint8)},
         {"steps": None},
-        {"more": torch.zeros(0)},
+        {"more": torch.zeros(0, 2)},
         {"empty": torch.zeros(4, 0)},
     ],
     ids=["name", "shape", "dtype", "kind", "missing", "extra", "empty shape"],

@@ -28,7 +28,7 @@ def opened(folder, *parents):
 def normal(seed, dtype=torch.float32):
     """Tensors of a small model; some are larger than a chunk, some are equal in all parents."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"wte.weight": (70, 1000), FIRST: (7, 3), SECOND: (), "norm.bias": (0,)}
+    shapes = {"wte.weight": (70, 1000), FIRST: (7, 3), SECOND: (), "norm.bias": (0, 2)}
     own = {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in shapes.items()}
     own["model.layers.10.gate"] = torch.ones(5, dtype=dtype)
     return own | {"model.layers.10.mask": torch.ones(2, dtype=torch.bool)}
