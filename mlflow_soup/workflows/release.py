@@ -105,7 +105,9 @@ def examine_once(
         measured |= {evidence.digest: evidence for evidence in found.roles.values()}
     with tracking.open_child(client, run_id, f"OOD {soup.version}", tags) as ood_run:
         at = (client, ood_run, bench, manifest)
-        return _examine(*at, models, known, measured, job.journal, check)
+        examination = _examine(*at, models, known, measured, job.journal, check)
+    forget(bench, examination.roles, job.journal)
+    return examination
 
 
 def _is_alike(found: Examination, bench: Bench, manifest: Manifest) -> bool:
@@ -133,7 +135,10 @@ def _examine(
     journal: Journal,
     check: Callable[[], None] = lambda: None,
 ) -> Examination:
-    """Score all models out of domain, and store the evidence in a run."""
+    """Score all models out of domain, and store the evidence in a run.
+
+    The evidence counts once the run has ended. Until then the journal must keep the scores.
+    """
     roles = examine(bench, models, known, measured, journal, check)
     examination = Examination(run_id, roles, settings(bench, manifest))
     assert bench.ood is not None
@@ -143,7 +148,6 @@ def _examine(
         naming.OOD: bench.ood.fingerprint,
     }
     log_examination(client, examination, model_ids, datasets)
-    forget(bench, roles, journal)
     return examination
 
 
@@ -301,11 +305,13 @@ def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
         if found is not None:
             known[its] = found.scores.mean
     ood_tags = _tags(version, soup.parent.digest, conditions(bench))
+    journal = open_journal(fresh=not trust.stored)
     with tracking.open_run(client, spec.experiment, ood_tags) as run_id:
         at = (client, run_id, bench, manifest)
-        found_roles = _examine(*at, models, known, {}, open_journal(fresh=not trust.stored))
-        tracking.note(client, run_id, report.ood_table(found_roles.roles))
-    return found_roles
+        examination = _examine(*at, models, known, {}, journal)
+        tracking.note(client, run_id, report.ood_table(examination.roles))
+    forget(bench, examination.roles, journal)
+    return examination
 
 
 @asking("judge the soup")

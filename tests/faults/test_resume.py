@@ -52,6 +52,21 @@ def trials(client):
     return tracking.find_runs(client, {"soup.role": "trial"})
 
 
+def test_the_journal_keeps_an_examination_until_its_run_has_ended(client, monkeypatch):
+    """Only a run that has ended counts; who is killed before would measure all of it again."""
+    ended = []
+
+    def forget(*args):
+        ended.append([run.info.status for run in tracking.find_runs(client, {"soup.role": "ood"})])
+        kept(*args)
+
+    kept = release.forget
+    monkeypatch.setattr(release, "forget", forget)
+    soup = run_soup(Spec(pair="v1,v2", trials=4)).soup
+    release.evaluate(Spec(version=soup.version.short, evidence="own"))
+    assert ended == [["FINISHED"], ["FINISHED", "FINISHED"]]
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
