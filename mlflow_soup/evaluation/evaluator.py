@@ -25,6 +25,7 @@ from lm_eval.api.utils import maybe_delimit  # private door
 from lm_eval.evaluator import evaluate
 
 from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.evaluation.compatibility import function_of
 from mlflow_soup.evaluation.items import (
     Asking,
     asked,
@@ -34,7 +35,7 @@ from mlflow_soup.evaluation.items import (
     name_of,
 )
 from mlflow_soup.evaluation.live import LiveModel, not_finite
-from mlflow_soup.evaluation.loading import quiet
+from mlflow_soup.evaluation.loading import quiet, rules_of
 from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
 from mlflow_soup.evaluation.suite import (
     Asked,
@@ -45,7 +46,6 @@ from mlflow_soup.evaluation.suite import (
     right_choice,
 )
 from mlflow_soup.records import Items, Metric, Score
-from mlflow_soup.weights.compatibility import function_of
 
 Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes, as in `Items`
 
@@ -158,9 +158,9 @@ class Evaluator:
         # the requested batch size, so that the amount of free memory does not change the search
         settings = self.settings() | {"batch_size": self._batch_size}
         # config: the same tensors under another config are another model
-        # tokenizer: the same text gives other tokens with another vocabulary
         settings["model"] = function_of(self._live.config)
-        settings["tokenizer"] = sorted(self._live.tokenizer.get_vocab().items())
+        # the same text gives other tokens by other rules
+        settings["tokenizer"] = rules_of(self._live.tokenizer)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for term in self._suite.terms:
             digest.update(str(term).encode())

@@ -1,27 +1,38 @@
 """Let transformers load a model and a tokenizer that somebody else wrote, within limits."""
 
 import contextlib
+import copy
 import hashlib
+import inspect
 import io
 import json
 import math
+import re
 import string
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from mlflow_soup.errors import ParentError
 from mlflow_soup.evaluation.limits import LimitError, Result, try_within, work_within
 from mlflow_soup.files.untrusted import open_regular
 from mlflow_soup.weights.checkpoint import Checkpoint
+from mlflow_soup.weights.digests import of_file
 from mlflow_soup.weights.inherit import TEMPLATES, belongs
 
 # what loading a config or a tokenizer may take. Models of transformers take up to 1 s and 150 MB, a
@@ -37,6 +48,13 @@ _MORE_PARTS, _MORE_VALUES = 10_000, 1 << 28
 _CHARACTERS_IN_A_SECOND, _BYTES_OF_CHARACTER = 20_000, 200
 
 _MOST_GROWTH = 16  # of a text, by the rules of a decoder; those of transformers have at most 1
+
+# settings of a tokenizer that decide its tokens
+_RULES = (
+    *("special_tokens_map", "chat_template", "padding_side", "truncation_side"),
+    *("model_max_length", "clean_up_tokenization_spaces", "split_special_tokens"),
+    *("add_bos_token", "add_eos_token"),
+)
 
 _PROBE = f"{string.printable} é ß 中 🙂"  # rules of a tokenizer can make a text longer without end
 
@@ -92,22 +110,106 @@ def try_loading(checkpoint: Checkpoint) -> None:
     def tokenize() -> None:
         load_tokenizer(checkpoint)(_PROBE)
 
-    for work, seconds, file in (
-        (build, _SECONDS_OF_MODEL, checkpoint.weights / "config.json"),
-        (tokenize, _SECONDS_OF_TOKENIZER, checkpoint.tokenizer / "tokenizer_config.json"),
-    ):
-        try:
-            with quiet():  # a fork while another thread loads would wait for that thread forever
-                try_within(work, seconds=seconds, memory=_MEMORY, file_size=_MEMORY)
-        except LimitError as error:
-            what = "config" if file.name == "config.json" else "tokenizer"
-            raise ParentError(
-                f"the {what} of {checkpoint.label} cannot be loaded: {error}",
-                where=str(file),
-                fix=f"compare the numbers and files of the {what} with those of a sound version, "
-                "and register it again",
-            ) from error
+    with _refusing("config", checkpoint), quiet():
+        try_within(build, seconds=_SECONDS_OF_MODEL, memory=_MEMORY, file_size=_MEMORY)
+    with _refusing("tokenizer", checkpoint), quiet():
+        try_within(tokenize, seconds=_SECONDS_OF_TOKENIZER, memory=_MEMORY, file_size=_MEMORY)
     _TRIED.add(fingerprint)
+
+
+@contextlib.contextmanager
+def _refusing(what: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn a LimitError of a fork into the error for a config or a tokenizer."""
+    folder = checkpoint.weights if what == "config" else checkpoint.tokenizer
+    try:
+        yield
+    except LimitError as error:
+        raise ParentError(
+            f"the {what} of {checkpoint.label} cannot be loaded: {error}",
+            where=str(folder / ("config.json" if what == "config" else "tokenizer_config.json")),
+            fix=f"compare the numbers and files of the {what} with those of a sound version, "
+            "and register it again",
+        ) from error
+
+
+def config_as_loaded(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What transformers makes of a config: with defaults, and fields of old versions by new names.
+
+    Fields are left out that the config's class does not declare and that no code of transformers
+    reads, such as the notes of a trainer.
+
+    Returns:
+        The fields; None if transformers does not have the model type, or cannot load the config.
+
+    Raises:
+        ParentError: the config takes more than its limits.
+    """
+    kind = str(checkpoint.config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        return None
+
+    def load() -> dict[str, Any]:
+        found: dict[str, Any] = (
+            CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(checkpoint.config))).to_dict()
+        )
+        declared = CONFIG_MAPPING[kind]().to_dict()
+        return {
+            field: value
+            for field, value in found.items()
+            if field in declared or (value is not None and _is_read(field, kind))
+        }
+
+    with _refusing("config", checkpoint), quiet():
+        try:
+            return work_within(load, seconds=_SECONDS_OF_MODEL, memory=_MEMORY, file_size=_MEMORY)
+        except LimitError:
+            raise
+        except Exception:  # a config can make the class raise anything; loading the model says so
+            return None
+
+
+def _is_read(field: str, kind: str) -> bool:
+    """Whether transformers' code for a model type, or its common code, has this word."""
+    own = Path(inspect.getfile(CONFIG_MAPPING[kind])).parent
+    shared = Path(transformers.__file__).parent
+    word = re.compile(rf"\b{re.escape(field)}\b")
+    return any(
+        word.search(file.read_text(encoding="utf-8"))
+        for folder in (own, shared, shared / "integrations", shared / "generation")
+        for file in folder.glob("*.py")
+    )
+
+
+def tokenizer_as_loaded(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What `rules_of` says of a checkpoint's tokenizer; None if transformers cannot load it.
+
+    Raises:
+        ParentError: the tokenizer takes more than its limits.
+    """
+    limits = {"seconds": _SECONDS_OF_TOKENIZER, "memory": _MEMORY, "file_size": _MEMORY}
+    with _refusing("tokenizer", checkpoint), quiet():
+        try:
+            return work_within(lambda: rules_of(load_tokenizer(checkpoint)), **limits)
+        except ParentError:
+            return None
+
+
+def rules_of(tokenizer: Any) -> dict[str, Any]:
+    """All that decides which tokens a loaded tokenizer makes of a text, as plain values."""
+    rules = {name: getattr(tokenizer, name, None) for name in _RULES}
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # how the last text was padded and cut
+        rules["backend"] = {k: v for k, v in backend.items() if k not in ("padding", "truncation")}
+    else:
+        rules["added_tokens"] = {
+            str(number): repr(token) for number, token in tokenizer.added_tokens_decoder.items()
+        }
+        rules["class"] = type(tokenizer).__name__
+        rules["vocabulary"] = tokenizer.get_vocab()
+        paths = (Path(tokenizer.name_or_path) / n for n in tokenizer.vocab_files_names.values())
+        rules["files"] = {path.name: of_file(path) for path in paths if path.is_file()}
+    return rules
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mlflow_soup.errors import ObjectiveError, SpecError
+from mlflow_soup.evaluation.compatibility import function_of
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.files.durable import on_disk, staged
 from mlflow_soup.files.signing import sha256_of
@@ -30,7 +31,6 @@ from mlflow_soup.statistics.calibration import Calibration
 from mlflow_soup.statistics.passes import KINDS
 from mlflow_soup.statistics.sums import mapped
 from mlflow_soup.weights.checkpoint import Checkpoint
-from mlflow_soup.weights.compatibility import function_of
 from mlflow_soup.weights.mix import Scratch
 
 # in units of the mean Fisher information; it makes elements that no parent uses the plain mean

@@ -18,17 +18,20 @@ from mlflow_soup.files.untrusted import open_regular, parse_json
 from mlflow_soup.files.writer import BLOCK
 from mlflow_soup.weights.checkpoint import INDEX, Checkpoint, readable
 
-# lower-case names of files that a soup takes over, in any folder of `_homes`
-BELONGS = (
-    # what transformers loads
-    *("config.json", "generation_config.json", INDEX, "processor_config.json"),
-    *("preprocessor_config.json", "video_preprocessor_config.json"),
-    # what tokenizers load
+# lower-case names of the files that tokenizers load
+TOKENIZERS = (
     *("tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.json", "*.jinja", "*.model", "*.spm"),
     *("*.tiktoken", "tekken.json", "*vocab*.json", "vocab.txt", "vocab.bpe", "encoder.json"),
     *("merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json", "word_*.json"),
     *("normalizer.json", "prophetnet.tokenizer"),
+)
+# lower-case names of files that a soup takes over, in any folder of `_homes`
+BELONGS = (
+    *TOKENIZERS,
+    # what transformers loads
+    *("config.json", "generation_config.json", INDEX, "processor_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
     # what sentence-transformers loads
     *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json"),
     # what MLflow loads
@@ -46,6 +49,11 @@ _PIECE = 1 << 20  # bytes that are copied at a time
 def belongs(name: str) -> bool:
     """Whether a file of this name is part of a model."""
     return any(fnmatch(name.lower(), pattern) for pattern in BELONGS)
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a tokenizer may load a file of this name."""
+    return any(fnmatch(name.lower(), pattern) for pattern in TOKENIZERS)
 
 
 def copy_the_rest(donor: Checkpoint, folder: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mlflow_soup.errors import ParentError, SpecError, StoreError
+from mlflow_soup.evaluation.compatibility import differences
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.suite import Suite, load_suite
@@ -27,7 +28,6 @@ from mlflow_soup.registry.versions import holder, model_id, versions_at
 from mlflow_soup.request.names import parse_target
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights.checkpoint import Checkpoint
-from mlflow_soup.weights.compatibility import differences
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 

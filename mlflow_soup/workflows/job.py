@@ -8,6 +8,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 from mlflow_soup.errors import SpecError
+from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.files.cache import CACHE_ENV, cache_folder
 from mlflow_soup.files.durable import check_writable
 from mlflow_soup.records import Recipe, Version
@@ -21,7 +22,6 @@ from mlflow_soup.search.methods import METHODS, Method, lattice
 from mlflow_soup.search.space import Space
 from mlflow_soup.statistics.calibration import Calibration, calibrate, read_texts
 from mlflow_soup.statistics.measure import Statistics, blend, measure
-from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.soup import Blend
 from mlflow_soup.workflows.bench import (
     Bench,

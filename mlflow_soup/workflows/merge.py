@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlflow_soup.errors import ParentError, SpecError
+from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.files.durable import staged
 from mlflow_soup.records import Manifest
 from mlflow_soup.redaction import redacting
 from mlflow_soup.request.names import parse_uri
 from mlflow_soup.weights.checkpoint import readable
-from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.provenance import Origin, make
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from mlflow_soup.errors import MismatchError, ObjectiveError, ParentError, SpecError
+from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Manifest, Recipe, Trial, Version
 from mlflow_soup.registry import naming
@@ -11,7 +12,6 @@ from mlflow_soup.registry.register import register_soup
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import origin_of
 from mlflow_soup.weights import provenance
-from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.workflows.bench import Opened, check_digest
 from mlflow_soup.workflows.job import Job

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_soup.errors import MismatchError, ParentError, SpecError
+from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.files.signing import Verifier, open_verifier
 from mlflow_soup.files.untrusted import (
     LARGEST_YAML,
@@ -19,7 +20,6 @@ from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import naming
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.checkpoint import Checkpoint, shorten
-from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.digests import digest_all, of_file
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.inherit import digest_of_copy

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 import toy
 from mlflow_soup import merge_checkpoints, verify
 from mlflow_soup.errors import ParentError
+from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.weights.checkpoint import INDEX, SINGLE, shorten
-from mlflow_soup.weights.compatibility import check_compatible
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.soup import write
 

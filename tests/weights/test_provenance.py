@@ -164,8 +164,8 @@ def test_a_parent_is_not_written_into(folders):
 
 def test_unlike_parents_leave_nothing_behind(folders, tmp_path):
     config = json.loads((folders[0] / "config.json").read_text())
-    (folders[0] / "config.json").write_text(json.dumps(config | {"rotary_pct": 0.5}))
-    with pytest.raises(errors.ParentError, match=r"rotary_pct is 0\.5 against"):
+    (folders[0] / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    with pytest.raises(errors.ParentError, match="hidden_act is 'relu' against"):
         mlflow_soup.merge_checkpoints(folders, [0.5, 0.5], tmp_path / "soup")
     assert {path.name for path in tmp_path.iterdir()} == {"v1", "v2"}
 
