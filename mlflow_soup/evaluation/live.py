@@ -101,7 +101,9 @@ def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[
     left = {parameter.data_ptr(): _rows(parameter) for parameter in parameters.values()}
     taken: dict[tuple[int, int], str] = {}
     for name, tensor in checkpoint.read():
-        row_numbers = on_disk.get(name)  # None for buffers of old Pythia checkpoints
+        # a model may be saved without the prefix of its base, as GPT-2 is published
+        row_numbers = on_disk.get(name, on_disk.get(f"{model.base_model_prefix}.{name}"))
+        # None for what transformers does not use, such as the buffers of old Pythia checkpoints
         if row_numbers is None or not tensor.numel() or not _in_order(row_numbers, tensor):
             continue
         first, rows = int(row_numbers.flatten()[0]), _rows(tensor)
@@ -168,8 +170,8 @@ class LiveModel:
         model: the transformers model.
         tokenizer: the checkpoint's tokenizer.
         config: the checkpoint's config.
-        places: name on disk → the part of a parameter that this tensor becomes. Buffers of old
-            checkpoints that transformers ignores are not in it.
+        places: name on disk → the part of a parameter that this tensor becomes. Tensors that
+            transformers does not use are not in it.
         tied: name on disk → the name of another tensor on disk that has the same place.
 
     Raises:

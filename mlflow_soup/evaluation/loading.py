@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import re
 import string
@@ -31,10 +32,11 @@ from transformers import (
 from mlflow_soup.errors import ParentError
 from mlflow_soup.evaluation.limits import LimitError, Result, try_within, work_within
 from mlflow_soup.files.untrusted import open_regular
-from mlflow_soup.weights.checkpoint import Checkpoint
+from mlflow_soup.weights.checkpoint import Checkpoint, shorten
 from mlflow_soup.weights.digests import of_file
 from mlflow_soup.weights.inherit import TEMPLATES, belongs
 
+logger = logging.getLogger("mlflow_soup")
 # what loading a config or a tokenizer may take. Models of transformers take up to 1 s and 150 MB, a
 # tokenizer with 500 000 tokens and merges 5 s and 380 MB; sentencepiece is converted, which is slow
 _MEMORY = 1 << 30
@@ -70,12 +72,18 @@ def quiet() -> Iterator[None]:
     patches while it loads a model. Two threads that restore them out of order leave them changed:
     silent streams, and models that tie no weights.
     """
+    notes = logging.getLogger("transformers")  # its handler keeps the first stream
     with (
         _ONE_THREAD,
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        yield
+        before = notes.level
+        notes.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            notes.setLevel(before)
 
 
 class _Built(BaseException):
@@ -268,8 +276,8 @@ def load_model(checkpoint: Checkpoint) -> Any:
     """The transformers model of a checkpoint, with its weights.
 
     Raises:
-        ParentError: transformers cannot load it, a weight is missing or left over, or the config
-            asks for far more than the weights have.
+        ParentError: transformers cannot load it, a weight is missing, or the config asks for far
+            more than the weights have.
     """
     try:
         with quiet(), _in_proportion(checkpoint):
@@ -286,8 +294,15 @@ def load_model(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # a config can make the model's code raise anything
         raise _unloadable(checkpoint, "AutoModelForCausalLM", error) from error
     model, info = loaded
+    if unused := sorted(info["unexpected_keys"]):
+        logger.warning(
+            "transformers does not use these tensors of %s: %s. They are merged and stay in the "
+            "soup, but no score depends on them",
+            checkpoint.label,
+            ", ".join(shorten(unused, 3)),
+        )
     # transformers initialises missing weights at random, with only a warning
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             raise ParentError(
                 f"{checkpoint.label} has {problem.replace('_', ' ')}: {sorted(info[problem])[:5]}",

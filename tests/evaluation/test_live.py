@@ -153,6 +153,70 @@ def test_old_pythias_buffers_are_kept_and_do_no_harm(tmp_path):
     assert torch.isfinite(logits(reloaded)).all()
 
 
+def edit_all(folders, change):
+    """Change the tensors of each checkpoint: `change` gets them, and a generator of its own."""
+    for seed, folder in enumerate(folders):
+        path = folder / "model.safetensors"
+        content = change(load_file(path), torch.Generator().manual_seed(seed))
+        save_file(content, path, {"format": "pt"})
+
+
+def check_live_and_file(folders, tmp_path):
+    """The live model has the bits of the written soup, which has the parents' tensors."""
+    live = LiveModel(find_checkpoint(folders[1], "v2"))
+    live.set_weights(link(live, folders), (0.4, 0.6))
+    merge(folders, (0.4, 0.6), tmp_path / "soup")
+    reloaded = reload(tmp_path / "soup", live)
+    expected = reloaded.state_dict()
+    for name, tensor in live.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(logits(live.model), logits(reloaded))
+    written, parent = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "soup", folders[1])
+    )
+    assert written.keys() == parent.keys()
+    return written
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox tied"])
+def test_names_without_the_prefix_of_the_base_model_are_followed(tmp_path, family):
+    folders = save_pair(family, torch.float32, tmp_path)
+    prefix = f"{FAMILIES[family]().base_model_prefix}."
+    edit_all(folders, lambda c, _: {n.removeprefix(prefix): t for n, t in c.items()})
+    written = check_live_and_file(folders, tmp_path)
+    assert not [name for name in written if name.startswith(prefix)]
+
+
+def test_tensors_that_transformers_does_not_use_are_merged_and_told(tmp_path, caplog, capfd):
+    """As the layers for multi-token prediction of DeepSeek-V3, at another depth than its own."""
+    folders = save_pair("llama", torch.float32, tmp_path)
+    extra = ("model.layers.2.eh_proj.weight", "model.layers.2.enorm.weight")
+    edit_all(folders, lambda c, g: c | {n: torch.randn(32, 32, generator=g) for n in extra})
+    written = check_live_and_file(folders, tmp_path)
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    for name in extra:
+        torch.testing.assert_close(written[name], torch.lerp(first[name], second[name], 0.6))
+    (told,) = [r.getMessage() for r in caplog.records if r.name == "mlflow_soup"]
+    assert told.startswith(
+        f"transformers does not use these tensors of v2: {', '.join(extra)}. They"
+    )
+    capfd.readouterr()  # of transformers itself, above
+    LiveModel(find_checkpoint(folders[1], "v2"))
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())  # nor in transformers' words
+
+
+def test_masks_that_old_versions_saved_are_kept(tmp_path):
+    """As GPT-J and GPT-Neo were published."""
+    folders = save_pair("gpt2", torch.float16, tmp_path)
+    masks = {
+        "transformer.h.0.attn.causal": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e9).half(),
+    }
+    edit_all(folders, lambda content, _: content | masks)
+    written = check_live_and_file(folders, tmp_path)
+    assert all(torch.equal(written[name], mask) for name, mask in masks.items())
+
+
 def test_a_weight_kept_in_another_precision_than_the_model_is_rounded_as_loading_rounds_it(
     tmp_path,
 ):
