@@ -134,7 +134,7 @@ def theory(distance: Distance, recipe: Recipe) -> str:
 
 
 def caution(distance: Distance, names: Sequence[str]) -> str:
-    """A warning when parents look too far apart to merge; empty otherwise.
+    """A warning when parents are equal, or look too far apart to merge; empty otherwise.
 
     It is a warning and not an error, because `FAR` was measured on one small model.
 
@@ -143,6 +143,12 @@ def caution(distance: Distance, names: Sequence[str]) -> str:
         names: the names of the parents, oldest first.
     """
     whole = distance.whole
+    for i, j in itertools.combinations(range(len(names)), 2):
+        if whole.relative(i, j) == 0.0:
+            return (
+                f"{names[i]} and {names[j]} have the same weights: a mixture of them is the same "
+                "model again. Name versions that were saved at different steps."
+            )
     i, j = _farthest(whole)
     apart = whole.relative(i, j)
     if apart <= FAR:
