@@ -161,10 +161,13 @@ def config_as_loaded(checkpoint: Checkpoint) -> dict[str, Any] | None:
             CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(checkpoint.config))).to_dict()
         )
         declared = CONFIG_MAPPING[kind]().to_dict()
+        # transformers 5 moves fields of the rotary embedding there, and keeps the old ones
+        moved = (found.get("rope_parameters") or {}).items()
         return {
             field: value
             for field, value in found.items()
-            if field in declared or (value is not None and _is_read(field, kind))
+            if field in declared
+            or (value is not None and (field, value) not in moved and _is_read(field, kind))
         }
 
     with _refusing("config", checkpoint), quiet():
