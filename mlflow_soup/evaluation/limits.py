@@ -29,7 +29,7 @@ class LimitError(Exception):
     """Work took more processor time, memory or disk than it may, or it crashed."""
 
 
-def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_size: int) -> None:
+def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_size: int) -> bool:
     """Do work in a silent fork, to learn whether it ends; what it changes in memory is lost.
 
     Work that raises an error has ended: the caller does it again and meets the error.
@@ -39,6 +39,9 @@ def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_si
         seconds: of processor time.
         memory: bytes, in addition to those of this process.
         file_size: bytes of each file that the work writes.
+
+    Returns:
+        Whether the work raised no error.
 
     Raises:
         LimitError: the work took more than its limits, or crashed.
@@ -72,6 +75,7 @@ def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_si
             f"it takes more than {seconds} s of processor time, {memory >> 20} MiB of memory, or "
             f"{file_size >> 20} MiB of disk, or it crashes"
         )
+    return process.exitcode == 0
 
 
 def work_within(work: Callable[[], Result], *, seconds: int, memory: int, file_size: int) -> Result:
@@ -87,10 +91,8 @@ def work_within(work: Callable[[], Result], *, seconds: int, memory: int, file_s
             pickle.dump(work(), file, protocol=pickle.HIGHEST_PROTOCOL)
             file.flush()
 
-        try_within(write, seconds=seconds, memory=memory, file_size=file_size)
-        # the file and its position are those of the fork, which did not write if work failed
-        if file.seek(0, os.SEEK_END) == 0:
-            return work()
+        if not try_within(write, seconds=seconds, memory=memory, file_size=file_size):
+            return work()  # which meets the error; or it ended, and the disk is full
         file.seek(0)
         return cast(Result, pickle.load(file))
 

@@ -33,7 +33,7 @@ import mlflow_soup.evaluation.task_data
 from mlflow_soup.errors import SpecError
 from mlflow_soup.evaluation import items, task_folders, templates
 from mlflow_soup.evaluation.evaluator import Evaluator
-from mlflow_soup.evaluation.limits import LimitError, try_within
+from mlflow_soup.evaluation.limits import LimitError, try_within, work_within
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.evaluation.task_data import Reader
@@ -635,9 +635,25 @@ def test_work_is_tried_within_its_limits(tmp_path):
     for work in (spin, fill, write_much, crash):
         with pytest.raises(LimitError, match="it takes more than 1 s of processor time"):
             try_within(work, **limits)
-    try_within(lambda: 1 / 0, **limits)  # the caller meets the error itself
-    try_within(lambda: (tmp_path / "small").write_bytes(b"x"), **limits)
+        with pytest.raises(LimitError):
+            work_within(work, **limits)
+    assert not try_within(lambda: 1 / 0, **limits)  # the caller meets the error itself
+    assert try_within(lambda: (tmp_path / "small").write_bytes(b"x"), **limits)
     assert (tmp_path / "small").read_bytes() == b"x"
+
+
+def test_the_result_of_work_is_handed_back(mount, monkeypatch):
+    limits = {"seconds": 1, "memory": 64 << 20, "file_size": 1 << 20}
+    here = os.getpid()
+    assert work_within(lambda: (os.getpid() == here, {"a": [1.5]}), **limits) == (
+        False,
+        {"a": [1.5]},
+    )
+    with pytest.raises(ZeroDivisionError):
+        work_within(lambda: 1 / 0, **limits)
+    # no room for the result: the work has ended, so it is done here
+    monkeypatch.setattr("tempfile.tempdir", str(mount("tmpfs", "size=64k")))
+    assert work_within(lambda: (os.getpid() == here, bytes(1 << 19)), **limits)[0]
 
 
 # ---- the process that renders
