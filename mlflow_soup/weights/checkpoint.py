@@ -164,6 +164,15 @@ def damaged(path: Path, label: str, error: Exception) -> ParentError:
     )
 
 
+def unreadable(path: Path, label: str, error: Exception) -> ParentError:
+    """The error for a file beside the weights that cannot be read."""
+    return ParentError(
+        f"{path.name} of {label} cannot be read: {error}",
+        where=str(path),
+        fix="save the checkpoint again, then register the new copy",
+    )
+
+
 def _map(path: Path) -> mmap.mmap:
     """Map a file's bytes read-only; the file may be larger than the memory.
 

@@ -33,6 +33,7 @@ from mlflow_soup.weights.checkpoint import (
     readable,
     shorten,
     stamp_of,
+    unreadable,
 )
 from mlflow_soup.weights.inherit import AUTO_MAP, TEMPLATES, belongs
 
@@ -73,7 +74,7 @@ def load_json(path: Path, label: str) -> dict[str, Any]:
     try:
         content = parse_json(read_regular(path, _LARGEST.get(path.name, _LARGEST_OTHER)))
     except (OSError, ValueError) as error:
-        raise _unreadable(path, label, error) from error
+        raise unreadable(path, label, error) from error
     if not isinstance(content, dict):
         raise ParentError(
             f"{path.name} of {label} is not a JSON object",
@@ -81,14 +82,6 @@ def load_json(path: Path, label: str) -> dict[str, Any]:
             fix="save the checkpoint again, then register the new copy",
         )
     return content
-
-
-def _unreadable(path: Path, label: str, error: Exception) -> ParentError:
-    return ParentError(
-        f"{path.name} of {label} cannot be read: {error}",
-        where=str(path),
-        fix="save the checkpoint again, then register the new copy",
-    )
 
 
 def _check_plain(folder: Path, label: str) -> None:
@@ -116,7 +109,7 @@ def _check_plain(folder: Path, label: str) -> None:
             try:
                 _check_size(path, most)
             except ValueError as error:
-                raise _unreadable(path, label, error) from error
+                raise unreadable(path, label, error) from error
 
 
 def _check_size(path: Path, most: int) -> None:
@@ -146,7 +139,7 @@ def _check_mlmodel(path: Path, label: str) -> None:
     try:
         parse_yaml(read_regular(path, LARGEST_YAML))
     except (OSError, ValueError) as error:
-        raise _unreadable(path, label, error) from error
+        raise unreadable(path, label, error) from error
 
 
 def _weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:

@@ -16,7 +16,7 @@ from mlflow_soup.errors import ParentError
 from mlflow_soup.files.durable import check_space, on_disk
 from mlflow_soup.files.untrusted import open_regular, parse_json
 from mlflow_soup.files.writer import BLOCK
-from mlflow_soup.weights.checkpoint import INDEX, Checkpoint, readable
+from mlflow_soup.weights.checkpoint import INDEX, Checkpoint, readable, unreadable
 
 # lower-case names of the files that tokenizers load
 TOKENIZERS = (
@@ -116,11 +116,7 @@ def _taken(path: Path, label: str) -> Iterator[bytes]:
         try:
             config = parse_json(content)
         except ValueError as error:
-            raise ParentError(
-                f"{path.name} of {label} cannot be read: {error}",
-                where=str(path),
-                fix="save the checkpoint again, then register the new copy",
-            ) from error
+            raise unreadable(path, label, error) from error
         if _drop_code(config):
             content = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
     yield content

@@ -103,6 +103,9 @@ def test_shares_are_told_in_three_digits(share, text):
 
 def test_near_parents_are_not_warned_of():
     assert caution(line(0, geometry.FAR), ["v1", "v2"]) == ""
+
+
+def test_equal_parents_are_warned_of():
     assert caution(line(0, 0.4, 0.4), ["v1", "v2", "v3"]).startswith("v2 and v3 have the same w")
 
 
