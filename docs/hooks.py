@@ -61,7 +61,7 @@ def commands() -> str:
     return "\n\n".join(parts)
 
 
-KINDS = {str: "text", int: "whole number", float: "number"}
+KINDS = {str: "text", bool: "yes, no", int: "whole number", float: "number"}
 
 
 def knob_sections() -> str:
@@ -78,7 +78,7 @@ def knob_sections() -> str:
         named += ["every study"] if len(studies) == len(STUDIES) else studies
         facts = {
             "values": values,
-            "default": code(knob.default),
+            "default": code("no" if knob.default is False else knob.default),
             "commands": ", ".join(named),
             "policy tag": code(f"soup.{knob.name}") if knob.metadata["policy"] else "",
         }

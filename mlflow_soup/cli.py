@@ -117,6 +117,15 @@ def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) ->
 def _option(knob: Field[Any]) -> Callable[[Any], Any]:
     choices = knob.metadata["choices"]
     words = knob.metadata["help"]
+    if kind(knob) is bool:  # `--fix`, or `--fix=no` as MLflow Projects say it
+        return cloup.option(
+            *(option(knob), knob.name),
+            type=bool,
+            is_flag=False,
+            flag_value=True,
+            metavar="[YES|NO]",
+            help=f"{words}  [default: {'yes' if knob.default else 'no'}]",
+        )
     if knob.default not in ("", None):
         words += f"  [default: {knob.default}]"
     # no default: a policy tag of the model may set what the command line does not
@@ -193,9 +202,9 @@ def run(ctx: click.Context, /, **said: Any) -> None:
 
     The gate compares the soup with its parents and the champion on out-of-domain tasks.
 
-    Exit codes: 0 done, 2 bad request, 3 refused by the gate, 4 parent missing or damaged,
-    5 overtaken by another promotion or process, 6 store unreachable or disk full, 7 no permission,
-    1 anything else.
+    Exit codes: 0 done, 2 bad request, 3 refused by the gate or nothing to promote, 4 parent missing
+    or damaged, 5 overtaken by another promotion or process, 6 store unreachable or disk full,
+    7 no permission, 1 anything else.
     """
     spec = _spec(said)
     with _heavy_imports():

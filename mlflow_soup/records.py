@@ -350,13 +350,33 @@ class Found:
 
 @dataclass(frozen=True)
 class Soup:
-    """A merged checkpoint, registered as a version."""
+    """A merged checkpoint, and the version that holds it.
+
+    Attributes:
+        version: the version that was registered for the soup; a parent's version if the soup has
+            its weights and was not registered again.
+        recipe: how the parents were merged.
+        parents: the parents, oldest first.
+        held_out: the held-out score.
+        digest: the digest of the tensors.
+    """
 
     version: Version
     recipe: Recipe
     parents: tuple[Parent, ...]
     held_out: Score
     digest: str
+
+    @property
+    def original(self) -> Version | None:
+        """The newest parent that has the same weights; None if no parent has."""
+        same = [parent.version for parent in self.parents if parent.digest == self.digest]
+        return same[-1] if same else None
+
+    @property
+    def registered(self) -> bool:
+        """Whether the soup is a version of its own."""
+        return self.version != self.original
 
 
 @dataclass(frozen=True)
@@ -479,10 +499,11 @@ class Outcome:
     """The result of one run of the main job.
 
     Attributes:
-        soup: the registered soup.
+        soup: the soup, and its version.
         trials: all trials of the search, in order.
         gain: the paired held-out difference between the soup and the better parent.
-        verdict: the gate's decision; None if no OOD tasks were given.
+        verdict: the gate's decision; None if no OOD tasks were given, or no soup was registered.
+        target: where the request promotes the soup to; empty for nowhere.
         promoted: what was moved to the soup, e.g. `alias champion`; empty if nothing was.
         run_id: the search run.
         summary: the text that the command prints, with links.
@@ -492,11 +513,13 @@ class Outcome:
     trials: Sequence[Trial]
     gain: Difference
     verdict: Verdict | None
+    target: str
     promoted: str
     run_id: str
     summary: str
 
     @property
     def exit_code(self) -> int:
-        """The command's exit code: 0 for done, 3 if the gate refused."""
-        return 3 if self.verdict is not None and not self.verdict.passed else 0
+        """The command's exit code: 0 for done, 3 if the gate refused or had nothing to judge."""
+        refused = self.verdict is not None and not self.verdict.passed
+        return 3 if refused or (self.target and not self.promoted) else 0

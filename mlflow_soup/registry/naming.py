@@ -33,6 +33,7 @@ FAILED = "soup.failed"  # the reason why a trial has no score
 MEASURED = "soup.measured"  # digest of a trial's weights and evaluation; finds its score again
 ITEMS_RUN = "soup.items_run"  # the trial whose score this one reuses
 EVALUATOR = "soup.evaluator"  # fingerprint of an evaluator's requests and settings
+ORIGINAL = "soup.original"  # "my-llm/13": the parent whose weights the chosen soup has
 VERSION = "soup.version"  # "my-llm/14": the soup that a search made or an OOD run examined
 CONDITIONS = "soup.conditions"  # digest of all that OOD evidence depends on except the weights
 MODEL = "soup.model"  # the registered model of a search, a study or an upload

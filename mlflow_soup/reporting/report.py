@@ -127,14 +127,15 @@ class Story:
     Attributes:
         method: the name of the method that found the soup.
         space: the space of merge weights that was searched.
-        soup: the registered soup.
+        soup: the soup.
         existed: True when an earlier run of the same request registered the soup.
         trials: all trials, in order.
         gain: the paired held-out difference between the soup and its better parent.
         better: the better parent.
         roles: role → evidence of the OOD stage; empty when there was no OOD stage.
         verdict: the verdict of the gate, or None when there was no OOD stage.
-        promoted: the target of the promotion; empty when the soup was not promoted.
+        target: where the request promotes the soup to; empty for nowhere.
+        promoted: where the soup was promoted to; empty when it was not.
         distance: the distance of the parents.
         notes: more sentences for the reader.
     """
@@ -148,6 +149,7 @@ class Story:
     better: Version
     roles: Mapping[str, Evidence]
     verdict: Verdict | None
+    target: str
     promoted: str
     distance: Distance
     notes: tuple[str, ...] = ()
@@ -301,6 +303,8 @@ def summary(story: Story, look: Sequence[str]) -> str:
         lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
     lines.append(f"soup against its better parent, {story.better}: {format_difference(story.gain)}")
     done = "an earlier run registered it as" if story.existed else "registered as"
+    if not soup.registered:
+        done = "not registered, because it has the same weights as"
     how = f"{soup.recipe.label}, {len(story.trials)} evaluations"
     lines.append(f"{done} {soup.version.uri} ({how})")
     if story.verdict is not None:
@@ -308,7 +312,14 @@ def summary(story: Story, look: Sequence[str]) -> str:
         lines.append(f"gate {word} ({story.verdict.rules})")
         lines += [f"  {format_check(check)}" for check in story.verdict.checks]
     else:
-        lines.append("gate not run: no OOD tasks were given (--ood-tasks)")
+        why = (
+            "no OOD tasks were given (--ood-tasks)"
+            if soup.registered
+            else "there is no new version"
+        )
+        lines.append(f"gate not run: {why}")
     if story.promoted:
         lines.append(f"promoted: {story.promoted}")
+    elif story.target:
+        lines.append(f"nothing was promoted to {story.target}")
     return "\n".join([*lines, *story.notes, *look])

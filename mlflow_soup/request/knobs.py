@@ -48,6 +48,10 @@ def _pieces(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
+# the words for a knob that is on or off; `click.BOOL` reads these, and some more
+SWITCH = {"yes": True, "no": False, "true": True, "false": False}
+
+
 def whole(least: int, most: int | None = None) -> Range:
     """Whole numbers from `least`, up to `most` if there is one."""
     if most is None:
@@ -97,8 +101,11 @@ def knob(
     return field(default=default, metadata=metadata)
 
 
+_WHAT = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}
+
+
 def kind(knob_: Field[Any]) -> type:
-    """The type of a knob: str, int or float."""
+    """The type of a knob: str, bool, int or float."""
     named = get_args(knob_.type) or (knob_.type,)  # `int | None` is read as an int
     assert isinstance(named[0], type)
     return named[0]
@@ -129,8 +136,8 @@ def check(knob_: Field[Any], value: object) -> None:
     types = get_args(knob_.type) or (knob_.type,)
     accepted = (*types, int) if float in types else types  # 0 is as good as 0.0
     # True is an int to Python, and no number to a user
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        what = {str: "a text", int: "a whole number", float: "a number"}[kind(knob_)]
+    if isinstance(value, bool) != (bool in types) or not isinstance(value, accepted):
+        what = _WHAT[kind(knob_)]
         example = f", for example {knob_.default!r}" if knob_.default else ""
         raise SpecError(
             f"{knob_.name} is {value!r}, which is not {what}",
@@ -153,9 +160,11 @@ def read(knob_: Field[Any], text: str) -> Any:
         SpecError: the text is not of the knob's type.
     """
     try:
+        if kind(knob_) is bool:
+            return SWITCH[text.strip().lower()]
         return kind(knob_)(text.strip())
-    except ValueError as error:
-        what = {int: "a whole number", float: "a number"}[kind(knob_)]
+    except (ValueError, KeyError) as error:
+        what = "yes or no" if kind(knob_) is bool else _WHAT[kind(knob_)]
         raise SpecError(
             f"policy tag soup.{knob_.name} is {text!r}, which is not {what}",
             where="tags of the registered model",

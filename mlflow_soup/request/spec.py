@@ -347,6 +347,13 @@ class Spec:
         "move it, if the gate passes; elsewhere it says whose rules hold. Default: nowhere.",
         "run evaluate gate sign promote",
     )
+    register_copies: bool = knob(
+        GATE,
+        False,
+        "Also register a soup that has the same weights as one of its parents.",
+        "run",
+        policy=True,
+    )
     device: str = knob(
         MACHINE,
         "auto",

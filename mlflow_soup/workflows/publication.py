@@ -23,13 +23,13 @@ DESCRIPTION_LIMIT = 5000
 def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> list[str]:
     """Sentences that a reader needs to judge the scores."""
     client, spec = job.client, job.spec
-    notes = [
-        f"No merge was found that is better than {parent.version}: the soup is a copy of it."
-        if job.method.merges
-        else f"Nothing was merged: the new version is a copy of {parent.version}."
-        for parent in soup.parents
-        if parent.digest == soup.digest
-    ]
+    notes = []
+    if soup.original is not None:
+        what = "The soup" if job.method.merges else "Nothing was merged: the soup"
+        what += f" has the same weights as {soup.original}"
+        if not soup.registered:
+            what += ", so it was not registered; to register it all the same: --register-copies"
+        notes.append(f"{what}.")
     if spec.method == "bayesopt":
         if len(trials) < spec.budget:
             notes.append(
@@ -78,8 +78,8 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     names = [parent.version.short for parent in soup.parents]
     layers = tables.markdown(geometry.table(story.distance, names))
     whole = redact(f"{text}{report.trials_table(story)}\n## Distance of the parents\n\n{layers}\n")
-    version = f"{soup.version.name}/{soup.version.number}"
-    tags = {naming.VERSION: version}
+    tag = naming.VERSION if soup.registered else naming.ORIGINAL
+    tags = {tag: f"{soup.version.name}/{soup.version.number}"}
     if story.verdict is not None:
         tags[naming.GATE] = naming.PASSED if story.verdict.passed else naming.REFUSED
     tracking.log(client, run_id, metrics=_metrics(story), tags=tags)
@@ -89,7 +89,8 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     for suffix in ("png", "svg"):
         client.log_figure(run_id, figure, f"{naming.LANDSCAPE}.{suffix}")
     client.log_figure(run_id, geometry.distances(story.distance, names), naming.DISTANCES)
-    describe(client, soup.version, text[:DESCRIPTION_LIMIT])
+    if soup.registered:
+        describe(client, soup.version, text[:DESCRIPTION_LIMIT])
     pages = [
         f"version: {link(version_path(soup.version))}",
         f"run: {link(run_page)}",

@@ -29,12 +29,17 @@ def register(
 ) -> Version:
     """The version of a soup, once it is written, uploaded and read back from the store.
 
+    A soup with the weights of a parent is not registered again, unless the request asks for it.
+
     Args:
         job: the request.
         run_id: the search run.
         recipe: the chosen recipe.
         trials: all trials of the search.
         fits: whether a version that claims to be the request's result is one.
+
+    Returns:
+        The version of the soup, or that of the newest parent with the same weights.
 
     Raises:
         ParentError: a parent changed during the search, or its files are gone.
@@ -75,6 +80,9 @@ def register(
         _check_unchanged(job.opened, manifest)
         digest = manifest.digests.canonical
         _check_scored(client, recipe, trials, digest)
+        same = [o.parent.version for o in job.opened if o.parent.digest == digest]
+        if same and not job.spec.register_copies:
+            return same[-1]
         parents = naming.format_parents(job.session.name, versions)
         tags = naming.version_tags(parents, recipe, job.key, job.request, run_id, digest)
         tags |= {

@@ -82,7 +82,9 @@ def run(spec: Spec) -> Outcome:
     ):
         found = find_recipe(job, run_id, check=check)
         soup, proven, existed = _find_or_register(job, run_id, found, check)
-        decision, promoted = _decide(job, run_id, soup, proven, found.alone, champions, check)
+        decision, promoted = None, ""
+        if proven is not None and job.bench.ood is not None:
+            decision, promoted = _decide(job, run_id, soup, proven, found.alone, champions, check)
         better = pairing.better(found.alone)
         story = report.Story(
             method=spec.method,
@@ -94,18 +96,24 @@ def run(spec: Spec) -> Outcome:
             better=job.versions[better],
             roles=decision.examination.roles if decision is not None else {},
             verdict=decision.verdict if decision is not None else None,
+            target=spec.promote,
             promoted=promoted,
             distance=apart,
             notes=tuple(notes(job, found.trials, soup, apart)),
         )
         summary = publish(client, run_id, story)
-    return Outcome(soup, story.trials, story.gain, story.verdict, promoted, run_id, summary)
+    return Outcome(
+        *(soup, story.trials, story.gain, story.verdict),
+        *(spec.promote, promoted, run_id, summary),
+    )
 
 
 def _find_or_register(
     job: Job, run_id: str, found: Found, check: Callable[[], None]
-) -> tuple[Soup, Proven, bool]:
-    """The registered soup of the request, its proof, and whether it was registered before.
+) -> tuple[Soup, Proven | None, bool]:
+    """The soup of the request, its proof, and whether it was registered before.
+
+    There is no proof of a soup that has a parent's weights and is not registered.
 
     A registered soup counts even if another version of a library would choose another λ today. Tags
     only point at it: what the version holds must be a result of this request.
@@ -123,6 +131,11 @@ def _find_or_register(
         return recognise(version) is not None
 
     version = existing or register(job, run_id, found.recipe, found.trials, fits)
+    parents = tuple(opened.parent for opened in job.opened)
+    for parent in parents:
+        if parent.version == version:
+            held_out = scored(found.trials, found.recipe, "the soup")
+            return Soup(version, found.recipe, parents, held_out, parent.digest), None, False
     proven = recognise(version)
     if proven is None:
         raise StoreError(
@@ -133,7 +146,6 @@ def _find_or_register(
         )
     recipe = recipe_of(job, proven.manifest)
     held_out = scored(found.trials, recipe, "the soup")
-    parents = tuple(opened.parent for opened in job.opened)
     soup = Soup(version, recipe, parents, held_out, proven.digest)
     return soup, proven, existing is not None
 
@@ -146,7 +158,7 @@ def _decide(
     alone: Sequence[Score],
     champions: Sequence[Opened],
     check: Callable[[], None],
-) -> tuple[Decision | None, str]:
+) -> tuple[Decision, str]:
     """Examine the soup out of domain, judge it, and promote it if the request says so.
 
     Args:
@@ -159,11 +171,9 @@ def _decide(
         check: raises if another process took over.
 
     Returns:
-        The decision, and where the soup was promoted to; None and empty when the request has no
-        OOD tasks.
+        The decision, and where the soup was promoted to; empty if it was not promoted.
     """
-    if job.bench.ood is None:
-        return None, ""
+    assert job.bench.ood is not None
     client, spec = job.client, job.spec
     known = {soup.digest: soup.held_out}
     known |= {o.parent.digest: score for o, score in zip(job.opened, alone, strict=True)}

@@ -54,6 +54,7 @@ def story(tmp_path):
         better=NEW,
         roles=roles,
         verdict=Verdict((held_out, ood), Rules(0.05, 0.95)),
+        target="",
         promoted="",
         distance=Distance((LayerDistance("layer 0", (1.0, 1.0), ((0.0, 0.25), (0.25, 0.0))),)),
         notes=("A note.",),

@@ -282,6 +282,8 @@ def test_more_parents_take_more_trials(named, budget, least):
         ("trials", 8.0, "trials is 8.0, which is not a whole number"),
         ("margin", 10**400, "--margin of 1329 bits"),
         pytest.param("trials", 10**5000, "--trials of 16610 bits", id="endless"),
+        ("register_copies", 1, "register_copies is 1, which is not True or False"),
+        ("register_copies", "yes", "register_copies is 'yes', which is not True or False"),
         ("seed", True, "seed is True, which is not a whole number"),
         ("margin", None, "margin is None, which is not a number"),
         ("tasks", None, "tasks is None, which is not a text"),
@@ -291,7 +293,7 @@ def test_more_parents_take_more_trials(named, budget, least):
 def test_a_value_of_another_type_is_refused(name, value, what):
     with pytest.raises(SpecError, match=what) as refusal:
         Spec(**{name: value})
-    assert f"--{name}" in refusal.value.where
+    assert f"--{name.replace('_', '-')}" in refusal.value.where
 
 
 def test_a_pair_and_versions_at_once_are_refused():
@@ -342,6 +344,7 @@ TAGS = {
     "evaluator": (" lm-eval", "lm-eval"),
     "batch_size": ("8", 8),
     "max_length": ("2048", 2048),
+    "register_copies": (" Yes", True),
 }
 
 
@@ -387,6 +390,7 @@ def test_a_policy_is_settled_once(named):
         ("trials", "10.0", "a whole number"),
         ("alpha", "half", "a number"),
         ("max_length", "", "a whole number"),
+        ("register_copies", "maybe", "yes or no"),
         ("num_fewshot", "None", "a whole number"),
     ],
 )

@@ -24,7 +24,7 @@ from mlflow_soup.workflows.job import open_session, settle
 rows = pytest.mark.parametrize("name", METHODS)
 STATISTICS = ["fisher", "regmean"]
 # no gate: it is tested elsewhere
-GOOD = {"tasks": "toy_letters", "ood_tasks": "", "limit": 100}
+GOOD = {"tasks": "toy_letters", "ood_tasks": "", "limit": 100, "register_copies": True}
 
 
 def run(method, versions="v1,v2", **said):
@@ -165,6 +165,44 @@ def test_of_a_parent_and_itself_every_method_makes_that_parent(client, checkpoin
         outcome = run(name, "v1,v4", trials=4, limit=10)
         assert outcome.soup.digest == outcome.soup.parents[0].digest, name
         assert len({*values(outcome).values()}) == 1, name
+
+
+@pytest.mark.parametrize("name", ["bayesopt", "uniform", "fisher"])
+def test_a_soup_with_the_weights_of_a_parent_is_registered_only_if_asked(client, checkpoints, name):
+    register(client, checkpoints[0])  # v4 = v1
+    said = {"trials": 4, "limit": 10}
+    few = run(name, "v1,v4", **said, register_copies=False)
+    assert (few.soup.version, few.soup.registered) == (Version(MODEL, 4), False)
+    assert few.soup.digest == few.soup.parents[0].digest
+    assert (few.verdict, few.promoted, few.exit_code) == (None, "", 0)
+    assert client.get_run(few.run_id).data.tags["soup.original"] == f"{MODEL}/4"
+    assert client.get_run(few.run_id).info.status == "FINISHED"
+    assert "not registered, because it has the same weights as models:/toy-llm/4" in few.summary
+    assert len(client.search_model_versions(f"name='{MODEL}'")) == 4
+    assert not client.get_model_version(MODEL, "4").description
+    many = run(name, "v1,v4", **said)
+    assert (many.soup.version, many.soup.registered) == (Version(MODEL, 5), True)
+    assert evaluated(client, many) == []
+    again = run(name, "v1,v4", **said, register_copies=False)  # it is registered by now
+    assert again.soup == many.soup
+
+
+def test_the_best_parent_is_told_and_cannot_be_promoted_unless_asked(client):
+    wish = {
+        "ood_tasks": "toy_digits,toy_digits_bpb:bits_per_byte",
+        "limit": None,
+        "promote": "champion",
+    }
+    plain = run("best", **wish, register_copies=False)
+    scores = values(plain)
+    assert plain.soup.held_out.value == max(scores.values())
+    assert plain.soup.version in [parent.version for parent in plain.soup.parents]
+    assert (plain.promoted, plain.exit_code) == ("", 3)
+    assert "nothing was promoted to champion" in plain.summary
+    assert client.get_registered_model(MODEL).aliases == {}
+    asked = run("best", **wish)
+    assert asked.soup.version == Version(MODEL, 4)
+    assert asked.exit_code == (0 if asked.promoted else 3)
 
 
 def test_equal_tensors_under_another_config_are_another_model(client, checkpoints, tmp_path):
