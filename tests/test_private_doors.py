@@ -440,6 +440,12 @@ def _() -> None:
     assert normalize_gen_kwargs({}, 256)["max_gen_toks"] == 256
 
 
+@door("lm_eval.utils.simple_parse_args_string", "read settings of generation")
+def _() -> None:
+    read = lm_eval.utils.simple_parse_args_string("temperature=0.5,do_sample=True,top_k=3")
+    assert read == {"temperature": 0.5, "do_sample": True, "top_k": 3}
+
+
 @door("lm_eval.api.group.Group", "ask a group for its tasks")
 def _() -> None:
     found = importlib.import_module("lm_eval.api.group").Group

@@ -29,6 +29,7 @@ from mlflow_soup.evaluation.compatibility import function_of
 from mlflow_soup.evaluation.items import (
     Asking,
     asked,
+    asked_of,
     freeze,
     is_of,
     items_of,
@@ -37,6 +38,7 @@ from mlflow_soup.evaluation.items import (
 from mlflow_soup.evaluation.live import LiveModel, not_finite
 from mlflow_soup.evaluation.loading import quiet, rules_of
 from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
+from mlflow_soup.evaluation.prompts import PLAIN, Prompting
 from mlflow_soup.evaluation.suite import (
     Asked,
     Suite,
@@ -72,11 +74,12 @@ class Evaluator:
             log-likelihoods depend on it. `prepared` lowers it before the first evaluation where an
             accelerator has too little memory.
         max_length: the longest input in tokens; None for the model's own limit.
-        num_fewshot: the number of few-shot examples, for tasks that do not set it.
+        prompting: how the requests are built.
         limit: the number of items to score of each task, from the first; None for all items.
 
     Raises:
         SpecError: a task's templates or code fail when its requests are built.
+        ParentError: the chat template fails.
         ObjectiveError: a request does not fit the model, or memory runs out.
     """
 
@@ -88,7 +91,7 @@ class Evaluator:
         evaluator: str = "prepared",
         batch_size: int = 32,
         max_length: int | None = None,
-        num_fewshot: int | None = None,
+        prompting: Prompting = PLAIN,
         limit: int | None = None,
     ) -> None:
         self._live, self._suite, self._limit = live, suite, limit
@@ -108,7 +111,7 @@ class Evaluator:
             self._lm = FrozenLM(**arguments)
         requests: dict[str, list[Any]] = defaultdict(list)
         for task in suite.loaded["tasks"].values():
-            freeze(task, num_fewshot, limit)
+            freeze(task, prompting, limit)
             for request in task.instances:
                 requests[request.request_type] += [request] * request.repeats
         with self._enough_memory(), quiet():
@@ -165,12 +168,7 @@ class Evaluator:
         for term in self._suite.terms:
             digest.update(str(term).encode())
         for name, task in sorted(self._suite.loaded["tasks"].items()):
-            left_out = ("metadata", "custom_dataset")  # our reader of a task's data
-            config = {k: v for k, v in task.dump_config().items() if k not in left_out}
-            digest.update(json.dumps([name, task.VERSION, config], default=str).encode())
-            for request in task.instances:  # a document holds the right answer
-                line = [request.request_type, request.doc_id, request.args, request.doc]
-                digest.update(json.dumps(line, default=str).encode())
+            digest.update(json.dumps([name, asked_of(task)]).encode())
         return digest.hexdigest()
 
     def evaluate(self) -> tuple[tuple[str, Score], ...]:

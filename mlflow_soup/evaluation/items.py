@@ -15,8 +15,10 @@ from typing import Any
 from jinja2.exceptions import SecurityError
 from lm_eval.utils import handle_non_serializable  # private door
 
+from mlflow_soup.errors import SoupError
 from mlflow_soup.evaluation.limits import LimitError, try_within
 from mlflow_soup.evaluation.loading import quiet
+from mlflow_soup.evaluation.prompts import Prompting
 from mlflow_soup.evaluation.suite import Suite, broken
 from mlflow_soup.evaluation.task_data import Reader
 from mlflow_soup.evaluation.templates import RENDERER
@@ -33,28 +35,31 @@ Part = tuple[str, str, tuple[str, ...]]  # leaf task, metric, names of its items
 Asking = Mapping[str, tuple[Part, ...]]  # term → the items that its score is the mean of
 
 
-def freeze(task: Any, num_fewshot: int | None, limit: int | None) -> None:
+def freeze(task: Any, prompting: Prompting, limit: int | None) -> None:
     """Build a task's requests once; lm-eval would draw new few-shot examples at every call.
 
     Raises:
         SpecError: the task's templates or code fail.
+        ParentError: the chat template fails.
     """
-    # private door: lm_eval.api.task.Task
-    fixed = task.get_config("num_fewshot")
-    if num_fewshot is not None and fixed != 0:  # as in lm-eval: a YAML's 0 stays 0
-        task.set_config("num_fewshot", num_fewshot)
-    elif fixed is None:
-        task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(FEWSHOT_SEED)
+    prompting.configure(task)
     if isinstance(task.get_config("custom_dataset"), Reader):  # it comes from a folder
         _limit_requests(task)
         _limit_scoring(task)
+
+    def build(**options: Any) -> None:
+        # private door: lm_eval.api.task.Task
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        task.build_all_requests(limit=limit, **options)
+
     try:
         with quiet():
             documents = list(itertools.islice(task.eval_docs, limit))
             _render_ahead(task, documents)
             task.doc_iterator = lambda **_: enumerate(documents)  # they are decoded once
-            task.build_all_requests(limit=limit)
+            prompting.build(build)
+    except SoupError:
+        raise
     except Exception as error:  # templates, code and documents can raise anything
         where = f"the requests of task {task.config.task}"
         raise broken(task.config.task, "could not build its requests", where, error) from error
@@ -139,29 +144,33 @@ def asked(suite: Suite) -> dict[str, str]:
 
     Two tasks of one name and with the same documents can still score otherwise.
     """
-    found = {}
-    for term in suite.terms:
-        digest = hashlib.sha256(str(term).encode())
-        for task in suite.leaves(term):
-            # where the documents lie does not matter
-            left_out = ("metadata", "dataset_path", "dataset_kwargs", "custom_dataset")
-            config = {k: v for k, v in task.dump_config().items() if k not in left_out}
-            digest.update(json.dumps([task.VERSION, config], default=str).encode())
-            for request in task.instances:  # a document holds the right answer
-                line = [request.request_type, request.doc_id, request.args, request.doc]
-                digest.update(json.dumps(line, default=str).encode())
-        found[str(term)] = digest.hexdigest()
-    return found
+    return {
+        str(term): _hash(json.dumps([str(term), *map(asked_of, suite.leaves(term))]))
+        for term in suite.terms
+    }
 
 
-def all_items(suite: Suite, num_fewshot: int | None) -> dict[str, tuple[Part, ...]]:
+def asked_of(task: Any) -> str:
+    """A digest of all that the score of a frozen task depends on, except the model."""
+    # where the documents lie does not matter
+    left_out = ("metadata", "dataset_path", "dataset_kwargs", "custom_dataset")
+    config = {k: v for k, v in task.dump_config().items() if k not in left_out}
+    digest = hashlib.sha256(json.dumps([task.VERSION, config], default=str).encode())
+    for request in task.instances:  # a document holds the right answer
+        line = [request.request_type, request.doc_id, request.args, request.doc]
+        digest.update(json.dumps(line, default=str).encode())
+    return digest.hexdigest()
+
+
+def all_items(suite: Suite, prompting: Prompting) -> dict[str, tuple[Part, ...]]:
     """All items of a suite; its tasks are frozen for it.
 
     Raises:
         SpecError: the templates or the code of a task fail.
+        ParentError: the chat template fails.
     """
     for task in suite.loaded["tasks"].values():
-        freeze(task, num_fewshot, None)
+        freeze(task, prompting, None)
     return items_of(suite)
 
 

@@ -115,14 +115,29 @@ def try_loading(checkpoint: Checkpoint) -> None:
         with contextlib.suppress(_Built):
             load_model(checkpoint)
 
+    with _refusing("config", checkpoint), quiet():
+        try_within(build, seconds=_SECONDS_OF_MODEL, memory=_MEMORY, file_size=_MEMORY)
+    _try_tokenizer(checkpoint)
+    _TRIED.add(fingerprint)
+
+
+def _try_tokenizer(checkpoint: Checkpoint) -> None:
     def tokenize() -> None:
         load_tokenizer(checkpoint)(_PROBE)
 
-    with _refusing("config", checkpoint), quiet():
-        try_within(build, seconds=_SECONDS_OF_MODEL, memory=_MEMORY, file_size=_MEMORY)
     with _refusing("tokenizer", checkpoint), quiet():
         try_within(tokenize, seconds=_SECONDS_OF_TOKENIZER, memory=_MEMORY, file_size=_MEMORY)
-    _TRIED.add(fingerprint)
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint that this process has not tried yet.
+
+    Raises:
+        ParentError: transformers cannot load it, or it takes more than its limits.
+    """
+    _try_tokenizer(checkpoint)
+    with quiet():
+        return load_tokenizer(checkpoint)
 
 
 @contextlib.contextmanager
@@ -374,6 +389,18 @@ def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> Parent
     )
 
 
+def read_within(work: Callable[[], Result], characters: int) -> Result:
+    """Do work on texts in a fork, within limits that grow with the number of characters.
+
+    Raises:
+        LimitError: the work took more than its limits, or crashed.
+    """
+    size = _MEMORY + _BYTES_OF_CHARACTER * characters
+    seconds = _SECONDS_OF_TOKENIZER + characters // _CHARACTERS_IN_A_SECOND
+    with quiet():
+        return work_within(work, seconds=seconds, memory=size, file_size=size)
+
+
 def tokenize_within(work: Callable[[], Result], tokenizer: Any, characters: int) -> Result:
     """Let a tokenizer read texts in a fork, within limits, and return what `work` makes of them.
 
@@ -388,14 +415,8 @@ def tokenize_within(work: Callable[[], Result], tokenizer: Any, characters: int)
     Raises:
         ParentError: the tokenizer takes more than its limits, or ends the process.
     """
-    limits = {
-        "seconds": _SECONDS_OF_TOKENIZER + characters // _CHARACTERS_IN_A_SECOND,
-        "memory": _MEMORY + _BYTES_OF_CHARACTER * characters,
-        "file_size": _MEMORY + _BYTES_OF_CHARACTER * characters,
-    }
     try:
-        with quiet():
-            return work_within(work, **limits)
+        return read_within(work, characters)
     except LimitError as error:
         raise ParentError(
             f"the tokenizer of the versions cannot read the texts of the tasks: {error}",

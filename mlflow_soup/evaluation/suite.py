@@ -4,7 +4,10 @@ A `Suite` holds the loaded tasks and the metrics that are asked for. It needs no
 """
 
 import difflib
+import fnmatch
+import glob
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -24,11 +27,13 @@ from lm_eval.tasks import TaskManager
 from mlflow_soup.errors import ObjectiveError, SoupError, SpecError
 from mlflow_soup.evaluation.library import library
 from mlflow_soup.evaluation.loading import quiet
-from mlflow_soup.evaluation.task_folders import Factory, Folder, read_folders
+from mlflow_soup.evaluation.task_folders import Factory, Folder, read_files, read_folders
 from mlflow_soup.evaluation.templates import RENDERER
 from mlflow_soup.files.durable import check_writable
 
-_PIECE = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
+logger = logging.getLogger("mlflow_soup")
+_PIECE = re.compile(r"(?P<name>[^\s,:]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
+_PATTERN = frozenset("*?[")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,9 @@ def _open_manager(names: Sequence[str], folders: Sequence[Folder], where: str) -
     for folder in folders:
         # private door: lm_eval.tasks.TaskManager.task_index
         manager.task_index.update(folder.entries)
+    for name in names:
+        if len(places := [str(folder.path) for folder in folders if name in folder.entries]) > 1:
+            logger.warning("task %s is in %s: the last one counts", name, " and ".join(places))
     for folder in folders:
         for path, reason in folder.unreadable.items():
             if path.stem in names and path.stem not in manager.task_index:
@@ -138,18 +146,46 @@ def _find(
     # a piece without a metric after `task:metric` may be a filter
     maybe_filter = {i for i in range(1, len(pieces)) if pieces[i - 1][1] and not pieces[i][1]}
     names = [name for i, (name, _) in enumerate(pieces) if i not in maybe_filter]
+    files = {name: _glob(name, where) for name in names if name.endswith(".yaml")}
     folders = read_folders(include_path, allowed)
+    of_file: dict[Path, list[str]] = {}
+    every = list(itertools.chain.from_iterable(files.values()))
+    for parent in dict.fromkeys(file.parent for file in every):
+        folder, defines = read_files(parent, every, allowed)
+        folders.append(folder)
+        of_file |= defines
     manager = _open_manager(names, folders, "--include-path, or tag soup.include_path")
     asked: list[Named] = []
     for i, (name, metric) in enumerate(pieces):
-        if i in maybe_filter and name not in manager.task_index:
-            before, its_metric, _ = asked.pop()
-            asked.append((before, its_metric, name))
+        if name in files:
+            asked += [(task, metric, None) for file in files[name] for task in of_file[file]]
         elif name in manager.task_index:
             asked.append((name, metric, None))
+        elif i in maybe_filter:
+            before, its_metric, _ = asked.pop()
+            asked.append((before, its_metric, name))
+        elif _PATTERN & {*name} and (found := fnmatch.filter(manager.task_index, name)):
+            asked += [(task, metric, None) for task in sorted(found)]
         else:
             raise _unknown(name, manager, folders, where)
     return manager, asked
+
+
+def _glob(pattern: str, where: str) -> list[Path]:
+    """The YAML files that a path or a pattern of paths names.
+
+    Raises:
+        SpecError: there are none.
+    """
+    files = sorted(Path(file).absolute() for file in glob.glob(pattern, recursive=True))
+    if not files:
+        raise SpecError(
+            f"there is no task file {pattern}",
+            where=where,
+            fix="name the YAML file of a task, or the task; a relative path starts in the folder "
+            f"{Path.cwd()}",
+        )
+    return files
 
 
 def load_suite(
@@ -160,6 +196,9 @@ def load_suite(
     where: str = "--tasks",
 ) -> Suite:
     """Load tasks by lm-eval name: `task[:metric[,filter]]`, several separated by commas.
+
+    As for the `lm_eval` command, a name may be a pattern such as `blimp_*`, or the path of a YAML
+    file, which may be a pattern, too.
 
     A task without a metric gets its first metric. A piece after `task:metric,` that is not the name
     of a task is the filter of that task (`gsm8k:exact_match,flexible-extract`).
@@ -234,7 +273,7 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
         raise ObjectiveError(
             f"the data of {', '.join(names)} could not be loaded: {error}",
             where=where,
-            fix="for local files, check data_files in the task's YAML (absolute paths are safest); "
+            fix="for local files, check data_files in the task's YAML; "
             "for a dataset of the Hugging Face Hub, allow access to the Hub, or load the dataset "
             "into the local cache first",
         ) from error

@@ -63,6 +63,7 @@ LARGEST_FOLDER = 8 << 30  # bytes that a digest covers
 _Check = Callable[[Any, Mapping[Any, Any], Sequence[Path]], Iterator[str]]
 _HUB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
 _GLOB = frozenset("*?[{")
+_ELSEWHERE = re.compile(r"^[/~]|:|[*?\[{]")  # absolute paths, addresses, and patterns
 # private door: datasets.packaged_modules._PACKAGED_DATASETS_MODULES
 _FORMATS = set(datasets.packaged_modules._PACKAGED_DATASETS_MODULES)
 _CACHES = "__pycache__"
@@ -94,6 +95,39 @@ def read_folders(include_path: str, allowed: Collection[str]) -> list[Folder]:
     """
     paths = [Path(name) for name in include_path.split(os.pathsep) if name]
     return [_copied(path, allowed) or _read(path) for path in paths]
+
+
+def read_files(
+    folder: Path, files: Collection[Path], allowed: Collection[str]
+) -> tuple[Folder, dict[Path, list[str]]]:
+    """Read single YAML files of a folder, and leave out its other tasks.
+
+    Args:
+        folder: the folder.
+        files: YAML files, some of which are in the folder.
+        allowed: as for `read_folders`.
+
+    Returns:
+        The folder, and file → the names of its task or group.
+
+    Raises:
+        SpecError: a file defines neither a task nor a group, or as `read_folders`.
+    """
+    whole = _copied(folder, allowed) or _read(folder)
+    entries: dict[str, Any] = {}
+    defines: dict[Path, list[str]] = {}
+    for file in (file for file in files if file.parent == folder):
+        path = whole.path / file.name  # a copy has another place
+        found = {name: e for name, e in whole.entries.items() if e.yaml_path == path}
+        if not found:
+            raise SpecError(
+                f"{file} defines no task: {whole.unreadable.get(path, 'it has no key task')}",
+                where=f"task folder {folder}",
+                fix="correct the file, or name another one",
+            )
+        entries |= found
+        defines[file] = list(found)
+    return dataclasses.replace(whole, entries=entries, unreadable={}), defines
 
 
 def _read(folder: Path) -> Folder:
@@ -312,7 +346,9 @@ class Factory(TaskFactory):  # type: ignore[misc]
     def _load_full_config(self, entry: Any, overrides: Any = None) -> Any:
         yaml = entry.yaml_path
         if yaml not in self._of:
-            return super()._load_full_config(entry, overrides)
+            config = super()._load_full_config(entry, overrides)
+            ours = yaml is not None and any(yaml.is_relative_to(path) for path in self._paths)
+            return _anchored(config, yaml) if ours else config
         # without its path, lm-eval takes what was read, and does not read the file again
         config = super()._load_full_config(dataclasses.replace(entry, yaml_path=None), overrides)
         config["metadata"]["config_source"] = str(yaml)
@@ -323,6 +359,7 @@ class Factory(TaskFactory):  # type: ignore[misc]
 
     def _plain(self, config: dict[str, Any], yaml: Path) -> dict[str, Any]:
         """The configuration of a task that is data only, with a reader for its data set."""
+        config = _anchored(config, yaml)
         self._judge(config, yaml, in_group=False)
         kind, name = str(config.get("dataset_path")), config.get("dataset_name")
         return {**config, "custom_dataset": Reader(kind, name, _options(config), str(yaml))}
@@ -341,6 +378,41 @@ class Factory(TaskFactory):  # type: ignore[misc]
         except SpecError as error:
             fix += f"; its code cannot be allowed as it is: {error.what}"
         raise SpecError(f"{yaml} {reason}", where=f"{self._where}: task folder {folder}", fix=fix)
+
+
+def _anchored(config: dict[str, Any], yaml: Path) -> dict[str, Any]:
+    """A task's configuration whose relative data files are beside its YAML, if they are there.
+
+    datasets would look for them in the working directory only.
+
+    Raises:
+        SpecError: a file is neither beside the YAML nor in the working directory.
+    """
+    options = config.get("dataset_kwargs")
+    if config.get("dataset_path") not in LOCAL or not isinstance(options, dict):
+        return config
+
+    def beside(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: beside(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [beside(inner) for inner in value]
+        if not isinstance(value, str) or not value or _ELSEWHERE.search(value):
+            return value
+        if (path := yaml.parent / value).exists():
+            return str(path)
+        if not Path(value).exists():
+            raise SpecError(
+                f"{yaml} takes its data from {value}, which is not there",
+                where=f"data_files in {yaml}",
+                fix="put the file beside the YAML, or write its absolute path; a relative path "
+                f"starts beside the YAML, or else in the working directory, {Path.cwd()}",
+            )
+        return value
+
+    keys = ("data_dir",) if options.get("data_dir") else ("data_files",)
+    anchored = {key: beside(value) for key, value in options.items() if key in keys}
+    return {**config, "dataset_kwargs": {**options, **anchored}}
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -397,8 +469,12 @@ def _of_metrics(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) ->
 
 
 def _of_generation(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:
-    if not isinstance(value, dict):
-        return
+    if isinstance(value, dict):
+        yield from generation_problems(value)
+
+
+def generation_problems(value: Mapping[Any, Any]) -> Iterator[str]:
+    """What is wrong with settings of generation: they could name code, or take too much."""
     odd = sorted(map(str, value.keys() - GENERATION_KWARGS))
     if odd:
         yield f"generates with {', '.join(odd)}, which could name code"

@@ -126,6 +126,16 @@ def differing(run: Run, params: Mapping[str, str]) -> list[str]:
     ]
 
 
+def params_of(client: Store, run_id: str, tags: Mapping[str, str]) -> Mapping[str, str]:
+    """The params of a run that has these tags; none if there is no such run for this user."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        return {}
+    params: Mapping[str, str] = run.data.params
+    return params if tags.items() <= run.data.tags.items() else {}
+
+
 def _check_begun(run: Run, params: Mapping[str, str]) -> None:
     if other := differing(run, params):
         raise SpecError(

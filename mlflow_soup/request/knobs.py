@@ -136,7 +136,7 @@ def check(knob_: Field[Any], value: object) -> None:
     types = get_args(knob_.type) or (knob_.type,)
     accepted = (*types, int) if float in types else types  # 0 is as good as 0.0
     # True is an int to Python, and no number to a user
-    if isinstance(value, bool) != (bool in types) or not isinstance(value, accepted):
+    if (isinstance(value, bool) and bool not in types) or not isinstance(value, accepted):
         what = _WHAT[kind(knob_)]
         example = f", for example {knob_.default!r}" if knob_.default else ""
         raise SpecError(

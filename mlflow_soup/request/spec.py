@@ -224,7 +224,8 @@ class Spec:
     tasks: str = knob(
         SCORE,
         "",
-        "Held-out lm-eval tasks, separated by commas, each task[:metric[,filter]].",
+        "Held-out lm-eval tasks, separated by commas, each task[:metric[,filter]]. A task may be a "
+        "pattern of names, or the path of a YAML file.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
     )
@@ -239,7 +240,8 @@ class Spec:
     include_path: str = knob(
         SCORE,
         "",
-        "Folder with your own lm-eval task YAMLs; several are separated as in PATH.",
+        "Folder with your own lm-eval task YAMLs; several are separated as in PATH. Those of the "
+        "model's tag come in addition.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
     )
@@ -257,6 +259,36 @@ class Spec:
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
         range=whole(0),
+    )
+    apply_chat_template: bool = knob(
+        SCORE,
+        False,
+        "Write each prompt as a conversation, by the chat template of the tokenizer.",
+        f"run evaluate gate sign promote {_ALL}",
+        policy=True,
+    )
+    fewshot_as_multiturn: bool | None = knob(
+        SCORE,
+        None,
+        "With a chat template: make each few-shot example two turns, or put all into one. "
+        "Default: yes.",
+        f"run evaluate gate sign promote {_ALL}",
+        policy=True,
+    )
+    system_instruction: str = knob(
+        SCORE,
+        "",
+        "Text before each prompt; with a chat template, the turn of the system.",
+        f"run evaluate gate sign promote {_ALL}",
+        policy=True,
+    )
+    gen_kwargs: str = knob(
+        SCORE,
+        "",
+        "Settings of generation that replace those of the tasks: temperature=0.7,top_p=0.9, "
+        "or JSON.",
+        f"run evaluate gate sign promote {_ALL}",
+        policy=True,
     )
     evaluator: str = knob(
         SCORE,
@@ -543,6 +575,11 @@ class Spec:
                 continue
             if knob_.name not in self.named:
                 taken[knob_.name] = knobs.read(knob_, text)
+            elif knob_.name == "include_path" and self.include_path:
+                # the policy's last: of two tasks with one name, the last counts
+                policys = text.strip().split(os.pathsep)
+                ours = [f for f in self.include_path.split(os.pathsep) if f not in policys]
+                taken[knob_.name] = os.pathsep.join([*ours, *policys])
             elif owner and knob_.metadata["rule"] is not None and not aside:
                 value = knobs.read(knob_, text)
                 knobs.check(knob_, value)

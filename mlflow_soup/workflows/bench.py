@@ -15,6 +15,7 @@ from mlflow_soup.errors import ParentError, SpecError, StoreError
 from mlflow_soup.evaluation.compatibility import differences
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.evaluation.prompts import ChatTemplate, Prompting, parse_generation
 from mlflow_soup.evaluation.suite import Suite, load_suite
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.records import Evidence, Manifest, Parent, Score, Version
@@ -135,6 +136,32 @@ def aim(bench: Bench, task: str) -> Bench:
     return replace(bench, suites=(suite, None), held_out=held_out, ood=None)
 
 
+def prompting_of(spec: Spec, open_tokenizer: Callable[[], Any]) -> Prompting:
+    """How the requests of a spec are built.
+
+    Args:
+        spec: a settled spec.
+        open_tokenizer: returns the model's tokenizer; called if the spec asks for chat.
+
+    Raises:
+        SpecError: the tokenizer has no chat template, or none is to be applied to the turns that
+            are asked for; or `gen_kwargs` cannot be read.
+    """
+    if spec.fewshot_as_multiturn and not spec.apply_chat_template:
+        raise SpecError(
+            "few-shot examples can be turns of a conversation only with a chat template",
+            where="--fewshot-as-multiturn without --apply-chat-template",
+            fix="give both options, or neither",
+        )
+    return Prompting(
+        spec.num_fewshot,
+        spec.system_instruction,
+        ChatTemplate(open_tokenizer()) if spec.apply_chat_template else None,
+        spec.fewshot_as_multiturn is not False,
+        parse_generation(spec.gen_kwargs, "--gen-kwargs, or tag soup.gen_kwargs of the model"),
+    )
+
+
 def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
     return Evaluator(
         live,
@@ -142,7 +169,7 @@ def _evaluator(live: LiveModel, suite: Suite, spec: Spec) -> Evaluator:
         evaluator=spec.evaluator,
         batch_size=spec.batch_size,
         max_length=spec.max_length,
-        num_fewshot=spec.num_fewshot,
+        prompting=prompting_of(spec, lambda: live.tokenizer),
         limit=spec.limit,
     )
 

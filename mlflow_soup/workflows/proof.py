@@ -18,6 +18,7 @@ from functools import partial
 from mlflow_soup.decision import gate as gates
 from mlflow_soup.errors import GateError, MismatchError, SpecError
 from mlflow_soup.evaluation.items import Part, all_items, asked
+from mlflow_soup.evaluation.loading import open_tokenizer
 from mlflow_soup.evaluation.suite import load_suite, named_terms
 from mlflow_soup.records import Evidence, Examination, Finding, Manifest, Rules, Verdict, Version
 from mlflow_soup.registry import naming, tracking
@@ -29,8 +30,9 @@ from mlflow_soup.request import knobs
 from mlflow_soup.request.names import parse_target, parse_uri
 from mlflow_soup.request.spec import Spec, policy_for
 from mlflow_soup.weights import soup
+from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.provenance import Origin
-from mlflow_soup.workflows.bench import Opened, open_version, rivals
+from mlflow_soup.workflows.bench import Opened, open_version, prompting_of, rivals
 from mlflow_soup.workflows.merge import fetch
 from mlflow_soup.workflows.verify import inspect, read_manifest
 
@@ -161,26 +163,29 @@ def _check_all_of(spec: Spec, stated: str, owner: str) -> None:
         raise knobs.looser(knob_, spec.ood_tasks, stated, owner)
 
 
-def standard_of(spec: Spec, *, elsewhere: bool) -> Standard:
+def standard_of(spec: Spec, soup: Checkpoint, *, elsewhere: bool) -> Standard:
     """The standard of a settled spec. The tasks are loaded, to know all that they ask.
 
     Args:
         spec: the request.
+        soup: the soup; its tokenizer's chat template may write the prompts.
         elsewhere: whether the target belongs to another model than the soup; then the held-out
             tasks must be those of the request, too.
 
     Raises:
         SpecError, ObjectiveError: as `load_suite`.
+        ParentError: the tokenizer cannot be loaded, or its chat template fails.
     """
     if not spec.ood_tasks:
         return Standard(rules_of(spec, ()))
     load = partial(load_suite, include_path=spec.include_path, allowed=spec.allowed_code)
     suite = load(spec.ood_tasks, where="--ood-tasks")
-    items = all_items(suite, spec.num_fewshot)
+    prompting = prompting_of(spec, lambda: open_tokenizer(soup))
+    items = all_items(suite, prompting)
     digests = asked(suite)
     if elsewhere:
         held_out = load(spec.tasks, where="--tasks")
-        all_items(held_out, spec.num_fewshot)
+        all_items(held_out, prompting)
         digests |= asked(held_out)
     return Standard(rules_of(spec, tuple(items)), items, digests, spec.max_length)
 

@@ -6,7 +6,7 @@ The command `run` runs all stages in one process; a pipeline can also run each a
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 from mlflow_soup.errors import DeniedError, SpecError
 from mlflow_soup.files.signing import open_verifier
@@ -16,6 +16,7 @@ from mlflow_soup.registry import naming, probes, promotion, tracking
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.outages import asking
+from mlflow_soup.registry.pull import pull
 from mlflow_soup.registry.store import Store, connect
 from mlflow_soup.registry.trees import tree_of
 from mlflow_soup.registry.trust import Trust, sign_file, trust_of
@@ -27,8 +28,10 @@ from mlflow_soup.registry.versions import (
     set_tags,
 )
 from mlflow_soup.reporting import report
+from mlflow_soup.request import knobs
 from mlflow_soup.request.names import Target, parse_target, parse_version
-from mlflow_soup.request.spec import Spec
+from mlflow_soup.request.spec import SCORE, Spec
+from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.signature import check_library, open_tree_signer
 from mlflow_soup.workflows.bench import (
     Bench,
@@ -264,7 +267,32 @@ def evaluate(spec: Spec) -> Mapping[str, Evidence]:
         ParentError: the soup, a parent or the champion is missing or damaged.
         StoreError: the store holds other bytes than the manifest says.
     """
-    return _evaluate(*_open_request(spec, evaluates=True)).roles
+    client, version, spec = _open_request(spec, evaluates=True)
+    if not (spec.tasks and spec.ood_tasks):
+        manifest = read_manifest(fetch(version.uri, "--version", client=client, fresh=True))
+        spec = _as_searched(client, spec, manifest)
+    return _evaluate(client, version, spec).roles
+
+
+def _as_searched(client: Store, spec: Spec, manifest: Manifest) -> Spec:
+    """The spec; what it leaves open about scoring is as in the search that made the soup.
+
+    The search run may be gone, or somebody else's. `evaluate` only measures: the gate judges by the
+    rules of the target, whatever was measured.
+    """
+    run_id = str(manifest.search.get("run_id"))
+    params = tracking.params_of(client, run_id, {naming.KEY: str(manifest.search.get("key"))})
+    taken = {}
+    for knob in fields(Spec):
+        text = params.get(f"cfg.{knob.name}", "")
+        scores = knob.metadata["group"] == SCORE and knob.metadata["policy"]
+        if scores and text and getattr(spec, knob.name) == knob.default:
+            taken[knob.name] = knobs.read(knob, text)
+    if taken.keys() & {"tasks", "ood_tasks"}:
+        told = [knobs.option(knob) for knob in fields(Spec) if knob.name in taken]
+        told = [f"{name} {value}" for name, value in zip(told, taken.values(), strict=True)]
+        logger.warning("as in the search run %s: %s", run_id, " ".join(told))
+    return replace(spec, **taken)
 
 
 def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
@@ -338,7 +366,8 @@ def _decide(client: Store, version: Version, spec: Spec) -> Decision:
     proven = prove(client, version)
     check_tags(proven)
     trust = trust_of(client, spec)
-    standard = standard_of(spec, elsewhere=owner_of(spec, version.name) != version.name)
+    soup = find_checkpoint(pull(client, version), version.uri)  # `prove` fetched it
+    standard = standard_of(spec, soup, elsewhere=owner_of(spec, version.name) != version.name)
     examined = _evaluate(client, version, spec) if spec.evidence == "own" else None
     return decide(client, proven, spec, standard, trust, examined=examined)
 

@@ -15,6 +15,7 @@ from mlflow_soup import errors
 from mlflow_soup.decision import pairing
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.evaluation.prompts import Prompting
 from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.weights.find import find_checkpoint
 
@@ -207,7 +208,7 @@ def test_the_number_of_examples_can_be_set_where_the_task_leaves_it_open(live, t
         shots: Evaluator(
             live,
             load_suite("open", include_path=f"{tmp_path}{os.pathsep}{tasks}"),
-            num_fewshot=shots,
+            prompting=Prompting(shots),
         ).fingerprint
         for shots in (None, 0, 2)
     }

@@ -1,5 +1,7 @@
 import json
 import os
+import shutil
+from functools import partial
 
 import pytest
 import yaml
@@ -7,6 +9,7 @@ import yaml
 from mlflow_soup import errors
 from mlflow_soup.evaluation import suite
 from mlflow_soup.evaluation.suite import load_suite
+from mlflow_soup.evaluation.task_folders import digest
 
 PAPER = {
     "ceval-valid": "ceval/ceval-exam",
@@ -41,6 +44,8 @@ def test_the_papers_benchmarks_resolve_and_name_the_dataset_they_cannot_reach(na
             ["toy_letters:acc", "toy_digits_bpb:bits_per_byte"],
         ),
         ("toy_all", ["toy_all:acc"]),
+        ("toy_d*s,toy_spelling", ["toy_digits:acc", "toy_spelling:exact_match,strict"]),
+        ("toy_[dl]*s:acc_norm", ["toy_digits:acc_norm", "toy_letters:acc_norm"]),
     ],
 )
 def test_tasks_are_named_as_lm_eval_names_them(tasks, text, terms):
@@ -57,7 +62,10 @@ def test_tasks_are_named_as_lm_eval_names_them(tasks, text, terms):
         ("toy_letters,toy_letters:acc", "named twice", "name each task once"),
         ("toy_split", "task toy_split could not be loaded: KeyError", "--model dummy"),
         ("toy_unsafe", "runs code", "sandbox"),
-        ("a/b", "'a/b' is not an lm-eval task", "task:metric"),
+        ("a/b", "no task 'a/b'", "--include-path FOLDER"),
+        ("a:b:c", "'a:b:c' is not an lm-eval task", "task:metric"),
+        ("toy_*x", "no task 'toy_*x'", "check the name"),
+        ("gone/*.yaml", "no task file gone/*.yaml", "a relative path starts in the folder"),
         ("toy_f1", "is not a sum over items", "averaged over items"),
     ],
 )
@@ -75,6 +83,59 @@ def test_wrong_task_names_are_answered_with_near_ones(tasks, tmp_path, text, wha
         load_suite(text, include_path=os.pathsep.join([str(tasks), str(tmp_path)]))
     assert what in caught.value.what
     assert fix in caught.value.fix
+
+
+def test_tasks_are_named_by_their_yaml_files_as_for_lm_eval(tasks, tmp_path, monkeypatch):
+    terms = [str(term) for term in load_suite(str(tasks / "letters.yaml")).terms]
+    assert terms == ["toy_letters:acc"]
+    both = load_suite(f"{tasks}/[dl]*s.yaml:acc_norm")
+    assert {str(term) for term in both.terms} == {"toy_digits:acc_norm", "toy_letters:acc_norm"}
+    monkeypatch.chdir(tasks.parent)
+    relative = load_suite(f"{tasks.name}/letters.yaml")
+    assert relative.documents() == load_suite("toy_letters", include_path=str(tasks)).documents()
+    (tmp_path / "base.yaml").write_text("dataset_path: json\n")
+    with pytest.raises(errors.SpecError, match=r"base\.yaml defines no task: it has no key task"):
+        load_suite(f"{tmp_path}/base.yaml")
+    with pytest.raises(errors.SpecError, match="no task 'toy_digits'"):  # it is beside the file
+        load_suite(f"{tasks}/letters.yaml,toy_digits")
+
+
+def test_relative_data_lie_beside_the_yaml_or_in_the_working_directory(
+    tasks, tmp_path, monkeypatch
+):
+    config = yaml.safe_load((tasks / "letters.yaml").read_text())
+    config["dataset_kwargs"] = {"data_files": {"validation": "data/letters.jsonl"}}
+    folder, below = tmp_path / "mine", tmp_path / "mine" / "data"
+    below.mkdir(parents=True)
+    (folder / "letters.yaml").write_text(yaml.safe_dump(config))
+    load = partial(load_suite, "toy_letters", include_path=str(folder))
+    with pytest.raises(errors.SpecError, match=r"data/letters\.jsonl, which is not there") as gone:
+        load()
+    assert "put the file beside the YAML" in gone.value.fix
+    assert "allow" not in gone.value.fix
+    shutil.copy(tasks / "letters.jsonl", below)
+    there = load().documents()
+    assert there == load_suite("toy_letters", include_path=str(tasks)).documents()
+    # with leave the folder is copied, and its data with it
+    leave = digest(folder)
+    assert load(allowed=[leave]).documents() == there
+    (below / "letters.jsonl").rename(below / "validation.jsonl")
+    (folder / "letters.yaml").write_text(
+        yaml.safe_dump(config | {"dataset_kwargs": {"data_dir": "data"}})
+    )
+    assert {*load().documents()} == {*there}
+    config["dataset_kwargs"] = {"data_files": {"validation": "mine/data/validation.jsonl"}}
+    (folder / "letters.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)  # where lm-eval looks for it
+    assert load().documents() == there
+
+
+def test_a_task_in_two_folders_is_told(tasks, tmp_path, caplog):
+    shutil.copytree(tasks, tmp_path / "again")
+    path = os.pathsep.join([str(tasks), str(tmp_path / "again")])
+    load_suite("toy_letters", include_path=path)
+    assert "toy_letters is in" in caplog.text
+    assert "the last one counts" in caplog.text
 
 
 def test_documents_are_told_apart_by_what_they_hold(tasks):

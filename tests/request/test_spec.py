@@ -233,6 +233,8 @@ RANGES = {
     "include_path": (["", os.curdir, os.pathsep.join([os.curdir, "/"])], ["no/such/folder"]),
 }
 UNBOUNDED = {"tasks", "ood_tasks", "champion", "device", "experiment", "out", "public_key"}
+UNBOUNDED |= {"system_instruction", "gen_kwargs"}
+UNBOUNDED |= {name for name, knob in KNOBS.items() if "bool" in str(knob.type)}
 
 
 def test_the_table_of_ranges_knows_every_knob():
@@ -341,6 +343,10 @@ TAGS = {
     "min_items": ("200", 200),
     "champion": ("prod", "prod"),
     "num_fewshot": ("5", 5),
+    "apply_chat_template": ("yes", True),
+    "fewshot_as_multiturn": ("no", False),
+    "system_instruction": (" Be brief. ", "Be brief."),
+    "gen_kwargs": ("max_gen_toks=8", "max_gen_toks=8"),
     "evaluator": (" lm-eval", "lm-eval"),
     "batch_size": ("8", 8),
     "max_length": ("2048", 2048),
@@ -361,6 +367,18 @@ def test_a_default_that_was_named_wins_over_the_policy(name):
     assert value != default
     settled = Spec(**{name: default}).settle({f"soup.{name}": text})
     assert getattr(settled, name) == default
+
+
+def test_folders_of_tasks_are_those_of_the_caller_and_then_those_of_the_policy(tmp_path):
+    ours, theirs, both = (tmp_path / name for name in ("ours", "theirs", "both"))
+    for folder in (ours, theirs, both):
+        folder.mkdir()
+    spec = Spec(include_path=os.pathsep.join(map(str, (both, ours))))
+    policy = {"soup.include_path": f"{theirs}{os.pathsep}{both}\n"}
+    settled = spec.settle(policy)
+    assert settled.include_path == os.pathsep.join(map(str, (ours, theirs, both)))
+    assert settled.settle(policy) == settled
+    assert Spec(include_path="").settle(policy).include_path == ""
 
 
 @pytest.mark.parametrize("name", sorted(set(KNOBS) - set(POLICY)))

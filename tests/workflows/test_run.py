@@ -193,6 +193,44 @@ def test_the_stages_can_be_run_one_by_one(client, merged):
     assert version.number == 4
 
 
+def test_an_evaluation_takes_the_tasks_from_the_search(client, tasks, caplog):
+    for tag in ("tasks", "ood_tasks", "include_path"):
+        client.delete_registered_model_tag(MODEL, f"soup.{tag}")
+    with pytest.raises(errors.SpecError, match="no tasks to score a soup on"):
+        run_soup(Spec(pair="v1,v2"))
+    said = {"tasks": "toy_letters:acc_norm", "include_path": str(tasks), "num_fewshot": 0}
+    outcome = run_soup(Spec(pair="v1,v2", ood_tasks="", trials=4, **said))
+    with pytest.raises(errors.SpecError, match="no out-of-domain tasks"):
+        release.evaluate(Spec(version="v4"))
+    roles = release.evaluate(Spec(version="v4", ood_tasks="toy_digits"))
+    assert roles["soup"].held_out == outcome.soup.held_out
+    assert "--tasks toy_letters:acc_norm" in caplog.text
+    run_id = outcome.run_id
+    client.set_tag(run_id, "soup.key", "of another search")
+    with pytest.raises(errors.SpecError, match="no tasks to score a soup on"):
+        release.evaluate(Spec(version="v4", ood_tasks="toy_digits"))
+    client.delete_run(run_id)
+
+
+def test_conversations_are_searched_examined_and_judged_alike(client, checkpoints, tmp_path):
+    for number, folder in enumerate(checkpoints[:2]):
+        chatty = shutil.copytree(folder, tmp_path / f"chatty{number}")
+        template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        toy.edit_json(chatty / "tokenizer_config.json", chat_template=template)
+        register(client, chatty)
+    said = {"apply_chat_template": True, "system_instruction": "Spell."}
+    outcome = run_soup(Spec(pair="v4,v5", trials=4, **said))
+    assert outcome.soup.version.number == 6
+    assert release.gate(Spec(version="v6", **said))[1] == outcome.verdict
+    for other in ({}, said | {"system_instruction": "Say."}):
+        with pytest.raises(errors.GateError, match=r"asked something else|not scored"):
+            release.gate(Spec(version="v6", **other))
+    roles = release.evaluate(Spec(version="v6", **said))
+    assert roles["soup"].held_out == outcome.soup.held_out
+    with pytest.raises(errors.SpecError, match="has no chat template"):
+        run_soup(Spec(pair="v1,v2", **said))
+
+
 @pytest.mark.usefixtures("merged")
 def test_a_verdict_is_void_once_the_champion_has_moved(client):
     client.set_registered_model_alias(MODEL, "champion", "3")
