@@ -298,18 +298,23 @@ class Score:
         stderr: its marginal standard error. The errors of different λ are highly correlated.
         items: the items of each task, for paired comparison; may be empty.
         metrics: the lm-eval numbers that the score is computed from.
+        noise: how much the score would vary, as a standard deviation, if the answers were sampled
+            again; an upper bound. 0 if no task samples its answers.
     """
 
     value: float
     stderr: float
     items: tuple[Items, ...] = ()
     metrics: tuple[Metric, ...] = ()
+    noise: float = 0.0
 
     @property
     def flaw(self) -> str:
         """Why a stored score is not the sum of its items, in words; empty if it is."""
         if any(abs(math.fsum(i.shares) - 1.0) > 1e-6 for i in self.items):
             return "the shares of its items do not add up to 1"
+        if not 0.0 <= self.noise < math.inf:
+            return "its noise is no standard deviation"
         sums = [i.weight * math.fsum(map(operator.mul, i.shares, i.values)) for i in self.items]
         total = math.fsum(sums)
         if math.isfinite(total) and math.isclose(total, self.value, rel_tol=1e-9, abs_tol=1e-12):

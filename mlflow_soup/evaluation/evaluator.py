@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ import torch
 from jinja2.exceptions import SecurityError
 from lm_eval.api.utils import maybe_delimit  # private door
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.evaluation.compatibility import function_of
@@ -37,7 +39,7 @@ from mlflow_soup.evaluation.items import (
 )
 from mlflow_soup.evaluation.live import LiveModel, not_finite
 from mlflow_soup.evaluation.loading import quiet, rules_of
-from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
+from mlflow_soup.evaluation.prepared import GENERATION, FrozenLM, PreparedLM
 from mlflow_soup.evaluation.prompts import PLAIN, Prompting
 from mlflow_soup.evaluation.suite import (
     Asked,
@@ -49,6 +51,9 @@ from mlflow_soup.evaluation.suite import (
 )
 from mlflow_soup.records import Items, Metric, Score
 
+# the seeds of the lm_eval command for random, numpy and torch
+SEEDS = (0, 1234, 1234)
+logger = logging.getLogger("mlflow_soup")
 Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes, as in `Items`
 
 
@@ -116,6 +121,15 @@ class Evaluator:
                 requests[request.request_type] += [request] * request.repeats
         with self._enough_memory(), quiet():
             self._lm.prepare(requests)
+        self._sampled = {
+            task.config.task for task in suite.loaded["tasks"].values() if _samples(task)
+        }
+        if self._sampled:
+            logger.warning(
+                "%s: the answers are sampled (do_sample), with the seed of lm-eval. So two λ also "
+                "differ by chance, and the search expects noise",
+                ", ".join(sorted(self._sampled)),
+            )
         self.fingerprint = self._fingerprint()
         self._answers: dict[tuple[str, str], Answers] = {}
 
@@ -183,7 +197,7 @@ class Evaluator:
         self._lm.truncated = 0
         self._live.model.eval()
         try:
-            with self._enough_memory(), quiet():
+            with self._enough_memory(), quiet(), _seeded(self._live.model.device):
                 results = evaluate(
                     self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
                 )
@@ -275,7 +289,8 @@ class Evaluator:
                 "lm-eval aggregates it",
             )
         shown = Metric(term.name, term.metric, printed, stderr, higher_is_better=sign > 0)
-        return Score(sign * printed, stderr, items, (shown,))
+        sampled = (i.weight * _stderr(i) for i in items if i.task in self._sampled)
+        return Score(sign * printed, stderr, items, (shown,), math.hypot(*sampled))
 
     def _answered(self, task: Any, metric: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
         """The right choices and sizes of a task's items, computed once: no weights change them."""
@@ -294,6 +309,31 @@ class Evaluator:
         )
         total = sum(sizes.values())
         return {name: n / total if by_size else 1.0 / len(sizes) for name, n in sizes.items()}
+
+
+def _samples(task: Any) -> bool:
+    """Whether a frozen task draws its answers at random."""
+    return any(
+        # private door: lm_eval.models.utils.normalize_gen_kwargs
+        normalize_gen_kwargs(request.args[1]).get("do_sample")
+        for request in task.instances
+        if request.request_type == GENERATION
+    )
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Seed all random numbers as the lm_eval command does; afterwards they go on as before."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        random.seed(SEEDS[0])
+        np.random.seed(SEEDS[1])
+        torch.manual_seed(SEEDS[2])
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def _reference(task: Any, doc: Any) -> str:
@@ -366,4 +406,5 @@ def mean_score(scores: Sequence[Score]) -> Score:
         stderr=math.sqrt(math.fsum(score.stderr**2 for score in scores)) * share,
         items=tuple(replace(i, weight=i.weight * share) for s in scores for i in s.items),
         metrics=tuple(metric for score in scores for metric in score.metrics),
+        noise=math.hypot(*(score.noise for score in scores)) * share,
     )

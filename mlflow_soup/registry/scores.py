@@ -81,6 +81,7 @@ def write(scores: Scores, path: Path) -> None:
             "name": name,
             "value": score.value,
             "stderr": score.stderr,
+            "noise": score.noise,
             "metrics": [asdict(m) for m in score.metrics],
             "terms": len(score.items),
         }
@@ -126,6 +127,7 @@ def read(path: Path) -> Scores:
                 one["stderr"],
                 tuple(islice(left, one["terms"])),
                 tuple(Metric(**m) for m in one["metrics"]),
+                one.get("noise", 0.0),
             )
             for one in head["scores"]
         },

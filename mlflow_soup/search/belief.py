@@ -59,7 +59,8 @@ def scored(trials: Sequence[Trial]) -> list[tuple[Recipe, Score]]:
 def fit(trials: Sequence[Trial]) -> Surrogate:
     """The Gaussian process fitted to the trials with a score, of which there is at least one."""
     recipes, scores = zip(*scored(trials), strict=True)
-    return surrogate.fit(points_of(recipes), np.array([score.value for score in scores]))
+    values, noise = ([getattr(s, name) for s in scores] for name in ("value", "noise"))
+    return surrogate.fit(points_of(recipes), np.array(values), noise=max(noise))
 
 
 def believe(trials: Sequence[Trial]) -> Belief:

@@ -5,13 +5,14 @@
 Liu et al. (2024, eq. 4-7) fit by maximum likelihood. With four to ten points that gives absurd
 length-scales, so log-normal priors regularise the fit. The noise n² is fitted and small: every λ is
 scored on the same items, so the binomial standard error shifts the whole curve and is not noise.
+Answers that a model samples differ at every λ: this noise is told to `fit`.
 """
 
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,17 +34,21 @@ BOUNDS = ((1e-2, 1e3), (0.05, 5.0), (1e-6, 1.0))
 
 
 def _maximise_posterior(
-    objective: Callable[..., tuple[float, Array]], start: Array, bounds: Array
+    objective: Callable[..., tuple[float, Array]],
+    start: Array,
+    bounds: Array,
+    *,
+    median: Array = MEDIAN,
 ) -> tuple[Array, float]:
     """Minimise the negative log-likelihood plus the negative log-prior, for scikit-learn."""
 
     def loss(theta: Array) -> tuple[float, Array]:
         value, gradient = objective(theta, eval_gradient=True)
-        z = (theta - MEDIAN) / LOG_SD
+        z = (theta - median) / LOG_SD
         return value + 0.5 * float(z @ z), gradient + z / LOG_SD
 
     shift = np.array([0.0, 1.0, 0.0])  # also start from a longer and a shorter length-scale
-    starts = (MEDIAN, MEDIAN + shift, MEDIAN - shift)
+    starts = (median, median + shift, median - shift)
     fits = [minimize(loss, s, jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
     best = min(fits, key=lambda fit: float(fit.fun))
     return best.x, float(best.fun)
@@ -83,16 +88,23 @@ class Surrogate:
 
 
 @lru_cache(maxsize=256)
-def _fit(points: tuple[tuple[float, ...], ...], scores: tuple[float, ...]) -> Surrogate:
+def _fit(
+    points: tuple[tuple[float, ...], ...], scores: tuple[float, ...], noise: float
+) -> Surrogate:
     y = np.array(scores)
     mean, scale = float(y.mean()), float(y.std())
     if not scale > 1e-12 * max(1.0, abs(mean)):  # all scores are equal
         scale = 1.0
+    # `noise` is an upper bound: in the middle, the variance is half of it
+    variance = min(max(math.exp(MEDIAN[2]), 0.5 * (noise / scale) ** 2), BOUNDS[2][1])
+    median = np.array([*MEDIAN[:2], math.log(variance)])
     kernel = ConstantKernel(1.0, BOUNDS[0]) * Matern(0.4, BOUNDS[1], nu=2.5) + WhiteKernel(
-        math.exp(MEDIAN[2]), BOUNDS[2]
+        variance, BOUNDS[2]
     )
     # alpha is a jitter for duplicate points, far below the smallest noise
-    regressor = GaussianProcessRegressor(kernel, alpha=1e-10, optimizer=_maximise_posterior)
+    regressor = GaussianProcessRegressor(
+        kernel, alpha=1e-10, optimizer=partial(_maximise_posterior, median=median)
+    )
     with warnings.catch_warnings():
         # for a flat curve, the noise ends at its lower bound, which is not an error
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -100,11 +112,13 @@ def _fit(points: tuple[tuple[float, ...], ...], scores: tuple[float, ...]) -> Su
     return Surrogate(regressor, mean, scale)
 
 
-def fit(points: Array, scores: Array) -> Surrogate:
+def fit(points: Array, scores: Array, *, noise: float = 0.0) -> Surrogate:
     """The posterior given the scores; a pure function of its arguments.
 
     Args:
         points: merge weights of the trials, shape (n, count), n ≥ 1; duplicates are allowed.
         scores: the scores, finite, shape (n,); larger is better.
+        noise: an upper bound of the standard deviation by which a score varies when it is measured
+            again, in score units.
     """
-    return _fit(tuple(map(tuple, points.tolist())), tuple(map(float, scores)))
+    return _fit(tuple(map(tuple, points.tolist())), tuple(map(float, scores)), noise)

@@ -54,6 +54,11 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> lis
             f"The best of {len(measured)} scores on the same items is expected to be "
             f"{optimism:.4f} too high."
         )
+    if noise := soup.held_out.noise:
+        notes.append(
+            f"Answers are sampled: with another seed, a score would differ by up to {noise:.4f} "
+            "(standard deviation)."
+        )
     if job.method.needs:
         notes += job.statistics_notes
     names = [version.short for version in job.versions]

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import random
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lm_eval.tasks import TaskManager
 import toy
 from mlflow_soup import errors
 from mlflow_soup.decision import pairing
-from mlflow_soup.evaluation.evaluator import Evaluator
+from mlflow_soup.evaluation.evaluator import Evaluator, mean_score
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.prompts import Prompting
 from mlflow_soup.evaluation.suite import load_suite
@@ -347,3 +348,47 @@ def test_texts_are_those_of_the_asked_tasks_alone(texts):
     held_out, ood = ({*texts(names)} for names in ("toy_letters", "toy_digits,toy_digits_bpb"))
     assert not held_out & ood
     assert not set("".join(held_out)) & set(toy.DIGITS)
+
+
+@pytest.fixture
+def first_digits(tasks, tmp_path):
+    """Folders with a task that samples its answers, some of which are right by chance."""
+    config = yaml.safe_load((tasks / "spelling.yaml").read_text())
+    config |= {"task": "first_digit", "doc_to_target": "{{choices[answer].strip()[0]}}"}
+    config["filter_list"][1]["filter"][0]["regex_pattern"] = "([0-9])"
+    config["generation_kwargs"] |= {"do_sample": True, "temperature": 2.0}
+    (tmp_path / "first_digit.yaml").write_text(yaml.safe_dump(config))
+    return [str(tasks), str(tmp_path)]
+
+
+@pytest.mark.parametrize("evaluator", ["prepared", "lm-eval"])
+def test_sampled_answers_are_seeded_as_lm_eval_seeds_them(live, first_digits, caplog, evaluator):
+    path = os.pathsep.join(first_digits)
+    suite = load_suite("first_digit:exact_match,digits", include_path=path)
+    ours = Evaluator(live, suite, limit=60, evaluator=evaluator)
+    assert "first_digit: the answers are sampled (do_sample)" in caplog.text
+    theirs = reference.simple_evaluate(
+        HFLM(pretrained=live.model, tokenizer=toy.tokenizer(), batch_size=32),
+        tasks=["first_digit"],
+        task_manager=TaskManager(include_defaults=False, include_path=first_digits),
+        bootstrap_iters=0,
+        limit=60,
+    )["results"]["first_digit"]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first, second = ours.score(), ours.score()
+    assert first == second
+    assert first.metrics[0].value == theirs["exact_match,digits"]
+    assert first.noise == first.stderr > 0
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    two = load_suite("first_digit:exact_match,digits toy_letters", include_path=path)
+    both = Evaluator(live, two, limit=60, evaluator=evaluator).evaluate()
+    assert both[1][1].noise == 0.0
+    assert mean_score([score for _, score in both]).noise == pytest.approx(both[0][1].noise / 2)
+
+
+def test_answers_that_are_not_sampled_make_no_noise(live, tasks, caplog):
+    suite = load_suite("toy_spelling", include_path=str(tasks))
+    assert Evaluator(live, suite, limit=20).score().noise == 0.0
+    assert "sampled" not in caplog.text

@@ -26,7 +26,7 @@ def test_a_score_survives_its_file(tmp_path):
         ),
     )
     metrics = (Metric("a", "acc,none", 0.5, 0.25, higher_is_better=True),)
-    score = Score(1 / 7, 0.1, items, metrics)
+    score = Score(1 / 7, 0.1, items, metrics, noise=0.05)
     both = scores.Scores({"": score, "acc:letters": Score(0.25, 0.5, items[:2])}, {"seconds": 0.1})
     scores.write(both, tmp_path / "s.parquet")
     assert scores.read(tmp_path / "s.parquet") == both

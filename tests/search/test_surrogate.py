@@ -221,3 +221,18 @@ def test_a_flat_curve_is_fitted_without_a_warning(recwarn):
     scores[0] = 0.845
     surrogate.fit(points, scores)
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_noise_that_is_told_is_not_taken_for_the_curve():
+    rng = np.random.default_rng(3)
+    noisy = SCORES + rng.normal(0.0, 0.03, len(SCORES))
+    misses, levels = [], []
+    for noise in (0.0, 0.04):
+        posterior = fit(POINTS, noisy, noise=noise)
+        misses.append(np.abs(posterior.predict(POINTS)[0] - noisy).mean())
+        levels.append(posterior.regressor.kernel_.k2.noise_level)
+    assert misses[0] < misses[1]
+    assert levels[0] < levels[1] <= 1.0
+    # as large as it is: all variation may be noise, and the mean is the best guess
+    flat, _ = fit(POINTS, noisy, noise=10.0).predict(GRID)
+    assert np.ptp(flat) < 0.5 * np.ptp(noisy)
