@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import TemplateError
 from lm_eval.api.utils import maybe_delimit  # private door
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.errors import ObjectiveError, SoupError
 from mlflow_soup.evaluation.compatibility import function_of
 from mlflow_soup.evaluation.items import (
     Asking,
@@ -44,13 +44,22 @@ from mlflow_soup.evaluation.prompts import PLAIN, Prompting
 from mlflow_soup.evaluation.suite import (
     Asked,
     Suite,
-    broken,
     choice_sizes,
     contributions,
     right_choice,
 )
+from mlflow_soup.evaluation.task_folders import broken
 from mlflow_soup.records import Items, Metric, Score
 
+# what a metric, a template or an odd item makes lm-eval raise; a device raises RuntimeError
+_FAULTS_OF_TASKS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
 # the seeds of the lm_eval command for random, numpy and torch
 SEEDS = (0, 1234, 1234)
 logger = logging.getLogger("mlflow_soup")
@@ -192,7 +201,8 @@ class Evaluator:
             NonFiniteError: a score, a log-likelihood, or a logit that text is generated from is not
                 finite. Without this check, a model full of NaN can score well.
             ObjectiveError: memory ran out, or lm-eval aggregated the items in an unknown way.
-            SpecError: a template that only scoring uses broke the rules of the sandbox.
+            SpecError: lm-eval cannot score or aggregate the items: one is empty, or a metric or a
+                template fails.
         """
         self._lm.truncated = 0
         self._live.model.eval()
@@ -204,9 +214,12 @@ class Evaluator:
         except OverflowError as error:  # a perplexity too large for float64
             what = f"a score is too large for a float: {error}"
             raise not_finite(what, "while lm-eval averaged the items of a task") from error
-        except SecurityError as error:  # in a template that only scoring uses
-            names = ", ".join(map(str, self._suite.terms))
-            raise broken(names, "could not be scored", "the task's templates", error) from error
+        except SoupError:
+            raise
+        except _FAULTS_OF_TASKS as error:
+            names = " or ".join(self._suite.loaded["tasks"])
+            where = "while lm-eval scored the items and computed all metrics of its tasks"
+            raise broken(names, "could not be scored", where, error) from error
         assert results is not None
         return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
 

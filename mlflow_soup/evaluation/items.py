@@ -19,8 +19,9 @@ from mlflow_soup.errors import SoupError
 from mlflow_soup.evaluation.limits import LimitError, try_within
 from mlflow_soup.evaluation.loading import quiet
 from mlflow_soup.evaluation.prompts import Prompting
-from mlflow_soup.evaluation.suite import Suite, broken
+from mlflow_soup.evaluation.suite import Suite
 from mlflow_soup.evaluation.task_data import Reader
+from mlflow_soup.evaluation.task_folders import broken
 from mlflow_soup.evaluation.templates import RENDERER
 from mlflow_soup.records import Score
 

@@ -17,19 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-import jinja2
 import numpy as np
 from lm_eval.api import metrics as aggregations  # private door
 from lm_eval.api.group import Group  # private door
 from lm_eval.tasks import TaskManager
 
-from mlflow_soup.errors import ObjectiveError, SoupError, SpecError
+from mlflow_soup.errors import SpecError
 from mlflow_soup.evaluation.library import library
 from mlflow_soup.evaluation.loading import quiet
 from mlflow_soup.evaluation.task_folders import Factory, Folder, read_files, read_folders
 from mlflow_soup.evaluation.templates import RENDERER
-from mlflow_soup.files.durable import check_writable
 
 logger = logging.getLogger("mlflow_soup")
 _PIECE = re.compile(r"(?P<name>[^\s,:]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
@@ -265,38 +262,12 @@ def _load(manager: TaskManager, names: Sequence[str], where: str) -> Mapping[str
             # private door: lm_eval.tasks.TaskManager.load
             loaded: Mapping[str, Any] = manager.load(list(names))
             return loaded
-    except SoupError:
-        raise
-    except OSError as error:  # datasets found the data neither on disk nor on the Hub
-        check_writable(Path(datasets.config.HF_DATASETS_CACHE), "HF_HOME, which datasets writes to")
-        # private door: datasets: errors for data that is not there are OSErrors
-        raise ObjectiveError(
-            f"the data of {', '.join(names)} could not be loaded: {error}",
-            where=where,
-            fix="for local files, check data_files in the task's YAML; "
-            "for a dataset of the Hugging Face Hub, allow access to the Hub, or load the dataset "
-            "into the local cache first",
-        ) from error
-    except Exception as error:  # a task's YAML and code can raise anything
+    except ValueError as error:
         # private door: lm_eval: Duplicate task
         if str(error).startswith("Duplicate task"):
             fix = "name each task once, either by itself or by a group that holds it"
             raise SpecError(str(error), where=where, fix=fix) from error
-        raise broken(", ".join(names), "could not be loaded", where, error) from error
-
-
-def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
-    """The error for a task whose own YAML, templates or code raised an error."""
-    fix = (
-        "correct the task's YAML or code; to see the whole error, run `lm_eval run --model dummy "
-        "--tasks NAME --include_path FOLDER --limit 1`"
-    )
-    if isinstance(error, jinja2.exceptions.SecurityError):
-        fix = (
-            "correct the task's YAML: a template may only format a document, and neither templates "
-            "nor patterns may run for long"
-        )
-    return SpecError(f"task {name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
+        raise
 
 
 def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, where: str) -> Asked:
@@ -407,7 +378,8 @@ def contributions(
         )
     likelihood, size = np.array(rows, float).reshape(-1, 2).T
     shares = size / max(float(size.sum()), 1.0)
-    loss = -likelihood / size
+    # an empty text has no share, whatever its loss
+    loss = np.divide(-likelihood, size, out=np.zeros_like(size), where=size > 0)
     if aggregate is aggregations.bits_per_byte:
         return loss / math.log(2), shares
     mean = float(shares @ loss)

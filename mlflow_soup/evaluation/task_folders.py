@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets.packaged_modules
+import jinja2
 import lm_eval.api.metrics  # private door; the import fills the registry
 import lm_eval.api.registry  # private door
 from lm_eval.tasks import _index  # private door
 from lm_eval.tasks._factory import TaskFactory  # private door
 
-from mlflow_soup.errors import SpecError
+from mlflow_soup.errors import ObjectiveError, SoupError, SpecError
 from mlflow_soup.evaluation.task_data import LOCAL, Reader, texts
-from mlflow_soup.files.durable import scratch
+from mlflow_soup.files.durable import check_writable, scratch
 from mlflow_soup.files.untrusted import (
     LARGEST_YAML,
     Function,
@@ -310,13 +311,37 @@ class Factory(TaskFactory):  # type: ignore[misc]
         """The task, the group or the tasks of a tag.
 
         Raises:
-            SpecError: it is more than data, and its folder has no leave.
+            SpecError: it is more than data, and its folder has no leave; or it has no items, or its
+                YAML or code fails.
+            ObjectiveError: its data cannot be loaded.
         """
         outer = self._group
         if entry.kind.name == "GROUP":
             self._group = entry.yaml_path if entry.yaml_path in self._of else None
         try:
             return super().build(entry, **arguments)
+        except SoupError:
+            raise
+        except OSError as error:  # datasets found the data neither on disk nor on the Hub
+            cache = Path(datasets.config.HF_DATASETS_CACHE)
+            check_writable(cache, "HF_HOME, which datasets writes to")
+            # private door: datasets: errors for data that is not there are OSErrors
+            raise ObjectiveError(
+                f"the data of {entry.name} could not be loaded: {error}",
+                where=_place(entry),
+                fix="for local files, check data_files in the task's YAML; for a dataset of the "
+                "Hugging Face Hub, allow access to the Hub, or load the dataset into the local "
+                "cache first",
+            ) from error
+        except StopIteration as error:  # lm-eval looks at the first item
+            raise SpecError(
+                f"task {entry.name} has no items",
+                where=_place(entry),
+                fix="check its data and the splits that it names, or leave the task out",
+            ) from error
+        except Exception as error:  # a task's YAML and code can raise anything
+            where = _place(entry)
+            raise broken(entry.name, "could not be loaded", where, error) from error
         finally:
             self._group = outer
 
@@ -347,8 +372,9 @@ class Factory(TaskFactory):  # type: ignore[misc]
         yaml = entry.yaml_path
         if yaml not in self._of:
             config = super()._load_full_config(entry, overrides)
-            ours = yaml is not None and any(yaml.is_relative_to(path) for path in self._paths)
-            return _anchored(config, yaml) if ours else config
+            if yaml is not None and _inside(Path(yaml), self._paths):  # a folder with leave
+                return _anchored(config, Path(yaml))
+            return config
         # without its path, lm-eval takes what was read, and does not read the file again
         config = super()._load_full_config(dataclasses.replace(entry, yaml_path=None), overrides)
         config["metadata"]["config_source"] = str(yaml)
@@ -413,6 +439,24 @@ def _anchored(config: dict[str, Any], yaml: Path) -> dict[str, Any]:
     keys = ("data_dir",) if options.get("data_dir") else ("data_files",)
     anchored = {key: beside(value) for key, value in options.items() if key in keys}
     return {**config, "dataset_kwargs": {**options, **anchored}}
+
+
+def _place(entry: Any) -> str:
+    return str(entry.yaml_path or f"task {entry.name} of lm-eval")
+
+
+def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
+    """The error for a task whose own YAML, templates or code raised an error."""
+    fix = (
+        "correct the task's YAML or code; to see the whole error, run `lm_eval run --model dummy "
+        "--tasks NAME --include_path FOLDER --limit 1`"
+    )
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        fix = (
+            "correct the task's YAML: a template may only format a document, and neither templates "
+            "nor patterns may run for long"
+        )
+    return SpecError(f"task {name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:

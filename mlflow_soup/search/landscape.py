@@ -262,7 +262,8 @@ def _levels(task: Sequence[Items], counts: Sequence[int]) -> Array:
     for trial, items in enumerate(task):
         out[trial, present] = list(itertools.chain.from_iterable(items.log_likelihoods))
     if task[0].sizes:
-        out[:, present] /= list(itertools.chain.from_iterable(task[0].sizes))
+        with np.errstate(divide="ignore", invalid="ignore"):  # an empty choice: ±∞, as for lm-eval
+            out[:, present] /= list(itertools.chain.from_iterable(task[0].sizes))
     return out
 
 

@@ -647,7 +647,7 @@ TASKS = {
     "data by path": (with_data(data_files=FILE), r"mine\.yaml takes its data from '/.*secret"),
     "data above": (
         with_data(data_files={"test": "../elsewhere/secret.jsonl"}),
-        "'../elsewhere/sec",
+        r"/\.\./elsewhere/secret\.jsonl', which is outside its folder",
     ),
     "data at home": (with_data(data_files=["~/.netrc"]), "netrc"),
     "data in a folder elsewhere": (
@@ -844,15 +844,25 @@ def test_shipped_templates_say_in_the_sandbox_what_they_said(place):
         assert lm_eval.utils.apply_template(template, row) == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["../mine.yaml", "/tmp/mine.yaml", "./mine", "mine.yaml", "mine,../x"]
-)
-def test_the_name_of_a_task_is_no_path(place, monkeypatch, name):
+@pytest.mark.parametrize("name", ["./mine", "mine,../x", "../gone.yaml", "/tmp/gone.yaml"])
+def test_a_task_that_is_not_there_is_not_sought_by_path(place, monkeypatch, name):
     place.folder.mkdir()
-    write(place, plain(place, process_docs="x"))
+    write(place, plain(place))
     monkeypatch.chdir(place.folder)
-    with Watch() as watched, pytest.raises(SpecError, match=r"not an lm-eval task|has no task"):
+    with Watch() as watched, pytest.raises(SpecError, match=r"has no task|no task file"):
         load_suite(name, include_path=str(place.folder))
+    untouched(place, watched)
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "{}/mine.yaml", "{}/*.yaml", "../*/mine.yaml"])
+def test_a_task_that_is_named_by_its_file_is_judged_like_any_other(place, monkeypatch, name):
+    place.folder.mkdir()
+    write(place, plain(place))
+    with (place.folder / "mine.yaml").open("a") as file:
+        file.write("process_docs: !function utils.steal\n")
+    monkeypatch.chdir(place.folder)
+    with Watch() as watched, pytest.raises(SpecError, match=r"runs a Python function"):
+        load_suite(name.format(place.folder))
     untouched(place, watched)
 
 
