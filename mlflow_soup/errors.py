@@ -20,6 +20,8 @@ A gate that refuses returns a `Verdict` and raises nothing; the commands then ex
 
 from mlflow_soup.redaction import redact, redact_line
 
+_MOST_QUOTED = 300  # characters of another library's text
+
 
 class SoupError(Exception):
     """What went wrong, where, and how to fix it; without secrets and control characters."""
@@ -34,6 +36,14 @@ class SoupError(Exception):
     def __str__(self) -> str:
         what = self.what.replace("\n", "\n  | ")  # a name in it cannot pass for the lines below
         return f"{what}\n  where: {self.where}\n    fix: {self.fix}"
+
+
+def brief(error: BaseException) -> str:
+    """Another library's error in one line: its kind and the beginning of its text."""
+    text = " ".join(str(error).split())
+    if len(text) > _MOST_QUOTED:
+        text = f"{text[:_MOST_QUOTED].rsplit(' ', 1)[0]} …"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class SpecError(SoupError, ValueError):

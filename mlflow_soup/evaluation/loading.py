@@ -24,12 +24,13 @@ from torch.nn.modules.module import (
 )
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
 )
 
-from mlflow_soup.errors import ParentError
+from mlflow_soup.errors import ParentError, brief
 from mlflow_soup.evaluation.limits import LimitError, Result, try_within, work_within
 from mlflow_soup.files.untrusted import open_regular
 from mlflow_soup.weights.checkpoint import Checkpoint, shorten
@@ -306,11 +307,12 @@ def load_model(checkpoint: Checkpoint) -> Any:
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except ParentError:
         raise
     except Exception as error:  # a config can make the model's code raise anything
-        raise _unloadable(checkpoint, "AutoModelForCausalLM", error) from error
+        raise _unloadable(checkpoint, "model", "AutoModelForCausalLM", error) from error
     model, info = loaded
     if unused := sorted(info["unexpected_keys"]):
         logger.warning(
@@ -319,11 +321,18 @@ def load_model(checkpoint: Checkpoint) -> Any:
             checkpoint.label,
             ", ".join(shorten(unused, 3)),
         )
-    # transformers initialises missing weights at random, with only a warning
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info[problem]:
+    # transformers initialises these at random, with only a warning
+    shapes = [
+        f"{name} is {list(stored)}, and not {list(wanted)}"
+        for name, stored, wanted in sorted(info["mismatched_keys"])
+    ]
+    for what, found in (
+        ("lacks tensors that the model needs", sorted(info["missing_keys"])),
+        ("has tensors of other shapes than its config says", shapes),
+    ):
+        if found:
             raise ParentError(
-                f"{checkpoint.label} has {problem.replace('_', ' ')}: {sorted(info[problem])[:5]}",
+                f"{checkpoint.label} {what}: {', '.join(shorten(found, 3))}",
                 where=str(checkpoint.weights),
                 fix="save the checkpoint with save_pretrained, and register it again",
             )
@@ -341,7 +350,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             str(checkpoint.tokenizer), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
-        raise _unloadable(checkpoint, "AutoTokenizer", error) from error
+        raise _unloadable(checkpoint, "tokenizer", "AutoTokenizer", error) from error
     _check_decoder(tokenizer, checkpoint)
     return tokenizer
 
@@ -381,12 +390,19 @@ def _replacements(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _replacements(inner)
 
 
-def _unloadable(checkpoint: Checkpoint, loader: str, error: Exception) -> ParentError:
-    return ParentError(
-        f"transformers cannot load {checkpoint.label}: {error}",
-        where=str(checkpoint.weights),
-        fix=f"register a checkpoint that {loader}.from_pretrained loads",
-    )
+def _unloadable(checkpoint: Checkpoint, what: str, loader: str, error: Exception) -> ParentError:
+    fix = f"register a checkpoint that {loader}.from_pretrained loads"
+    kind = checkpoint.config.get("model_type")
+    words = f"transformers cannot load the {what} of {checkpoint.label}: {brief(error)}"
+    if kind is None:
+        words = f"the config of {checkpoint.label} names no model_type"
+    elif kind not in CONFIG_MAPPING:
+        words = f"transformers {transformers.__version__} does not have models of type {kind!r}"
+        fix = f"install a version that has them; or {fix}"
+    elif what == "model" and CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        words = f"{checkpoint.label} is of type {kind!r}, which does not predict the next token"
+    folder = checkpoint.weights if what == "model" else checkpoint.tokenizer
+    return ParentError(words, where=str(folder), fix=fix)
 
 
 def read_within(work: Callable[[], Result], characters: int) -> Result:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from lm_eval.utils import simple_parse_args_string  # private door
 
-from mlflow_soup.errors import ParentError, SpecError
+from mlflow_soup.errors import ParentError, SpecError, brief
 from mlflow_soup.evaluation.limits import LimitError
 from mlflow_soup.evaluation.loading import read_within
 from mlflow_soup.evaluation.task_folders import generation_problems
@@ -75,7 +75,7 @@ class ChatTemplate:
         try:
             return [self._render_one(*each) for each in conversations]
         except Exception as error:  # a template can raise anything
-            raise self._refused(f"{type(error).__name__}: {error}") from error
+            raise self._refused(brief(error)) from error
 
     def _render_one(self, messages: Messages, add_generation_prompt: bool) -> str:
         """As HFLM of lm-eval does: a template that refuses a system prompt gets none."""

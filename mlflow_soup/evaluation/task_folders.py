@@ -31,7 +31,7 @@ import lm_eval.api.registry  # private door
 from lm_eval.tasks import _index  # private door
 from lm_eval.tasks._factory import TaskFactory  # private door
 
-from mlflow_soup.errors import ObjectiveError, SoupError, SpecError
+from mlflow_soup.errors import ObjectiveError, SoupError, SpecError, brief
 from mlflow_soup.evaluation.task_data import LOCAL, Reader, texts
 from mlflow_soup.files.durable import check_writable, scratch
 from mlflow_soup.files.untrusted import (
@@ -327,7 +327,7 @@ class Factory(TaskFactory):  # type: ignore[misc]
             check_writable(cache, "HF_HOME, which datasets writes to")
             # private door: datasets: errors for data that is not there are OSErrors
             raise ObjectiveError(
-                f"the data of {entry.name} could not be loaded: {error}",
+                f"the data of {entry.name} could not be loaded: {brief(error)}",
                 where=_place(entry),
                 fix="for local files, check data_files in the task's YAML; for a dataset of the "
                 "Hugging Face Hub, allow access to the Hub, or load the dataset into the local "
@@ -456,7 +456,7 @@ def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
             "correct the task's YAML: a template may only format a document, and neither templates "
             "nor patterns may run for long"
         )
-    return SpecError(f"task {name} {what}: {type(error).__name__}: {error}", where=where, fix=fix)
+    return SpecError(f"task {name} {what}: {brief(error)}", where=where, fix=fix)
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
