@@ -165,6 +165,11 @@ def _spec(said: dict[str, Any]) -> Spec:
     return Spec(**{name: value for name, value in said.items() if value not in (None, "")})
 
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad request, 3 refused by the gate or nothing to promote, "
+    "4 version missing or damaged, 5 overtaken by another promotion or process, "
+    "6 store unreachable or disk full, 7 no permission, 1 anything else."
+)
 MAIN = cloup.Section("The main job")
 STEPS = cloup.Section("Its last steps, one by one")
 SOUPS = cloup.Section("Soups and their lineage")
@@ -194,17 +199,13 @@ def main() -> None:
         signal.signal(signum, _terminate)
 
 
-@main.command(section=MAIN)
+@main.command(section=MAIN, epilog=EXIT_CODES)
 @_knobs("run")
 @click.pass_context
 def run(ctx: click.Context, /, **said: Any) -> None:
     """Search λ, register the soup, judge it, promote it.
 
     The gate compares the soup with its parents and the champion on out-of-domain tasks.
-
-    Exit codes: 0 done, 2 bad request, 3 refused by the gate or nothing to promote, 4 parent missing
-    or damaged, 5 overtaken by another promotion or process, 6 store unreachable or disk full,
-    7 no permission, 1 anything else.
     """
     spec = _spec(said)
     with _heavy_imports():
@@ -239,7 +240,7 @@ for _name, _words in STUDIES.items():
     _add_study(_name, _words)
 
 
-@main.command(section=STEPS)
+@main.command(section=STEPS, epilog=EXIT_CODES)
 @_knobs("evaluate")
 def evaluate(**said: Any) -> None:
     """Score a soup, its parents and the champion out of domain."""
@@ -251,14 +252,14 @@ def evaluate(**said: Any) -> None:
     _say(report.ood_table(release.evaluate(spec)))
 
 
-@main.command(section=STEPS)
+@main.command(section=STEPS, epilog=EXIT_CODES)
 @_knobs("gate")
 @click.pass_context
 def gate(ctx: click.Context, /, **said: Any) -> None:
     """Judge a soup by its newest evaluation, and write the verdict.
 
     The verdict is computed from the scores each time, by the rules of the model that owns the
-    target of --promote. Exit code: 0 passed, 3 refused.
+    target of --promote.
     """
     spec = _spec(said)
     with _heavy_imports():
@@ -273,7 +274,7 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
     ctx.exit(0 if verdict.passed else 3)
 
 
-@main.command(section=STEPS)
+@main.command(section=STEPS, epilog=EXIT_CODES)
 @_knobs("sign")
 def sign(**said: Any) -> None:
     """Sign the files of a soup that passes the gate.
@@ -290,12 +291,12 @@ def sign(**said: Any) -> None:
     _say(f"{version}: signed by the key {key}")
 
 
-@main.command(section=STEPS)
+@main.command(section=STEPS, epilog=EXIT_CODES)
 @_knobs("promote")
 def promote(**said: Any) -> None:
     """Point an alias or a stage at a soup.
 
-    The soup's bytes are compared with its manifest, its parents are mixed again, and the gate's
+    The soup's bytes are compared with its manifest, its parents are merged again, and the gate's
     verdict is computed anew: no tag decides. The alias may be that of another registered model.
     With --public-key, one of the keys must also have signed all files (mlflow-soup sign).
     """
@@ -432,7 +433,7 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
     type=bool,
     default=True,
     metavar="YES|NO",
-    help="Also read the files of all soups, mix their parents again, and compute their verdicts "
+    help="Also read the files of all soups, merge their parents again, and compute their verdicts "
     "again; no is faster.  [default: yes]",
 )
 @click.option(
@@ -509,6 +510,6 @@ def verify(ctx: click.Context, soup: str, public_key: str) -> None:
         _say(f"{soup}: not verified, a parent is missing")
         ctx.exit(4)
     if not again:
-        _say(f"{soup}: files, tags and parents are as recorded; the parents were not mixed again")
+        _say(f"{soup}: files, tags and parents are as recorded; the parents were not merged again")
     else:
         _say(f"{soup}: verified")

@@ -75,7 +75,8 @@ def test_a_refusal_exits_with_3(client):
     done = command("run", "--pair", "v3,v1", "--promote", "champion", "--trials", "4", *strict)
     assert done.returncode == 3, done.stderr
     assert "gate REFUSED" in done.stdout
-    assert "promoted" not in done.stdout
+    assert "nothing was promoted to champion" in done.stdout
+    assert "promoted: " not in done.stdout
 
 
 @pytest.mark.parametrize(

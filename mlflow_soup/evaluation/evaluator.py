@@ -26,7 +26,7 @@ from lm_eval.api.utils import maybe_delimit  # private door
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from mlflow_soup.errors import ObjectiveError, SoupError
+from mlflow_soup.errors import ObjectiveError, SoupError, brief
 from mlflow_soup.evaluation.compatibility import function_of
 from mlflow_soup.evaluation.items import (
     Asking,
@@ -229,7 +229,7 @@ class Evaluator:
             yield
         except torch.OutOfMemoryError as error:
             raise ObjectiveError(
-                f"the evaluation ran out of memory: {error}",
+                f"the evaluation ran out of memory: {brief(error)}",
                 where=f"batch size {self._lm.batch_size}",
                 fix="choose a smaller --batch-size",
             ) from error

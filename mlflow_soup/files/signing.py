@@ -139,7 +139,7 @@ def open_signer() -> Signer | None:
     if not said:
         return None
     inline = said.startswith("-----BEGIN")
-    where = KEY_ENV if inline else f"{KEY_ENV}={said}"
+    where = KEY_ENV if inline else f"the file {said}, which {KEY_ENV} names"
     try:
         content = said.encode() if inline else Path(said).read_bytes()
         key = serialization.load_pem_private_key(content, password=None)

@@ -13,7 +13,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.utils.file_utils import local_file_uri_to_path  # private door
 from mlflow.utils.uri import is_local_uri  # private door
 
-from mlflow_soup.errors import ParentError, SoupError, StoreError
+from mlflow_soup.errors import ParentError, SoupError, StoreError, brief
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.untrusted import read_hex
 from mlflow_soup.records import Version
@@ -75,7 +75,7 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
         if is_forbidden(error):
             raise denied(f"fetch {version}", error) from error
         raise StoreError(
-            f"the files of {version} could not be fetched: {error}",
+            f"the files of {version} could not be fetched: {brief(error)}",
             where=where(),
             fix="check the artifact store and its credentials, then run the same command again",
         ) from error

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mlflow_soup.errors import ObjectiveError, SpecError
+from mlflow_soup.errors import ObjectiveError, SpecError, brief
 from mlflow_soup.evaluation.compatibility import function_of
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.files.durable import on_disk, staged
@@ -162,7 +162,7 @@ def _enough_memory(parent: Checkpoint) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ObjectiveError(
-            f"there is not enough memory to measure {parent.label}: {error}",
+            f"there is not enough memory to measure {parent.label}: {brief(error)}",
             where="--device",
             fix="measure on the CPU, which needs memory for two copies of the model in fp32, one "
             "of them in the page cache",

@@ -15,7 +15,7 @@ SIGNATURE = "model.sig"
 # private door: mlflow: registered_model_meta
 UNSIGNED = (SIGNATURE, "registered_model_meta")
 SCHEMA = 1  # the version of the manifest's format
-# values of `method`; `verify` can mix the parents again only for `linear`
+# values of `method`; `verify` can merge the parents again only for `linear`
 MIXINGS = ("linear", "fisher", "regmean")
 KERNEL = "fp32 products and sums, separate, in parent order; one rounding, to nearest even"
 _PAPERS = {  # method → the paper that the model card cites

@@ -458,7 +458,7 @@ def _asides(model: _Registered) -> Iterator[Complaint]:
 
 
 def _proofs(model: _Registered) -> Iterator[Complaint]:
-    """Compare each soup with its manifest, mix its parents again, and compute its verdict again."""
+    """Compare each soup with its manifest, merge its parents, and compute its verdict again."""
     for version, found in tqdm(model.soups, "reading soups", unit="version", disable=None):
         try:
             proven, wrong = read_proof(model.client, version)

@@ -64,7 +64,7 @@ class Proven:
     Attributes:
         version: the registered version.
         manifest: its manifest, with the digests of its own tensors and of its parents'.
-        mixed: whether the parents were mixed again and gave its bytes.
+        mixed: whether the parents were merged again and gave its bytes.
         tags: the finding about its tags.
     """
 
@@ -202,7 +202,7 @@ def prove(
     at_hand: Sequence[Opened] = (),
     blend: soup.Blend | None = None,
 ) -> Proven:
-    """Read a soup from the store, and mix its parents again.
+    """Read a soup from the store, and merge its parents again.
 
     Args:
         client: the store's client.
@@ -253,7 +253,7 @@ def check_tags(proven: Proven) -> None:
 
 
 def _is_allowed(finding: Finding, manifest: Manifest) -> bool:
-    """Statistics are not stored with a soup, so that its parents cannot always be mixed again."""
+    """Statistics are not stored with a soup, so that its parents cannot always be merged again."""
     return (finding.what, finding.verdict) == (
         "merged again",
         "skipped",
@@ -395,14 +395,14 @@ def _why_none(digest: str, trust: Trust) -> tuple[str, str]:
 
 
 def require_passed(decision: Decision, words: Sequence[str]) -> None:
-    """Refuse to promote what did not pass, or what cannot be mixed again.
+    """Refuse to promote what did not pass, or what cannot be merged again.
 
     Args:
         decision: the decision.
         words: the checks that failed, in words.
 
     Raises:
-        GateError: the verdict is no, or the parents were not mixed again.
+        GateError: the verdict is no, or the parents were not merged again.
     """
     version, method = decision.proven.version, decision.proven.manifest.method
     if not decision.verdict.passed:
@@ -419,7 +419,7 @@ def require_passed(decision: Decision, words: Sequence[str]) -> None:
         )
     if not decision.proven.mixed:
         raise GateError(
-            f"the parents of {version} cannot be mixed again, because the statistics of {method} "
+            f"the parents of {version} cannot be merged again, because the statistics of {method} "
             "are not stored",
             where=version.uri,
             fix="promote it with the command that made it: mlflow-soup run … --promote TARGET",

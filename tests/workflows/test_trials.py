@@ -376,7 +376,7 @@ def test_a_soup_by_statistics_says_so_and_is_verified_but_for_its_making(client,
     assert done.exit_code == 0
     assert done.output.endswith(
         f"{version.uri}: files, tags and parents are as recorded; "
-        "the parents were not mixed again\n"
+        "the parents were not merged again\n"
     )
 
 
