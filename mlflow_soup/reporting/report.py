@@ -18,14 +18,15 @@ from mlflow_soup.records import (
     Distance,
     Evidence,
     Recipe,
+    Score,
     Soup,
     Trial,
     Verdict,
-    Version,
 )
 from mlflow_soup.search.belief import believe
 from mlflow_soup.search.methods import METHODS
-from mlflow_soup.search.space import Space
+from mlflow_soup.search.recommend import expected
+from mlflow_soup.search.space import Space, points_of
 
 _SECTION = "## Out of domain"  # the heading of a report's last section
 # colour-blind safe (Okabe & Ito 2008)
@@ -130,8 +131,8 @@ class Story:
         soup: the soup.
         existed: True when an earlier run of the same request registered the soup.
         trials: all trials, in order.
-        gain: the paired held-out difference between the soup and its better parent.
-        better: the better parent.
+        gains: the paired held-out difference between the soup and each parent, oldest first.
+        better: the position of the better parent.
         roles: role → evidence of the OOD stage; empty when there was no OOD stage.
         verdict: the verdict of the gate, or None when there was no OOD stage.
         target: where the request promotes the soup to; empty for nowhere.
@@ -145,14 +146,57 @@ class Story:
     soup: Soup
     existed: bool
     trials: tuple[Trial, ...]
-    gain: Difference
-    better: Version
+    gains: tuple[Difference, ...]
+    better: int
     roles: Mapping[str, Evidence]
     verdict: Verdict | None
     target: str
     promoted: str
     distance: Distance
     notes: tuple[str, ...] = ()
+
+
+def gains(story: Story) -> list[tuple[str, Difference]]:
+    """The gain over each parent, the better parent first; each with the name of the parent."""
+    order = sorted(range(len(story.gains)), key=lambda i: (i != story.better, i))
+    names = [str(parent.version) for parent in story.soup.parents]
+    names[story.better] = f"the better parent, {names[story.better]}"
+    return [(names[i], story.gains[i]) for i in order]
+
+
+def luck(
+    method: str, trials: Sequence[Trial], soup: Soup, measured: Sequence[tuple[Recipe, Score]]
+) -> list[str]:
+    """Sentences on the luck in the highest score, and on what was chosen instead.
+
+    Args:
+        method: the method of the search.
+        trials: all trials.
+        soup: the soup.
+        measured: the recipes that could be chosen, two or more, each with its score.
+    """
+    optimism = pairing.optimism([score for _, score in measured])
+    could = " that could be chosen" if len(measured) < len(trials) else ""
+    words = (
+        f"The highest of the {len(measured)} scores{could} is expected to be {optimism:.4f} too "
+        "high: some luck made it the highest."
+    )
+    if method != "bayesopt":
+        return [words]
+    words += (
+        " The soup was chosen by the curve through all scores, so its own score is usually too "
+        "high by less."
+    )
+    top, score = max(measured, key=lambda pair: pair[1].value)
+    if score.value <= soup.held_out.value:
+        return [words]
+    here, there = expected(trials, points_of([soup.recipe, top]))
+    return [
+        words,
+        f"{top.label} scored {score.value:.4f}, more than the chosen {soup.recipe.label} with "
+        f"{soup.held_out.value:.4f}. The curve expects {here - there:.4f} more of "
+        f"{soup.recipe.label}, and takes the difference for luck.",
+    ]
 
 
 def baselines(story: Story) -> list[tuple[str, Trial]]:
@@ -192,13 +236,11 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
         f"([run]({links['run']}), [all λ]({links['trials']})).",
         f"## Held-out: {metrics}",
         _table(["model", "score", "standard error"], rows),
-        f"Against the better parent, {story.better}: **{format_difference(story.gain)}**. "
-        + (
-            "The soup was chosen on these items, so the gain is somewhat optimistic. The OOD items "
-            "did not influence the choice."
-            if METHODS[story.method].chooses
-            else "These scores did not influence the choice of the soup."
-        ),
+        "\n".join(f"- Against {name}: **{format_difference(d)}**" for name, d in gains(story)),
+        "The soup was chosen on these items, so its gains are somewhat optimistic. The OOD items "
+        "did not influence the choice."
+        if METHODS[story.method].chooses
+        else "These scores did not influence the choice of the soup.",
     ]
     parts += story.notes
     if story.verdict is not None:
@@ -208,11 +250,17 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
 
 def trials_table(story: Story) -> str:
     """All trials in order, as a Markdown section."""
-    history = [
-        [str(t.number), str(t.recipe), f"{t.held_out.value:.4f}" if t.held_out else "failed"]
-        for t in story.trials
-    ]
-    return "\n## Trials\n\n" + _table(["trial", "λ", "held-out"], history) + "\n"
+    history = []
+    for trial in story.trials:
+        score = f"{trial.held_out.value:.4f}" if trial.held_out else "failed"
+        row = [str(trial.number), str(trial.recipe), score]
+        chosen = trial.recipe == story.soup.recipe
+        history.append([f"**{cell}**" for cell in row] if chosen else row)
+    return (
+        "\n## Trials\n\nThe chosen one is bold.\n\n"
+        + _table(["trial", "λ", "held-out"], history)
+        + "\n"
+    )
 
 
 def landscape(story: Story) -> Figure:
@@ -301,7 +349,7 @@ def summary(story: Story, look: Sequence[str]) -> str:
     for label, trial in baselines(story):
         assert trial.held_out is not None
         lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
-    lines.append(f"soup against its better parent, {story.better}: {format_difference(story.gain)}")
+    lines += [f"soup against {name}: {format_difference(gain)}" for name, gain in gains(story)]
     done = "an earlier run registered it as" if story.existed else "registered as"
     if not soup.registered:
         done = "not registered, because it has the same weights as"

@@ -7,15 +7,15 @@ import numpy as np
 
 from mlflow_soup.errors import SpecError
 from mlflow_soup.records import Recipe, Trial
-from mlflow_soup.search.belief import believe, scored
+from mlflow_soup.search.belief import Array, believe, scored
 from mlflow_soup.search.space import Space, points_of
 
 
 def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) -> Recipe:
     """The feasible recipe with the largest expected score, not the luckiest trial.
 
-    The expected score is the posterior mean; if the curve was reconstructed from the items, it is
-    `Landscape.population`. A recipe that scored worse than a feasible parent is left out.
+    `expected` gives the expected score. A recipe that scored worse than a feasible parent is left
+    out.
 
     Args:
         space: the feasible merge weights.
@@ -38,9 +38,23 @@ def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) 
     if not measured:
         fresh = space.fresh([trial.recipe for trial in trials])
         options = np.concatenate([options, fresh])
+    return space.recipe(options[np.argmax(expected(trials, options))])
+
+
+def expected(trials: Sequence[Trial], points: Array) -> Array:
+    """What a score is expected to be, given all trials; only differences between points matter.
+
+    It is the posterior mean, or `Landscape.population` if the curve was reconstructed from the
+    items.
+
+    Args:
+        trials: the history, with a score at least.
+        points: merge weights, shape (m, count).
+
+    Returns:
+        Shape (m,), in score units.
+    """
     belief = believe(trials)
     if belief.landscape is not None:
-        mean = belief.landscape.population(options)
-    else:
-        mean, _ = belief.posterior.predict(options)
-    return space.recipe(options[np.argmax(mean)])
+        return belief.landscape.population(points)
+    return belief.posterior.predict(points)[0]

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from mlflow.entities import Metric
 
-from mlflow_soup.decision import pairing
 from mlflow_soup.records import Distance, Soup, Trial
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, tracking
@@ -49,11 +48,7 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> lis
         ]
         measured = [(recipe, score) for recipe, score in measured if job.space.feasible(recipe)]
     if job.method.chooses and len(measured) > 1:
-        optimism = pairing.optimism([score for _, score in measured])
-        notes.append(
-            f"The best of {len(measured)} scores on the same items is expected to be "
-            f"{optimism:.4f} too high."
-        )
+        notes += report.luck(spec.method, trials, soup, measured)
     if noise := soup.held_out.noise:
         notes.append(
             f"Answers are sampled: with another seed, a score would differ by up to {noise:.4f} "
@@ -109,9 +104,10 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
 def _metrics(story: report.Story) -> list[Metric]:
     """The metrics of the search run."""
     soup, apart = story.soup, story.distance
+    gain = story.gains[story.better]
     numbers = {
-        naming.GAIN: story.gain.value,
-        naming.GAIN_STDERR: story.gain.stderr,
+        naming.GAIN: gain.value,
+        naming.GAIN_STDERR: gain.stderr,
         naming.CHOSEN_LAMBDA: soup.recipe.lam[-1],
         naming.KL_RATIO: geometry.kl_ratio(apart.whole, soup.recipe.lam),
         naming.RELATIVE_L2: apart.whole.relative(0, -1),

@@ -85,15 +85,14 @@ def run(spec: Spec) -> Outcome:
         decision, promoted = None, ""
         if proven is not None and job.bench.ood is not None:
             decision, promoted = _decide(job, run_id, soup, proven, found.alone, champions, check)
-        better = pairing.better(found.alone)
         story = report.Story(
             method=spec.method,
             space=job.space,
             soup=soup,
             existed=existed,
             trials=found.trials,
-            gain=pairing.paired(soup.held_out, found.alone[better]),
-            better=job.versions[better],
+            gains=tuple(pairing.paired(soup.held_out, alone) for alone in found.alone),
+            better=pairing.better(found.alone),
             roles=decision.examination.roles if decision is not None else {},
             verdict=decision.verdict if decision is not None else None,
             target=spec.promote,
@@ -103,7 +102,7 @@ def run(spec: Spec) -> Outcome:
         )
         summary = publish(client, run_id, story)
     return Outcome(
-        *(soup, story.trials, story.gain, story.verdict),
+        *(soup, story.trials, story.gains[story.better], story.verdict),
         *(spec.promote, promoted, run_id, summary),
     )
 

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from mlflow_soup.records import (
     Version,
 )
 from mlflow_soup.reporting import report
+from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Space
 
 SPACE = Space.pair(0.5)
@@ -50,8 +52,8 @@ def story(tmp_path):
         soup=soup,
         existed=False,
         trials=tuple(trials),
-        gain=Difference(0.04, 0.01, 200),
-        better=NEW,
+        gains=(Difference(0.06, 0.02, 200), Difference(0.04, 0.01, 200)),
+        better=1,
         roles=roles,
         verdict=Verdict((held_out, ood), Rules(0.05, 0.95)),
         target="",
@@ -68,11 +70,14 @@ def test_the_report_has_every_number_a_reader_needs(story):
         "# Soup of [llm v12](#/old) and [llm v13](#/new), λ = 0.8",
         "0.8 × llm v13 + 0.2 × llm v12, bayesopt: weights searched by Bayesian optimisation",
         "| chosen soup (λ = 0.8) | 0.5600 | 0.0100 |",
-        "Against the better parent, llm v13: **+0.0400",
+        "- Against the better parent, llm v13: **+0.0400",
         "## Out of domain: refused",
         "| parent (llm v13) | 0.5200 | 0.3200 |",
         "| code:acc | llm v13 | -0.0200 ± 0.0100 | -0.0365 | -0.0100 | **no** |",
+        "- Against llm v12: **+0.0600",
         "A note.",
+        "| 2 | 0.5 | 0.5300 |",
+        "| **3** | **0.8** | **0.5600** |",
         "| 4 | 0.9 | failed |",
     ):
         assert words in text
@@ -86,8 +91,9 @@ def test_the_last_lines_say_what_happened(story):
         "  llm v13 alone (λ = 1)   0.5200",
         "  uniform soup (λ = 0.5)  0.5300",
         "  chosen soup (λ = 0.8)   0.5600",
-        "soup against its better parent, llm v13: +0.0400 (95 % interval +0.0203 to +0.0597, "
+        "soup against the better parent, llm v13: +0.0400 (95 % interval +0.0203 to +0.0597, "
         "200 paired items)",
+        "soup against llm v12: +0.0600 (95 % interval +0.0206 to +0.0994, 200 paired items)",
         "registered as models:/llm/14 (λ = 0.8, 5 evaluations)",
         "gate REFUSED (margin 0.05, confidence 0.95)",
         "  held-out against llm v13: +0.0400, must not be below 0: holds",
@@ -134,3 +140,41 @@ def test_the_figure_of_three_shows_scores_by_trial(story, tmp_path):
     assert drawn["chosen λ"] == [[4.0, 0.54]]
     assert [x for x, _ in drawn["trial"]] == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert axes.get_xlabel() == "trial"
+
+
+# a curve with its top at 0.7, and a lucky score at 0.55
+LUCKY = {
+    0.0: 0.46,
+    1.0: 0.52,
+    0.5: 0.52,
+    0.9: 0.546,
+    0.6: 0.543,
+    0.7: 0.552,
+    0.8: 0.553,
+    0.55: 0.56,
+}
+
+
+def of_scores(values):
+    trials = [
+        Trial(i, SPACE.recipe(lam), score(value)) for i, (lam, value) in enumerate(values.items())
+    ]
+    return trials, [(t.recipe, t.held_out) for t in trials if SPACE.feasible(t.recipe)]
+
+
+def test_a_higher_score_that_was_not_chosen_is_explained(story):
+    trials, measured = of_scores(LUCKY)
+    chosen = recommend(SPACE, trials, measured=True)
+    assert chosen != SPACE.recipe(0.55)
+    soup = replace(story.soup, recipe=chosen, held_out=score(LUCKY[chosen.lam[-1]]))
+    first, second = report.luck("bayesopt", trials, soup, measured)
+    assert first.startswith("The highest of the 7 scores that could be chosen is expected to be")
+    assert "chosen by the curve" in first
+    assert second.startswith(f"λ = 0.55 scored 0.5600, more than the chosen {chosen.label} with")
+    (more,) = re.findall(r"expects (\S+) more", second)
+    assert float(more) >= 0.0
+    # what has the highest score needs no explanation, and other methods take the highest
+    top = replace(story.soup, recipe=SPACE.recipe(0.55), held_out=score(0.56))
+    assert len(report.luck("bayesopt", trials, top, measured)) == 1
+    (only,) = report.luck("grid", trials, top, measured)
+    assert "curve" not in only
