@@ -18,9 +18,9 @@ from mlflow_soup.errors import SoupError, SpecError
 from mlflow_soup.files.untrusted import parse_yaml
 from mlflow_soup.redaction import guard_process, purge, redact, redact_line
 from mlflow_soup.registry.family import FORMATS
-from mlflow_soup.request.knobs import kind, option
+from mlflow_soup.request.knobs import as_written, kind, option
 from mlflow_soup.request.names import parse_uri
-from mlflow_soup.request.spec import STUDIES, Spec
+from mlflow_soup.request.spec import NAMINGS, STUDIES, Spec
 
 
 class SoupGroup(cloup.Group):
@@ -95,23 +95,28 @@ def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) ->
             where="--spec",
             fix="name a YAML file of options, such as pair: v12,v13",
         ) from error
-    known = {f.name for f in fields(Spec)}
-    unknown = sorted(set(content) - known) if isinstance(content, dict) else [str(content)]
+    known = {f.name: f for f in fields(Spec)}
+    unknown = sorted(set(content) - set(known)) if isinstance(content, dict) else [str(content)]
     if unknown:
         raise SpecError(
             f"{path} sets {', '.join(map(repr, unknown))}, which is not an option",
             where="--spec",
             fix=f"set only options of this list: {', '.join(sorted(known))}",
         )
-    odd = [name for name, value in content.items() if isinstance(value, dict | list | set)]
+    said = {
+        name: as_written(known[name], value)
+        for name, value in content.items()
+        if value not in (None, "", [])  # as an empty text of the command line: not said
+    }
+    odd = [name for name, value in said.items() if isinstance(value, dict | list | set)]
     if odd:
         raise SpecError(
-            f"{path} sets {odd[0]} to {content[odd[0]]!r}, which is not one text or number",
+            f"{path} sets {odd[0]} to {said[odd[0]]!r}, which is not one text or number",
             where="--spec",
-            fix="write the value as on the command line, such as pair: v12,v13 for --pair v12,v13",
+            fix="write the value as on the command line, such as pair: v12,v13 for --pair v12,v13; "
+            "where that takes several, a list of them may stand here: pair: [v12, v13]",
         )
-    said = {name: str(value) for name, value in content.items() if value is not None}
-    ctx.default_map = {**(ctx.default_map or {}), **said}
+    ctx.default_map = {**(ctx.default_map or {}), **{name: str(v) for name, v in said.items()}}
 
 
 def _option(knob: Field[Any]) -> Callable[[Any], Any]:
@@ -161,8 +166,19 @@ def _knobs(command: str) -> Callable[[Any], Any]:
 
 
 def _spec(said: dict[str, Any]) -> Spec:
-    """The Spec of the options that were given; MLproject passes an empty text for the others."""
-    return Spec(**{name: value for name, value in said.items() if value not in (None, "")})
+    """The Spec of the options that were given, on the command line or else in the file of `--spec`.
+
+    MLproject passes an empty text for options that nobody gave.
+    """
+    ctx = click.get_current_context()
+    given = {name: value for name, value in said.items() if value not in (None, "")}
+    typed = {name for name in given if ctx.get_parameter_source(name) is _TYPED}
+    replaced = set(NAMINGS) - typed if typed & set(NAMINGS) else set()
+    file = {name: text for name, text in (ctx.default_map or {}).items() if name in said}
+    return Spec(**{name: v for name, v in (file | given).items() if name not in replaced})
+
+
+_TYPED = click.core.ParameterSource.COMMANDLINE
 
 
 EXIT_CODES = (

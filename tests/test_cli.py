@@ -143,14 +143,38 @@ def test_knobs_can_stand_in_a_file_which_the_command_line_overrides(client, tmp_
     assert "--alpha 2.0 is out of range" in done.stderr
     done = command("run", "--spec", str(path), "--alpha", "3")
     assert "--alpha 3.0 is out of range" in done.stderr
-    path.write_text(yaml.safe_dump({"pair": ["v1", "v2"]}))
+    path.write_text(yaml.safe_dump({"model": ["v1", "v2"]}))
     done = command("run", "--spec", str(path))
     assert done.returncode == 2
-    assert "sets pair to ['v1', 'v2'], which is not one text or number" in done.stderr
+    assert "sets model to ['v1', 'v2'], which is not one text or number" in done.stderr
     path.write_text(yaml.safe_dump({"pear": "v1,v2"}))
     done = command("run", "--spec", str(path))
     assert done.returncode == 2
     assert "'pear', which is not an option" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "said"),
+    [
+        ({"pair": [1, 8]}, [], "toy-llm has no v8"),
+        ({"pair": ["v1", "v8"], "tasks": ["toy_letters"]}, [], "toy-llm has no v8"),
+        ({"pair": "v1,v2"}, ["--versions", "v2,v8"], "toy-llm has no v8"),
+        ({"pair": "v1,v2"}, ["--last", "9"], "toy-llm has only 3 versions"),
+        ({"last": 9}, ["--pair", "v1,v8"], "toy-llm has no v8"),
+        ({"last": 9}, ["--pair", "v1,v2", "--last", "2"], "2 options say which versions"),
+        ({"pair": "v1,v2", "last": 2}, [], "2 options say which versions"),
+        ({"pair": "v1,v8"}, ["--pair="], "toy-llm has no v8"),  # as `mlflow run -P spec=…` does
+        ({"pair": "v1,v2"}, ["--pair=", "--last", "9"], "toy-llm has only 3 versions"),
+    ],
+)
+def test_the_command_line_says_which_versions_in_place_of_the_file(
+    client, tmp_path, file, words, said
+):
+    path = tmp_path / "soup.yaml"
+    path.write_text(yaml.safe_dump(file))
+    done = command("run", "--spec", str(path), *words)
+    assert done.returncode in (2, 4)
+    assert said in done.stderr
 
 
 def test_options_may_be_spelt_with_underscores_as_mlflow_projects_pass_them(client):

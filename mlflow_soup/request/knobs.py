@@ -3,12 +3,30 @@
 The fields of `spec.Spec` are made with `knob`; everything here works on any such field.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field
 from fractions import Fraction
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from mlflow_soup.errors import SpecError
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+
+    class Written(Generic[T]):
+        """A text that may also be given as a T: `as_written` makes a text of it."""
+
+        def __get__(self, of: object, owner: object = None) -> str: ...
+        def __set__(self, of: object, value: str | T) -> None: ...
+
+else:
+
+    class Written:
+        """The text of the command line; its other types are for type checkers only."""
+
+        def __class_getitem__(cls, _):
+            return str
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,8 @@ def knob(
     choices: tuple[str, ...] = (),
     range: Range | None = None,
     rule: Rule | None = None,
+    several: str = "",
+    parts: tuple[type, ...] = (),
 ) -> Any:
     """A field of a spec that is an option of some commands.
 
@@ -88,6 +108,9 @@ def knob(
         choices: the texts that it may be; empty for any.
         range: the numbers that it may be; None for any.
         rule: for a rule of the gate, how the command line may differ from the policy; else None.
+        several: what separates several parts in a text, and then the parts of a part; Python and
+            YAML may give lists instead. Empty for one part only.
+        parts: the types that a part may have besides a text.
     """
     metadata = {
         "group": group,
@@ -97,6 +120,8 @@ def knob(
         "choices": choices,
         "range": range,
         "rule": rule,
+        "several": several,
+        "parts": parts,
     }
     return field(default=default, metadata=metadata)
 
@@ -127,6 +152,36 @@ def out_of_range(knob_: Field[Any], value: object, fix: str) -> SpecError:
     return SpecError(f"{option(knob_)} {value} is out of range", where=place(knob_), fix=fix)
 
 
+def as_written(knob_: Field[Any], value: Any) -> Any:
+    """The text of a command line for a list, a path or a number; other values are unchanged.
+
+    Raises:
+        SpecError: a path holds the mark that separates several.
+    """
+    if kind(knob_) is not str or isinstance(value, str):
+        return value
+    try:
+        return _written(knob_, value, knob_.metadata["several"])
+    except TypeError:
+        return value
+
+
+def _written(knob_: Field[Any], value: object, several: str) -> str:
+    if several and isinstance(value, list | tuple):
+        return several[0].join(_written(knob_, part, several[1:]) for part in value)
+    if isinstance(value, bool) or not isinstance(value, (str, *knob_.metadata["parts"])):
+        raise TypeError
+    text = os.fsdecode(value) if isinstance(value, os.PathLike) else str(value)
+    mark = knob_.metadata["several"]
+    if mark and mark in text and os.PathLike in knob_.metadata["parts"]:
+        raise SpecError(
+            f"the path {text} holds {mark!r}, which separates several paths",
+            where=f"Spec({knob_.name}=…), {option(knob_)}",
+            fix=f"rename it, or name it by a link whose path has no {mark!r}",
+        )
+    return text
+
+
 def check(knob_: Field[Any], value: object) -> None:
     """Refuse a value of another type, of another choice or out of range.
 
@@ -137,7 +192,7 @@ def check(knob_: Field[Any], value: object) -> None:
     accepted = (*types, int) if float in types else types  # 0 is as good as 0.0
     # True is an int to Python, and no number to a user
     if (isinstance(value, bool) and bool not in types) or not isinstance(value, accepted):
-        what = _WHAT[kind(knob_)]
+        what = _WHAT[kind(knob_)] + (" or a list of texts" if knob_.metadata["several"] else "")
         example = f", for example {knob_.default!r}" if knob_.default else ""
         raise SpecError(
             f"{knob_.name} is {value!r}, which is not {what}",

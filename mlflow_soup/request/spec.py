@@ -6,7 +6,7 @@ take their names from the fields below.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from mlflow_soup.request.knobs import (
     AT_MOST,
     SAME,
     Range,
+    Written,
     finite,
     kind,
     knob,
@@ -55,6 +56,7 @@ STUDIES = {
     "methods": "Which method? Each method on all tasks, with paired intervals.",
 }
 _ALL = " ".join(STUDIES)
+NAMINGS = ("pair", "versions", "last")  # ways to say which versions to merge; one at a time
 # groups of options, in the order of `--help`
 MERGE, SEARCH, SCORE = "Which versions", "How to search", "How to score"
 GATE, MACHINE = "Gate and promotion", "Machine"
@@ -76,17 +78,21 @@ class Spec:
         "Registered model. Default: MLFLOW_SOUP_MODEL, or the only model that has these versions.",
         f"run evaluate gate sign promote {_ALL}",
     )
-    pair: str = knob(
+    pair: Written[Sequence[str | int]] = knob(
         MERGE,
         "",
         "Two versions, the older first: v12,v13 or @champion,v13.",
         "run landscape heldout alpha",
+        several=",",
+        parts=(int,),
     )
-    versions: str = knob(
+    versions: Written[Sequence[str | int]] = knob(
         MERGE,
         "",
         "Two or more versions, the newest last: v11,v12,v13. A search takes at most eight.",
         "run pairs count",
+        several=",",
+        parts=(int,),
     )
     last: int | None = knob(
         MERGE,
@@ -95,11 +101,13 @@ class Spec:
         "run pairs count",
         range=whole(2),
     )
-    pairs: str = knob(
+    pairs: Written[Sequence[str | Sequence[str | int]]] = knob(
         MERGE,
         "",
         "One or more pairs: 'v11,v12 v12,v13'.",
         "ood methods",
+        several=" ,",
+        parts=(int,),
     )
     method: str = knob(
         MERGE,
@@ -109,17 +117,19 @@ class Spec:
         policy=True,
         choices=METHODS,
     )
-    methods: str = knob(
+    methods: Written[Sequence[str]] = knob(
         MERGE,
         ",".join(METHODS[:-1]),
         "The methods to compare, separated by commas.",
         "ood methods",
+        several=",",
     )
-    version: str = knob(
+    version: Written[int] = knob(
         MERGE,
         "",
         "The version of the soup: v14 or @alias.",
         "evaluate gate sign promote",
+        parts=(int,),
     )
     alpha: float | None = knob(
         SEARCH,
@@ -170,13 +180,14 @@ class Spec:
         policy=True,
         choices=TIES,
     )
-    calibration: str = knob(
+    calibration: Written[os.PathLike[str]] = knob(
         SEARCH,
         "",
         "Text file for Fisher and RegMean: .jsonl with a field text, or plain text. "
         "Default: the held-out items.",
         "run pairs count ood methods",
         policy=True,
+        parts=(os.PathLike,),
     )
     calibration_tokens: int = knob(
         SEARCH,
@@ -209,48 +220,57 @@ class Spec:
         "landscape heldout",
         range=whole(4, _STEPS + 1),
     )
-    alphas: str = knob(
+    alphas: Written[float | Sequence[str | float]] = knob(
         SEARCH,
         "0,0.5,0.7,0.9",
         "Lower ends α of the search spaces.",
         "alpha",
+        several=",",
+        parts=(int, float),
     )
-    fractions: str = knob(
+    fractions: Written[float | Sequence[str | float]] = knob(
         SEARCH,
         "1/4,1/2,3/4,1",
         "Shares of the held-out items.",
         "heldout",
+        several=",",
+        parts=(int, float),
     )
-    tasks: str = knob(
+    tasks: Written[Sequence[str]] = knob(
         SCORE,
         "",
         "Held-out lm-eval tasks, separated by commas, each task[:metric[,filter]]. A task may be a "
         "pattern of names, or the path of a YAML file.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
+        several=",",
     )
-    ood_tasks: str = knob(
+    ood_tasks: Written[Sequence[str]] = knob(
         SCORE,
         "",
         "Out-of-domain lm-eval tasks for the gate, in the form of --tasks.",
         "run evaluate gate sign promote heldout ood methods",
         policy=True,
         rule=ALL_OF,
+        several=",",
     )
-    include_path: str = knob(
+    include_path: Written[os.PathLike[str] | Sequence[str | os.PathLike[str]]] = knob(
         SCORE,
         "",
         "Folder with your own lm-eval task YAMLs; several are separated as in PATH. Those of the "
         "model's tag come in addition.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
+        several=os.pathsep,
+        parts=(os.PathLike,),
     )
-    allow_task_code: str = knob(
+    allow_task_code: Written[Sequence[str]] = knob(
         SCORE,
         "",
         "SHA-256 of the task folders whose Python code may run, separated by commas. A refusal "
         "prints the digest.",
         f"run evaluate gate sign promote {_ALL}",
+        several=",",
     )
     num_fewshot: int | None = knob(
         SCORE,
@@ -366,11 +386,13 @@ class Spec:
         "run evaluate gate sign promote",
         choices=EVIDENCE,
     )
-    public_key: str = knob(
+    public_key: Written[os.PathLike[str] | Sequence[str | os.PathLike[str]]] = knob(
         GATE,
         "",
         "PEM files with the public keys that count, separated by commas.",
         "run evaluate gate sign promote",
+        several=",",
+        parts=(os.PathLike,),
     )
     promote: str = knob(
         GATE,
@@ -413,11 +435,12 @@ class Spec:
         f"run evaluate gate sign promote {_ALL}",
         range=finite("minutes"),
     )
-    out: str = knob(
+    out: Written[os.PathLike[str]] = knob(
         MACHINE,
         "",
         "Folder for copies of the table and the figure.",
         _ALL,
+        parts=(os.PathLike,),
     )
 
     def __new__(cls, **named: Any) -> Self:
@@ -434,16 +457,17 @@ class Spec:
 
     def __post_init__(self) -> None:
         for knob_ in fields(self):
-            value = getattr(self, knob_.name)
+            value = knobs.as_written(knob_, getattr(self, knob_.name))
             knobs.check(knob_, value)
             if kind(knob_) is float and value is not None:  # 0 and 0.0: one request
-                object.__setattr__(self, knob_.name, float(value))
+                value = float(value)
+            object.__setattr__(self, knob_.name, value)
         self._check_names()
         self._check_paths()
 
     def _check_names(self) -> None:
         """Refuse names of models, versions, targets and methods that nothing can have."""
-        named = [option for option in ("pair", "versions", "last") if getattr(self, option)]
+        named = [option for option in NAMINGS if getattr(self, option)]
         if len(named) > 1:
             options = " and ".join(f"--{o}" for o in named)
             raise SpecError(

@@ -18,6 +18,7 @@ from mlflow_soup.files.untrusted import (
 from mlflow_soup.records import Digests, Finding, Manifest, Mismatch
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import naming
+from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.checkpoint import Checkpoint, shorten
 from mlflow_soup.weights.digests import digest_all, of_file
@@ -35,13 +36,15 @@ _SHOWN = 10  # number of tensors or files that a finding names
 
 
 def verify(
-    text: str | os.PathLike[str], *, public_key: str | os.PathLike[str] = ""
+    text: str | os.PathLike[str],
+    *,
+    public_key: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = "",
 ) -> Iterator[Finding]:
     """Pull a soup and its parents, merge them again, and compare all with the manifest.
 
     Args:
         text: `models:/my-llm/14`, or a folder that `merge_checkpoints` wrote.
-        public_key: PEM files, separated by commas; one of these keys must have signed all files.
+        public_key: PEM files, as in a `Spec`; one of these keys must have signed all files.
 
     Yields:
         One finding for each check. The soup matches its manifest if no finding is a mismatch. With
@@ -54,7 +57,7 @@ def verify(
         ParentError: the version or folder does not exist.
     """
     with redacting():
-        files = [Path(part.strip()) for part in os.fspath(public_key).split(",") if part.strip()]
+        files = Spec(public_key=public_key).public_keys
         yield from _verify(os.fspath(text), open_verifier(files) if files else None)
 
 

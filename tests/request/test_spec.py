@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -279,7 +280,12 @@ def test_more_parents_take_more_trials(named, budget, least):
     ("name", "value", "what"),
     [
         ("last", "3", "last is '3', which is not a whole number"),
-        ("versions", ["v1", "v2"], r"versions is \['v1', 'v2'\], which is not a text"),
+        ("versions", ["v1", b"v2"], r"\['v1', b'v2'\], which is not a text or a list of texts"),
+        ("tasks", {"piqa"}, r"tasks is \{'piqa'\}, which is not a text or a list of texts"),
+        ("pair", [1, True], r"pair is \[1, True\], which is not a text or a list of texts"),
+        ("tasks", ["piqa", 1], r"tasks is \['piqa', 1\], which is not a text"),
+        ("model", ["my-llm"], r"model is \['my-llm'\], which is not a text"),
+        ("device", Path("cuda"), r"device is .*'cuda'\), which is not a text"),
         ("alpha", "0.5", "alpha is '0.5', which is not a number"),
         ("trials", 8.0, "trials is 8.0, which is not a whole number"),
         ("margin", 10**400, "--margin of 1329 bits"),
@@ -288,7 +294,7 @@ def test_more_parents_take_more_trials(named, budget, least):
         ("register_copies", "yes", "register_copies is 'yes', which is not True or False"),
         ("seed", True, "seed is True, which is not a whole number"),
         ("margin", None, "margin is None, which is not a number"),
-        ("tasks", None, "tasks is None, which is not a text"),
+        ("tasks", None, "tasks is None, which is not a text or a list of texts"),
         ("model", b"m", "model is b'm', which is not a text"),
     ],
 )
@@ -296,6 +302,54 @@ def test_a_value_of_another_type_is_refused(name, value, what):
     with pytest.raises(SpecError, match=what) as refusal:
         Spec(**{name: value})
     assert f"--{name.replace('_', '-')}" in refusal.value.where
+
+
+LISTS = [
+    ("pair", [12, 13], "12,13"),
+    ("pair", ("v12", "@champion"), "v12,@champion"),
+    ("versions", ["v1", 2, "v3"], "v1,2,v3"),
+    ("version", 14, "14"),
+    ("pairs", [[11, 12], ("v12", "v13")], "11,12 v12,v13"),
+    ("pairs", ["v11,v12", "v12,v13"], "v11,v12 v12,v13"),
+    ("methods", ["greedy", "best"], "greedy,best"),
+    ("alphas", [0, 0.5, "2/3"], "0,0.5,2/3"),
+    ("alphas", 0.5, "0.5"),
+    ("fractions", ("1/4", 1), "1/4,1"),
+    ("tasks", ["arc_easy:acc,none", "piqa"], "arc_easy:acc,none,piqa"),
+    ("ood_tasks", [], ""),
+    ("allow_task_code", ["0" * 64, "1" * 64], f"{'0' * 64},{'1' * 64}"),
+    ("include_path", Path("/"), "/"),
+    ("include_path", [Path("/"), os.curdir], os.pathsep.join(["/", os.curdir])),
+    ("public_key", [Path(__file__)], __file__),
+    ("public_key", [__file__, Path(__file__)], f"{__file__},{__file__}"),
+    ("calibration", Path(__file__), __file__),
+    ("out", Path("figures"), "figures"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "text"), LISTS)
+def test_a_list_a_path_or_a_number_is_the_text_of_the_command_line(name, value, text):
+    asked = Spec(**{name: value})
+    assert asked == Spec(**{name: text})
+    assert getattr(asked, name) == text
+    assert asked.named == {name}
+
+
+def test_every_knob_that_takes_several_takes_a_list():
+    assert {name for name, _, _ in LISTS} == {
+        knob.name for knob in KNOBS.values() if knob.metadata["several"] or knob.metadata["parts"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"), [("include_path", os.pathsep), ("public_key", ",")], ids=["colon", "comma"]
+)
+def test_a_path_with_the_mark_between_paths_is_refused_and_not_cut(tmp_path, name, mark):
+    odd = tmp_path / f"a{mark}b"
+    for value in (odd, [odd], [str(odd)]):
+        with pytest.raises(SpecError, match="which separates several paths") as refusal:
+            Spec(**{name: value})
+        assert f"--{name.replace('_', '-')}" in refusal.value.where
 
 
 def test_a_pair_and_versions_at_once_are_refused():

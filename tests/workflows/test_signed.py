@@ -84,7 +84,7 @@ def anybodys_check(public, folder):
 def test_a_signed_soup_is_verified_by_us_and_by_anybody_and_promoted(
     measured, key, tmp_path, monkeypatch
 ):
-    assert signature_of(key).verdict == "missing"
+    assert signature_of([key]).verdict == "missing"
     with pytest.raises(errors.MismatchError, match=r"v4 is not signed as a whole.*no model\.sig"):
         promote(key)
     assert aliases(measured) == {}
