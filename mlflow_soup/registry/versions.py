@@ -1,5 +1,6 @@
 """Look up registered models and their versions; search them, read and write their tags."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ from mlflow_soup.registry import family, naming
 from mlflow_soup.registry.outages import NOT_FOUND, asking, is_server, where
 from mlflow_soup.registry.store import Store, pages
 from mlflow_soup.request.names import Target, VersionRef, check_name
+from mlflow_soup.request.spec import unread
 
+logger = logging.getLogger("mlflow_soup")
 MODEL_ENV = "MLFLOW_SOUP_MODEL"
 _MODEL_ID = re.compile(r"models:/(m-[0-9a-f]+)")
 
@@ -162,9 +165,13 @@ def find_registered(client: Store, name: str) -> RegisteredModel | None:
 
 
 def policy(client: Store, name: str) -> dict[str, str]:
-    """The registered model's tags; none if there is no such model yet."""
+    """The registered model's tags; none if there is no such model yet. Misspelt ones are told."""
     found = find_registered(client, name)
-    return dict(found.tags) if found is not None else {}
+    tags = dict(found.tags) if found is not None else {}
+    ours = {value for value in vars(naming).values() if isinstance(value, str)}
+    for words in unread(tags, ours):
+        logger.warning("registered model %s: %s", name, words)
+    return tags
 
 
 def tags_of(client: Store, version: Version) -> dict[str, str]:

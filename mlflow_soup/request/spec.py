@@ -6,8 +6,9 @@ take their names from the fields below.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
@@ -629,3 +630,24 @@ def policy_for(candidates: Mapping[str, str], target: Mapping[str, str]) -> dict
     }
     rest = {name: text for name, text in candidates.items() if name not in its}
     return rest | {name: text for name, text in target.items() if name in its}
+
+
+def unread(tags: Iterable[str], ours: Collection[str]) -> Iterator[str]:
+    """Which tags of a registered model look like policy tags and set nothing, in words.
+
+    Args:
+        tags: the names of the tags.
+        ours: the names that mlflow-soup writes itself.
+    """
+    known = {knob_.name: knob_ for knob_ in fields(Spec)}
+    for tag in sorted(set(tags) - set(ours)):
+        if (match := re.fullmatch(r"soups?[^a-z0-9]+(.*)", tag, re.I | re.S)) is None:
+            continue
+        name = re.sub(r"[^a-z0-9]+", "_", match[1].lower())
+        near = next(iter(get_close_matches(name, known, n=1)), "")
+        if not near:
+            yield f"tag {tag} sets nothing: no knob has this name"
+        elif not known[near].metadata["policy"]:
+            yield f"tag {tag} sets nothing: no tag can set {knobs.option(known[near])}"
+        elif tag != f"soup.{near}":
+            yield f"tag {tag} sets nothing; did you mean soup.{near}?"

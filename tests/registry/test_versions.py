@@ -21,6 +21,7 @@ from mlflow_soup.registry.versions import (
     holder,
     last,
     model_id,
+    policy,
     resolve,
     tags_of,
     trace,
@@ -36,6 +37,15 @@ def test_files_of_a_local_store_are_not_copied(client):
     source = client.get_model_version(MODEL, "1").source.removeprefix("models:/")
     assert str(folder) in client.get_logged_model(source).artifact_location
     assert not (folder / "registered_model_meta").exists()
+
+
+def test_a_misspelt_policy_tag_is_told(client, caplog):
+    assert policy(client, MODEL)["soup.trials"] == "6"
+    assert not caplog.text
+    client.set_registered_model_tag(MODEL, "soup.margins", "0.5")
+    policy(client, MODEL)
+    said = "registered model toy-llm: tag soup.margins sets nothing; did you mean soup.margin?"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_a_remote_store_is_downloaded_once(server_client, checkpoints, tmp_path, server):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import strategies as s
 from mlflow_soup.errors import SpecError
+from mlflow_soup.registry import naming
 from mlflow_soup.registry.naming import key_of
 from mlflow_soup.request import spec
 from mlflow_soup.request.names import (
@@ -22,7 +23,7 @@ from mlflow_soup.request.names import (
     parse_uri,
     parse_version,
 )
-from mlflow_soup.request.spec import STUDIES, Spec, policy_for
+from mlflow_soup.request.spec import STUDIES, Spec, policy_for, unread
 from mlflow_soup.search.belief import CHOICES
 
 KNOBS = {knob.name: knob for knob in fields(Spec)}
@@ -444,6 +445,31 @@ def test_tags_that_are_no_knobs_are_not_read():
     assert (
         Spec().settle({"alpha": "0.7", "soup.lambda": "x", "team": "llm", "soup.": "y"}) == Spec()
     )
+
+
+@pytest.mark.parametrize(
+    ("tag", "said"),
+    [
+        ("soup.margins", "did you mean soup.margin?"),
+        ("soup.ood-tasks", "did you mean soup.ood_tasks?"),
+        ("soup.oodtasks", "did you mean soup.ood_tasks?"),
+        ("soup.Tasks", "did you mean soup.tasks?"),
+        ("soup_tasks", "did you mean soup.tasks?"),
+        ("Soup.trials", "did you mean soup.trials?"),
+        ("soup.confidance", "did you mean soup.confidence?"),
+        ("soup.limit", "no tag can set --limit"),
+        ("soup.allow_task_codes", "no tag can set --allow-task-code"),
+        ("soup.xyz", "no knob has this name"),
+        ("soup.", "no knob has this name"),
+        *((f"soup.{name}", "") for name in POLICY),
+        *(("soup.gate", ""), ("soup.model", ""), ("team", ""), ("souper.margins", "")),
+    ],
+)
+def test_a_tag_that_sets_nothing_is_told_with_the_one_that_was_meant(tag, said):
+    ours = {value for value in vars(naming).values() if isinstance(value, str)}
+    told = list(unread([tag], ours))
+    assert len(told) == bool(said)
+    assert all(words.startswith(f"tag {tag} sets nothing") and said in words for words in told)
 
 
 @given(named=st.sets(st.sampled_from(POLICY)))
