@@ -19,7 +19,7 @@ from mlflow_soup.files.untrusted import parse_yaml
 from mlflow_soup.redaction import guard_process, purge, redact, redact_line
 from mlflow_soup.registry.family import FORMATS
 from mlflow_soup.request.knobs import as_written, kind, option
-from mlflow_soup.request.names import parse_uri
+from mlflow_soup.request.names import check_name, parse_uri
 from mlflow_soup.request.spec import NAMINGS, STUDIES, Spec
 
 
@@ -350,6 +350,7 @@ def quickstart(ctx: click.Context, /, promote: str, trials: int | None, **option
     # nothing here is on the hub; the Hugging Face libraries read these when they are imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    check_name(options["model"])
     with _heavy_imports():
         from mlflow_soup.quickstart import steps
         from mlflow_soup.workflows import run as workflow

@@ -6,6 +6,7 @@ which the gate reads, has them.
 
 import math
 import operator
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,11 @@ class Version:
     def uri(self) -> str:
         """The version's MLflow URI, `models:/name/12`."""
         return f"models:/{self.name}/{self.number}"
+
+    @property
+    def options(self) -> str:
+        """The options of a command that name it, for a shell."""
+        return f"--model {shlex.quote(self.name)} --version {self.short}"
 
     def __str__(self) -> str:
         return f"{self.name} v{self.number}"

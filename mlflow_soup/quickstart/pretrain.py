@@ -4,6 +4,7 @@ The loop itself is `train`, plain PyTorch. `pretrain` wraps it in an MLflow run 
 a checkpoint every so many steps to `register`: few calls, which any training loop can copy.
 """
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -222,7 +223,9 @@ def version_tags(settings: Settings, number: int, seed: int) -> dict[str, str]:
 
 def count_registered(client: MlflowClient, name: str, settings: Settings, seed: int) -> int:
     """How many of the checkpoints are versions of `name` already: 1, 2, ... without a gap."""
-    found = {int(v.version): v.tags for v in client.search_model_versions(f"name='{name}'")}
+    alike = re.sub(r"[^\w -]", "_", name)  # MLflow's filters have no escapes
+    versions = client.search_model_versions(f"name LIKE '{alike}'")
+    found = {int(v.version): v.tags for v in versions if v.name == name}
     there = 0
     while there < settings.checkpoints:
         wanted = version_tags(settings, there + 1, seed)

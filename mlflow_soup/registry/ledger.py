@@ -8,6 +8,7 @@ name of its own, the first to be renamed stays.
 """
 
 import json
+import shlex
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -159,7 +160,10 @@ def _make(client: Store, name: str) -> None:
         return None if found is None else str(found.experiment_id)
 
     experiment = client.once(look, lambda: str(client.create_experiment(aside)), "make a ledger")
-    tags = {naming.ROLE: "ledger", "mlflow.note.content": _NOTE.format(name=name)}
+    tags = {
+        naming.ROLE: "ledger",
+        "mlflow.note.content": _NOTE.format(name=name, word=shlex.quote(name)),
+    }
     run_id = client.begin_run(experiment, f"ledger of {name}", tags)
     client.set_terminated(run_id)  # MLflow still writes params to a run that has ended
     client.set_experiment_tag(experiment, naming.LEDGER, run_id)
@@ -174,5 +178,5 @@ def _make(client: Store, name: str) -> None:
 
 _NOTE = """What mlflow-soup did to registered model `{name}`: a param for each promotion, written
 once (who moved what, from what, by which verdict), and for each search that was begun. `mlflow-soup
-doctor --model {name}` compares it with the registry. Do not delete it.
+doctor --model {word}` compares it with the registry. Do not delete it.
 """

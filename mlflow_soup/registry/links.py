@@ -2,30 +2,54 @@
 
 import contextlib
 import json
+import os
+import re
+import shlex
+from urllib.parse import quote
 
 from mlflow.exceptions import MlflowException
 
 from mlflow_soup.records import Version
 from mlflow_soup.registry import naming
-from mlflow_soup.registry.outages import is_server, where
+from mlflow_soup.registry.outages import is_server, where, where_models
 from mlflow_soup.registry.store import Store
 
 
 def link(path: str) -> str:
-    """The URL of a page: on the tracking server, or on the one that `mlflow ui` would start."""
-    server = where().rstrip("/") if is_server() else "http://127.0.0.1:5000"
-    return f"{server}/#{path}"
+    """The URL of a page: on the server of its store, or on the one that `mlflow ui` would start."""
+    return f"{_home(path)}/#{path}"
+
+
+def target(path: str) -> str:
+    """The target of a link between pages; one server may show runs, and another one models."""
+    return f"#{path}" if _home("/models") == _home("/experiments") else link(path)
+
+
+def _home(path: str) -> str:
+    store = where_models() if path.startswith("/models") else where()
+    return store.rstrip("/") if is_server(store) else "http://127.0.0.1:5000"
 
 
 def how_to_look() -> str:
-    """The command that starts the UI on this store; empty if the store is a server."""
-    return "" if is_server() else f"mlflow ui --backend-store-uri {where()}"
+    """The command that starts the UI on the stores that are no servers; empty if all are."""
+    stores = [store for store in (where(), where_models()) if not is_server(store)]
+    options = ("--backend-store-uri", "--registry-store-uri")
+    told = [f"{o} {shlex.quote(s)}" for o, s in zip(options, dict.fromkeys(stores), strict=False)]
+    return " ".join(("mlflow ui", *told)) if told else ""
+
+
+def _here(path: str) -> str:
+    """The path within the workspace that the user works in, if the store has workspaces."""
+    workspace = os.environ.get("MLFLOW_WORKSPACE", "").strip()  # `mlflow.set_workspace` writes it
+    if not workspace:
+        return path
+    return f"{path}{'&' if '?' in path else '?'}workspace={quote(workspace, safe='')}"
 
 
 def run_path(client: Store, run_id: str) -> str:
     """The path of a run's page, in the mode that shows models and metrics."""
     experiment = client.get_run(run_id).info.experiment_id
-    return f"/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+    return _here(f"/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning")
 
 
 def share_view(client: Store, run_id: str) -> str:
@@ -64,7 +88,7 @@ def share_view(client: Store, run_id: str) -> str:
     # private door: mlflow.sharedViewState
     with contextlib.suppress(MlflowException):  # a user who may not tag the experiment gets no view
         client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{share}", json.dumps(state))
-    return (
+    return _here(
         f"/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
         f"&viewStateShareKey={share}"
     )
@@ -72,4 +96,10 @@ def share_view(client: Store, run_id: str) -> str:
 
 def version_path(version: Version) -> str:
     """The path of a version's page."""
-    return f"/models/{version.name}/versions/{version.number}"
+    return _here(f"/models/{quote(version.name, safe='')}/versions/{version.number}")
+
+
+def version_link(version: Version) -> str:
+    """A link to a version's page, in Markdown."""
+    words = re.sub(r"([\\*_<\[\]])", r"\\\1", str(version))
+    return f"[{words}]({target(version_path(version))})"

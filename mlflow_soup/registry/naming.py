@@ -7,11 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote, unquote
 
 from mlflow_soup.records import Recipe, Version
 
 # tags of model versions
-PARENTS = "soup.parents"  # "12,13" (same model) or "a/12,b/3", oldest first
+PARENTS = "soup.parents"  # "12,13" (same model) or "a/12,b/3", oldest first; %2C is a comma
 LAMBDA = "soup.lambda"  # weight of the newest parent, as a decimal
 WEIGHTS = "soup.weights"  # "0.3,0.7": the weight of each parent, oldest first
 METHOD = "soup.method"  # the method that found the soup: bayesopt, greedy, …; also on search runs
@@ -72,18 +73,24 @@ PASSED, REFUSED = "passed", "refused"
 COPIED = (LAMBDA, WEIGHTS, METHOD, KEY, REQUEST, RUN_ID, EVALUATOR)
 
 
+_PLAIN = " !\"#$&'()*+;<=>@[\\]^{|}~"  # all marks of a name except the comma and the %
+
+
 def format_parents(name: str, versions: tuple[Version, ...]) -> str:
     """The value of `soup.parents`; versions of `name` itself are bare numbers.
 
     `parse_parents` is its inverse.
     """
-    return ",".join(str(v.number) if v.name == name else f"{v.name}/{v.number}" for v in versions)
+    return ",".join(
+        str(v.number) if v.name == name else f"{quote(v.name, safe=_PLAIN)}/{v.number}"
+        for v in versions
+    )
 
 
 def parse_parents(name: str, text: str) -> tuple[Version, ...]:
     """The parents that `soup.parents` names on a version of `name`."""
     parts = [part.rpartition("/") for part in text.split(",")]
-    return tuple(Version(owner or name, int(number)) for owner, _, number in parts)
+    return tuple(Version(unquote(owner) or name, int(number)) for owner, _, number in parts)
 
 
 def format_weights(lam: Sequence[float]) -> str:
@@ -106,6 +113,11 @@ def parse_weights(text: str) -> tuple[float, ...]:
 def ledger_name(name: str) -> str:
     """The name of the experiment that holds a registered model's ledger."""
     return f"soup-ledger/{name}"
+
+
+def run_name(words: str) -> str:
+    """The name of a run, cut to MLflow's column."""
+    return words[:250]
 
 
 def key_of(request: Mapping[str, Any]) -> str:

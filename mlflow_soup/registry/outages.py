@@ -55,9 +55,14 @@ def where() -> str:
     return redact(str(mlflow.get_tracking_uri()))
 
 
-def is_server() -> bool:
-    """Whether the store is a server, which may have users and permissions."""
-    return str(mlflow.get_tracking_uri()).startswith(("http://", "https://"))
+def where_models() -> str:
+    """The URI of the store of registered models without secrets: MLFLOW_REGISTRY_URI may differ."""
+    return redact(str(mlflow.get_registry_uri()))
+
+
+def is_server(store: str = "") -> bool:
+    """Whether a store is a server, with users and permissions maybe; by default that of runs."""
+    return (store or str(mlflow.get_tracking_uri())).startswith(("http://", "https://"))
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

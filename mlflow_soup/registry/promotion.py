@@ -11,6 +11,7 @@ import getpass
 import json
 import logging
 import secrets
+import shlex
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from mlflow_soup.files.signing import Verifier, open_signer, sha256_of
 from mlflow_soup.records import Version
 from mlflow_soup.registry import family, naming
 from mlflow_soup.registry.ledger import Entry, Ledger, open_ledger
-from mlflow_soup.registry.links import version_path
+from mlflow_soup.registry.links import version_link
 from mlflow_soup.registry.outages import asking, where
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import (
@@ -187,8 +188,8 @@ def _check_previous(
     raise GateError(
         f"{version} would replace {previous}, but the two were not scored out of domain together",
         where=previous.uri,
-        fix=f"run mlflow-soup evaluate --model {version.name} --version v{version.number} "
-        f"--promote {target.text}, then mlflow-soup promote",
+        fix=f"run mlflow-soup evaluate {version.options} "
+        f"--promote {shlex.quote(target.text)}, then mlflow-soup promote",
     )
 
 
@@ -391,7 +392,7 @@ def _copy(
                 source=version.uri,
                 run_id=source.run_id,
                 tags={**tags, **attempt},
-                description=f"Copy of [{version}](#{version_path(version)}).",
+                description=f"Copy of {version_link(version)}.",
                 await_creation_for=0,
             )
             return Version(model, int(made.version))

@@ -20,7 +20,7 @@ from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming
 from mlflow_soup.registry.outages import NOT_FOUND, asking, is_forbidden
 from mlflow_soup.registry.pull import download_tree
-from mlflow_soup.registry.store import Store, pages
+from mlflow_soup.registry.store import Store, equals, pages
 from mlflow_soup.registry.versions import (
     find_soups,
     find_version,
@@ -139,8 +139,9 @@ def _link_output(client: Store, run_id: str, logged_id: str) -> None:
 
 def uploads(client: Store, experiment: str, tags: Mapping[str, str]) -> list[LoggedModel]:
     """The logged models of an experiment with these tags."""
-    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    return pages(client.search_logged_models, [experiment], query)
+    query = " and ".join(equals(f"tags.`{key}`", value) for key, value in tags.items())
+    found = pages(client.search_logged_models, [experiment], query)
+    return [model for model in found if tags.items() <= model.tags.items()]
 
 
 def find_upload(client: Store, logged_id: str) -> LoggedModel | None:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -202,7 +203,7 @@ class Store(MlflowClient):
             return next(iter(self.search_runs([experiment_id], query)), None)
 
         def create() -> Run:
-            return self.create_run(experiment_id, start_time, all_tags, name)
+            return self.create_run(experiment_id, start_time, all_tags, naming.run_name(name))
 
         return str(self.once(look, create, "create a run").info.run_id)
 
@@ -279,6 +280,15 @@ def _quieten_mlflow() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # it prints the tracebacks of errors that we handle
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def equals(what: str, value: str) -> str:
+    """The clause of a search that finds a value; it may find others, so compare again.
+
+    MLflow's filters have no escapes, but a _ after LIKE stands for any character.
+    """
+    plain = re.sub(r"[^\w ./:,+-]", "_", value)
+    return f"{what} {'=' if plain == value else 'LIKE'} '{plain}'"
 
 
 def pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:

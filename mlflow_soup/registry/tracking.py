@@ -20,7 +20,7 @@ from mlflow.tracking.fluent import _get_experiment_id  # private door
 from mlflow_soup.errors import OvertakenError, SoupError, SpecError
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming
-from mlflow_soup.registry.store import Store, pages
+from mlflow_soup.registry.store import Store, equals, pages
 
 NOTE_LIMIT = 8000  # MLflow's limit for a run's tag, which some databases enforce
 RUN_ENV = "MLFLOW_RUN_ID"
@@ -290,13 +290,11 @@ def find_runs(
 
     Args:
         client: the store's client.
-        tags: must be equal; our tags hold no quote or backslash, so no run has one that does.
+        tags: must be equal.
         status: RUNNING, FINISHED …; empty for any.
         experiments: the ids of the experiments to search; None for all of them.
     """
-    if any(mark in value for value in tags.values() for mark in "'\\"):
-        return []
-    clauses = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
+    clauses = [equals(f"tags.`{key}`", value) for key, value in tags.items()]
     clauses += [f"attributes.status = '{status}'"] if status else []
     if experiments is None:
         experiments = [e.experiment_id for e in pages(client.search_experiments)]

@@ -12,8 +12,8 @@ from mlflow_soup.errors import ParentError, SpecError
 from mlflow_soup.records import Version
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import family, naming
-from mlflow_soup.registry.outages import NOT_FOUND, asking, is_server, where
-from mlflow_soup.registry.store import Store, pages
+from mlflow_soup.registry.outages import NOT_FOUND, asking, is_server, where_models
+from mlflow_soup.registry.store import Store, equals, pages
 from mlflow_soup.request.names import Target, VersionRef, check_name
 from mlflow_soup.request.spec import unread
 
@@ -46,21 +46,21 @@ def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
     if not models:
         raise ParentError(
             "you may read no registered model here, or there is none"
-            if is_server()
+            if is_server(where_models())
             else "the store holds no registered model",
-            where=where(),
-            fix="set MLFLOW_TRACKING_URI to the store that holds your models"
-            + (", or ask for READ on them" if is_server() else ""),
+            where=where_models(),
+            fix="set MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI to the store that holds your models"
+            + (", or ask for READ on them" if is_server(where_models()) else ""),
         )
     if named:
         raise ParentError(
             f"there is no registered model {named!r}",
-            where=where(),
+            where=where_models(),
             fix=f"name one of {', '.join(sorted(models)[:10])}, "
-            "or set MLFLOW_TRACKING_URI to another store",
+            "or set MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI to another store",
         )
     if len(models) == 1:
-        check_name(models[0], f"the only registered model in {where()}")
+        check_name(models[0], f"the only registered model in {where_models()}")
         return models[0]
     having = [m for m in models if all(find_version(client, m, ref) is not None for ref in refs)]
     if len(having) != 1:
@@ -68,11 +68,11 @@ def find_model(client: Store, named: str, refs: Sequence[VersionRef]) -> str:
         found = f"{', '.join(sorted(having))} have" if having else "no registered model has"
         raise SpecError(
             f"no model was named, and {found} {wanted}",
-            where=where(),
+            where=where_models(),
             fix=f"name one: --model NAME, or {MODEL_ENV}"
             + f"; registered models: {', '.join(sorted(models)[:10])}",
         )
-    check_name(having[0], f"registered model in {where()}")
+    check_name(having[0], f"registered model in {where_models()}")
     return having[0]
 
 
@@ -99,10 +99,10 @@ def versions_of(client: Store, name: str, more: str = "") -> list[ModelVersion]:
     """The versions of a model that a filter finds.
 
     Raises:
-        SpecError: the name contains characters that have a meaning in a filter.
+        SpecError: the name cannot be used here.
     """
-    check_name(name, f"registered model in {where()}")
-    found = pages(client.search_model_versions, f"name='{name}'{more}")
+    check_name(name, f"registered model in {where_models()}")
+    found = pages(client.search_model_versions, equals("name", name) + more)
     return [version for version in found if version.name == name]  # some databases ignore case
 
 
@@ -119,7 +119,7 @@ def resolve(client: Store, name: str, ref: VersionRef) -> Version:
         aliases = sorted(client.get_registered_model(name).aliases)
         raise ParentError(
             f"{name} has no {'alias ' if ref.alias else ''}{ref}",
-            where=where(),
+            where=where_models(),
             fix=f"choose one of its versions: {', '.join(map(str, numbers)) or 'none'}; "
             f"or of its aliases: {', '.join(aliases) or 'none'}",
         )
@@ -225,7 +225,7 @@ def origin_of(client: Store, version: Version) -> tuple[str, str]:
 
 def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Version]:
     """The versions with these tags, by number."""
-    query = "".join(f" and tags.`{key}`='{value}'" for key, value in tags.items())
+    query = "".join(" and " + equals(f"tags.`{key}`", value) for key, value in tags.items())
     with asking(f"search the versions of {name}"):
         found = versions_of(client, name, query)
     return sorted(Version(name, int(v.version)) for v in found if tags.items() <= v.tags.items())

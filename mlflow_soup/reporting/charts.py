@@ -18,13 +18,14 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike
 
 from mlflow_soup.decision.pairing import ROUNDING
-from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE
+from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE, literally
 
 WIDTH, HEIGHT = 7.5, 4.5  # inches; larger where the content needs it
 ROW = 0.3  # inches, height of one line in a panel
 LEGIBLE = 14  # most versions for which a heat map prints the score in each cell
 
 
+@literally
 def pairs(names: Sequence[str], scores: Mapping[tuple[int, int], float], label: str) -> Figure:
     """A heat map that shows which two versions make a good soup (Fig. 1 and 6).
 
@@ -77,6 +78,7 @@ def pairs(names: Sequence[str], scores: Mapping[tuple[int, int], float], label: 
     return figure
 
 
+@literally
 def count(
     newest: str,
     counts: Sequence[int],
@@ -121,6 +123,7 @@ def count(
     return figure
 
 
+@literally
 def landscape(
     names: tuple[str, str],
     lam: ArrayLike,
@@ -172,6 +175,7 @@ def landscape(
     return figure
 
 
+@literally
 def heldout(
     names: tuple[str, str],
     shares: Sequence[float],
@@ -215,6 +219,7 @@ def heldout(
     return figure
 
 
+@literally
 def alpha(
     names: tuple[str, str],
     lam: ArrayLike,
@@ -257,6 +262,7 @@ def alpha(
     return figure
 
 
+@literally
 def ood(
     methods: Sequence[str], tasks: Sequence[str], *, ind: ArrayLike, ood: ArrayLike, label: str
 ) -> Figure:
@@ -285,6 +291,7 @@ def ood(
     return figure
 
 
+@literally
 def methods(groups: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str) -> Figure:
     """A forest plot of each method's soups against their better parent (Tables 1 and 2).
 

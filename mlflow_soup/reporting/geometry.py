@@ -188,6 +188,7 @@ def barrier(space: Space, trials: Sequence[Trial], *, confidence: float = 0.95) 
     )
 
 
+@report.literally
 def distances(distance: Distance, names: Sequence[str]) -> Figure:
     """The figure of each layer's relative L2, from each parent to the next.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -30,6 +31,7 @@ from mlflow_soup.search.space import Space, points_of
 
 _SECTION = "## Out of domain"  # the heading of a report's last section
 # colour-blind safe (Okabe & Ito 2008)
+literally = rc_context({"text.parse_math": False})  # decorates figures: a name may hold a $
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 
@@ -217,10 +219,10 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
 
     Args:
         story: what the report shows.
-        links: Markdown link targets for `run`, `trials` and each parent's name.
+        links: the targets for `run` and `trials`; each parent's name → its link in Markdown.
     """
     soup, trials = story.soup, story.trials
-    parents = " and ".join(f"[{p.version}]({links[str(p.version)]})" for p in soup.parents)
+    parents = " and ".join(links[str(p.version)] for p in soup.parents)
     rows = []
     for label, trial in baselines(story):
         assert trial.held_out is not None
@@ -263,6 +265,7 @@ def trials_table(story: Story) -> str:
     )
 
 
+@literally
 def landscape(story: Story) -> Figure:
     """The held-out scores: over λ for two parents, by trial number for more.
 

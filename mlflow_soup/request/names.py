@@ -4,13 +4,15 @@ import re
 from dataclasses import dataclass
 
 from mlflow_soup.errors import SpecError
+from mlflow_soup.redaction import redact_line
 
 _VERSION = re.compile(r"v?(?P<number>[1-9][0-9]{0,17})|@(?P<alias>[A-Za-z0-9_-]{1,255})")
-_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?=v?[0-9])|(?=@))(?P<version>[^/]+)")
-_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,127}")
+_URI = re.compile(r"models:/(?P<name>[^/]+)(?:/(?=v?[0-9])|(?=@[^@]*$))(?P<version>[^/]+)", re.S)
+_LONGEST = 200  # MLflow's 256, less what the ledger of a model needs for the name of its experiment
 _PROMOTE = re.compile(
     r"(?:(?P<kind>alias|stage):)?(?P<name>[A-Za-z0-9_-]+)"
-    r"|model:(?P<model>[A-Za-z0-9][A-Za-z0-9_. -]{0,127})@(?P<alias>[A-Za-z0-9_-]+)"
+    r"|model:(?P<model>[^/]+)@(?P<alias>[A-Za-z0-9_-]+)",
+    re.S,
 )
 STAGES = ("Staging", "Production")  # MLflow moves what they replace to Archived
 
@@ -166,6 +168,7 @@ def parse_target(text: str) -> Target:
     if match["kind"] != "stage":
         check_alias(match["alias"] or match["name"], "--promote")
     if match["model"]:
+        check_name(match["model"], "--promote")
         return Target("model", match["alias"], match["model"])
     if match["kind"] == "stage":
         stage = match["name"].capitalize()
@@ -190,10 +193,24 @@ def check_alias(alias: str, where: str) -> None:
 
 
 def check_name(model: str, where: str = "--model, or MLFLOW_SOUP_MODEL") -> None:
-    """Refuse names of registered models that MLflow's search filters cannot hold."""
-    if model and not _MODEL.fullmatch(model):
-        raise SpecError(
-            f"{model!r} cannot be the name of a registered model here",
-            where=where,
-            fix="use letters, digits, spaces and _.- only, with a letter or digit first",
-        )
+    """Refuse names that MLflow does not take, or that its URIs or our texts cannot hold."""
+    if not model:
+        return
+    marks = [mark for mark in "/:?`" if mark in model]  # MLflow's URIs end at a ?
+    if not model.strip():
+        why = "it is blank"
+    elif marks:
+        why = f"it holds a {marks[0]}"
+    elif model == "." or model.startswith(".."):
+        why = "it is a path"
+    elif len(model) > _LONGEST:
+        why = f"it has {len(model)} characters"
+    elif redact_line(model) != model:
+        why = "some characters are not seen, or it looks like a secret"
+    else:
+        return
+    raise SpecError(
+        f"{model!r} cannot be the name of a registered model here: {why}",
+        where=where,
+        fix=f"use a name of up to {_LONGEST} characters that are seen, without / : ? and `",
+    )

@@ -6,6 +6,7 @@ If a person decided otherwise, the repair records that decision. No repair moves
 that deployments read.
 """
 
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -276,7 +277,7 @@ def _aliases(model: _Registered) -> Iterator[Complaint]:
                 f"{f'has the gate verdict {gate}' if gate else 'the gate has not judged'}",
                 "someone moved the alias or stage by hand, or the verdict changed afterwards",
                 "point the alias or stage to another version, or judge the soup: mlflow-soup gate "
-                f"--model {version.name} --version v{version.number}",
+                f"{version.options}",
             )
 
 
@@ -326,10 +327,7 @@ def _verdicts(model: _Registered) -> Iterator[Complaint]:
             continue
         runs = tracking.find_runs(model.client, {naming.DIGEST: found.tags[naming.DIGEST]})
         judged = {run.info.run_id: run.data.tags.get(naming.GATE) for run in runs}
-        again = (
-            "run mlflow-soup evaluate, then mlflow-soup gate, both with "
-            f"--model {version.name} --version v{version.number}"
-        )
+        again = f"run mlflow-soup evaluate, then mlflow-soup gate, both with {version.options}"
         if run_id not in judged:
             yield Complaint(
                 f"the gate verdict of {version} is {gate}, but there is no run that judged it",
@@ -479,8 +477,8 @@ def _proofs(model: _Registered) -> Iterator[Complaint]:
                 mismatch(version, differing).what,
                 "somebody changed files or tags after the soup was registered, or the artifact "
                 "store is faulty",
-                f"do not use {version} before you know why; mlflow-soup verify {version.uri} shows "
-                "all differences",
+                f"do not use {version} before you know why; mlflow-soup verify "
+                f"{shlex.quote(version.uri)} shows all differences",
             )
         elif naming.GATE in found.tags and not wrong:
             yield from _verdict_again(model, proven, found.tags[naming.GATE])
@@ -508,6 +506,6 @@ def _verdict_again(model: _Registered, proven: Proven, told: str) -> Iterator[Co
             f"the tag {naming.GATE} of {version} says {told}, but its scores say {word} by today's "
             f"rules ({decision.verdict.rules})",
             "somebody wrote the tag by hand, or the rules of the model became stricter since",
-            f"do not serve {version} before you know why; mlflow-soup gate --model {version.name} "
-            f"--version v{version.number} shows each check",
+            f"do not serve {version} before you know why; mlflow-soup gate {version.options} "
+            "shows each check",
         )

@@ -267,7 +267,7 @@ def mismatch(version: Version, wrong: Sequence[Finding]) -> MismatchError:
         f"{version} is not what its manifest says: {' | '.join(said)}",
         where=version.uri,
         fix="do not use this version: somebody changed its files, tags or parents; mlflow-soup "
-        f"verify {version.uri} shows all differences",
+        f"verify {shlex.quote(version.uri)} shows all differences",
     )
 
 
@@ -353,7 +353,7 @@ def _choose(
     raise GateError(
         f"no evidence supports a verdict on {version}: {why}",
         where=version.uri,
-        fix=f"{first}run mlflow-soup evaluate --model {version.name} --version v{version.number}, "
+        fix=f"{first}run mlflow-soup evaluate {version.options}, "
         "then the same command again; give both the same --promote, --ood-tasks and --experiment",
     )
 

@@ -8,7 +8,15 @@ from mlflow_soup.records import Distance, Soup, Trial
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import score_metrics
-from mlflow_soup.registry.links import how_to_look, link, run_path, share_view, version_path
+from mlflow_soup.registry.links import (
+    how_to_look,
+    link,
+    run_path,
+    share_view,
+    target,
+    version_link,
+    version_path,
+)
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import describe
 from mlflow_soup.reporting import geometry, report, tables
@@ -72,8 +80,8 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     """Write metrics, report, figures and the version's description. Returns the summary."""
     soup = story.soup
     run_page, view = run_path(client, run_id), share_view(client, run_id)
-    links = {"run": f"#{run_page}", "trials": f"#{view}"}
-    links |= {str(parent.version): f"#{version_path(parent.version)}" for parent in soup.parents}
+    links = {"run": target(run_page), "trials": target(view)}
+    links |= {str(parent.version): version_link(parent.version) for parent in soup.parents}
     text = redact(report.markdown(story, links))
     names = [parent.version.short for parent in soup.parents]
     layers = tables.markdown(geometry.table(story.distance, names))

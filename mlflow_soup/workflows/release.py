@@ -212,7 +212,7 @@ def rules_told(decision: Decision) -> dict[str, object]:
 
 def _tags(version: Version, digest: str, key: str) -> dict[str, str]:
     return {
-        "mlflow.runName": f"OOD {version}",
+        "mlflow.runName": naming.run_name(f"OOD {version}"),
         naming.ROLE: "ood",
         naming.VERSION: f"{version.name}/{version.number}",
         naming.DIGEST: digest,

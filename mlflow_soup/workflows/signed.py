@@ -101,6 +101,6 @@ def _unsigned(version: Version, finding: Finding) -> MismatchError:
     return MismatchError(
         f"{version} is not signed as a whole: {'; '.join(finding.details[:3])}",
         where=version.uri,
-        fix=f"mlflow-soup sign --model {version.name} --version v{version.number}, with the key "
+        fix=f"mlflow-soup sign {version.options}, with the key "
         "that belongs to --public-key; if somebody changed a file, do not use this version",
     )

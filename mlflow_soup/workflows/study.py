@@ -127,7 +127,7 @@ def run_study(name: str, spec: Spec) -> Report:
     """
     session, subject = _prepare(name, spec)
     tags = {
-        "mlflow.runName": f"study {name} of {session.name}",
+        "mlflow.runName": naming.run_name(f"study {name} of {session.name}"),
         naming.ROLE: "study",
         naming.METHOD: name,
         naming.MODEL: session.name,

@@ -69,7 +69,7 @@ class Evaluation:
 def search_tags(job: Job, name: str, study: str = "") -> dict[str, str]:
     """The tags of a new search run. `study` is the run of the study that it belongs to."""
     return ({naming.STUDY: study} if study else {}) | {
-        "mlflow.runName": name,
+        "mlflow.runName": naming.run_name(name),
         naming.ROLE: "search",
         naming.KEY: job.key,
         naming.REQUEST: job.request,

@@ -186,11 +186,13 @@ def _read_badly():
     raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/model")
 
 
-@pytest.mark.parametrize("value", ["a'b", "' or '", "a\\", "'"])
-def test_no_run_is_found_by_a_value_that_would_end_the_filter(client, value):
+@pytest.mark.parametrize("value", ["a'b", "' or '", "a\\", "'", "%", "a;b", '"', "x" * 300])
+def test_a_value_with_filter_syntax_finds_its_run_and_no_other(client, value):
     experiment = client.get_experiment_by_name("soups").experiment_id
-    client.begin_run(experiment, "x", {"soup.digest": value})
-    assert tracking.find_runs(client, {"soup.digest": value}) == []
+    ours, _ = (client.begin_run(experiment, v, {"soup.digest": v}) for v in (value, "b" + value))
+    (found,) = tracking.find_runs(client, {"soup.digest": value})
+    assert found.info.run_id == ours
+    assert found.info.run_name == value[:250]
 
 
 def test_runs_are_found_by_status_too(client):

@@ -64,7 +64,8 @@ def story(tmp_path):
 
 
 def test_the_report_has_every_number_a_reader_needs(story):
-    links = {"run": "#/run", "trials": "#/trials", str(OLD): "#/old", str(NEW): "#/new"}
+    links = {"run": "#/run", "trials": "#/trials", str(OLD): f"[{OLD}](#/old)"}
+    links[str(NEW)] = f"[{NEW}](#/new)"
     text = report.markdown(story, links) + report.trials_table(story)
     for words in (
         "# Soup of [llm v12](#/old) and [llm v13](#/new), λ = 0.8",
@@ -128,7 +129,7 @@ def three(story, tmp_path):
 
 def test_a_soup_of_three_is_told_with_all_its_weights(story, tmp_path):
     names = [f"llm v{number}" for number in (11, 12, 13)]
-    links = {"run": "#/run", "trials": "#/trials", **dict.fromkeys(names, "#/x")}
+    links = {"run": "#/run", "trials": "#/trials", **{name: f"[{name}](#/x)" for name in names}}
     text = report.markdown(three(story, tmp_path), links)
     assert "0.7 × llm v13 + 0.2 × llm v12 + 0.1 × llm v11, bayesopt: " in text
     assert "| uniform soup (λ = 0.3333, 0.3333, 0.3334) | 0.5300 | 0.0100 |" in text

@@ -109,8 +109,8 @@ def test_a_uri_of_no_version_is_refused_with_one_that_is(uri, fix):
         ("models:/my-llm/012", "'012' is not a version"),
         ("models:/my-llm/1.5", "'1.5' is not a version"),
         ("models:/my-llm@a b", "'@a b' is not a version"),
-        ("models:/a'b/1", "cannot be the name of a registered model"),
-        ("models:/-a/1", "cannot be the name of a registered model"),
+        ("models:/a?b/1", "cannot be the name of a registered model here: it holds a \\?"),
+        ("models:/ /1", "cannot be the name of a registered model here: it is blank"),
     ],
 )
 def test_the_parts_of_a_uri_are_checked(uri, why):
@@ -192,7 +192,21 @@ def test_an_alias_that_mlflow_reserves_is_refused_at_once(text):
 
 
 RANGES = {
-    "model": (["my-llm", "a", "My model 2.0"], ["/", "a/b", "-a", " a", "a:b", "x" * 129]),
+    "model": (
+        [
+            "my-llm",
+            "a",
+            "My model 2.0",
+            "-a",
+            " a",
+            "été (v2)",
+            'it\'s "x"',
+            "日本",
+            "a@b",
+            "x" * 200,
+        ],
+        ["/", "a/b", "a:b", "a?", "a`b", "x" * 201, " ", ".", "../a", "a\u200bb", "a\nb"],
+    ),
     "pair": (["v1,v2", "@champion,3"], ["v1", "v1,v1", "x,y"]),
     "versions": (
         ["v1,v2", "v1,@champion,3"],
