@@ -38,13 +38,14 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
-from mlflow import environment_variables
+from mlflow import MlflowClient, environment_variables
 from mlflow.store.artifact import models_artifact_repo
 from mlflow.store.db import utils as db_utils
 from mlflow.tracking.fluent import _get_experiment_id
-from mlflow.utils import mlflow_tags
+from mlflow.utils import autologging_utils, mlflow_tags
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
+from sklearn.linear_model import LinearRegression
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
@@ -132,6 +133,22 @@ def setting(owner: object, name: str, value: object) -> Iterator[None]:
 @door("mlflow.tracking.fluent._get_experiment_id", "learn where MLflow would begin a run")
 def _(client: mlflow.MlflowClient) -> None:
     assert _get_experiment_id() == client.get_experiment_by_name("soups").experiment_id
+
+
+@door("mlflow.utils.autologging_utils", "pause the caller's autologging")
+def _(client: MlflowClient) -> None:
+    assert autologging_utils._AUTOLOGGING_GLOBALLY_DISABLED is False
+    mlflow.sklearn.autolog(silent=True)
+    try:
+        for paused in (True, False):
+            with (
+                setting(autologging_utils, "_AUTOLOGGING_GLOBALLY_DISABLED", paused),
+                mlflow.start_run() as run,
+            ):
+                LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0])
+            assert ("fit_intercept" in client.get_run(run.info.run_id).data.params) != paused
+    finally:
+        mlflow.sklearn.autolog(disable=True)
 
 
 @door("mlflow.utils.file_utils.local_file_uri_to_path", "read a local store without a copy")
@@ -781,6 +798,8 @@ CALLED = {
     "_instances": "lm_eval.api.task.Task",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "mlflow: variables are read at each request",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "mlflow: variables are read at each request",
+    "_AUTOLOGGING_GLOBALLY_DISABLED": "mlflow.utils.autologging_utils",
+    "autologging_utils._AUTOLOGGING_GLOBALLY_DISABLED": "mlflow.utils.autologging_utils",
     "mlflow.store": "mlflow.store.db.utils logs the errors that it raises",
 }
 

@@ -13,6 +13,7 @@ from mlflow_soup.files.signing import open_verifier
 from mlflow_soup.records import Evidence, Examination, Manifest, Score, Soup, Verdict, Version
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, probes, promotion, tracking
+from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.outages import asking
@@ -251,6 +252,7 @@ def _open_request(
 
 
 @asking("evaluate the soup")
+@alone()
 def evaluate(spec: Spec) -> Mapping[str, Evidence]:
     """Score a registered soup, its parents and the champion out of domain, in a separate run.
 
@@ -343,6 +345,7 @@ def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
 
 
 @asking("judge the soup")
+@alone()
 def gate(spec: Spec) -> tuple[Version, Verdict]:
     """Judge a soup by its newest evidence that counts, and write the verdict for people to read.
 
@@ -405,6 +408,7 @@ def point(client: Store, decision: Decision, target: Target) -> Version:
 
 
 @asking("sign the soup")
+@alone()
 def sign(spec: Spec) -> tuple[Version, str]:
     """Sign the files of a soup that passes the gate; the signature joins the version's files.
 
@@ -430,6 +434,7 @@ def sign(spec: Spec) -> tuple[Version, str]:
 
 
 @asking("promote the soup")
+@alone()
 def promote(spec: Spec) -> tuple[Version, str]:
     """Point an alias, a stage or another model's alias to a soup, after its verdict is computed.
 

@@ -17,6 +17,7 @@ from mlflow_soup.files.durable import check_space, scratch
 from mlflow_soup.records import Found, Outcome, Score, Soup, Version
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import lease, naming, probes, tracking
+from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import connect
@@ -52,6 +53,7 @@ logger = logging.getLogger("mlflow_soup")
 
 @redacting()
 @asking("merge")
+@alone()
 def run(spec: Spec) -> Outcome:
     """The main job: search λ, register the soup, examine, judge and promote it.
 

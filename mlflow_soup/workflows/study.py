@@ -13,6 +13,7 @@ from mlflow_soup.errors import SpecError
 from mlflow_soup.files.durable import check_writable, on_disk
 from mlflow_soup.redaction import redact, redacting
 from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.links import how_to_look, link, run_path
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.reporting import tables
@@ -113,6 +114,7 @@ def _needs_ood_tasks(name: str, spec: Spec) -> bool:
 
 @redacting()
 @asking("study the versions")
+@alone()
 def run_study(name: str, spec: Spec) -> Report:
     """Run one of the paper's pilot experiments on registered versions. It registers no version.
 
