@@ -57,7 +57,7 @@ def check_library() -> None:
         raise SpecError(
             f"signatures need packages that are not installed: {error}",
             where=f"the signature {SIGNATURE} of a soup",
-            fix="pip install 'mlflow-soup[sign]'",
+            fix="pip install 'model-signing>=1.1,<2' pyOpenSSL",  # the extra sign
         ) from error
 
 

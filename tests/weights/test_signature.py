@@ -4,8 +4,11 @@ import base64
 import builtins
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -246,6 +249,8 @@ def test_without_the_extra_the_error_says_how_to_install_it(tree, keys, monkeypa
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(errors.SpecError, match="not installed") as caught:
         open_tree_signer()
-    assert caught.value.fix == "pip install 'mlflow-soup[sign]'"
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    extra = project["project"]["optional-dependencies"]["sign"]
+    assert shlex.split(caught.value.fix) == ["pip", "install", *extra]
     with pytest.raises(errors.SpecError, match="not installed"):
         check_tree(tree, open_verifier([keys[1]]))
