@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from mlflow_soup.records import Recipe, Version
 
@@ -73,18 +73,19 @@ PASSED, REFUSED = "passed", "refused"
 COPIED = (LAMBDA, WEIGHTS, METHOD, KEY, REQUEST, RUN_ID, EVALUATOR)
 
 
-_PLAIN = " !\"#$&'()*+;<=>@[\\]^{|}~"  # all marks of a name except the comma and the %
-
-
 def format_parents(name: str, versions: tuple[Version, ...]) -> str:
     """The value of `soup.parents`; versions of `name` itself are bare numbers.
 
     `parse_parents` is its inverse.
     """
     return ",".join(
-        str(v.number) if v.name == name else f"{quote(v.name, safe=_PLAIN)}/{v.number}"
+        str(v.number) if v.name == name else f"{_without_commas(v.name)}/{v.number}"
         for v in versions
     )
+
+
+def _without_commas(name: str) -> str:
+    return name.replace("%", "%25").replace(",", "%2C")
 
 
 def parse_parents(name: str, text: str) -> tuple[Version, ...]:

@@ -12,7 +12,7 @@ from conftest import fill, register
 from mlflow_soup.cli import main
 from mlflow_soup.errors import SpecError
 from mlflow_soup.records import Version
-from mlflow_soup.registry import links
+from mlflow_soup.registry import links, naming
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import find_soups, last, versions_of
 
@@ -79,6 +79,12 @@ def test_a_name_that_uris_and_texts_cannot_hold_is_refused(client, name):
     client.create_registered_model(name)
     with pytest.raises(SpecError, match="cannot be the name of a registered model here"):
         last(client, name, 2)
+
+
+@pytest.mark.parametrize("owner", [ODD, OTHER, "12,x", "a%2Cb", "%", "été,"])
+def test_the_parents_of_a_soup_read_back_whatever_their_models_are_called(owner):
+    parents = (Version("m", 12), Version(owner, 7), Version(owner, 12))
+    assert naming.parse_parents("m", naming.format_parents("m", parents)) == parents
 
 
 def test_a_command_in_an_error_can_be_pasted_into_a_shell():
