@@ -445,6 +445,7 @@ class Check:
     bound: float  # OOD: lower confidence bound of the difference; held-out: the difference itself
     required: float  # the rule: `bound` must not be below this
     passed: bool
+    margin: str = ""  # of an OOD task, as the rules say it
 
 
 @dataclass(frozen=True)
@@ -452,14 +453,13 @@ class Rules:
     """The rules of the gate.
 
     Attributes:
-        margin: the allowed loss on each OOD task, in the metric's units (0.01 = one accuracy
-            point).
+        margin: the allowed loss on each OOD task, as `request.margins` reads it.
         confidence: the confidence of the one-sided bounds, in (0.5, 1).
         min_items: the smallest number of items of each OOD task.
         tasks: the OOD tasks to judge on, as `task:metric`; empty for those of the evidence.
     """
 
-    margin: float
+    margin: str
     confidence: float
     min_items: int = 1
     tasks: tuple[str, ...] = ()
@@ -467,7 +467,7 @@ class Rules:
     def __str__(self) -> str:
         """The rules in words, without the tasks."""
         items = f", at least {self.min_items} items" if self.min_items > 1 else ""
-        return f"margin {self.margin:g}, confidence {self.confidence:g}{items}"
+        return f"margin {self.margin}, confidence {self.confidence:g}{items}"
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ ROOMS: dict[str, set[str]] = {
     "request": set(),
     "files": set(),
     "weights": {"files"},
-    "decision": set(),
+    "decision": {"request"},
     "search": {"request", "decision"},
     "registry": {"request", "files"},
-    "evaluation": {"files", "weights"},
+    "evaluation": {"request", "files", "weights"},
     "statistics": {"request", "files", "weights", "evaluation"},
     "reporting": {"decision", "search"},
 }

@@ -12,6 +12,7 @@ from typing import Any
 from mlflow_soup.decision.pairing import ROUNDING, better, lower_bound, paired
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Check, Evidence, Examination, Rules, Score, Verdict
+from mlflow_soup.request.margins import parse_margins
 
 
 def inconsistent(examination: Examination) -> str:
@@ -91,7 +92,7 @@ def judge(
         soup: the soup's evidence.
         parents: the parents' evidence, at least one.
         champions: the evidence of the versions that the soup would replace; may be empty.
-        rules: margin, confidence, and the OOD tasks to judge on.
+        rules: margins, confidence, and the OOD tasks to judge on.
 
     Raises:
         ObjectiveError: two models were not scored on the same tasks and items.
@@ -102,6 +103,7 @@ def judge(
     for champion in champions:
         if champion.digest not in {soup.digest, *(r.digest for r in references)}:
             references.append(champion)
+    margins = parse_margins(rules.margin)
     checks = []
     for reference in references:
         difference = paired(soup.held_out, reference.held_out)
@@ -125,14 +127,17 @@ def judge(
             difference = paired(ours, theirs)
             same = soup.digest == reference.digest
             bound = 0.0 if same else lower_bound(difference, rules.confidence)
+            margin = margins.at(task)
+            required = -margin.of(theirs.value)
             checks.append(
                 Check(
                     task,
                     reference.version,
                     difference,
                     bound=bound,
-                    required=-rules.margin,
-                    passed=bound >= -rules.margin,
+                    required=required,
+                    passed=bound >= required,
+                    margin=str(margin),
                 )
             )
     return Verdict(tuple(checks), rules)

@@ -27,6 +27,7 @@ from mlflow_soup.evaluation.library import library
 from mlflow_soup.evaluation.loading import quiet
 from mlflow_soup.evaluation.task_folders import Factory, Folder, read_files, read_folders
 from mlflow_soup.evaluation.templates import RENDERER
+from mlflow_soup.request.margins import has_scale
 
 logger = logging.getLogger("mlflow_soup")
 _PIECE = re.compile(r"(?P<name>[^\s,:]+)(?::(?P<metric>[A-Za-z0-9_.+-]+))?")
@@ -197,8 +198,9 @@ def load_suite(
     As for the `lm_eval` command, a name may be a pattern such as `blimp_*`, or the path of a YAML
     file, which may be a pattern, too.
 
-    A task without a metric gets its first metric. A piece after `task:metric,` that is not the name
-    of a task is the filter of that task (`gsm8k:exact_match,flexible-extract`).
+    A task without a metric gets its first metric that is no perplexity, if it has one. A piece
+    after `task:metric,` that is not the name of a task is the filter of that task
+    (`gsm8k:exact_match,flexible-extract`).
 
     Args:
         text: the user's text.
@@ -302,7 +304,9 @@ def _settle(suite: Suite, name: str, metric: str | None, chosen: str | None, whe
             fix=_near(str(chosen), names)
             + f"correct the task's name, or choose a filter: {', '.join(names)}",
         )
-    term = Asked(name, settled[0])
+    # where none is named: accuracies and bits, whose differences have a scale, before perplexities
+    first = settled[0] if metric else next(filter(has_scale, settled), settled[0])
+    term = Asked(name, first)
     for task in suite.leaves(term):
         contributions(task, term.metric, [])  # refuses a metric that is not a sum over items
     return term

@@ -59,7 +59,8 @@ def format_check(check: Check) -> str:
     against = f"{check.name} against {check.against}: {check.difference.value:+.4f}"
     if check.name == "held-out":
         return f"{against}, must not be below 0: {verdict}"
-    return f"{against}, bound {check.bound:+.4f} must not be below {check.required:+.4f}: {verdict}"
+    required = f"{check.required:+.4f}" + (f" ({check.margin})" if "%" in check.margin else "")
+    return f"{against}, bound {check.bound:+.4f} must not be below {required}: {verdict}"
 
 
 def checks_table(verdict: Verdict) -> str:
@@ -70,7 +71,7 @@ def checks_table(verdict: Verdict) -> str:
             str(check.against),
             f"{check.difference.value:+.4f} ± {check.difference.stderr:.4f}",
             f"{check.bound:+.4f}",
-            f"{check.required:+.4f}",
+            f"{check.required:+.4f}" + (f" ({check.margin})" if "%" in check.margin else ""),
             "yes" if check.passed else "**no**",
         ]
         for check in verdict.checks

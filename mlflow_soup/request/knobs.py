@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from mlflow_soup.errors import SpecError
+from mlflow_soup.request.margins import parse_margins
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ class Rule:
     words: str
 
 
-AT_MOST = Rule(lambda ours, policy: ours <= policy, "at most")
+NO_LOOSER = Rule(
+    lambda ours, policy: parse_margins(ours).are_at_most(parse_margins(policy)),
+    "for every task at most",
+)
 AT_LEAST = Rule(lambda ours, policy: ours >= policy, "at least")
 SAME = Rule(lambda ours, policy: ours == policy, "the same,")
 # whether a name after `task:metric` is a task or a filter, only lm-eval tells: `settle_rules` asks

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.request import knobs
+from mlflow_soup.request import knobs, margins
 from mlflow_soup.request.knobs import (
     ALL_OF,
     AT_LEAST,
-    AT_MOST,
+    NO_LOOSER,
     SAME,
     Range,
     Written,
@@ -342,14 +342,16 @@ class Spec:
         f"run evaluate {_ALL}",
         range=whole(1),
     )
-    margin: float = knob(
+    margin: Written[float] = knob(
         GATE,
-        0.01,
-        "Allowed loss on each OOD task, in units of its metric (0.01 = one accuracy point).",
+        margins.DEFAULT,
+        "Allowed loss on each OOD task, in units of its metric (0.01 = one accuracy point), or as "
+        "a share of the rival's score (2%). Tasks and metrics may have their own: 0.01,piqa=0. "
+        f"Perplexities have {margins.WITHOUT_SCALE} unless they are named.",
         "run gate sign promote",
         policy=True,
-        range=finite(),
-        rule=AT_MOST,
+        parts=(int, float),
+        rule=NO_LOOSER,
     )
     confidence: float = knob(
         GATE,
@@ -484,6 +486,16 @@ class Spec:
             parse_version(self.version)
         if self.promote:
             parse_target(self.promote)
+        try:
+            read = margins.parse_margins(self.margin)
+            object.__setattr__(self, "margin", str(read))  # 0 and 0.0: one request
+        except ValueError as error:
+            raise SpecError(
+                f"--margin {self.margin} cannot be read: {error}",
+                where=knobs.place(self._knob("margin")),
+                fix="give numbers from 0, or shares such as 2%, for all tasks, or for tasks and "
+                "metrics by their names: 0.01,acc=0.005,perplexity=2%",
+            ) from error
         for name in self.compared:
             if name not in METHODS or self.compared.count(name) > 1:
                 raise SpecError(
@@ -606,8 +618,8 @@ class Spec:
                 ours = [f for f in self.include_path.split(os.pathsep) if f not in policys]
                 taken[knob_.name] = os.pathsep.join([*ours, *policys])
             elif owner and knob_.metadata["rule"] is not None and not aside:
-                value = knobs.read(knob_, text)
-                knobs.check(knob_, value)
+                stated = replace(self, **{knob_.name: knobs.read(knob_, text)})
+                value = getattr(stated, knob_.name)
                 knobs.check_rule(knob_, getattr(self, knob_.name), value, owner)
         return replace(self, **taken)
 

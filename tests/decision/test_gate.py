@@ -15,7 +15,7 @@ from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Difference, Evidence, Items, Score, Verdict, Version
 
 OLD, NEW, SOUP, SHIPPED = (Version("toy", number) for number in (1, 2, 3, 9))
-RULES = Rules(margin=0.01, confidence=0.95)
+RULES = Rules(margin="0.01", confidence=0.95)
 # Student's t, one-sided 95 %, from a printed table
 T95 = {2: 2.920, 9: 1.833, 99: 1.660}
 
@@ -199,8 +199,8 @@ def test_each_rule_is_recorded_with_its_numbers():
 def test_the_bound_may_reach_the_margin_but_not_fall_below_it():
     soup, parent = evidence(SOUP, RIGHT, OOD_SOUP), evidence(NEW, WORSE, OOD_PARENT)
     bound = judge(soup, [parent], [], RULES).checks[1].bound
-    assert judge(soup, [parent], [], Rules(-bound, 0.95)).passed
-    assert not judge(soup, [parent], [], Rules(math.nextafter(-bound, 0.0), 0.95)).passed
+    assert judge(soup, [parent], [], Rules(repr(-bound), 0.95)).passed
+    assert not judge(soup, [parent], [], Rules(repr(math.nextafter(-bound, 0.0)), 0.95)).passed
 
 
 def test_one_ood_task_below_its_margin_is_enough_to_refuse():
@@ -209,7 +209,7 @@ def test_one_ood_task_below_its_margin_is_enough_to_refuse():
 
     soup = with_second(evidence(SOUP, RIGHT, OOD_SOUP), WORSE)
     parent = with_second(evidence(NEW, WORSE, OOD_PARENT), RIGHT)
-    verdict = judge(soup, [parent], [], Rules(0.06, 0.95))
+    verdict = judge(soup, [parent], [], Rules("0.06", 0.95))
     assert [(c.name, c.passed) for c in verdict.checks] == [
         ("held-out", True),
         ("ood", True),
@@ -221,7 +221,7 @@ def test_one_ood_task_below_its_margin_is_enough_to_refuse():
 def test_more_confidence_is_harder_to_pass():
     soup, parent = evidence(SOUP, RIGHT, OOD_SOUP), evidence(NEW, WORSE, OOD_PARENT)
     bounds = [
-        judge(soup, [parent], [], Rules(0.01, confidence)).checks[1].bound
+        judge(soup, [parent], [], Rules("0.01", confidence)).checks[1].bound
         for confidence in (0.6, 0.8, 0.9, 0.95, 0.99)
     ]
     assert bounds == sorted(bounds, reverse=True)
@@ -230,7 +230,7 @@ def test_more_confidence_is_harder_to_pass():
 
 def test_a_soup_that_is_worse_on_held_out_items_is_refused_at_any_margin():
     soup, parent = evidence(SOUP, WORSE, RIGHT), evidence(NEW, RIGHT, RIGHT)
-    verdict = judge(soup, [parent], [], Rules(1e9, 0.95))
+    verdict = judge(soup, [parent], [], Rules("1e9", 0.95))
     assert [c.passed for c in verdict.checks] == [False, True]
     assert not verdict.passed
 
@@ -255,7 +255,7 @@ def test_the_better_parent_by_held_out_score_is_the_reference(old, new, referenc
 def test_the_champion_is_a_reference_unless_it_is_a_reference_already(champion, references):
     parents = [evidence(OLD, WORSE, RIGHT), evidence(NEW, RIGHT, RIGHT)]
     reigning = [evidence(champion, WORSE, RIGHT)] if champion else []
-    verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, reigning, Rules(0.05, 0.95))
+    verdict = judge(evidence(SOUP, RIGHT, RIGHT), parents, reigning, Rules("0.05", 0.95))
     assert list(dict.fromkeys(check.against for check in verdict.checks)) == references
     assert len(verdict.checks) == 2 * len(references)
     assert verdict.passed
@@ -264,7 +264,7 @@ def test_the_champion_is_a_reference_unless_it_is_a_reference_already(champion, 
 def test_a_soup_behind_the_champion_is_refused():
     parents = [evidence(OLD, WORSE, RIGHT), evidence(NEW, WORSE, RIGHT)]
     champion = evidence(SHIPPED, RIGHT, RIGHT)
-    verdict = judge(evidence(SOUP, WORSE, RIGHT), parents, [champion], Rules(0.05, 0.95))
+    verdict = judge(evidence(SOUP, WORSE, RIGHT), parents, [champion], Rules("0.05", 0.95))
     failed = [(check.name, check.against) for check in verdict.checks if not check.passed]
     assert failed == [("held-out", SHIPPED)]
 
@@ -272,17 +272,17 @@ def test_a_soup_behind_the_champion_is_refused():
 def test_equal_weights_pass_with_any_number_of_items():
     answers, digest = [1, 0, 1], "sha256:same"
     soup, parent = (evidence(v, answers, answers, digest) for v in (SOUP, NEW))
-    verdict = judge(soup, [parent], [], Rules(0.0, 0.95))
+    verdict = judge(soup, [parent], [], Rules("0.0", 0.95))
     assert verdict.passed
     assert verdict.checks[1].bound == 0.0
     # other weights with the same three answers may be worse: −t₂·√2/5
-    other = judge(replace(soup, digest="sha256:other"), [parent], [], Rules(0.0, 0.95))
+    other = judge(replace(soup, digest="sha256:other"), [parent], [], Rules("0.0", 0.95))
     assert not other.passed
     assert other.checks[1].bound == pytest.approx(-T95[2] * math.sqrt(2) / 5, abs=1e-3)
 
 
 def test_a_verdict_without_checks_has_not_passed():
-    assert not Verdict((), Rules(0.05, 0.95)).passed
+    assert not Verdict((), Rules("0.05", 0.95)).passed
 
 
 # shares of items won and lost; at least five losses are expected
@@ -341,3 +341,31 @@ def test_a_clear_winner_has_no_optimism():
 def test_optimism_is_never_negative(seed, models):
     rows = np.random.default_rng(seed).integers(0, 2, (models, 60))
     assert optimism(scores_of(*rows)) >= 0.0
+
+
+def of_text(version, perplexity, digest=None):
+    """Evidence with a perplexity: the smaller, the better."""
+    ood = score(task(perplexity, weight=-1.0, metric="perplexity,none"))
+    held_out = score(task(RIGHT))
+    return Evidence(version, f"sha256:{version.number}", held_out, (("lm:perplexity", ood),))
+
+
+@pytest.mark.parametrize(
+    ("margin", "words", "required", "passed"),
+    [
+        ("0.01", "2%", -0.4, True),
+        ("0.01,perplexity=1%", "1%", -0.2, False),
+        ("lm=0.3", "0.3", -0.3, True),
+        ("0.5,lm:perplexity=0.1", "0.1", -0.1, False),
+        ("3%", "3%", -0.6, True),
+    ],
+)
+def test_a_perplexity_may_rise_by_a_share_of_the_rivals(margin, words, required, passed):
+    parent = of_text(NEW, [15.0, 25.0] * 30)
+    soup = of_text(SOUP, [15.25, 25.25] * 30)  # each item loses a quarter
+    verdict = judge(soup, [parent], [], Rules(margin, 0.95))
+    check = verdict.checks[1]
+    assert check.difference.value == pytest.approx(-0.25)
+    assert check.required == pytest.approx(required)
+    assert (check.margin, check.passed) == (words, passed)
+    assert check.bound == pytest.approx(-0.25, abs=1e-9)

@@ -55,7 +55,7 @@ def story(tmp_path):
         gains=(Difference(0.06, 0.02, 200), Difference(0.04, 0.01, 200)),
         better=1,
         roles=roles,
-        verdict=Verdict((held_out, ood), Rules(0.05, 0.95)),
+        verdict=Verdict((held_out, ood), Rules("0.05", 0.95)),
         target="",
         promoted="",
         distance=Distance((LayerDistance("layer 0", (1.0, 1.0), ((0.0, 0.25), (0.25, 0.0))),)),
