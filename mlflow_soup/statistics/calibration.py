@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def calibrate(
-    texts: Iterable[str], live: LiveModel, *, tokens: int, max_length: int | None = None
+    texts: Sequence[str], live: LiveModel, *, tokens: int, max_length: int | None = None
 ) -> Calibration:
     """Tokenise texts and cut them into windows, until there are enough tokens.
 
@@ -82,7 +82,6 @@ def calibrate(
     """
     longest = getattr(live.model.config, "max_position_embeddings", None)
     length = min(limit for limit in (WINDOW, longest, max_length) if limit)
-    texts = list(texts)
 
     def cut() -> list[tuple[int, ...]]:
         windows, left = [], tokens
