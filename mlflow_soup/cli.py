@@ -129,7 +129,7 @@ def _option(knob: Field[Any]) -> Callable[[Any], Any]:
             is_flag=False,
             flag_value=True,
             metavar="[YES|NO]",
-            help=f"{words}  [default: {'yes' if knob.default else 'no'}]",
+            help=words + ("  [default: no]" if knob.default is False else ""),
         )
     if knob.default not in ("", None):
         words += f"  [default: {knob.default}]"

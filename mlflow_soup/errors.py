@@ -18,6 +18,8 @@
 A gate that refuses returns a `Verdict` and raises nothing; the commands then exit with code 3.
 """
 
+from typing import Any
+
 from mlflow_soup.redaction import redact, redact_line
 
 _MOST_QUOTED = 300  # characters of another library's text
@@ -33,9 +35,16 @@ class SoupError(Exception):
         super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a fork hands its errors over
+        return _rebuild, (type(self), self.what, self.where, self.fix)
+
     def __str__(self) -> str:
         what = self.what.replace("\n", "\n  | ")  # a name in it cannot pass for the lines below
         return f"{what}\n  where: {self.where}\n    fix: {self.fix}"
+
+
+def _rebuild(kind: type[SoupError], what: str, where: str, fix: str) -> SoupError:
+    return kind(what, where=where, fix=fix)
 
 
 def brief(error: BaseException) -> str:

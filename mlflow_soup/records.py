@@ -319,8 +319,8 @@ class Score:
         """Why a stored score is not the sum of its items, in words; empty if it is."""
         if any(abs(math.fsum(i.shares) - 1.0) > 1e-6 for i in self.items):
             return "the shares of its items do not add up to 1"
-        if not 0.0 <= self.noise < math.inf:
-            return "its noise is no standard deviation"
+        if not 0.0 <= self.noise <= self.stderr * (1.0 + 1e-9):
+            return "its noise is no part of its standard error"
         sums = [i.weight * math.fsum(map(operator.mul, i.shares, i.values)) for i in self.items]
         total = math.fsum(sums)
         if math.isfinite(total) and math.isclose(total, self.value, rel_tol=1e-9, abs_tol=1e-12):

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import datetime
 import hashlib
 import importlib
 import importlib.metadata
@@ -456,6 +457,12 @@ def _() -> None:
 def _() -> None:
     assert normalize_gen_kwargs({"max_tokens": 7}, 256)["max_gen_toks"] == 7
     assert normalize_gen_kwargs({}, 256)["max_gen_toks"] == 256
+
+
+@door("transformers.utils.chat_template_utils.datetime", "stop the clock of chat templates")
+def _() -> None:
+    utils = importlib.import_module("transformers.utils.chat_template_utils")
+    assert utils.datetime is datetime.datetime
 
 
 @door("lm_eval.utils.simple_parse_args_string", "read settings of generation")

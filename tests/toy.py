@@ -5,8 +5,11 @@ model can be damaged in one domain and stay sound in the other. Two noisy copies
 model stand for two checkpoints of a run: their average has less noise and is better than both.
 """
 
+import copy
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,6 +168,16 @@ def _choice_items(alphabet: str, count: int, seed: int) -> list[dict[str, object
         choices = [*wrong[:answer], right, *wrong[answer:]]
         items.append({"question": " ".join([right] * 2), "choices": choices, "answer": answer})
     return items
+
+
+def write_task(path: Path, config: dict[str, Any]) -> None:
+    """Write a task's YAML, with copies of its data files beside it."""
+    config = copy.deepcopy(config)
+    files = config["dataset_kwargs"]["data_files"]
+    for split, file in files.items():
+        if Path(file).is_file() and Path(file).parent != path.parent:
+            files[split] = str(shutil.copy(file, path.parent))
+    path.write_text(yaml.safe_dump(config))
 
 
 def write_tasks(folder: Path, count: int = 120) -> Path:

@@ -159,12 +159,18 @@ class Evaluator:
 
     def fits(self, score: Score) -> bool:
         """Whether a stored score of all terms is one of these items, and adds up."""
-        return is_of(score, [part for parts in self.items.values() for part in parts])
+        return self._shows(score, self._suite.terms) and is_of(
+            score, [part for parts in self.items.values() for part in parts]
+        )
+
+    def _shows(self, score: Score, terms: Sequence[Asked]) -> bool:
+        return [(m.task, m.metric) for m in score.metrics] == [(t.name, t.metric) for t in terms]
 
     def fits_each(self, of: Mapping[str, Score]) -> bool:
         """Whether stored scores, one for each term, are of these items, and add up."""
         return list(of) == list(self.items) and all(
-            is_of(score, self.items[term]) for term, score in of.items()
+            self._shows(score, [term]) and is_of(score, self.items[str(term)])
+            for term, score in zip(self._suite.terms, of.values(), strict=True)
         )
 
     def settings(self) -> dict[str, Any]:

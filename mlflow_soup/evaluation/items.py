@@ -44,11 +44,13 @@ def freeze(task: Any, prompting: Prompting, limit: int | None) -> None:
         ParentError: the chat template fails.
     """
     prompting.configure(task)
-    if isinstance(task.get_config("custom_dataset"), Reader):  # it comes from a folder
-        _limit_requests(task)
+    from_folder = isinstance(task.get_config("custom_dataset"), Reader)
+    if from_folder:
         _limit_scoring(task)
 
     def build(**options: Any) -> None:
+        if from_folder:
+            _limit_requests(task)
         # private door: lm_eval.api.task.Task
         task.set_fewshot_seed(FEWSHOT_SEED)
         task.build_all_requests(limit=limit, **options)
@@ -78,6 +80,7 @@ def freeze(task: Any, prompting: Prompting, limit: int | None) -> None:
 
 def _limit_requests(task: Any) -> None:
     """Stop a task whose requests would fill the memory, by long examples or many choices."""
+    task.__dict__.pop("construct_requests", None)  # of an earlier build
     construct, left = task.construct_requests, MOST_CHARACTERS
 
     def construct_within(doc: Any, ctx: Any, **options: Any) -> Any:

@@ -12,10 +12,11 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
+from mlflow_soup.errors import StoreError, brief
 from mlflow_soup.evaluation.template_process import lower
 
 Result = TypeVar("Result")
@@ -81,20 +82,49 @@ def try_within(work: Callable[[], object], *, seconds: int, memory: int, file_si
 def work_within(work: Callable[[], Result], *, seconds: int, memory: int, file_size: int) -> Result:
     """Do work as `try_within` does, and return its result, which pickle can copy.
 
+    An error is handed over, too: what failed in the fork might not end in this process.
+
     Raises:
         LimitError: the work took more than its limits, or crashed.
-        Exception: the work raised it.
+        StoreError: the result does not fit on the disk of temporary files.
+        Exception: the work raised it; an error that pickle cannot copy is an OSError or a
+            RuntimeError with its words.
     """
     with tempfile.TemporaryFile() as file:
 
         def write() -> None:
-            pickle.dump(work(), file, protocol=pickle.HIGHEST_PROTOCOL)
+            try:
+                found: tuple[bool, Any] = True, work()
+            except Exception as error:
+                if _is_of_limits(error):
+                    raise
+                found = False, _portable(error)
+            pickle.dump(found, file, protocol=pickle.HIGHEST_PROTOCOL)
             file.flush()
 
         if not try_within(write, seconds=seconds, memory=memory, file_size=file_size):
-            return work()  # which meets the error; or it ended, and the disk is full
+            raise StoreError(
+                "there is no room for a temporary file",
+                where=tempfile.gettempdir(),
+                fix="free some disk space, or let TMPDIR name a folder on another disk; then run "
+                "the same command again",
+            )
         file.seek(0)
-        return cast(Result, pickle.load(file))
+        ended, result = pickle.load(file)
+    if not ended:
+        raise result
+    return cast(Result, result)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its words that pickle can copy."""
+    try:
+        again = pickle.loads(pickle.dumps(error))
+        if str(again) == str(error):
+            return error
+    except Exception:  # pickle calls the class of the error
+        pass
+    return (OSError if isinstance(error, OSError) else RuntimeError)(brief(error))
 
 
 def _hush() -> None:

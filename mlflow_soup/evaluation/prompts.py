@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from lm_eval.utils import simple_parse_args_string  # private door
+from transformers.utils import chat_template_utils  # private door
 
 from mlflow_soup.errors import ParentError, SpecError, brief
 from mlflow_soup.evaluation.limits import LimitError
@@ -17,6 +19,14 @@ _LONGEST = 64  # characters that a template may make of one character of a conve
 _LEAST = 1 << 16  # characters that it may make of any conversation
 
 Messages = Sequence[Mapping[str, str]]  # role and content of each turn
+
+
+class _Today(datetime):
+    """The day that a template prints as today's: a score must not depend on the day."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> "_Today":
+        return cls(2024, 7, 26, tzinfo=tz)
 
 
 class ChatTemplate:
@@ -63,6 +73,8 @@ class ChatTemplate:
                 raise self._refused("it makes texts that are too long")
             self._texts.update(zip(missing, texts, strict=True))
             build()
+        if self._missing:
+            raise self._refused("the tasks ask for other texts each time")
 
     def __call__(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The text of a conversation; an empty text for one that is not written yet."""
@@ -72,6 +84,9 @@ class ChatTemplate:
         return self._texts.get(key, "")
 
     def _render(self, conversations: Sequence[tuple[Messages, bool]]) -> list[str]:
+        """The texts of conversations; only in a fork, whose clock stands still."""
+        # private door: transformers.utils.chat_template_utils.datetime
+        chat_template_utils.datetime = _Today  # type: ignore[attr-defined]
         try:
             return [self._render_one(*each) for each in conversations]
         except Exception as error:  # a template can raise anything
@@ -161,8 +176,9 @@ def parse_generation(text: str, where: str) -> dict[str, Any]:
     fix = 'write temperature=0.7,top_p=0.9, or JSON such as {"until": ["\\n\\n"]}'
     try:
         found = json.loads(text) if text.lstrip().startswith("{") else _pairs(text)
-    except ValueError as error:
-        raise SpecError(f"{text!r} cannot be read: {error}", where=where, fix=fix) from error
+    except (ValueError, RecursionError) as error:
+        what = f"--gen-kwargs {text:.60} cannot be read: {brief(error)}"
+        raise SpecError(what, where=where, fix=fix) from error
     if problem := next(iter(generation_problems(found)), ""):
         raise SpecError(f"--gen-kwargs {problem}", where=where, fix=fix)
     return found

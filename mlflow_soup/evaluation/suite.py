@@ -5,7 +5,6 @@ A `Suite` holds the loaded tasks and the metrics that are asked for. It needs no
 
 import difflib
 import fnmatch
-import glob
 import hashlib
 import itertools
 import json
@@ -88,7 +87,9 @@ def _open_manager(names: Sequence[str], folders: Sequence[Folder], where: str) -
         # private door: lm_eval.tasks.TaskManager.task_index
         manager.task_index.update(folder.entries)
     for name in names:
-        if len(places := [str(folder.path) for folder in folders if name in folder.entries]) > 1:
+        having = [folder for folder in folders if name in folder.entries]
+        if len({folder.entries[name].yaml_path for folder in having}) > 1:
+            places = [str(folder.path) for folder in having]
             logger.warning("task %s is in %s: the last one counts", name, " and ".join(places))
     for folder in folders:
         for path, reason in folder.unreadable.items():
@@ -137,6 +138,39 @@ def named_terms(
     return _find(text, include_path, allowed, where)[1]
 
 
+def replaced_by(
+    text: str, include_path: str, *, besides: str, allowed: Collection[str] = (), where: str
+) -> list[str]:
+    """Which tasks of lm-eval, or of other folders, folders and YAML files would replace.
+
+    Args:
+        text: tasks, some of which may be YAML files.
+        include_path: folders, separated as in PATH.
+        besides: the other folders.
+        allowed: as for `load_suite`.
+        where: the option of the text, for errors.
+
+    Returns:
+        `FOLDER defines TASK`, for each.
+    """
+    index = library().task_index
+    others = read_folders(besides, allowed)
+    for folder in others:
+        index.update(folder.entries)
+    theirs = {folder.path.resolve() for folder in others}
+    ours = [f for f in read_folders(include_path, allowed) if f.path.resolve() not in theirs]
+    files = [name for name, _ in _split(text, where) if name.endswith(".yaml")] if text else []
+    every = [file for name in files for file in _glob(name, where)]
+    for parent in dict.fromkeys(file.parent for file in every):
+        ours.append(read_files(parent, every, allowed)[0])
+    return [
+        f"{folder.path} defines {name}"
+        for folder in ours
+        for name, entry in folder.entries.items()
+        if name in index and (not entry.yaml_path or entry.yaml_path != index[name].yaml_path)
+    ]
+
+
 def _find(
     text: str, include_path: str, allowed: Collection[str], where: str
 ) -> tuple[TaskManager, list[Named]]:
@@ -153,6 +187,8 @@ def _find(
         folders.append(folder)
         of_file |= defines
     manager = _open_manager(names, folders, "--include-path, or tag soup.include_path")
+    for file, defined in of_file.items():
+        _check_members(manager, file, defined, where)
     asked: list[Named] = []
     for i, (name, metric) in enumerate(pieces):
         if name in files:
@@ -169,13 +205,36 @@ def _find(
     return manager, asked
 
 
+def _check_members(manager: TaskManager, file: Path, names: Sequence[str], where: str) -> None:
+    """Refuse the file of a group whose members are not known."""
+    for name in names:
+        members = (manager.task_index[name].cfg or {}).get("task", [])
+        for member in members if isinstance(members, list) else []:
+            if isinstance(member, str) and member not in manager.task_index:
+                raise SpecError(
+                    f"the group {name} in {file} has the member {member}, which lm-eval lacks",
+                    where=where,
+                    fix=f"name the folder that has it, too: --include-path {file.parent}",
+                )
+
+
 def _glob(pattern: str, where: str) -> list[Path]:
     """The YAML files that a path or a pattern of paths names.
 
     Raises:
         SpecError: there are none.
     """
-    files = sorted(Path(file).absolute() for file in glob.glob(pattern, recursive=True))
+    folder, name = Path(pattern).parent.absolute(), Path(pattern).name
+    if _PATTERN & {*str(folder)} and not folder.is_dir():
+        raise SpecError(
+            f"{pattern} is a pattern of folders",
+            where=where,
+            fix="use a pattern only for the name of the file, my-tasks/*.yaml, or name the folder "
+            "with --include-path",
+        )
+    # listed by name, and not by glob: a pattern of folders could visit the whole disk
+    listed = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in listed if file.name == name or fnmatch.fnmatchcase(file.name, name)]
     if not files:
         raise SpecError(
             f"there is no task file {pattern}",

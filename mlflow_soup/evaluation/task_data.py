@@ -16,7 +16,7 @@ import datasets
 import pyarrow.parquet
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.evaluation.limits import LimitError, try_within
+from mlflow_soup.evaluation.limits import LimitError, work_within
 from mlflow_soup.files.untrusted import open_regular
 
 LOCAL = ("json", "csv", "text", "parquet")  # formats of data beside a task's YAML
@@ -71,7 +71,7 @@ def _read_files(kind: str, name: str | None, options: Mapping[str, Any], where: 
     # private door: datasets: a prepared data set lies in cache_dir
     if not os.path.exists(builder.cache_dir):
         try:
-            try_within(prepare, seconds=SECONDS, memory=MEMORY, file_size=LARGEST)
+            work_within(prepare, seconds=SECONDS, memory=MEMORY, file_size=LARGEST)
         except LimitError as error:
             shutil.rmtree(f"{builder.cache_dir}.incomplete", ignore_errors=True)
             raise _refusal(f"its data cannot be read: {error}", where) from error

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -52,6 +53,10 @@ GENERATION_KWARGS = {
     *("max_gen_toks", "max_tokens", "max_length", "max_new_tokens", "max_completion_tokens"),
     *("min_new_tokens", "length_penalty", "early_stopping", "repetition_penalty"),
     "no_repeat_ngram_size",
+}
+_WHOLE = {
+    *("num_beams", "top_k", "max_gen_toks", "max_tokens", "max_length", "max_new_tokens"),
+    *("max_completion_tokens", "min_new_tokens", "no_repeat_ngram_size"),
 }
 # keys that could give trusted functions other data, or switch off a warning
 NOT_IN_GROUPS = ("dataset_path", "dataset_kwargs", "unsafe_code")
@@ -114,10 +119,11 @@ def read_files(
     Raises:
         SpecError: a file defines neither a task nor a group, or as `read_folders`.
     """
-    whole = _copied(folder, allowed) or _read(folder)
+    own = [file for file in files if file.parent == folder]
+    whole = _copied(folder, allowed) or _read(folder, own)
     entries: dict[str, Any] = {}
     defines: dict[Path, list[str]] = {}
-    for file in (file for file in files if file.parent == folder):
+    for file in own:
         path = whole.path / file.name  # a copy has another place
         found = {name: e for name, e in whole.entries.items() if e.yaml_path == path}
         if not found:
@@ -131,12 +137,14 @@ def read_files(
     return dataclasses.replace(whole, entries=entries, unreadable={}), defines
 
 
-def _read(folder: Path) -> Folder:
+def _read(folder: Path, files: Collection[Path] | None = None) -> Folder:
+    """Read the YAML files of a folder; with `files`, only these and what they include."""
     entries: dict[str, Any] = {}
     unreadable: dict[Path, str] = {}
     reading = _Reading(folder)
     # the order and the folders left out are lm-eval's
-    for path in sorted(folder.rglob("*.yaml"), key=Path.as_posix):
+    every = folder.rglob("*.yaml") if files is None else files
+    for path in sorted(every, key=Path.as_posix):
         if {_CACHES, ".ipynb_checkpoints"} & set(path.parts):
             continue
         try:
@@ -391,7 +399,8 @@ class Factory(TaskFactory):  # type: ignore[misc]
         return {**config, "custom_dataset": Reader(kind, name, _options(config), str(yaml))}
 
     def _judge(self, config: Any, yaml: Path, *, in_group: bool) -> None:
-        reason = next(_reasons(config, self._paths, in_group=in_group), None)
+        # whoever names a folder above both must not read what is beside another's YAML
+        reason = next(_reasons(config, [yaml.parent], in_group=in_group), None)
         if reason is not None:
             self._refuse(yaml, reason)
 
@@ -523,14 +532,25 @@ def generation_problems(value: Mapping[Any, Any]) -> Iterator[str]:
     if odd:
         yield f"generates with {', '.join(odd)}, which could name code"
     for key, setting in value.items():
+        number = isinstance(setting, int | float) and not isinstance(setting, bool)
         if key == "until":
             stops = setting if isinstance(setting, list) else [setting]
-            if len(stops) > MOST_STOPS:
+            if not all(isinstance(stop, str) for stop in stops):
+                yield "stops at something that is not a text"
+            elif len(stops) > MOST_STOPS:
                 yield f"stops at {len(stops)} texts, but {MOST_STOPS} are the most"
-        elif not isinstance(setting, int | float | str | None):
-            yield f"generates with a {key} that is not a number or a text"
-        elif key == "num_beams" and not (isinstance(setting, int) and setting <= MOST_BEAMS):
-            yield f"generates with num_beams = {setting}, but {MOST_BEAMS} are the most"
+        elif key in ("do_sample", "early_stopping"):
+            if not isinstance(setting, bool | None):
+                yield f"generates with {key} = {setting!r}, which is not true or false"
+        elif setting is None:
+            continue
+        elif key in _WHOLE:
+            if not isinstance(setting, int) or not number or not 0 <= setting < 1 << 31:
+                yield f"generates with {key} = {setting!r:.40}, which is not a whole number"
+            elif key == "num_beams" and not 1 <= setting <= MOST_BEAMS:
+                yield f"generates with num_beams = {setting}, but {MOST_BEAMS} are the most"
+        elif not number or not math.isfinite(setting):
+            yield f"generates with {key} = {setting!r:.40}, which is not a number"
 
 
 def _of_unsafe(value: Any, task: Mapping[Any, Any], folders: Sequence[Path]) -> Iterator[str]:

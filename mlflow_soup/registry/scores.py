@@ -109,6 +109,12 @@ def read(path: Path) -> Scores:
     head = parse_json(table.schema.metadata[b"soup"])
     if table.schema.metadata[b"sha256"].decode() != _digest(head, table):
         raise ValueError(f"{path} is damaged")
+    for one in head["scores"]:
+        numbers = [one["value"], one["stderr"], one.get("noise", 0.0)]
+        numbers += [n for metric in one["metrics"] for n in (metric["value"], metric["stderr"])]
+        names = [t for metric in one["metrics"] for t in (metric["task"], metric["metric"])]
+        if {*map(type, numbers)} - {float, int} or {*map(type, names)} - {str}:
+            raise TypeError(f"{path} holds a name or a number of another type")
     groups: dict[tuple[int, str, str, float], list[Any]] = {}
     for term, task, its_metric, weight, *row in zip(*table.to_pydict().values(), strict=True):
         groups.setdefault((term, task, its_metric, weight), []).append(row)

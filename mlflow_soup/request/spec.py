@@ -280,6 +280,7 @@ class Spec:
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
         range=whole(0),
+        rule=SAME,
     )
     apply_chat_template: bool = knob(
         SCORE,
@@ -287,6 +288,7 @@ class Spec:
         "Write each prompt as a conversation, by the chat template of the tokenizer.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
+        rule=SAME,
     )
     fewshot_as_multiturn: bool | None = knob(
         SCORE,
@@ -295,6 +297,7 @@ class Spec:
         "Default: yes.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
+        rule=SAME,
     )
     system_instruction: str = knob(
         SCORE,
@@ -302,6 +305,7 @@ class Spec:
         "Text before each prompt; with a chat template, the turn of the system.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
+        rule=SAME,
     )
     gen_kwargs: str = knob(
         SCORE,
@@ -310,6 +314,7 @@ class Spec:
         "or JSON.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
+        rule=SAME,
     )
     evaluator: str = knob(
         SCORE,
@@ -334,6 +339,7 @@ class Spec:
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
         range=whole(2),
+        rule=SAME,
     )
     limit: int | None = knob(
         SCORE,
@@ -457,6 +463,11 @@ class Spec:
         """The knobs that the caller named."""
         named: frozenset[str] = self._named  # type: ignore[attr-defined]
         return named
+
+    @property
+    def stated(self) -> frozenset[str]:
+        """The knobs that the caller named, or that a policy tag set."""
+        return getattr(self, "_stated", self.named)
 
     def __post_init__(self) -> None:
         for knob_ in fields(self):
@@ -621,7 +632,9 @@ class Spec:
                 stated = replace(self, **{knob_.name: knobs.read(knob_, text)})
                 value = getattr(stated, knob_.name)
                 knobs.check_rule(knob_, getattr(self, knob_.name), value, owner)
-        return replace(self, **taken)
+        settled = replace(self, **taken)
+        object.__setattr__(settled, "_stated", self.stated | taken.keys())
+        return settled
 
 
 def policy_for(candidates: Mapping[str, str], target: Mapping[str, str]) -> dict[str, str]:

@@ -96,7 +96,7 @@ def _fit(
     if not scale > 1e-12 * max(1.0, abs(mean)):  # all scores are equal
         scale = 1.0
     # `noise` is an upper bound: in the middle, the variance is half of it
-    variance = min(max(math.exp(MEDIAN[2]), 0.5 * (noise / scale) ** 2), BOUNDS[2][1])
+    variance = min(max(math.exp(MEDIAN[2]), 0.5 * min(noise / scale, 2.0) ** 2), BOUNDS[2][1])
     median = np.array([*MEDIAN[:2], math.log(variance)])
     kernel = ConstantKernel(1.0, BOUNDS[0]) * Matern(0.4, BOUNDS[1], nu=2.5) + WhiteKernel(
         variance, BOUNDS[2]

@@ -10,6 +10,7 @@ Tags are for people: anybody who may register a version may write them. So a dec
 The verdict is computed from these each time. `run`, `gate`, `promote` and `doctor` share it.
 """
 
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +20,7 @@ from mlflow_soup.decision import gate as gates
 from mlflow_soup.errors import GateError, MismatchError, SpecError
 from mlflow_soup.evaluation.items import Part, all_items, asked
 from mlflow_soup.evaluation.loading import open_tokenizer
-from mlflow_soup.evaluation.suite import load_suite, named_terms
+from mlflow_soup.evaluation.suite import load_suite, named_terms, replaced_by
 from mlflow_soup.records import Evidence, Examination, Finding, Manifest, Rules, Verdict, Version
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import examinations_of
@@ -141,6 +142,7 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
     settled = spec.settle(tags, owner)
     if stated := tags.get("soup.ood_tasks"):
         _check_all_of(settled, stated, owner)
+        _check_none_replaced(settled, tags.get("soup.include_path", ""), owner)
     for knob, what in (("tasks", "held-out"), ("ood_tasks", "out-of-domain")):
         if owner != name and not getattr(settled, knob):
             option = "--" + knob.replace("_", "-")
@@ -161,6 +163,30 @@ def _check_all_of(spec: Spec, stated: str, owner: str) -> None:
     if not {*its} <= {*named(spec.ood_tasks, where="--ood-tasks")}:
         knob_ = next(knob_ for knob_ in fields(Spec) if knob_.name == "ood_tasks")
         raise knobs.looser(knob_, spec.ood_tasks, stated, owner)
+
+
+def _check_none_replaced(spec: Spec, folders: str, owner: str) -> None:
+    """Refuse folders and files of the command line that give a name of the policy another task.
+
+    Any name may be one of the policy's: a group takes its members by their names.
+    """
+    more = {*spec.include_path.split(os.pathsep)} - {*folders.strip().split(os.pathsep), ""}
+    if not spec.ood_tasks or not (more or ".yaml" in spec.ood_tasks):
+        return
+    found = replaced_by(
+        spec.ood_tasks,
+        spec.include_path,
+        besides=folders.strip(),
+        allowed=spec.allowed_code,
+        where="--ood-tasks",
+    )
+    if found:
+        raise SpecError(
+            f"{found[0]}, a name that the policy of {owner} gives to another task",
+            where="--include-path or --ood-tasks; a command line may add tasks, and replace none",
+            fix="rename the task, or leave the folder or file out; whoever owns "
+            f"{owner} may add the folder to the tag soup.include_path",
+        )
 
 
 def standard_of(spec: Spec, soup: Checkpoint, *, elsewhere: bool) -> Standard:
@@ -354,7 +380,8 @@ def _choose(
         f"no evidence supports a verdict on {version}: {why}",
         where=version.uri,
         fix=f"{first}run mlflow-soup evaluate {version.options}, "
-        "then the same command again; give both the same --promote, --ood-tasks and --experiment",
+        "then the same command again; give both the same options, above all --promote, --ood-tasks "
+        "and --experiment",
     )
 
 

@@ -7,7 +7,7 @@ from mlflow_soup.errors import MismatchError, ObjectiveError, ParentError, SpecE
 from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Manifest, Recipe, Trial, Version
-from mlflow_soup.registry import naming
+from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.register import register_soup
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import origin_of
@@ -107,11 +107,14 @@ def recipe_of(job: Job, manifest: Manifest) -> Recipe:
     return job.recipe([source.lam for source in manifest.sources])
 
 
-def made_by(job: Job, version: Version, trials: Sequence[Trial]) -> Proven | None:
+def made_by(
+    job: Job, version: Version, trials: Sequence[Trial], chosen: Recipe, experiment: str
+) -> Proven | None:
     """The proof that a version is a result of the request; None, with a warning, if it is not.
 
     Its parents must have the bytes of the request's parents, they must mix to its bytes, and its
-    recipe must be one that the search scored.
+    recipe must be the chosen one, or one that an earlier search run of the request registered.
+    Such a run counts only in the experiment that this request writes to.
 
     Raises:
         MismatchError: it is, but somebody changed its tags.
@@ -129,11 +132,20 @@ def made_by(job: Job, version: Version, trials: Sequence[Trial]) -> Proven | Non
         why = "it was made of other parents, or in another way, than its tags say"
     elif recipe_of(job, proven.manifest) not in {t.recipe for t in trials if t.held_out}:
         why = "the search has not scored its weights"
+    elif recipe_of(job, proven.manifest) != chosen and not _searched(job, proven, experiment):
+        why = "this search chose other weights, and no search run of this experiment made it"
     if why:
         logger.warning("%s is passed over: %s", version, why)
         return None
     check_tags(proven)
     return proven
+
+
+def _searched(job: Job, proven: Proven, experiment: str) -> bool:
+    """Whether a search run of the same request made a soup, in an experiment."""
+    wanted = {naming.ROLE: "search", naming.REQUEST: job.request}
+    runs = tracking.find_runs(job.client, wanted, experiments=[experiment])
+    return proven.manifest.search.get("run_id") in {run.info.run_id for run in runs}
 
 
 def _check_unchanged(parents: Sequence[Opened], manifest: Manifest) -> None:

@@ -284,15 +284,23 @@ def _as_searched(client: Store, spec: Spec, manifest: Manifest) -> Spec:
     """
     run_id = str(manifest.search.get("run_id"))
     params = tracking.params_of(client, run_id, {naming.KEY: str(manifest.search.get("key"))})
-    taken = {}
+    taken, told = {}, []
     for knob in fields(Spec):
         text = params.get(f"cfg.{knob.name}", "")
         scores = knob.metadata["group"] == SCORE and knob.metadata["policy"]
-        if scores and text and getattr(spec, knob.name) == knob.default:
-            taken[knob.name] = knobs.read(knob, text)
-    if taken.keys() & {"tasks", "ood_tasks"}:
-        told = [knobs.option(knob) for knob in fields(Spec) if knob.name in taken]
-        told = [f"{name} {value}" for name, value in zip(told, taken.values(), strict=True)]
+        if not scores or not text or knob.name in spec.stated:
+            continue
+        try:
+            value = knobs.read(knob, text)
+            replace(spec, **{knob.name: value})
+        except SpecError:
+            logger.warning(
+                "search run %s: cfg.%s is %r, and is passed over", run_id, knob.name, text
+            )
+            continue
+        taken[knob.name] = value
+        told.append(f"{knobs.option(knob)} {value}")
+    if told:
         logger.warning("as in the search run %s: %s", run_id, " ".join(told))
     return replace(spec, **taken)
 

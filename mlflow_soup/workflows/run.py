@@ -120,7 +120,12 @@ def _find_or_register(
     only point at it: what the version holds must be a result of this request.
     """
     client, name = job.client, job.session.name
-    recognise = functools.cache(lambda version: made_by(job, version, found.trials))
+    experiment = client.get_run(run_id).info.experiment_id
+
+    @functools.cache
+    def recognise(version: Version) -> Proven | None:
+        return made_by(job, version, found.trials, found.recipe, experiment)
+
     candidates = find_soups(client, name, {naming.REQUEST: job.request})
     weights = naming.format_weights(found.recipe.lam)
     # a request with another budget may have chosen the same weights

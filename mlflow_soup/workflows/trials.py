@@ -83,7 +83,7 @@ def request_params(job: Job) -> dict[str, str]:
     said = {f"cfg.{f.name}": getattr(job.spec, f.name) for f in fields(job.spec)}
     said |= {"cfg.alpha": job.space.alpha, "cfg.trials": job.spec.budget}
     del said["cfg.store_patience"]  # a later attempt may set another patience
-    params = {k: v for k, v in said.items() if v not in ("", None)}
+    params = {k: v for k, v in said.items() if v not in ("", None) and v is not False}
     params |= {f"cfg.evaluator.{k}": v for k, v in job.bench.held_out.settings().items()}
     return {k: redact(str(v)) for k, v in params.items()}
 

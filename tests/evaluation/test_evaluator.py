@@ -101,7 +101,7 @@ def test_groups_are_weighted_as_lm_eval_weights_them(live, tasks, tmp_path):
     (tmp_path / "few.jsonl").write_text("".join(lines[:30]))
     config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "few_letters"}
     config["dataset_kwargs"]["data_files"] = {"validation": str(tmp_path / "few.jsonl")}
-    (tmp_path / "few.yaml").write_text(yaml.safe_dump(config))
+    toy.write_task(tmp_path / "few.yaml", config)
     for name, by_size in (("sized", True), ("macro", False)):
         inner = {
             "group": f"{name}_inner",
@@ -190,7 +190,7 @@ def test_few_shot_examples_are_drawn_once(live, tasks, tmp_path):
     config |= {"task": "shots", "num_fewshot": 3, "doc_to_target": "{{choices[answer]}}"}
     config["dataset_kwargs"]["data_files"]["train"] = str(tasks / "digits.jsonl")
     config |= {"training_split": "train", "fewshot_split": "train", "doc_to_target": "answer"}
-    (tmp_path / "shots.yaml").write_text(yaml.safe_dump(config))
+    toy.write_task(tmp_path / "shots.yaml", config)
     suite = load_suite("shots", include_path=f"{tmp_path}{os.pathsep}{tasks}")
     evaluator = Evaluator(live, suite)
     first, second = evaluator.score(), evaluator.score()
@@ -204,7 +204,7 @@ def test_the_number_of_examples_can_be_set_where_the_task_leaves_it_open(live, t
     config = yaml.safe_load((tasks / "letters.yaml").read_text())
     config |= {"task": "open", "fewshot_split": "validation"}
     del config["num_fewshot"]
-    (tmp_path / "open.yaml").write_text(yaml.safe_dump(config))
+    toy.write_task(tmp_path / "open.yaml", config)
     prints = {
         shots: Evaluator(
             live,
@@ -264,7 +264,7 @@ def test_few_shot_prompts_are_those_of_the_lm_eval_command(live, tasks, tmp_path
     config = yaml.safe_load((tasks / "letters.yaml").read_text())
     config |= {"task": "shots", "num_fewshot": 3, "fewshot_split": "train"}
     config["dataset_kwargs"]["data_files"]["train"] = str(tasks / "digits.jsonl")
-    (tmp_path / "shots.yaml").write_text(yaml.safe_dump(config))
+    toy.write_task(tmp_path / "shots.yaml", config)
     ours = Evaluator(
         live, load_suite("shots", include_path=f"{tmp_path}{os.pathsep}{tasks}")
     ).score()
@@ -324,7 +324,7 @@ def test_a_reference_follows_its_prompt_as_in_few_shot_examples(texts, tasks, tm
     targets["none"] = "{{[]}}"
     for name, target in targets.items():
         own = config | {"task": name, "doc_to_text": "{{question}}", "doc_to_target": target}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(own))
+        toy.write_task(tmp_path / f"{name}.yaml", own)
     row = rows_of(tasks / "digits.jsonl")[0]
     expected = f"{row['question']} {row['choices'][row['answer']]}"
     assert texts("plain", folder=tmp_path, limit=1) == [expected]
@@ -338,7 +338,7 @@ def test_an_item_without_one_right_answer_has_no_text(texts, tasks, tmp_path):
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "some"}
     config["dataset_kwargs"]["data_files"]["validation"] = str(tmp_path / "some.jsonl")
-    (tmp_path / "some.yaml").write_text(yaml.safe_dump(config))
+    toy.write_task(tmp_path / "some.yaml", config)
     expected = [f"{row['question']} {row['choices'][row['answer']]}" for row in rows[::2]]
     assert texts("some", folder=tmp_path) == expected
 
@@ -357,7 +357,7 @@ def first_digits(tasks, tmp_path):
     config |= {"task": "first_digit", "doc_to_target": "{{choices[answer].strip()[0]}}"}
     config["filter_list"][1]["filter"][0]["regex_pattern"] = "([0-9])"
     config["generation_kwargs"] |= {"do_sample": True, "temperature": 2.0}
-    (tmp_path / "first_digit.yaml").write_text(yaml.safe_dump(config))
+    toy.write_task(tmp_path / "first_digit.yaml", config)
     return [str(tasks), str(tmp_path)]
 
 

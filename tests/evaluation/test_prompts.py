@@ -201,3 +201,18 @@ def test_settings_of_generation_are_read_as_lm_eval_reads_them(text, settings):
 def test_settings_of_generation_that_are_none_are_refused(text, why):
     with pytest.raises(SpecError, match=why):
         parse_generation(text, "--gen-kwargs")
+
+
+def test_a_template_that_prints_the_date_prints_the_same_every_day(checkpoints, folder, tmp_path):
+    template = "{{ strftime_now('%d %b %Y') }}: " + TEMPLATE
+    live = chatty(checkpoints[0], tmp_path / "v1", template)
+    suite = load_suite("shots", include_path=str(folder))
+    Evaluator(live, suite, limit=2, prompting=Prompting(chat=ChatTemplate(live.tokenizer)))
+    prompt = suite.loaded["tasks"]["shots"].instances[0].args[0]
+    assert prompt.startswith("26 Jul 2024: <system>")
+
+
+def test_texts_that_differ_at_each_call_are_refused(live):
+    chat, count = ChatTemplate(live.tokenizer), iter(range(9))
+    with pytest.raises(ParentError, match="ask for other texts each time"):
+        chat.write(lambda: chat([{"role": "user", "content": str(next(count))}]))

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import yaml
 
+import toy
 from mlflow_soup import errors
 from mlflow_soup.evaluation import suite
 from mlflow_soup.evaluation.suite import load_suite
@@ -72,13 +73,13 @@ def test_tasks_are_named_as_lm_eval_names_them(tasks, text, terms):
 def test_wrong_task_names_are_answered_with_near_ones(tasks, tmp_path, text, what, fix):
     config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "toy_f1"}
     config["metric_list"] = [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}]
-    (tmp_path / "f1.yaml").write_text(yaml.safe_dump(config))
+    toy.write_task(tmp_path / "f1.yaml", config)
     letters = yaml.safe_load((tasks / "letters.yaml").read_text())
     for name, change in (
         ("toy_split", {"validation_split": "nowhere"}),
         ("toy_unsafe", {"unsafe_code": True}),
     ):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(letters | {"task": name} | change))
+        toy.write_task(tmp_path / f"{name}.yaml", letters | {"task": name} | change)
     with pytest.raises(errors.SpecError) as caught:
         load_suite(text, include_path=os.pathsep.join([str(tasks), str(tmp_path)]))
     assert what in caught.value.what
@@ -131,8 +132,9 @@ def test_relative_data_lie_beside_the_yaml_or_in_the_working_directory(
 
 
 def test_a_task_in_two_folders_is_told(tasks, tmp_path, caplog):
-    shutil.copytree(tasks, tmp_path / "again")
-    path = os.pathsep.join([str(tasks), str(tmp_path / "again")])
+    letters = yaml.safe_load((tasks / "letters.yaml").read_text())
+    toy.write_task(tmp_path / "again.yaml", letters)
+    path = os.pathsep.join([str(tasks), str(tmp_path)])
     load_suite("toy_letters", include_path=path)
     assert "toy_letters is in" in caplog.text
     assert "the last one counts" in caplog.text

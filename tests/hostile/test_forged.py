@@ -17,7 +17,8 @@ import pytest
 import yaml
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from conftest import MODEL, _run, folder_of, make_keys, use
+import mlflow_soup
+from conftest import MODEL, _run, folder_of, make_keys, register, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.files import signing
 from mlflow_soup.files.cache import cache_folder
@@ -26,11 +27,13 @@ from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import log_examination, log_scores, read_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.ledger import open_ledger
+from mlflow_soup.registry.pull import pull
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.trust import trust_of
 from mlflow_soup.registry.versions import find_registered, model_id, tags_of
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.weights.manifest import MANIFEST
 from mlflow_soup.workflows import bench, release
 from mlflow_soup.workflows.run import run as run_soup
 
@@ -678,3 +681,92 @@ def test_a_signed_examination_cannot_be_logged_again(client, refused, keys, monk
         client.log_artifacts(again, local_file_uri_to_path(old.info.artifact_uri))
         client.set_terminated(again)
         assert judged(client, public_key=str(public)) == newest
+
+
+# -- names that are given to other tasks
+
+
+def easy_tasks(tasks, folder, *names):
+    """Tasks of one item that every model solves, by other tasks' names."""
+    folder.mkdir()
+    rows = {"question": "x", "choices": ["y", "y", "y", "y"], "answer": 0}
+    for number, name in enumerate(names):
+        config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": name}
+        row = rows | {"question": f"x{number}"}
+        (folder / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+        files = {"validation": str(folder / f"{number}.jsonl")}
+        config["dataset_kwargs"] = {"data_files": files}
+        (folder / f"{number}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_command_line_gives_no_name_of_the_policy_to_another_task(client, tasks, tmp_path):
+    easy = easy_tasks(tasks, tmp_path / "easy", "toy_digits", "toy_digits_bpb")
+    policy = "toy_digits,toy_digits_bpb:bits_per_byte"
+    for said in (
+        {"ood_tasks": f"{policy},{easy}/0.yaml:acc_norm"},
+        {"ood_tasks": f"{policy},{easy}/*.yaml:acc_norm"},
+        {"include_path": str(easy)},
+        {"ood_tasks": f"{policy},toy_letters", "include_path": str(easy)},
+    ):
+        for step in (release.gate, release.promote, release.evaluate):
+            with pytest.raises(errors.SpecError, match="a name that the policy of toy-llm gives"):
+                step(Spec(version="v4", promote="live", **said))
+    assert pointers(client) == {}
+    # a shipped task of lm-eval's is as little to be replaced
+    client.set_registered_model_tag(MODEL, "soup.ood_tasks", "arc_easy")
+    shipped = easy_tasks(tasks, tmp_path / "shipped", "arc_easy")
+    with pytest.raises(errors.SpecError, match="defines arc_easy, a name that the policy"):
+        release.promote(Spec(version="v4", promote="live", include_path=str(shipped)))
+    # what has a new name may be added
+    new = easy_tasks(tasks, tmp_path / "new", "toy_new")
+    client.set_registered_model_tag(MODEL, "soup.ood_tasks", policy)
+    more = f"{policy},toy_new"
+    with pytest.raises(errors.GateError):
+        release.gate(Spec(version="v4", ood_tasks=more, include_path=str(new)))
+
+
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize(
+    ("tag", "stated", "said"),
+    [
+        ("num_fewshot", "0", {"num_fewshot": 1}),
+        ("max_length", "64", {"max_length": 8}),
+        ("system_instruction", "Spell.", {"system_instruction": "Guess."}),
+        ("apply_chat_template", "yes", {"apply_chat_template": False}),
+        ("gen_kwargs", "max_gen_toks=8", {"gen_kwargs": "max_gen_toks=1"}),
+    ],
+)
+def test_how_the_policy_scores_is_a_rule_too(client, tag, stated, said):
+    client.set_registered_model_tag(MODEL, f"soup.{tag}", stated)
+    for step in (release.gate, release.promote):
+        with pytest.raises(errors.SpecError, match="is looser than the policy of toy-llm"):
+            step(Spec(version="v4", promote="live", **said))
+
+
+def test_a_version_of_other_weights_is_not_taken_for_the_result(client, merged, tmp_path, caplog):
+    """Somebody registers a worse merge of the same parents, with the tags of the result."""
+    (worst,) = {t.recipe for t in merged.trials if t.recipe.lam == (1.0, 0.0)}
+    true = client.get_model_version(MODEL, "4")
+    out = tmp_path / "forged"
+    manifest = mlflow_soup.merge_checkpoints(
+        [parent.version.uri for parent in merged.soup.parents], worst.lam, out, digests=True
+    )
+    told = json.loads((out / MANIFEST).read_text())
+    theirs = json.loads(Path(pull(client, merged.soup.version), MANIFEST).read_text())
+    told |= {"model": theirs["model"], "search": {**theirs["search"], "run_id": "0" * 32}}
+    (out / MANIFEST).write_text(json.dumps(told))
+    forged = register(client, out)
+    tags = dict(true.tags) | {
+        naming.WEIGHTS: naming.format_weights(worst.lam),
+        naming.LAMBDA: "0.0",
+        naming.DIGEST: manifest.digests.canonical,
+    }
+    for key, value in tags.items():
+        client.set_model_version_tag(MODEL, str(forged), key, value)
+    client.delete_model_version(MODEL, "4")
+    again = mlflow_soup.run(Spec(pair="v1,v2"))
+    assert again.soup.version.number == forged + 1
+    assert again.soup.recipe == merged.soup.recipe
+    assert "chose other weights" in caplog.text

@@ -854,7 +854,7 @@ def test_a_task_that_is_not_there_is_not_sought_by_path(place, monkeypatch, name
     untouched(place, watched)
 
 
-@pytest.mark.parametrize("name", ["mine.yaml", "{}/mine.yaml", "{}/*.yaml", "../*/mine.yaml"])
+@pytest.mark.parametrize("name", ["mine.yaml", "{}/mine.yaml", "{}/*.yaml", "../v2/m*.yaml"])
 def test_a_task_that_is_named_by_its_file_is_judged_like_any_other(place, monkeypatch, name):
     place.folder.mkdir()
     write(place, plain(place))
@@ -924,7 +924,7 @@ def test_a_version_whose_files_no_store_keeps_is_refused(client, source):
         pull(client, version)
 
 
-@pytest.mark.parametrize("name", ["a' or name like '%", 'a"b', "a`b", "a\nb", "-rf", "../x", "a%"])
+@pytest.mark.parametrize("name", ["a`b", "a\nb", "a/b", "../x", "a:b", "a?b"])
 def test_a_model_name_that_is_more_than_a_name_is_refused(name):
     for ask in (lambda: Spec(model=name), lambda: parse_uri(f"models:/{name}/1")):
         with pytest.raises(SpecError, match="registered"):

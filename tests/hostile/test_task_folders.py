@@ -30,13 +30,15 @@ from test_hostile import TASKS
 from traps import Watch, place, plain, untouched, with_fields, write  # noqa: F401
 
 import mlflow_soup.evaluation.task_data
-from mlflow_soup.errors import SpecError
+from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.evaluation import items, task_folders, templates
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.limits import LimitError, try_within, work_within
 from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.evaluation.prompts import parse_generation
 from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.evaluation.task_data import Reader
+from mlflow_soup.evaluation.task_folders import generation_problems, read_files
 from mlflow_soup.evaluation.template_process import environment
 from mlflow_soup.evaluation.templates import RENDERER
 from mlflow_soup.files.untrusted import Function
@@ -255,7 +257,10 @@ MERGED = {
     ),
     "an answer asked for without end": (with_fields(repeats=10**9), "asks each item 1000000000"),
     "many beams": (with_fields(generation_kwargs={"num_beams": 10**5}), "num_beams = 100000"),
-    "beams that are no number": (with_fields(generation_kwargs={"num_beams": {}}), "a num_beams"),
+    "beams that are no number": (
+        with_fields(generation_kwargs={"num_beams": {}}),
+        "num_beams = {}",
+    ),
     "many texts to stop at": (
         with_fields(generation_kwargs={"until": ["x"] * 65}),
         "stops at 65 texts",
@@ -642,6 +647,20 @@ def test_work_is_tried_within_its_limits(tmp_path):
     assert (tmp_path / "small").read_bytes() == b"x"
 
 
+class Odd(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+def _raise_odd(first, second):
+    raise Odd(first, second)
+
+
+def _refuse(here):
+    assert os.getpid() != here  # what fails in the fork is not tried again outside of it
+    raise SpecError("what", where="where", fix="fix")
+
+
 def test_the_result_of_work_is_handed_back(mount, monkeypatch):
     limits = {"seconds": 1, "memory": 64 << 20, "file_size": 1 << 20}
     here = os.getpid()
@@ -651,9 +670,14 @@ def test_the_result_of_work_is_handed_back(mount, monkeypatch):
     )
     with pytest.raises(ZeroDivisionError):
         work_within(lambda: 1 / 0, **limits)
-    # no room for the result: the work has ended, so it is done here
+    with pytest.raises(SpecError, match="what") as handed:
+        work_within(lambda: _refuse(here), **limits)
+    assert (handed.value.where, handed.value.fix) == ("where", "fix")
+    with pytest.raises(RuntimeError, match="Odd: 1 and 2"):  # pickle cannot copy it
+        work_within(lambda: _raise_odd(1, 2), **limits)
     monkeypatch.setattr("tempfile.tempdir", str(mount("tmpfs", "size=64k")))
-    assert work_within(lambda: (os.getpid() == here, bytes(1 << 19)), **limits)[0]
+    with pytest.raises(StoreError, match="no room for a temporary file"):
+        work_within(lambda: bytes(1 << 19), **limits)
 
 
 # ---- the process that renders
@@ -784,3 +808,68 @@ def test_all_hostile_folders_together_take_this_much(place, monkeypatch, capsys)
     )
     with capsys.disabled():
         print(f"\n{len(TASKS) + len(MERGED)} task folders: {took:.1f} s, peak {peak >> 10} MiB")
+
+
+# ---- data of others
+
+
+@pytest.mark.parametrize("above", [True, False], ids=["a folder above both", "both folders"])
+def test_the_data_of_a_task_lie_beside_its_yaml(place, above):
+    place.folder.mkdir()
+    config = plain(place, dataset_kwargs={"data_files": {"test": str(place.secret)}})
+    write(place, config)
+    path = place.root if above else os.pathsep.join([str(place.folder), str(place.secret.parent)])
+    with Watch() as watched, pytest.raises(SpecError, match="which is outside its folder"):
+        load_suite("mine", include_path=str(path))
+    if not above:  # else the refusal prints the digest of both
+        untouched(place, watched)
+
+
+def test_a_yaml_file_lends_its_folder_to_no_other_task(place):
+    place.folder.mkdir()
+    write(place, plain(place, dataset_kwargs={"data_files": {"test": str(place.secret)}}))
+    beside = place.secret.parent / "fine.yaml"
+    beside.write_text(yaml.safe_dump(plain(place, task="fine")))
+    with Watch() as watched, pytest.raises(SpecError, match="which is outside its folder"):
+        load_suite(f"{place.folder}/mine.yaml,{beside}")
+    untouched(place, watched)
+
+
+@pytest.mark.parametrize("pattern", ["{}/**/mine.yaml", "/*/*/*/*/mine.yaml", "{}/*/mine.yaml"])
+def test_patterns_of_folders_are_refused_before_anything_is_listed(place, pattern):
+    with pytest.raises(SpecError, match="is a pattern of folders"):
+        load_suite(pattern.format(place.root))
+
+
+def test_only_the_named_file_of_a_folder_is_read(place):
+    place.folder.mkdir()
+    write(place, plain(place))
+    (place.folder / "below").mkdir()
+    os.mkfifo(place.folder / "below" / "other.yaml")
+    (place.folder / "odd.yaml").write_text("task: odd\n  oops: [")
+    folder, defines = read_files(place.folder, [place.folder / "mine.yaml"], ())
+    assert [*folder.entries] == ["mine"]
+    assert not folder.unreadable
+    assert defines == {place.folder / "mine.yaml": ["mine"]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"until": {"a": 1}},
+        {"until": ["x", {}]},
+        {"max_gen_toks": "x"},
+        {"max_gen_toks": -1},
+        {"max_gen_toks": 1e300},
+        {"temperature": float("nan")},
+        {"temperature": "0.7=3"},
+        {"num_beams": 0},
+        {"num_beams": True},
+        {"do_sample": "perhaps"},
+    ],
+    ids=str,
+)
+def test_settings_of_generation_have_their_types(settings):
+    assert [*generation_problems(settings)]
+    with pytest.raises(SpecError, match="--gen-kwargs"):
+        parse_generation(json.dumps(settings), "--gen-kwargs")

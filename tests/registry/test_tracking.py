@@ -1,10 +1,12 @@
 import contextlib
 import errno
+import json
 import os
 import time
 from pathlib import Path
 
 import mlflow
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -30,6 +32,43 @@ def test_a_score_survives_its_file(tmp_path):
     both = scores.Scores({"": score, "acc:letters": Score(0.25, 0.5, items[:2])}, {"seconds": 0.1})
     scores.write(both, tmp_path / "s.parquet")
     assert scores.read(tmp_path / "s.parquet") == both
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise": "x"},
+        {"noise": None},
+        {"value": True},
+        {"stderr": [0.1]},
+        {"metrics": [{"task": 5, "metric": "acc", "value": 1.0, "stderr": 0.0}]},
+        {"metrics": [{"task": "a", "metric": "acc", "value": "1", "stderr": 0.0}]},
+        {"metrics": {}},
+    ],
+    ids=str,
+)
+def test_a_score_whose_numbers_are_none_cannot_be_read(tmp_path, change):
+    path = tmp_path / "s.parquet"
+    scores.write(scores.Scores({"": Score(0.5, 0.1)}), path)
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"soup"])
+    about["scores"][0].update(change)
+    digest = scores._digest(about, table)
+    pq.write_table(
+        table.replace_schema_metadata({"soup": json.dumps(about), "sha256": digest}), path
+    )
+    if change == {"metrics": {}}:
+        assert scores.read(path).mean.metrics == ()
+    else:
+        with pytest.raises(TypeError, match="of another type"):
+            scores.read(path)
+
+
+@pytest.mark.parametrize("noise", [-1.0, 0.2, 1e300, float("nan")])
+def test_a_noise_beyond_the_standard_error_is_a_flaw(noise):
+    items = (Items("a", "acc,none", 1.0, ("x", "y"), (1.0, 0.0), (0.5, 0.5), ((), ())),)
+    assert not Score(0.5, 0.1, items, noise=0.1).flaw
+    assert "noise" in Score(0.5, 0.1, items, noise=noise).flaw
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_an_evaluation_takes_the_tasks_from_the_search(client, tasks, caplog):
         client.delete_registered_model_tag(MODEL, f"soup.{tag}")
     with pytest.raises(errors.SpecError, match="no tasks to score a soup on"):
         run_soup(Spec(pair="v1,v2"))
-    said = {"tasks": "toy_letters:acc_norm", "include_path": str(tasks), "num_fewshot": 0}
+    said = {"tasks": "toy_letters:acc_norm", "include_path": str(tasks), "batch_size": 16}
     outcome = run_soup(Spec(pair="v1,v2", ood_tasks="", trials=4, **said))
     with pytest.raises(errors.SpecError, match="no out-of-domain tasks"):
         release.evaluate(Spec(version="v4"))
@@ -206,6 +206,18 @@ def test_an_evaluation_takes_the_tasks_from_the_search(client, tasks, caplog):
     assert roles["soup"].held_out == outcome.soup.held_out
     assert "--tasks toy_letters:acc_norm" in caplog.text
     run_id = outcome.run_id
+    # what the caller or a tag states stays, also if it is the default
+    client.log_param(run_id, "cfg.max_length", "-5")
+    manifest = release.read_manifest(release.fetch("models:/toy-llm/4", "here", client=client))
+    stated = {"soup.batch_size": "32"}
+    for spec, size in (
+        (Spec(batch_size=32).settle({}), 32),
+        (Spec().settle(stated), 32),
+        (Spec().settle({}), 16),
+    ):
+        filled = release._as_searched(client, spec, manifest)
+        assert (filled.batch_size, filled.max_length) == (size, None)
+    assert "cfg.max_length is '-5'" in caplog.text
     client.set_tag(run_id, "soup.key", "of another search")
     with pytest.raises(errors.SpecError, match="no tasks to score a soup on"):
         release.evaluate(Spec(version="v4", ood_tasks="toy_digits"))
