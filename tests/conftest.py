@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -38,12 +39,14 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 import mlflow_soup
 import toy
 from mlflow_soup import Outcome, Spec
+from mlflow_soup.files.cache import CACHE_ENV
 from mlflow_soup.records import Version
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import model_id
 
 gc.freeze()
 gc.enable()
+gc.set_threshold(50_000, 20, 100)  # what tests import takes 0.4 s to look through, once in 6 s
 
 if TYPE_CHECKING:  # they import this module
     import checker
@@ -71,6 +74,10 @@ def _do_not_wait_for_the_disk(connection: object, _: object) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = {}
+    if not hasattr(config, "workerinput"):  # the workers share their parent's
+        cache = tempfile.TemporaryDirectory()  # not the user's
+        config.add_cleanup(cache.cleanup)
+        os.environ[CACHE_ENV] = cache.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -171,6 +178,9 @@ def fill(client: MlflowClient, checkpoints: list[Path], tasks: Path, name: str =
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory, checkpoints, tasks) -> Path:
     """A database that every test gets a copy of: making one takes MLflow ten seconds."""
+    from mlflow_soup.evaluation.library import library
+
+    library()  # now, while the cache is that of all workers: one of them makes it for the other
     root = tmp_path_factory.mktemp("store")
     mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
     client = MlflowClient()

@@ -2,7 +2,8 @@
 """All that a command imports, also late; for processes of which commands are forked.
 
 A search imports for two seconds more than its modules do: MLflow's stores when one is opened, and
-much of torch and transformers when a model is loaded. So one is loaded here.
+much of torch and transformers when a model is loaded. So one is loaded here. lm-eval's index of its
+tasks is made here too: a command whose cache is empty would take six seconds for it.
 """
 
 import gc
@@ -25,6 +26,7 @@ import sqlalchemy.dialects.sqlite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toy
+from mlflow_soup.evaluation.library import library
 from mlflow_soup.workflows import doctor, merge, release, run, study, verify
 
 USED = (
@@ -36,6 +38,7 @@ with tempfile.TemporaryDirectory() as folder:
     saved = toy.save(toy.train(0), Path(folder, "model"))
     AutoModelForCausalLM.from_pretrained(saved)
     AutoTokenizer.from_pretrained(saved)
+library()
 
 gc.freeze()  # the forks need not look through it
 gc.enable()

@@ -17,6 +17,12 @@ def expected():
     return TaskManager().task_index
 
 
+@pytest.fixture(scope="module", autouse=True)
+def known_to_others():
+    yield
+    library.library()  # in the next test's cache, it would be made anew
+
+
 @pytest.fixture(autouse=True)
 def forgotten():
     library._index.cache_clear()
