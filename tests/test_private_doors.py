@@ -40,7 +40,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from mlflow import MlflowClient, environment_variables
-from mlflow.store.artifact import models_artifact_repo
+from mlflow.store.artifact import artifact_repository_registry, models_artifact_repo
 from mlflow.store.db import utils as db_utils
 from mlflow.tracking.fluent import _get_experiment_id
 from mlflow.utils import autologging_utils, mlflow_tags
@@ -164,6 +164,24 @@ def _() -> None:
     assert is_local_uri("/a")
     assert not is_local_uri("s3://bucket/a")
     assert not is_local_uri("mlflow-artifacts:/a")
+
+
+@door(
+    "mlflow.store.artifact.artifact_repository_registry",
+    "download an artifact of a run, and look for no logged model of its name",
+)
+def _(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a.txt").write_text("a")
+    (tmp_path / "copy").mkdir()
+    artifacts = artifact_repository_registry.get_artifact_repository(
+        str(tmp_path / "run"), tracking_uri=None
+    )
+    copy = artifacts.download_artifacts("a.txt", str(tmp_path / "copy"))
+    assert copy == str(tmp_path / "copy" / "a.txt")
+    assert Path(copy).read_text() == "a"
+    with pytest.raises(mlflow.MlflowException, match="outside the artifact directory"):
+        artifacts.download_artifacts("../run/a.txt", str(tmp_path / "copy"))
 
 
 @door("mlflow.sharedViewState", "prepare the page that compares the trials of a search")

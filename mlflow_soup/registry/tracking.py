@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow
-from mlflow import MlflowClient
 from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact import artifact_repository_registry  # private door
 from mlflow.tracking.fluent import _get_experiment_id  # private door
 
 from mlflow_soup.errors import OvertakenError, SoupError, SpecError
@@ -261,7 +261,17 @@ def fetch(client: Store, run_id: str, file: str, folder: Path) -> Path:
         return file in {info.path for info in listed}
 
     def download() -> Path:
-        return Path(MlflowClient.download_artifacts(client, run_id, file, str(folder)))
+        # MLflow's client would also look for a logged model of this name, with more requests, and
+        # put its file in the place of the run's
+        place = client.get_run(run_id).info.artifact_uri
+        artifacts = artifact_repository_registry.get_artifact_repository(
+            place, tracking_uri=client.tracking_uri
+        )
+        try:
+            return Path(artifacts.download_artifacts(file, str(folder)))
+        except Exception as error:  # each artifact store raises errors of its own
+            what = f"{file} of run {run_id} could not be downloaded: {error}"
+            raise MlflowException(what) from error
 
     return client.download(download, there, f"fetch {file} of run {run_id}")
 
