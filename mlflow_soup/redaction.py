@@ -208,26 +208,40 @@ def _held() -> frozenset[str]:
     Short values and short plain words are left out: the password `mlflow` would hide every mention
     of MLflow.
     """
-    found = set()
+    found: set[str] = set()
     for name in list(os.environ):  # in one step: other threads change variables meanwhile
         value = os.environ.get(name, "")
-        digit = any(map(str.isdecimal, value))
-        named = _SECRET_NAME.search(name) or (digit and _LIKELY_NAME.search(name))
-        if named and not _is_file(value) and not (value.isdecimal() and len(value) < 8):
+        found |= _inside(value)
+        if _is_secret(name, value) and not _is_file(value):
             found |= {value.strip(), *_parts(value)}
-        for block in _PEM.findall(value):
-            found |= {block, *_parts(block)}
-        for line in _NETRC.finditer(value):
-            found.add(line[0][len(line[1]) :])
-        if "://" in value:
-            for match in _USER.finditer(value):
-                user, colon, password = (match["plain"] or match["odd"] or "").partition(":")
-                found.add(password if colon else user if len(user) >= 16 else "")
-        if "=" in value or ":" in value:
-            for match in _PAIR.finditer(value):
-                found.add(match["quoted"] or match["bare"] or "")
     found |= {unquote(value) for value in found}
     return frozenset(v for v in found if len(v) >= (8 if v.isalpha() else 6) and GONE not in v)
+
+
+@lru_cache(maxsize=1024)  # a job asks hundreds of times
+def _is_secret(name: str, value: str) -> bool:
+    """Whether a variable of this name holds a secret, or the path of a file that does."""
+    digit = any(map(str.isdecimal, value))
+    named = _SECRET_NAME.search(name) or (digit and _LIKELY_NAME.search(name))
+    return bool(named) and not (value.isdecimal() and len(value) < 8)
+
+
+@lru_cache(maxsize=1024)
+def _inside(value: str) -> frozenset[str]:
+    """The secrets within the value of a variable, by their place in it."""
+    found = set()
+    for block in _PEM.findall(value):
+        found |= {block, *_parts(block)}
+    for line in _NETRC.finditer(value):
+        found.add(line[0][len(line[1]) :])
+    if "://" in value:
+        for match in _USER.finditer(value):
+            user, colon, password = (match["plain"] or match["odd"] or "").partition(":")
+            found.add(password if colon else user if len(user) >= 16 else "")
+    if "=" in value or ":" in value:
+        for match in _PAIR.finditer(value):
+            found.add(match["quoted"] or match["bare"] or "")
+    return frozenset(found)
 
 
 def _parts(value: str) -> list[str]:
