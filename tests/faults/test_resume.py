@@ -23,6 +23,8 @@ from mlflow_soup.registry.versions import find_soups, tags_of
 from mlflow_soup.workflows import release
 
 SCORE = evaluator.Evaluator.score
+# a search without a gate, where it is not the gate that is cut short
+SEARCH = {"pair": "v1,v2", "trials": 4, "ood_tasks": ""}
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_the_journal_keeps_an_examination_until_its_run_has_ended(client, monkey
 
     kept = release.forget
     monkeypatch.setattr(release, "forget", forget)
-    soup = run_soup(Spec(pair="v1,v2", trials=4)).soup
+    soup = run_soup(Spec(pair="v1,v2", method="uniform")).soup
     release.evaluate(Spec(version=soup.version.short, evidence="own"))
     assert ended == [["FINISHED"], ["FINISHED", "FINISHED"]]
 
@@ -78,13 +80,13 @@ def test_the_journal_keeps_an_examination_until_its_run_has_ended(client, monkey
 def test_a_search_that_was_stopped_goes_on_in_the_same_run(client, count, error, status):
     count.stop, count.error = 3, error
     with pytest.raises(type(error)):
-        run_soup(Spec(pair="v1,v2"))
+        run_soup(Spec(**SEARCH))
     (run,) = searches(client)
     assert run.info.status == status
     assert [t.info.status for t in trials(client)] == ["FINISHED"] * 2
     assert mlflow.active_run() is None
     count.stop = 0
-    outcome = run_soup(Spec(pair="v1,v2"))
+    outcome = run_soup(Spec(**SEARCH))
     assert outcome.run_id == run.info.run_id
     assert client.get_run(outcome.run_id).info.status == "FINISHED"
     assert count.made == len(outcome.trials) + 1
@@ -94,13 +96,13 @@ def test_a_search_that_was_stopped_goes_on_in_the_same_run(client, count, error,
 def test_another_request_begins_a_run_of_its_own_and_ends_what_was_left(client, count):
     count.stop = 3
     with pytest.raises(KeyboardInterrupt):
-        run_soup(Spec(pair="v1,v2"))
+        run_soup(Spec(**SEARCH))
     (before,) = searches(client)
     client.update_run(before.info.run_id, status="RUNNING")  # as kill -9 leaves it
     orphan = client.begin_run(
         before.info.experiment_id, "0.9", {"mlflow.parentRunId": before.info.run_id}
     )
-    outcome = run_soup(Spec(pair="v1,v2", margin=0.02))
+    outcome = run_soup(Spec(**SEARCH, margin=0.02))
     assert outcome.run_id != before.info.run_id
     left = client.get_run(before.info.run_id)
     assert left.info.status == "KILLED"
@@ -112,23 +114,23 @@ def test_another_request_begins_a_run_of_its_own_and_ends_what_was_left(client, 
 def test_a_run_that_mlflow_run_made_goes_on_where_another_stopped(client, count, monkeypatch):
     count.stop = 3
     with pytest.raises(KeyboardInterrupt):
-        run_soup(Spec(pair="v1,v2"))
+        run_soup(Spec(**SEARCH))
     (before,) = searches(client)
     made = client.create_run(before.info.experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", made)
-    outcome = run_soup(Spec(pair="v1,v2"))
+    outcome = run_soup(Spec(**SEARCH))
     assert outcome.run_id == made
     assert count.made == len(outcome.trials) + 1
     monkeypatch.setenv("MLFLOW_RUN_ID", made)  # mlflow run --run-id
-    again = run_soup(Spec(pair="v1,v2"))
+    again = run_soup(Spec(**SEARCH))
     assert (again.run_id, again.soup.version) == (made, outcome.soup.version)
     monkeypatch.setenv("MLFLOW_RUN_ID", made)
     before = client.get_run(made)
     with pytest.raises(errors.SpecError, match=r"began with another request: cfg\.margin 0\.05"):
-        run_soup(Spec(pair="v1,v2", margin=0.02))
+        run_soup(Spec(**SEARCH, margin=0.02))
     monkeypatch.setenv("MLFLOW_RUN_ID", made)
     with pytest.raises(errors.SpecError, match=r"cfg\.limit not set, now 50"):
-        run_soup(Spec(pair="v1,v2", limit=50))
+        run_soup(Spec(**SEARCH, limit=50))
     after = client.get_run(made)
     assert (after.info.status, after.data.tags) == ("RUNNING", before.data.tags)  # not ours to end
 
@@ -181,8 +183,8 @@ def test_what_was_scored_out_of_domain_is_not_scored_again(client, monkeypatch):
 
     monkeypatch.setattr(evaluator.Evaluator, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_soup(Spec(pair="v1,v2"))
-    assert run_soup(Spec(pair="v1,v2")).verdict.passed
+        run_soup(Spec(pair="v1,v2", trials=4))
+    assert run_soup(Spec(pair="v1,v2", trials=4)).verdict.passed
     assert len(examined) == 4  # soup and two parents, one of them twice
     journal = cache_folder() / "journal"
     assert [path for path in journal.rglob("*") if path.is_file()] == []
@@ -208,7 +210,7 @@ def test_an_upload_that_arrives_otherwise_becomes_no_version(client, monkeypatch
 
     monkeypatch.setattr(Store, "log_model_artifacts", spoil)
     with pytest.raises(errors.StoreError, match="the uploaded soup holds other weights"):
-        run_soup(Spec(pair="v1,v2"))
+        run_soup(Spec(**SEARCH))
     assert len(client.search_model_versions(f"name='{MODEL}'")) == 3
     monkeypatch.undo()
     mlflow.set_tracking_uri(client.tracking_uri)
@@ -221,8 +223,8 @@ def test_an_upload_that_was_cut_short_is_made_again(client, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Store, "finalize_logged_model", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_soup(Spec(pair="v1,v2"))
-    outcome = run_soup(Spec(pair="v1,v2"))
+            run_soup(Spec(**SEARCH))
+    outcome = run_soup(Spec(**SEARCH))
     experiment = client.get_run(outcome.run_id).info.experiment_id
     states = [m.status for m in client.search_logged_models([experiment]) if m.name == "soup"]
     assert sorted(map(str, states)) == ["FAILED", "READY"]
@@ -233,8 +235,7 @@ def test_two_that_ask_for_the_same_at_once_get_one_soup(client, count, monkeypat
     monkeypatch.setattr(lease, "LOOK_S", 0.1)
     outcomes = []
     threads = [
-        threading.Thread(target=lambda: outcomes.append(run_soup(Spec(pair="v1,v2"))))
-        for _ in range(2)
+        threading.Thread(target=lambda: outcomes.append(run_soup(Spec(**SEARCH)))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()
@@ -291,7 +292,7 @@ def test_who_was_followed_meanwhile_stops(client, count, monkeypatch):
 
     monkeypatch.setattr(evaluator.Evaluator, "score", follow)
     with pytest.raises(errors.OvertakenError):
-        run_soup(Spec(pair="v1,v2"))
+        run_soup(Spec(**SEARCH))
     assert trials(client) == []  # whoever followed writes them
 
 
@@ -318,9 +319,9 @@ def test_a_lambda_that_failed_while_the_store_was_away_is_not_tried_again(client
     with monkeypatch.context() as patch:
         patch.setattr(tracking, "begin_child", away)
         with pytest.raises(errors.StoreError):
-            run_soup(Spec(pair="v1,v2"))
+            run_soup(Spec(**SEARCH))
     made = len(tried)
-    outcome = run_soup(Spec(pair="v1,v2"))
+    outcome = run_soup(Spec(**SEARCH))
     assert len(tried) == made
     assert outcome.trials[2].held_out is None
 
@@ -329,9 +330,9 @@ def test_the_score_of_a_champion_that_was_kept_serves_a_search(client, count, mo
     client.set_registered_model_alias(MODEL, "champion", "1")
     with monkeypatch.context() as patch:
         patch.setattr(release, "forget", lambda *args: None)  # killed before it could
-        run_soup(Spec(pair="v2,v3"))
+        run_soup(Spec(pair="v2,v3", method="uniform"))
     before = count.made
-    outcome = run_soup(Spec(pair="v1,v2"))
+    outcome = run_soup(Spec(pair="v1,v2", method="uniform"))
     assert outcome.soup.version.number == 5
     assert count.made == before + len(outcome.trials) - 2  # v1 was kept, v2 scored by a search
 
@@ -342,7 +343,7 @@ def test_parents_registered_meanwhile_do_not_matter(client, merged, checkpoints)
 
 
 def test_evidence_that_is_damaged_is_measured_anew_and_promotes_nothing(client):
-    first = run_soup(Spec(pair="v1,v2"))
+    first = run_soup(Spec(pair="v1,v2", trials=4))
     (ood,) = tracking.find_runs(client, {"soup.role": "ood"})
     (file,) = Path(local_file_uri_to_path(ood.info.artifact_uri)).glob("parent-0.parquet")
     file.write_bytes(file.read_bytes()[:-100])
@@ -350,7 +351,7 @@ def test_evidence_that_is_damaged_is_measured_anew_and_promotes_nothing(client):
     for step in (release.gate, release.promote):
         with pytest.raises(errors.GateError, match="are lost, damaged or unfinished"):
             step(Spec(version="v4", promote="champion"))
-    again = run_soup(Spec(pair="v1,v2", promote="champion"))
+    again = run_soup(Spec(pair="v1,v2", trials=4, promote="champion"))
     assert again.soup.version == first.soup.version
     assert again.verdict.passed
     assert len(tracking.find_runs(client, {"soup.role": "ood"})) == 2

@@ -61,7 +61,7 @@ def deleting(monkeypatch):
 def test_a_parent_deleted_in_mid_search_is_exit_code_4(client, deleting, what):
     deleting(lambda: VERSIONS[what](client))
     with pytest.raises(errors.ParentError, match="no longer holds") as gone:
-        run_soup(Spec(pair="v1,v2", promote="alias:champion"))
+        run_soup(Spec(pair="v1,v2", method="uniform", promote="alias:champion"))
     assert gone.value.exit_code == 4
     assert MODEL in gone.value.what
     assert "same command again" not in gone.value.fix
@@ -70,14 +70,14 @@ def test_a_parent_deleted_in_mid_search_is_exit_code_4(client, deleting, what):
 @pytest.mark.parametrize("what", RUNS)
 def test_what_was_deleted_in_mid_search_is_restored_and_the_search_goes_on(client, deleting, what):
     delete, restore = RUNS[what]
-    runs = []
+    runs, request = [], Spec(pair="v1,v2", trials=4, promote="alias:champion")
     deleting(lambda: (runs.append(search(client)), delete(client)))
     with pytest.raises(errors.RegistryError, match=f"somebody deleted the {what}") as gone:
-        run_soup(Spec(pair="v1,v2", promote="alias:champion"))
+        run_soup(request)
     assert f"mlflow {what}s restore" in gone.value.fix
     assert runs[0].run_id in gone.value.what or runs[0].experiment_id in gone.value.what
     restore(client, runs[0])
-    assert run_soup(Spec(pair="v1,v2", promote="alias:champion")).promoted
+    assert run_soup(request).promoted
 
 
 def test_an_experiment_deleted_before_is_named_with_the_way_back(client):
