@@ -120,7 +120,16 @@ def test_the_registered_version_scores_what_its_trial_scored(client, outcomes, s
     assert values(outcome)[outcome.soup.recipe] == score.value
 
 
-@rows
+# grid, random and regmean read back what they found just as bayesopt and fisher do
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("grid", "random", "regmean") else []
+        )
+        for name in METHODS
+    ],
+)
 def test_the_same_command_registers_and_evaluates_nothing_again(client, outcomes, name):
     again = run(name)
     assert trial_runs(client, again) == []
@@ -159,21 +168,25 @@ def test_three_versions_by_greedy_and_uniform(client, session):
         assert all(finding.holds for finding in verify(outcome.soup.version.uri))
 
 
+ASKED = {"bayesopt", "uniform", "fisher"}  # as the next test has it
+
+
 def test_of_a_parent_and_itself_every_method_makes_that_parent(client, checkpoints):
     register(client, checkpoints[0])  # v4 = v1
-    for name in METHODS:
+    for name in (name for name in METHODS if name not in ASKED):
         outcome = run(name, "v1,v4", trials=4, limit=10)
         assert outcome.soup.digest == outcome.soup.parents[0].digest, name
         assert len({*values(outcome).values()}) == 1, name
 
 
-@pytest.mark.parametrize("name", ["bayesopt", "uniform", "fisher"])
+@pytest.mark.parametrize("name", sorted(ASKED))
 def test_a_soup_with_the_weights_of_a_parent_is_registered_only_if_asked(client, checkpoints, name):
     register(client, checkpoints[0])  # v4 = v1
     said = {"trials": 4, "limit": 10}
     few = run(name, "v1,v4", **said, register_copies=False)
     assert (few.soup.version, few.soup.registered) == (Version(MODEL, 4), False)
     assert few.soup.digest == few.soup.parents[0].digest
+    assert len({*values(few).values()}) == 1
     assert (few.verdict, few.promoted, few.exit_code) == (None, "", 0)
     assert client.get_run(few.run_id).data.tags["soup.original"] == f"{MODEL}/4"
     assert client.get_run(few.run_id).info.status == "FINISHED"
