@@ -477,6 +477,12 @@ def _() -> None:
     assert normalize_gen_kwargs({}, 256)["max_gen_toks"] == 256
 
 
+@door("transformers.utils.chat_template_utils", "reach what chat templates call")
+def _() -> None:
+    utils = importlib.import_module("transformers.utils.chat_template_utils")
+    assert "strftime_now" in inspect.getsource(utils)
+
+
 @door("transformers.utils.chat_template_utils.datetime", "stop the clock of chat templates")
 def _() -> None:
     utils = importlib.import_module("transformers.utils.chat_template_utils")

@@ -3,30 +3,20 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from lm_eval.utils import simple_parse_args_string  # private door
-from transformers.utils import chat_template_utils  # private door
 
 from mlflow_soup.errors import ParentError, SpecError, brief
 from mlflow_soup.evaluation.limits import LimitError
-from mlflow_soup.evaluation.loading import read_within
+from mlflow_soup.evaluation.loading import read_within, stop_clock
 from mlflow_soup.evaluation.task_folders import generation_problems
 
 _LONGEST = 64  # characters that a template may make of one character of a conversation
 _LEAST = 1 << 16  # characters that it may make of any conversation
 
 Messages = Sequence[Mapping[str, str]]  # role and content of each turn
-
-
-class _Today(datetime):
-    """The day that a template prints as today's: a score must not depend on the day."""
-
-    @classmethod
-    def now(cls, tz: Any = None) -> "_Today":
-        return cls(2024, 7, 26, tzinfo=tz)
 
 
 class ChatTemplate:
@@ -85,8 +75,7 @@ class ChatTemplate:
 
     def _render(self, conversations: Sequence[tuple[Messages, bool]]) -> list[str]:
         """The texts of conversations; only in a fork, whose clock stands still."""
-        # private door: transformers.utils.chat_template_utils.datetime
-        chat_template_utils.datetime = _Today  # type: ignore[attr-defined]
+        stop_clock()
         try:
             return [self._render_one(*each) for each in conversations]
         except Exception as error:  # a template can raise anything
