@@ -114,7 +114,9 @@ def name_tables() -> str:
 
 def exit_codes() -> str:
     """The exceptions of `errors` by exit code."""
-    found = [e for e in vars(errors).values() if isinstance(e, type)]
+    found = [
+        e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.SoupError)
+    ]
     rows = [
         (str(e.exit_code), code(e.__name__), (e.__doc__ or "").partition("\n")[0])
         for e in sorted(found, key=lambda e: e.exit_code)

@@ -18,6 +18,7 @@
 A gate that refuses returns a `Verdict` and raises nothing; the commands then exit with code 3.
 """
 
+import re
 from typing import Any
 
 from mlflow_soup.redaction import redact, redact_line
@@ -49,7 +50,7 @@ def _rebuild(kind: type[SoupError], what: str, where: str, fix: str) -> SoupErro
 
 def brief(error: BaseException) -> str:
     """Another library's error in one line: its kind and the beginning of its text."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"[ \t\n]+", " ", str(error)).strip()  # other separators are shown as such
     if len(text) > _MOST_QUOTED:
         text = f"{text[:_MOST_QUOTED].rsplit(' ', 1)[0]} …"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

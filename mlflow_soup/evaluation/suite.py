@@ -139,14 +139,23 @@ def named_terms(
 
 
 def replaced_by(
-    text: str, include_path: str, *, besides: str, allowed: Collection[str] = (), where: str
+    stated: str,
+    text: str,
+    include_path: str,
+    *,
+    besides: str,
+    allowed: Collection[str] = (),
+    where: str,
 ) -> list[str]:
-    """Which tasks of lm-eval, or of other folders, folders and YAML files would replace.
+    """Which tasks that a policy asks for, folders and YAML files of a command line would replace.
+
+    A folder of the policy comes after those of the command line, so its tasks stay.
 
     Args:
-        text: tasks, some of which may be YAML files.
-        include_path: folders, separated as in PATH.
-        besides: the other folders.
+        stated: the tasks of the policy.
+        text: the tasks of the command line, some of which may be YAML files.
+        include_path: the folders of both, separated as in PATH.
+        besides: the folders of the policy.
         allowed: as for `load_suite`.
         where: the option of the text, for errors.
 
@@ -155,20 +164,44 @@ def replaced_by(
     """
     index = library().task_index
     others = read_folders(besides, allowed)
+    stay = {name for folder in others for name in folder.entries}
     for folder in others:
         index.update(folder.entries)
+    asked = _reachable([name for name, _ in _split(stated, where)], index)
     theirs = {folder.path.resolve() for folder in others}
     ours = [f for f in read_folders(include_path, allowed) if f.path.resolve() not in theirs]
-    files = [name for name, _ in _split(text, where) if name.endswith(".yaml")] if text else []
+    found = [(f, name) for f in ours for name in f.entries if name not in stay]
+    files = [name for name, _ in _split(text, where) if name.endswith(".yaml")]
     every = [file for name in files for file in _glob(name, where)]
     for parent in dict.fromkeys(file.parent for file in every):
-        ours.append(read_files(parent, every, allowed)[0])
-    return [
-        f"{folder.path} defines {name}"
-        for folder in ours
-        for name, entry in folder.entries.items()
-        if name in index and (not entry.yaml_path or entry.yaml_path != index[name].yaml_path)
-    ]
+        folder, _ = read_files(parent, every, allowed)
+        found += [
+            (folder, name)
+            for name, entry in folder.entries.items()
+            if name in index and entry.yaml_path != index[name].yaml_path
+        ]
+    return [f"{folder.path} defines {name}" for folder, name in found if name in asked]
+
+
+def _reachable(names: Sequence[str], index: Mapping[str, Any]) -> set[str]:
+    """The names, and those of all members of their groups and tags."""
+    found: set[str] = set()
+    left = [name for name in names if name in index]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        found.add(name)
+        entry = index[name]
+        kind, config = entry.kind.name, entry.cfg or {}
+        if kind == "GROUP" and not config:
+            return {*index}  # its members are not known here
+        members = entry.tags if kind == "TAG" else config.get("task") if kind == "GROUP" else ()
+        for member in members if isinstance(members, list | set | tuple) else ():
+            inner = member.get("task", member.get("group")) if isinstance(member, dict) else member
+            if isinstance(inner, str) and inner in index:
+                left.append(inner)
+    return found
 
 
 def _find(

@@ -142,7 +142,7 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
     settled = spec.settle(tags, owner)
     if stated := tags.get("soup.ood_tasks"):
         _check_all_of(settled, stated, owner)
-        _check_none_replaced(settled, tags.get("soup.include_path", ""), owner)
+        _check_none_replaced(settled, stated, tags.get("soup.include_path", ""), owner)
     for knob, what in (("tasks", "held-out"), ("ood_tasks", "out-of-domain")):
         if owner != name and not getattr(settled, knob):
             option = "--" + knob.replace("_", "-")
@@ -165,15 +165,16 @@ def _check_all_of(spec: Spec, stated: str, owner: str) -> None:
         raise knobs.looser(knob_, spec.ood_tasks, stated, owner)
 
 
-def _check_none_replaced(spec: Spec, folders: str, owner: str) -> None:
-    """Refuse folders and files of the command line that give a name of the policy another task.
+def _check_none_replaced(spec: Spec, stated: str, folders: str, owner: str) -> None:
+    """Refuse folders and files of the command line that replace a task of the policy.
 
-    Any name may be one of the policy's: a group takes its members by their names.
+    A group takes its members by their names, so these count, too.
     """
     more = {*spec.include_path.split(os.pathsep)} - {*folders.strip().split(os.pathsep), ""}
     if not spec.ood_tasks or not (more or ".yaml" in spec.ood_tasks):
         return
     found = replaced_by(
+        stated,
         spec.ood_tasks,
         spec.include_path,
         besides=folders.strip(),

@@ -721,12 +721,15 @@ def test_a_command_line_gives_no_name_of_the_policy_to_another_task(client, task
     for said in (
         {"ood_tasks": f"{policy},{easy}/0.yaml:acc_norm"},
         {"ood_tasks": f"{policy},{easy}/*.yaml:acc_norm"},
-        {"include_path": str(easy)},
-        {"ood_tasks": f"{policy},toy_letters", "include_path": str(easy)},
     ):
         for step in (release.gate, release.promote, release.evaluate):
             with pytest.raises(errors.SpecError, match="a name that the policy of toy-llm gives"):
                 step(Spec(version="v4", promote="live", **said))
+    # folders of the policy come last, so that its tasks stay
+    for said in ({}, {"include_path": str(easy)}):
+        assert not release.gate(Spec(version="v4", promote="live", **said))[1].passed
+    with pytest.raises(errors.GateError, match="the gate refuses"):
+        release.promote(Spec(version="v4", promote="live", include_path=str(easy)))
     assert pointers(client) == {}
     # a shipped task of lm-eval's is as little to be replaced
     client.set_registered_model_tag(MODEL, "soup.ood_tasks", "arc_easy")

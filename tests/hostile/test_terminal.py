@@ -100,9 +100,10 @@ def test_a_tag_of_a_model(client, name):
 
 @named
 def test_a_task(client, tasks, tmp_path, name):
-    folder = toy.write_tasks(tmp_path / "tasks")
-    task = yaml.safe_load((folder / "letters.yaml").read_text()) | {"task": "mine", name: name}
-    (folder / "mine.yaml").write_text(yaml.safe_dump(task))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    task = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "mine", name: name}
+    toy.write_task(folder / "mine.yaml", task)
     options = ("--include-path", str(folder), "--tasks", "mine")
     done = forked.play("mlflow_soup", "run", "--pair", "v1,v2", *options)
     check(done, name.partition("\n")[0])

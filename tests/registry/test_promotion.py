@@ -258,7 +258,7 @@ def test_a_promotion_records_the_verdict_of_the_gate(client, outcome):
     parents = [evidence for role, evidence in roles.items() if role.startswith("parent")]
     rules = outcome.verdict.rules
     said = entry.told["rules"]
-    assert (said["margin"], said["confidence"], said["min_items"]) == (0.05, 0.95, 1)
+    assert (said["margin"], said["confidence"], said["min_items"]) == ("0.05", 0.95, 1)
     assert said["tasks"] == {"toy_digits:acc": 100, "toy_digits_bpb:bits_per_byte": 40}
     soup_again = replace(roles["soup"], version=outcome.soup.version)
     assert gate.judge(soup_again, parents, [], rules) == outcome.verdict

@@ -22,6 +22,7 @@ def test_the_callers_autologging_stays_out_of_our_runs_and_stays_on(client):
     experiment = client.get_experiment_by_name("soups").experiment_id
     before = len(client.search_logged_models([experiment]))
     mlflow.autolog(log_models=True, silent=True)
+    mlflow.sklearn.autolog(log_models=True, silent=True)  # whatever it was set to before
     try:
         with mlflow.start_run() as outer:  # of the caller: ours is its child
             outcome = run(Spec(pair="v1,v2", acquisition="gp-hedge"))
@@ -29,6 +30,7 @@ def test_the_callers_autologging_stays_out_of_our_runs_and_stays_on(client):
         left = client.get_run(fit())
     finally:
         mlflow.autolog(disable=True)
+        mlflow.sklearn.autolog(disable=True)
     assert left.data.params["fit_intercept"] == "True"  # the caller's own is logged as ever
     runs = client.search_runs([experiment], "tags.`soup.role` LIKE '%'")
     assert {run.data.tags["soup.role"] for run in runs} == {"search", "trial", "ood"}

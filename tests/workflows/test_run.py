@@ -378,7 +378,7 @@ def test_an_evaluation_that_broke_off_is_repeated(client, monkeypatch):
 
 def test_documents_in_both_sets_are_refused_whatever_their_task_is_called(client, tasks, tmp_path):
     config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "other_name"}
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+    toy.write_task(tmp_path / "other.yaml", config)
     path = os.pathsep.join([str(tasks), str(tmp_path)])
     ood_tasks = "toy_digits,toy_digits_bpb:bits_per_byte,other_name"
     with pytest.raises(errors.SpecError, match="100 documents are in both held-out and out-of"):
