@@ -25,6 +25,10 @@ MEMORY = 2 << 30  # bytes
 SECONDS = 120  # of processor time
 
 
+class Empty(Exception):
+    """The files of a data set are empty."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """Reads the data set of a task from a folder without leave; lm-eval's `custom_dataset`."""
@@ -38,6 +42,7 @@ class Reader:
         """The splits of the data set, as `datasets.load_dataset` gives them, nothing decoded.
 
         Raises:
+            Empty: the files are empty, which not every version of datasets reads.
             SpecError: the files are not regular, or reading them takes more than the limits.
             OSError: the data cannot be found or read.
         """
@@ -57,6 +62,8 @@ def _read_files(kind: str, name: str | None, options: Mapping[str, Any], where: 
                 size += os.fstat(handle.fileno()).st_size
         except ValueError as error:
             raise _refusal(f"{file} cannot be read: {error}", where) from error
+    if not size:
+        raise Empty
     if size > LARGEST:
         raise _refusal(f"its data have {size} bytes, but at most {LARGEST} are read", where)
     if kind == "parquet":

@@ -33,7 +33,7 @@ from lm_eval.tasks import _index  # private door
 from lm_eval.tasks._factory import TaskFactory  # private door
 
 from mlflow_soup.errors import ObjectiveError, SoupError, SpecError, brief
-from mlflow_soup.evaluation.task_data import LOCAL, Reader, texts
+from mlflow_soup.evaluation.task_data import LOCAL, Empty, Reader, texts
 from mlflow_soup.files.durable import check_writable, scratch
 from mlflow_soup.files.untrusted import (
     LARGEST_YAML,
@@ -341,7 +341,7 @@ class Factory(TaskFactory):  # type: ignore[misc]
                 "Hugging Face Hub, allow access to the Hub, or load the dataset into the local "
                 "cache first",
             ) from error
-        except StopIteration as error:  # lm-eval looks at the first item
+        except (Empty, StopIteration) as error:  # lm-eval looks at the first item
             raise SpecError(
                 f"task {entry.name} has no items",
                 where=_place(entry),
