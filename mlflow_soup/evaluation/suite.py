@@ -162,25 +162,14 @@ def replaced_by(
     Returns:
         `FOLDER defines TASK`, for each.
     """
-    index = library().task_index
-    others = read_folders(besides, allowed)
-    stay = {name for folder in others for name in folder.entries}
-    for folder in others:
-        index.update(folder.entries)
-    asked = _reachable([name for name, _ in _split(stated, where)], index)
-    theirs = {folder.path.resolve() for folder in others}
-    ours = [f for f in read_folders(include_path, allowed) if f.path.resolve() not in theirs]
-    found = [(f, name) for f in ours for name in f.entries if name not in stay]
-    files = [name for name, _ in _split(text, where) if name.endswith(".yaml")]
-    every = [file for name in files for file in _glob(name, where)]
-    for parent in dict.fromkeys(file.parent for file in every):
-        folder, _ = read_files(parent, every, allowed)
-        found += [
-            (folder, name)
-            for name, entry in folder.entries.items()
-            if name in index and entry.yaml_path != index[name].yaml_path
-        ]
-    return [f"{folder.path} defines {name}" for folder, name in found if name in asked]
+    policy = _open(_split(stated, where), besides, allowed, where)
+    request = _open(_split(text, where), include_path, allowed, where)
+    named = [task for name, _ in _split(stated, where) for task in policy.tasks_of(name)]
+    return [
+        f"{request.folder_of(name)} defines {name}"
+        for name in sorted(_reachable(named, policy.index))
+        if name in request.index and request.origin_of(name) != policy.origin_of(name)
+    ]
 
 
 def _reachable(names: Sequence[str], index: Mapping[str, Any]) -> set[str]:
@@ -204,38 +193,97 @@ def _reachable(names: Sequence[str], index: Mapping[str, Any]) -> set[str]:
     return found
 
 
+def _may_be_filter(pieces: Sequence[tuple[str, str | None]], i: int) -> bool:
+    """Whether a piece stands where the filter of the piece before may stand."""
+    return bool(i and pieces[i - 1][1] and not pieces[i][1])
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """lm-eval's manager of its own tasks and those of folders and files.
+
+    Attributes:
+        manager: the manager.
+        folders: the folders, and the parents of the files; of two tasks with one name, the last
+            counts.
+        files: the path or pattern of files → the tasks and groups that they define.
+    """
+
+    manager: TaskManager
+    folders: Sequence[Folder]
+    files: Mapping[str, Sequence[str]]
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """The name of a task, group or tag → lm-eval's entry."""
+        # private door: lm_eval.tasks.TaskManager.task_index
+        index: Mapping[str, Any] = self.manager.task_index
+        return index
+
+    def tasks_of(self, name: str) -> Sequence[str]:
+        """The tasks that a name, a pattern of names, or the path of files stands for."""
+        if name in self.files:
+            return self.files[name]
+        if name in self.index:
+            return [name]
+        return sorted(fnmatch.filter(self.index, name)) if _PATTERN & {*name} else []
+
+    def folder_of(self, name: str) -> Path | None:
+        """The folder whose task of this name counts; None for one of lm-eval's own."""
+        having = [folder.source for folder in self.folders if name in folder.entries]
+        return having[-1] if having else None
+
+    def origin_of(self, name: str) -> object:
+        """What tells a task from others with its name: its file, or the members of a tag."""
+        entry = self.index[name]
+        if entry.yaml_path is None:
+            return sorted(entry.tags)
+        path = Path(entry.yaml_path)
+        for folder in self.folders:
+            if path.is_relative_to(folder.path):
+                return folder.source.resolve() / path.relative_to(folder.path)
+        return path
+
+
+def _open(
+    pieces: Sequence[tuple[str, str | None]],
+    include_path: str,
+    allowed: Collection[str],
+    where: str,
+) -> _Opened:
+    """Read the folders, and the files that pieces of a text name."""
+    files = {name: _glob(name, where) for name, _ in pieces if name.endswith(".yaml")}
+    folders = read_folders(include_path, allowed)
+    defines: dict[Path, list[str]] = {}
+    every = list(itertools.chain.from_iterable(files.values()))
+    for parent in dict.fromkeys(file.parent for file in every):
+        folder, own = read_files(parent, every, allowed)
+        folders.append(folder)
+        defines |= own
+    names = [name for i, (name, _) in enumerate(pieces) if not _may_be_filter(pieces, i)]
+    manager = _open_manager(names, folders, "--include-path, or tag soup.include_path")
+    for file, defined in defines.items():
+        _check_members(manager, file, defined, where)
+    tasks = {
+        name: [task for file in found for task in defines[file]] for name, found in files.items()
+    }
+    return _Opened(manager, folders, tasks)
+
+
 def _find(
     text: str, include_path: str, allowed: Collection[str], where: str
 ) -> tuple[TaskManager, list[Named]]:
     pieces = _split(text, where)
-    # a piece without a metric after `task:metric` may be a filter
-    maybe_filter = {i for i in range(1, len(pieces)) if pieces[i - 1][1] and not pieces[i][1]}
-    names = [name for i, (name, _) in enumerate(pieces) if i not in maybe_filter]
-    files = {name: _glob(name, where) for name in names if name.endswith(".yaml")}
-    folders = read_folders(include_path, allowed)
-    of_file: dict[Path, list[str]] = {}
-    every = list(itertools.chain.from_iterable(files.values()))
-    for parent in dict.fromkeys(file.parent for file in every):
-        folder, defines = read_files(parent, every, allowed)
-        folders.append(folder)
-        of_file |= defines
-    manager = _open_manager(names, folders, "--include-path, or tag soup.include_path")
-    for file, defined in of_file.items():
-        _check_members(manager, file, defined, where)
-    asked: list[Named] = []
+    opened = _open(pieces, include_path, allowed, where)
+    asked: list[list[Named]] = []  # by piece
     for i, (name, metric) in enumerate(pieces):
-        if name in files:
-            asked += [(task, metric, None) for file in files[name] for task in of_file[file]]
-        elif name in manager.task_index:
-            asked.append((name, metric, None))
-        elif i in maybe_filter:
-            before, its_metric, _ = asked.pop()
-            asked.append((before, its_metric, name))
-        elif _PATTERN & {*name} and (found := fnmatch.filter(manager.task_index, name)):
-            asked += [(task, metric, None) for task in sorted(found)]
+        if tasks := opened.tasks_of(name):
+            asked.append([(task, metric, None) for task in tasks])
+        elif _may_be_filter(pieces, i):
+            asked[-1] = [(task, its_metric, name) for task, its_metric, _ in asked[-1]]
         else:
-            raise _unknown(name, manager, folders, where)
-    return manager, asked
+            raise _unknown(name, opened.manager, opened.folders, where)
+    return opened.manager, list(itertools.chain.from_iterable(asked))
 
 
 def _check_members(manager: TaskManager, file: Path, names: Sequence[str], where: str) -> None:

@@ -83,7 +83,8 @@ atexit.register(_COPIES.close)
 class Folder:
     """A folder of task YAMLs as it was read."""
 
-    path: Path
+    path: Path  # where it was read; of a folder with leave, the copy
+    source: Path  # where the user has it
     entries: Mapping[str, Any]  # task, group or tag → lm-eval's entry, includes resolved
     unreadable: Mapping[Path, str]  # YAML → reason
     trusted: bool  # its code may run
@@ -156,7 +157,7 @@ def _read(folder: Path, files: Collection[Path] | None = None) -> Folder:
         except (OSError, ValueError, TypeError, KeyError) as error:
             unreadable[path] = str(error) or type(error).__name__
             logger.warning("task YAML %s is left out: %s", path, unreadable[path])
-    return Folder(folder, entries, unreadable, trusted=False)
+    return Folder(folder, folder, entries, unreadable, trusted=False)
 
 
 class _Reading:
@@ -218,7 +219,7 @@ def _copied(folder: Path, allowed: Collection[str]) -> Folder | None:
             return None
         _check_covered(copied)
         _COPIES.push(made.pop_all())
-    return Folder(copied, _index.TaskIndex.build([copied]), {}, trusted=True)
+    return Folder(copied, folder, _index.TaskIndex.build([copied]), {}, trusted=True)
 
 
 def _copy(folder: Path, copied: Path) -> None:

@@ -47,6 +47,7 @@ def test_the_papers_benchmarks_resolve_and_name_the_dataset_they_cannot_reach(na
         ("toy_all", ["toy_all:acc"]),
         ("toy_d*s,toy_spelling", ["toy_digits:acc", "toy_spelling:exact_match,strict"]),
         ("toy_[dl]*s:acc_norm", ["toy_digits:acc_norm", "toy_letters:acc_norm"]),
+        ("toy_digits:acc,toy_l*s", ["toy_digits:acc", "toy_letters:acc"]),
     ],
 )
 def test_tasks_are_named_as_lm_eval_names_them(tasks, text, terms):
@@ -94,11 +95,25 @@ def test_tasks_are_named_by_their_yaml_files_as_for_lm_eval(tasks, tmp_path, mon
     monkeypatch.chdir(tasks.parent)
     relative = load_suite(f"{tasks.name}/letters.yaml")
     assert relative.documents() == load_suite("toy_letters", include_path=str(tasks)).documents()
+    after_a_metric = load_suite(f"{tasks}/digits.yaml:acc_norm,{tasks}/letters.yaml")
+    assert [str(term) for term in after_a_metric.terms] == [
+        "toy_digits:acc_norm",
+        "toy_letters:acc",
+    ]
     (tmp_path / "base.yaml").write_text("dataset_path: json\n")
     with pytest.raises(errors.SpecError, match=r"base\.yaml defines no task: it has no key task"):
         load_suite(f"{tmp_path}/base.yaml")
     with pytest.raises(errors.SpecError, match="no task 'toy_digits'"):  # it is beside the file
         load_suite(f"{tasks}/letters.yaml,toy_digits")
+
+
+def test_a_filter_after_a_pattern_is_that_of_all_its_tasks(tasks, tmp_path):
+    spelling = yaml.safe_load((tasks / "spelling.yaml").read_text())
+    for name in ("toy_first", "toy_second"):
+        toy.write_task(tmp_path / f"{name}.yaml", spelling | {"task": name})
+    suite = load_suite("toy_*[td]:exact_match,digits", include_path=str(tmp_path))
+    terms = [str(term) for term in suite.terms]
+    assert terms == ["toy_first:exact_match,digits", "toy_second:exact_match,digits"]
 
 
 def test_relative_data_lie_beside_the_yaml_or_in_the_working_directory(

@@ -731,6 +731,12 @@ def test_a_command_line_gives_no_name_of_the_policy_to_another_task(client, task
     with pytest.raises(errors.GateError, match="the gate refuses"):
         release.promote(Spec(version="v4", promote="live", include_path=str(easy)))
     assert pointers(client) == {}
+    # the policy may state a pattern or a file, too
+    for stated in ("toy_digits*", f"{tasks}/digits*.yaml"):
+        client.set_registered_model_tag(MODEL, "soup.ood_tasks", stated)
+        said = Spec(version="v4", promote="live", ood_tasks=f"{stated},{easy}/0.yaml:acc_norm")
+        with pytest.raises(errors.SpecError, match="a name that the policy of toy-llm gives"):
+            release.promote(said)
     # a shipped task of lm-eval's is as little to be replaced
     client.set_registered_model_tag(MODEL, "soup.ood_tasks", "arc_easy")
     shipped = easy_tasks(tasks, tmp_path / "shipped", "arc_easy")
