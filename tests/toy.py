@@ -170,6 +170,14 @@ def _choice_items(alphabet: str, count: int, seed: int) -> list[dict[str, object
     return items
 
 
+def copy_tasks(tasks: Path, folder: Path) -> Path:
+    """Copy a folder that `write_tasks` made; its YAML files then name the copied data."""
+    shutil.copytree(tasks, folder, dirs_exist_ok=True)
+    for path in folder.glob("*.yaml"):
+        path.write_text(path.read_text().replace(str(tasks), str(folder)))
+    return folder
+
+
 def write_task(path: Path, config: dict[str, Any]) -> None:
     """Write a task's YAML, with copies of its data files beside it."""
     config = copy.deepcopy(config)

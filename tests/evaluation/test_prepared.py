@@ -122,10 +122,7 @@ def live(checkpoints):
 @pytest.fixture(scope="module")
 def mixed(tasks, tmp_path_factory):
     """A folder with tasks of every kind."""
-    folder = tmp_path_factory.mktemp("mixed")
-    for path in tasks.iterdir():  # a task's data must be in its own folder
-        text = path.read_text().replace(str(tasks), str(folder))
-        (folder / path.name).write_text(text)
+    folder = toy.copy_tasks(tasks, tmp_path_factory.mktemp("mixed"))
     base = yaml.safe_load((folder / "letters.yaml").read_text())
     files = {
         "validation": str(folder / "letters.jsonl"),

@@ -39,10 +39,7 @@ def live(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tasks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompted")
-    for path in tasks.iterdir():  # a task's data must be in its own folder
-        text = path.read_text().replace(str(tasks), str(folder))
-        (folder / path.name).write_text(text)
+    folder = toy.copy_tasks(tasks, tmp_path_factory.mktemp("prompted"))
     letters = yaml.safe_load((folder / "letters.yaml").read_text()) | {"num_fewshot": 2}
     files = {"validation": str(folder / "letters.jsonl"), "train": str(folder / "digits.jsonl")}
     generate = yaml.safe_load((folder / "spelling.yaml").read_text())

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 import forked
 import mlflow_soup
+import toy
 from conftest import MODEL, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.decision import pairing
@@ -556,9 +556,7 @@ def test_a_study_that_is_terminated_goes_on_when_it_is_called_again(client, told
 
 
 def test_no_choice_depends_on_out_of_domain_items(store, reports, tasks, tmp_path):
-    other = shutil.copytree(tasks, tmp_path / "other")
-    for page in other.glob("*.yaml"):
-        page.write_text(page.read_text().replace(str(tasks), str(other)))
+    other = toy.copy_tasks(tasks, tmp_path / "other")
     items = [json.loads(line) for line in (other / "digits.jsonl").read_text().splitlines()]
     wrong = [item | {"answer": (item["answer"] + 1) % 4} for item in items]
     (other / "digits.jsonl").write_text("".join(json.dumps(item) + "\n" for item in wrong))
