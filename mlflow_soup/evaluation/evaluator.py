@@ -29,6 +29,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from mlflow_soup.errors import ObjectiveError, SoupError, brief
 from mlflow_soup.evaluation.compatibility import function_of
 from mlflow_soup.evaluation.items import (
+    SEEDS,
     Asking,
     asked,
     asked_of,
@@ -39,8 +40,8 @@ from mlflow_soup.evaluation.items import (
 )
 from mlflow_soup.evaluation.live import LiveModel, not_finite
 from mlflow_soup.evaluation.loading import quiet, rules_of
-from mlflow_soup.evaluation.prepared import GENERATION, FrozenLM, PreparedLM
-from mlflow_soup.evaluation.prompts import PLAIN, Prompting
+from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
+from mlflow_soup.evaluation.prompts import GENERATION, PLAIN, Prompting
 from mlflow_soup.evaluation.suite import (
     Asked,
     Suite,
@@ -60,8 +61,6 @@ _FAULTS_OF_TASKS = (
     TypeError,
     ValueError,
 )
-# the seeds of the lm_eval command for random, numpy and torch
-SEEDS = (0, 1234, 1234)
 logger = logging.getLogger("mlflow_soup")
 Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes, as in `Items`
 
@@ -262,7 +261,7 @@ class Evaluator:
                         continue
                     right = requests[gold]
                 text = "".join(part for part in right.args if isinstance(part, str))
-                if task.OUTPUT_TYPE == "generate_until":
+                if task.OUTPUT_TYPE == GENERATION:
                     reference = _reference(task, right.doc)
                     if not reference:
                         continue

@@ -18,15 +18,15 @@ from lm_eval.utils import handle_non_serializable  # private door
 from mlflow_soup.errors import SoupError
 from mlflow_soup.evaluation.limits import LimitError, try_within
 from mlflow_soup.evaluation.loading import quiet
-from mlflow_soup.evaluation.prompts import Prompting
+from mlflow_soup.evaluation.prompts import GENERATION, Prompting
 from mlflow_soup.evaluation.suite import Suite
 from mlflow_soup.evaluation.task_data import Reader
 from mlflow_soup.evaluation.task_folders import broken
 from mlflow_soup.evaluation.templates import RENDERER
 from mlflow_soup.records import Score
 
-# the seed that the lm_eval command uses for few-shot sampling
-FEWSHOT_SEED = 1234
+# the seeds of the lm_eval command for random, numpy, torch and few-shot sampling
+SEEDS = (0, 1234, 1234, 1234)
 
 MOST_CHARACTERS = 1 << 31  # of all prompts and answers of a task
 CHARACTERS_EACH = 1 << 12  # that a request counts as, besides its texts
@@ -52,7 +52,7 @@ def freeze(task: Any, prompting: Prompting, limit: int | None) -> None:
         if from_folder:
             _limit_requests(task)
         # private door: lm_eval.api.task.Task
-        task.set_fewshot_seed(FEWSHOT_SEED)
+        task.set_fewshot_seed(SEEDS[3])
         task.build_all_requests(limit=limit, **options)
 
     try:
@@ -102,7 +102,7 @@ def _limit_requests(task: Any) -> None:
 
 def _limit_scoring(task: Any) -> None:
     """Stop a task whose regular expressions do not come to an end on what a model answered."""
-    generates = task.OUTPUT_TYPE == "generate_until"  # only then a metric can hold a pattern
+    generates = task.OUTPUT_TYPE == GENERATION  # only then a metric can hold a pattern
     if not generates and not task.get_config("filter_list"):
         return
     apply = task.apply_filters

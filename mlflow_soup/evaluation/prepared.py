@@ -29,8 +29,8 @@ from mlflow_soup.evaluation.batches import Input, Limits, Part, Tokens, divide, 
 from mlflow_soup.evaluation.limits import Result
 from mlflow_soup.evaluation.live import not_finite
 from mlflow_soup.evaluation.loading import tokenize_within
+from mlflow_soup.evaluation.prompts import GENERATION
 
-GENERATION = "generate_until"  # the method of lm-eval that generates text
 Answer = tuple[float, bool]  # log-likelihood; True when greedy decoding gives the continuation
 
 # most padded tokens of a batch; more leave a CPU's cache, which costs 10 to 20 % of its speed

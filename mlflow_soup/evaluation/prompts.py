@@ -13,6 +13,7 @@ from mlflow_soup.evaluation.limits import LimitError
 from mlflow_soup.evaluation.loading import read_within, stop_clock
 from mlflow_soup.evaluation.task_folders import generation_problems
 
+GENERATION = "generate_until"  # the method of lm-eval that generates text
 _LONGEST = 64  # characters that a template may make of one character of a conversation
 _LEAST = 1 << 16  # characters that it may make of any conversation
 
@@ -129,7 +130,7 @@ class Prompting:
             task.set_config("num_fewshot", self.num_fewshot)
         elif fixed is None:
             task.set_config("num_fewshot", 0)
-        if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
+        if self.gen_kwargs and task.OUTPUT_TYPE == GENERATION:
             task.set_config("generation_kwargs", dict(self.gen_kwargs), update=True)
 
     def build(self, build: Callable[..., None]) -> None:

@@ -59,8 +59,12 @@ def format_check(check: Check) -> str:
     against = f"{check.name} against {check.against}: {check.difference.value:+.4f}"
     if check.name == "held-out":
         return f"{against}, must not be below 0: {verdict}"
-    required = f"{check.required:+.4f}" + (f" ({check.margin})" if "%" in check.margin else "")
-    return f"{against}, bound {check.bound:+.4f} must not be below {required}: {verdict}"
+    return f"{against}, bound {check.bound:+.4f} must not be below {_required(check)}: {verdict}"
+
+
+def _required(check: Check) -> str:
+    """The least bound; with the margin, if that is a share of the rival's score."""
+    return f"{check.required:+.4f}" + (f" ({check.margin})" if "%" in check.margin else "")
 
 
 def checks_table(verdict: Verdict) -> str:
@@ -71,7 +75,7 @@ def checks_table(verdict: Verdict) -> str:
             str(check.against),
             f"{check.difference.value:+.4f} ± {check.difference.stderr:.4f}",
             f"{check.bound:+.4f}",
-            f"{check.required:+.4f}" + (f" ({check.margin})" if "%" in check.margin else ""),
+            _required(check),
             "yes" if check.passed else "**no**",
         ]
         for check in verdict.checks
@@ -187,8 +191,8 @@ def luck(
     if method != "bayesopt":
         return [words]
     words += (
-        " The soup was chosen by the curve through all scores, so its own score is usually too "
-        "high by less."
+        " The soup was chosen by the curve through all scores, so its own score usually holds less "
+        "luck."
     )
     top, score = max(measured, key=lambda pair: pair[1].value)
     if score.value <= soup.held_out.value:

@@ -476,8 +476,21 @@ class Spec:
             if kind(knob_) is float and value is not None:  # 0 and 0.0: one request
                 value = float(value)
             object.__setattr__(self, knob_.name, value)
+        object.__setattr__(self, "margin", self._margin())
         self._check_names()
         self._check_paths()
+
+    def _margin(self) -> str:
+        """The margins in their one way of writing: 0 and 0.0 are one request."""
+        try:
+            return str(margins.parse_margins(self.margin))
+        except ValueError as error:
+            raise SpecError(
+                f"--margin {self.margin} cannot be read: {error}",
+                where=knobs.place(self._knob("margin")),
+                fix="give numbers from 0, or shares such as 2%, for all tasks, or for tasks and "
+                "metrics by their names: 0.01,acc=0.005,perplexity=2%",
+            ) from error
 
     def _check_names(self) -> None:
         """Refuse names of models, versions, targets and methods that nothing can have."""
@@ -497,16 +510,6 @@ class Spec:
             parse_version(self.version)
         if self.promote:
             parse_target(self.promote)
-        try:
-            read = margins.parse_margins(self.margin)
-            object.__setattr__(self, "margin", str(read))  # 0 and 0.0: one request
-        except ValueError as error:
-            raise SpecError(
-                f"--margin {self.margin} cannot be read: {error}",
-                where=knobs.place(self._knob("margin")),
-                fix="give numbers from 0, or shares such as 2%, for all tasks, or for tasks and "
-                "metrics by their names: 0.01,acc=0.005,perplexity=2%",
-            ) from error
         for name in self.compared:
             if name not in METHODS or self.compared.count(name) > 1:
                 raise SpecError(

@@ -270,10 +270,15 @@ def evaluate(spec: Spec) -> Mapping[str, Evidence]:
         StoreError: the store holds other bytes than the manifest says.
     """
     client, version, spec = _open_request(spec, evaluates=True)
+    manifest = None
     if not (spec.tasks and spec.ood_tasks):
-        manifest = read_manifest(fetch(version.uri, "--version", client=client, fresh=True))
+        manifest = _fetch_manifest(client, version)
         spec = _as_searched(client, spec, manifest)
-    return _evaluate(client, version, spec).roles
+    return _evaluate(client, version, spec, manifest).roles
+
+
+def _fetch_manifest(client: Store, version: Version) -> Manifest:
+    return read_manifest(fetch(version.uri, "--version", client=client, fresh=True))
 
 
 def _as_searched(client: Store, spec: Spec, manifest: Manifest) -> Spec:
@@ -305,7 +310,17 @@ def _as_searched(client: Store, spec: Spec, manifest: Manifest) -> Spec:
     return replace(spec, **taken)
 
 
-def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
+def _evaluate(
+    client: Store, version: Version, spec: Spec, manifest: Manifest | None = None
+) -> Examination:
+    """Score a soup and its rivals.
+
+    Args:
+        client: the store's client.
+        version: the soup.
+        spec: a settled spec.
+        manifest: the soup's manifest, if this process has just fetched the soup.
+    """
     suites = load_suites(spec)
     if suites[1] is None:
         raise SpecError(
@@ -313,7 +328,7 @@ def _evaluate(client: Store, version: Version, spec: Spec) -> Examination:
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
-    manifest = read_manifest(fetch(version.uri, "--version", client=client, fresh=True))
+    manifest = manifest or _fetch_manifest(client, version)
     if manifest.digests is None or any(source.digests is None for source in manifest.sources):
         raise SpecError(
             f"the manifest of {version} holds no digests",
@@ -379,7 +394,8 @@ def _decide(client: Store, version: Version, spec: Spec) -> Decision:
     trust = trust_of(client, spec)
     soup = find_checkpoint(pull(client, version), version.uri)  # `prove` fetched it
     standard = standard_of(spec, soup, elsewhere=owner_of(spec, version.name) != version.name)
-    examined = _evaluate(client, version, spec) if spec.evidence == "own" else None
+    own = spec.evidence == "own"
+    examined = _evaluate(client, version, spec, proven.manifest) if own else None
     return decide(client, proven, spec, standard, trust, examined=examined)
 
 
