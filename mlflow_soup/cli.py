@@ -275,9 +275,16 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
     """Judge a soup by its newest evaluation, and write the verdict.
 
     The verdict is computed from the scores each time, by the rules of the model that owns the
-    target of --promote.
+    target of --promote. With --power, nothing is judged: the command says how likely the gate
+    passes a soup that is exactly as good as its rivals.
     """
     spec = _spec(said)
+    if spec.power:
+        with _heavy_imports():
+            from mlflow_soup.workflows.power import power
+
+        _say(power(spec))
+        return
     with _heavy_imports():
         from mlflow_soup.reporting import report
         from mlflow_soup.workflows import release
@@ -287,6 +294,8 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
     _say(f"{version}: gate {word} ({verdict.rules})")
     for check in verdict.checks:
         _say(f"  {report.format_check(check)}")
+    if words := report.luckless(verdict):
+        _say(words)
     ctx.exit(0 if verdict.passed else 3)
 
 

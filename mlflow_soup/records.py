@@ -437,15 +437,36 @@ class Difference:
 
 @dataclass(frozen=True)
 class Check:
-    """One rule of the gate, with its numbers; passed rules are kept too."""
+    """One check of the gate, with its numbers; passed checks are kept too.
 
-    name: str
+    Attributes:
+        tasks: the OOD tasks that are judged together; empty for the held-out score.
+        against: the rival.
+        difference: the soup's score minus the rival's; the mean over several tasks, as a share of
+            the rival's scores if the margin is one.
+        side: which bound of the difference counts, `lower` or `upper`; empty for the difference
+            itself.
+        bound: the bound.
+        required: the rule: `bound` must not be below this.
+        passed: whether it is not.
+        margin: the allowed loss, as the rules say it.
+    """
+
+    tasks: tuple[str, ...]
     against: Version
     difference: Difference
-    bound: float  # OOD: lower confidence bound of the difference; held-out: the difference itself
-    required: float  # the rule: `bound` must not be below this
+    side: str
+    bound: float
+    required: float
     passed: bool
-    margin: str = ""  # of an OOD task, as the rules say it
+    margin: str
+
+    @property
+    def name(self) -> str:
+        """What was judged, in words."""
+        if len(self.tasks) > 1:
+            return f"{len(self.tasks)} OOD tasks together"
+        return self.tasks[0] if self.tasks else "held-out"
 
 
 @dataclass(frozen=True)
@@ -453,7 +474,7 @@ class Rules:
     """The rules of the gate.
 
     Attributes:
-        margin: the allowed loss on each OOD task, as `request.margins` reads it.
+        margin: the allowed loss on the OOD tasks, as `request.margins` reads it.
         confidence: the confidence of the one-sided bounds, in (0.5, 1).
         min_items: the smallest number of items of each OOD task.
         tasks: the OOD tasks to judge on, as `task:metric`; empty for those of the evidence.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,19 @@ def test_the_main_job_ends_with_words_and_links(client, tasks):
     to = ("--promote", "model:prod@live", "--include-path", str(tasks))
     done = command("promote", "--version", "v4", *to)
     assert "prod@live → prod v1" in done.stdout
+
+
+def test_the_power_of_the_gate_is_told_before_anything_is_scored(client):
+    done = command("gate", "--power", "--model", MODEL)
+    assert done.returncode == 0, done.stderr
+    assert "passes a soup that is exactly as good as its rivals in" in done.stdout
+    assert re.search(r"\(2 OOD tasks, [1-9]\d+ items, margin 0.05\)", done.stdout)
+    assert "times the OOD items, or" in done.stdout
+    assert "toy_digits_bpb:bits_per_byte counts as passed" in done.stdout
+    assert not client.search_model_versions("tags.`soup.digest` != ''")
+    done = command("gate", "--power", "--version", "v1", "--margin", "0.2")
+    assert done.returncode == 2
+    assert "looser than the policy" in done.stderr
 
 
 def test_a_refusal_exits_with_3(client):

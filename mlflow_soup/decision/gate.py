@@ -1,18 +1,18 @@
 """The gate: it decides from scores whether a soup may be promoted, and records every number.
 
-The rule is non-inferiority: on each OOD task the soup must not be worse than the reference by more
-than the margin, at the chosen confidence. Both models answer the same items, so the gate compares
-them item by item (see `pairing`).
+The rule is non-inferiority: on the OOD tasks together the soup must not be worse than a rival by
+more than the margin, at the chosen confidence. Both models answer the same items, so the gate
+compares them item by item (see `pairing`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlflow_soup.decision.pairing import ROUNDING, better, lower_bound, paired
+from mlflow_soup.decision.pairing import ROUNDING, better, lower_bound, paired, pool, upper_bound
 from mlflow_soup.errors import ObjectiveError
-from mlflow_soup.records import Check, Evidence, Examination, Rules, Score, Verdict
-from mlflow_soup.request.margins import parse_margins
+from mlflow_soup.records import Check, Difference, Evidence, Examination, Rules, Score, Verdict
+from mlflow_soup.request.margins import Margin, Margins, parse_margins
 
 
 def inconsistent(examination: Examination) -> str:
@@ -80,13 +80,15 @@ def judge(
 ) -> Verdict:
     """Decide from scores alone whether the soup may be promoted.
 
-    The soup is compared with the parent of the best held-out score, which would be used without a
-    soup, and with each current champion. Its held-out score must be at least as good, and on each
-    OOD task
+    With Δ = soup − rival there are two rules:
 
-        Δ − t·se ≥ −margin
+        shown:        Δ − t·se ≥ −margin
+        not refuted:  Δ ≥ −margin,  or  Δ + t·se ≥ 0
 
-    A reference with the same bytes as the soup (λ = 1) counts as equal, for any number of items.
+    `questions` says which rule holds for what. The soup must be shown to hold against each version
+    that it would replace; without such a version, against the parent of the best held-out score.
+    That parent is a rival in any case. A rival with the same bytes as the soup (λ = 1) counts as
+    equal, for any number of items.
 
     Args:
         soup: the soup's evidence.
@@ -99,48 +101,118 @@ def judge(
     """
     soup, *others = [_on(evidence, rules) for evidence in (soup, *parents, *champions)]
     parents, champions = others[: len(parents)], others[len(parents) :]
-    references = [parents[better([parent.held_out for parent in parents])]]
+    replaced: dict[str, Evidence] = {}
     for champion in champions:
-        if champion.digest not in {soup.digest, *(r.digest for r in references)}:
-            references.append(champion)
+        if champion.digest != soup.digest:
+            replaced.setdefault(champion.digest, champion)
+    parent = parents[better([parent.held_out for parent in parents])]
+    rivals = {parent.digest: parent, **replaced}
+    checks: list[Check] = []
+    for rival in rivals.values():
+        shown = rival.digest in replaced or not replaced
+        checks += _compare(soup, rival, rules, shown=shown, rivals=len(rivals))
+    return Verdict(tuple(checks), rules)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something that the gate asks of the soup against one rival.
+
+    Attributes:
+        tasks: the OOD tasks, whose mean counts; empty for the held-out score.
+        margin: the allowed loss.
+        shown: whether it must be shown to hold; else it must not be refuted.
+        confidence: the confidence of the one-sided bound.
+    """
+
+    tasks: tuple[str, ...]
+    margin: Margin
+    shown: bool
+    confidence: float
+
+
+def questions(
+    margins: Margins, confidence: float, levels: Mapping[str, float], *, shown: bool, rivals: int
+) -> list[Question]:
+    """All that the gate asks of the soup against one rival.
+
+    Tasks under one margin must hold together. To demand more would refuse more soups that are as
+    good as their rivals, by luck. So one task of several must only not be refuted, and the same is
+    asked against a rival that the soup would not replace. Neither must the held-out score be
+    refuted: the search chose the soup by it, so it can speak against the soup, and not for it.
+
+    A soup that is as good as its rivals is refuted by luck in (1 − confidence) or less: half of
+    this is for the held-out scores, half for the tasks of each margin.
+
+    Args:
+        margins: the margins of the rules.
+        confidence: the confidence of the rules.
+        levels: OOD task → the score of the rival. A share of the score 0 is no scale: a task with a
+            relative margin and this score is judged alone.
+        shown: whether the soup must be shown to hold against the rival.
+        rivals: the number of all rivals.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, level in levels.items():
+        alone = margins.at(name).relative and not level
+        groups.setdefault(name if alone else margins.group(name), []).append(name)
+    luck = (1.0 - confidence) / 2.0 / rivals
+    asked = [Question((), Margin(0.0, relative=False), False, 1.0 - luck)]
+    for names in groups.values():
+        margin = margins.at(names[0])
+        if len(names) > 1:
+            sure = 1.0 - luck / len(names)
+            asked += [Question((name,), margin, False, sure) for name in names]
+        asked.append(Question(tuple(names), margin, shown, confidence if shown else 1.0 - luck))
+    return asked
+
+
+def _compare(
+    soup: Evidence, rival: Evidence, rules: Rules, *, shown: bool, rivals: int
+) -> list[Check]:
+    """All checks against one rival."""
+    if [name for name, _ in soup.ood] != [name for name, _ in rival.ood]:
+        raise ObjectiveError(
+            f"{soup.version} and {rival.version} were not scored on the same OOD tasks",
+            where="the OOD scores of both versions",
+            fix="evaluate both versions again with the same OOD tasks",
+        )
+    ours, theirs = dict(soup.ood), dict(rival.ood)
+    levels = {name: score.value for name, score in theirs.items()}
     margins = parse_margins(rules.margin)
     checks = []
-    for reference in references:
-        difference = paired(soup.held_out, reference.held_out)
+    for question in questions(margins, rules.confidence, levels, shown=shown, rivals=rivals):
+        tasks, margin = question.tasks, question.margin
+        if not tasks:
+            difference, allowed = paired(soup.held_out, rival.held_out), 0.0
+        else:
+            # several tasks with a relative margin: each difference is a share of the rival's score
+            shares = margin.relative and len(tasks) > 1
+            weights = [1.0 / len(tasks) / (abs(levels[t]) if shares else 1.0) for t in tasks]
+            losses = [margin.of(levels[t]) for t in tasks for _ in ours[t].items]
+            both = [pool([side[t] for t in tasks], weights) for side in (ours, theirs)]
+            difference = paired(both[0], both[1], losses)
+            allowed = margin.value if shares else margin.of(levels[tasks[0]])
+        same = soup.digest == rival.digest
+        bound, required, side = _bound(difference, question, allowed)
+        if same:
+            bound = 0.0
         checks.append(
             Check(
-                "held-out",
-                reference.version,
-                difference,
-                bound=difference.value,
-                required=0.0,
-                passed=difference.value >= -ROUNDING,
+                *(tasks, rival.version, difference, side, bound, required),
+                *(bound >= required - ROUNDING, str(margin)),
             )
         )
-        if [name for name, _ in soup.ood] != [name for name, _ in reference.ood]:
-            raise ObjectiveError(
-                f"{soup.version} and {reference.version} were not scored on the same OOD tasks",
-                where="the OOD scores of both versions",
-                fix="evaluate both versions again with the same OOD tasks",
-            )
-        for (task, ours), (_, theirs) in zip(soup.ood, reference.ood, strict=True):
-            difference = paired(ours, theirs)
-            same = soup.digest == reference.digest
-            bound = 0.0 if same else lower_bound(difference, rules.confidence)
-            margin = margins.at(task)
-            required = -margin.of(theirs.value)
-            checks.append(
-                Check(
-                    task,
-                    reference.version,
-                    difference,
-                    bound=bound,
-                    required=required,
-                    passed=bound >= required,
-                    margin=str(margin),
-                )
-            )
-    return Verdict(tuple(checks), rules)
+    return checks
+
+
+def _bound(difference: Difference, question: Question, allowed: float) -> tuple[float, float, str]:
+    """What counts, what it must not be below, and which bound it is."""
+    if question.shown:
+        return lower_bound(difference, question.confidence), 0.0 - allowed, "lower"
+    if difference.value >= -allowed - ROUNDING:
+        return difference.value, 0.0 - allowed, ""
+    return upper_bound(difference, question.confidence), 0.0, "upper"
 
 
 def _on(evidence: Evidence, rules: Rules) -> Evidence:

@@ -5,6 +5,8 @@ The paired standard error is about a third of the one that ignores the pairing.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
@@ -12,37 +14,58 @@ from scipy.stats import t as student
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Difference, Items, Score
 
+Array = np.ndarray[Any, Any]
 # equal scores that are sums over different items may differ in their last digits
 ROUNDING = 1e-12
 
 
-def _paired_task(ours: Items, theirs: Items) -> Difference:
-    """The difference on one task: Σ s_i·d_i, with the standard error of this weighted mean."""
+def _paired_task(ours: Items, theirs: Items, loss: float) -> tuple[Difference, Array]:
+    """The difference on one task: Σ s_i·d_i, with the standard error of this weighted mean.
+
+    Args:
+        ours: the items of one model.
+        theirs: those of the other, the same ones.
+        loss: a loss; the standard error is not below that of a model that loses so much.
+
+    Returns:
+        The difference, and the share of each item in its deviation, s_i·(d_i − Δ).
+    """
     difference = np.array(ours.values) - np.array(theirs.values)
     shares = np.array(ours.shares)
     count = len(difference)
     value = math.fsum(shares * difference)
+    deviations = shares * (difference - value)
     said = [(items.values, items.log_likelihoods) for items in (ours, theirs)]
     if any(ours.log_likelihoods) and said[0] == said[1]:
         variance = 0.0  # all values and log-likelihoods are equal: it is the same model
     elif {*ours.values, *theirs.values} <= {0.0, 1.0}:
         # each item is right or wrong. Count one more won and one more lost item: otherwise a few
         # items without a difference would look like certainty (Bonett & Price 2012, J. Educ. Behav.
-        # Stat. 37)
+        # Stat. 37). A model that loses 1 % of the items differs on at least as many.
         won, lost = (difference > 0).sum() + 1.0, (difference < 0).sum() + 1.0
         total = count + 2.0
-        variance = (won + lost - (won - lost) ** 2 / total) / total**2
+        differing = max(won + lost, count * min(loss, 1.0) + 1.0)
+        variance = (differing - (won - lost) ** 2 / total) / total**2
     elif count > 1:
-        variance = float(shares**2 @ (difference - value) ** 2) * count / (count - 1)
+        variance = float(deviations @ deviations) * count / (count - 1)
     else:
         variance = float("inf")
-    return Difference(value, float(np.sqrt(variance)), count)
+    return Difference(value, float(np.sqrt(variance)), count), deviations
 
 
-def paired(ours: Score, theirs: Score) -> Difference:
+def paired(ours: Score, theirs: Score, losses: Sequence[float] = ()) -> Difference:
     """The paired difference of two scores on the same items; positive if `ours` is better.
 
-        Δ = Σ_k w_k·Δ_k,   se² = Σ_k w_k²·se_k²,   k over tasks
+        Δ = Σ_k w_k·Δ_k,   se² = Σ_k w_k²·se_k² + 2·Σ_{k<l} w_k·w_l·cov_kl,   k over tasks
+
+    The errors of two tasks go together where they ask the same items; cov_kl counts if that widens
+    the standard error.
+
+    Args:
+        ours: the score of one model.
+        theirs: that of the other.
+        losses: for each task, a loss that must not look impossible: the standard error is not below
+            that of a model that loses so much. Empty for none.
 
     Raises:
         ObjectiveError: the two were not scored on the same items.
@@ -55,12 +78,36 @@ def paired(ours: Score, theirs: Score) -> Difference:
             where=", ".join(unlike) or "their lists of tasks, of which one is longer",
             fix="evaluate both models again with the same tasks and settings",
         )
-    tasks = [(a.weight, _paired_task(a, b)) for a, b in zip(ours.items, theirs.items, strict=True)]
+    pairs = zip(ours.items, theirs.items, losses or [0.0] * len(ours.items), strict=True)
+    tasks = [(a.weight, *_paired_task(a, b, loss)) for a, b, loss in pairs]
+    variance = sum((w * d.stderr) ** 2 for w, d, _ in tasks)
     return Difference(
-        value=math.fsum(w * d.value for w, d in tasks),
-        stderr=float(np.sqrt(sum((w * d.stderr) ** 2 for w, d in tasks))),
-        count=sum(d.count for _, d in tasks),
+        value=math.fsum(w * d.value for w, d, _ in tasks),
+        stderr=float(np.sqrt(variance + _together(ours.items, [w * u for w, _, u in tasks]))),
+        count=sum(d.count for _, d, _ in tasks),
     )
+
+
+def _together(items: Sequence[Items], deviations: Sequence[Array]) -> float:
+    """By how much the variance of a sum is larger because items occur in it more than once, ≥ 0."""
+    names = [name for its in items for name in its.ids]
+    if len({*names}) == len(names):
+        return 0.0
+    every = np.concatenate(deviations)
+    _, where = np.unique(names, return_inverse=True)
+    sums = np.bincount(where, weights=every)
+    return max(float(sums @ sums - every @ every), 0.0)
+
+
+def pool(scores: Sequence[Score], weights: Sequence[float]) -> Score:
+    """The weighted sum of several scores, as a score with the items of all."""
+    items = [
+        replace(its, weight=weight * its.weight)
+        for score, weight in zip(scores, weights, strict=True)
+        for its in score.items
+    ]
+    value = math.fsum(w * score.value for score, w in zip(scores, weights, strict=True))
+    return Score(value, math.nan, tuple(items))
 
 
 def optimism(scores: Sequence[Score], *, seed: int = 0, draws: int = 200) -> float:
@@ -108,5 +155,14 @@ def better(scores: Sequence[Score]) -> int:
 
 def lower_bound(difference: Difference, confidence: float) -> float:
     """One-sided lower confidence bound of a paired difference, by Student's t."""
-    quantile = float(student.ppf(confidence, max(difference.count - 1, 1)))
-    return difference.value - quantile * difference.stderr
+    return difference.value - quantile(confidence, difference.count) * difference.stderr
+
+
+def upper_bound(difference: Difference, confidence: float) -> float:
+    """One-sided upper confidence bound of a paired difference, by Student's t."""
+    return difference.value + quantile(confidence, difference.count) * difference.stderr
+
+
+def quantile(confidence: float, count: int) -> float:
+    """The quantile of Student's t for a one-sided bound from so many items."""
+    return float(student.ppf(confidence, max(count - 1, 1)))

@@ -57,6 +57,11 @@ class Suite:
         tasks = group.get_all_tasks() if group is not None else [self.loaded["tasks"][term.name]]
         return [task for task in tasks if term.metric in _metrics(task)]
 
+    def averages(self, term: Asked) -> bool:
+        """Whether the value of a term is the mean over its items, as for right or wrong answers."""
+        name = term.metric.split(",")[0]
+        return all(t.aggregation()[name] is aggregations.mean for t in self.leaves(term))
+
     def documents(self) -> dict[str, str]:
         """The hash of every document that will be scored → the name of its task."""
         return {
@@ -135,7 +140,10 @@ def named_terms(
     Raises:
         SpecError: a task is unknown, or a folder cannot be read.
     """
-    return _find(text, include_path, allowed, where)[1]
+    manager, asked = _find(text, include_path, allowed, where)
+    return [
+        (name, metric, chosen) for tag, metric, chosen in asked for name in _untag(manager, tag)
+    ]
 
 
 def replaced_by(

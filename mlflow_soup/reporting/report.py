@@ -4,6 +4,7 @@ Every score and every difference has the unit of its metric. An accuracy is a sh
 not percentage points: points would hide that other metrics have other units.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlflow_soup.decision import pairing
+from mlflow_soup.decision.power import (
+    ENOUGH,
+    MOST,
+    Design,
+    chance,
+    times_items,
+    times_margins,
+)
 from mlflow_soup.records import (
     Check,
     Difference,
@@ -57,13 +66,14 @@ def format_check(check: Check) -> str:
     """One check of the gate in words and numbers, in one line."""
     verdict = "holds" if check.passed else "REFUSED"
     against = f"{check.name} against {check.against}: {check.difference.value:+.4f}"
-    if check.name == "held-out":
-        return f"{against}, must not be below 0: {verdict}"
-    return f"{against}, bound {check.bound:+.4f} must not be below {_required(check)}: {verdict}"
+    bound = f" {check.side} bound {check.bound:+.4f}" if check.side else ""
+    return f"{against},{bound} must not be below {_required(check)}: {verdict}"
 
 
 def _required(check: Check) -> str:
     """The least bound; with the margin, if that is a share of the rival's score."""
+    if not check.required:
+        return "0"
     return f"{check.required:+.4f}" + (f" ({check.margin})" if "%" in check.margin else "")
 
 
@@ -74,7 +84,7 @@ def checks_table(verdict: Verdict) -> str:
             check.name,
             str(check.against),
             f"{check.difference.value:+.4f} ± {check.difference.stderr:.4f}",
-            f"{check.bound:+.4f}",
+            f"{check.side} bound {check.bound:+.4f}" if check.side else "the difference",
             _required(check),
             "yes" if check.passed else "**no**",
         ]
@@ -84,7 +94,7 @@ def checks_table(verdict: Verdict) -> str:
         "check",
         "against",
         "difference ± paired standard error",
-        "bound",
+        "what counts",
         "must not be below",
         "holds",
     ]
@@ -97,6 +107,52 @@ def verdict_words(verdict: Verdict) -> str:
     return f"The gate {word} the soup by these rules: {verdict.rules}."
 
 
+def power_words(designs: Mapping[float, Design], unknown: Sequence[str]) -> str:
+    """How likely the gate passes a soup that is as good as its rivals, before anything is scored.
+
+    Args:
+        designs: share of the answers that differ between two models → what the gate judges on.
+        unknown: the tasks whose errors nobody knows yet; they count as passed.
+    """
+    design = designs[max(designs)]
+    chances = {share: chance(design) for share, design in designs.items()}
+    items = sum(measure.count for measure in design.ood.values())
+    said = ", ".join(f"in {passes:.0%} if {share:.0%}" for share, passes in chances.items())
+    words = (
+        f"The gate passes a soup that is exactly as good as its rivals {said} of the answers "
+        f"differ ({len(design.ood)} OOD task{'s' * (len(design.ood) > 1)}, {items} items, margin "
+        f"{design.margins})."
+    )
+    usual = sorted(designs)[len(designs) // 2]
+    if chances[usual] < ENOUGH:
+        words += f" For {ENOUGH:.0%} at {usual:.0%}: {_remedy(designs[usual])}."
+    if unknown:
+        words += f" {', '.join(unknown)} counts as passed: its errors are known once it is scored."
+    return words.replace("%", " %")
+
+
+def _remedy(design: Design) -> str:
+    if times_items(design) >= MOST:
+        return f"even {MOST:.0f} times the OOD items are not enough"
+    items, margins = (math.ceil(10.0 * f(design)) / 10.0 for f in (times_items, times_margins))
+    return f"{items:.1f} times the OOD items, or {margins:.1f} times the margin"
+
+
+def luckless(verdict: Verdict) -> str:
+    """After a refusal out of domain: how likely an equal soup would have passed; else empty."""
+    design = Design.of(verdict)
+    if design is None or all(check.passed for check in verdict.checks if check.tasks):
+        return ""
+    passes = chance(design)
+    words = (
+        f"With so many items and these errors, a soup that is exactly as good as its rivals passes "
+        f"in {passes:.0%}."
+    )
+    if passes < ENOUGH:
+        words += f" For {ENOUGH:.0%}: {_remedy(design)}."
+    return words.replace("%", " %")
+
+
 def verdict_section(verdict: Verdict, roles: Mapping[str, Evidence], promoted: str = "") -> str:
     """The last section of a report: the verdict, its evidence and its checks."""
     parts = [
@@ -105,6 +161,8 @@ def verdict_section(verdict: Verdict, roles: Mapping[str, Evidence], promoted: s
         ood_table(roles),
         checks_table(verdict),
     ]
+    if words := luckless(verdict):
+        parts.append(words)
     if promoted:
         parts.append(f"Promoted: **{promoted}**.")
     return "\n\n".join(parts) + "\n"
@@ -367,6 +425,8 @@ def summary(story: Story, look: Sequence[str]) -> str:
         word = "passed" if story.verdict.passed else "REFUSED"
         lines.append(f"gate {word} ({story.verdict.rules})")
         lines += [f"  {format_check(check)}" for check in story.verdict.checks]
+        if words := luckless(story.verdict):
+            lines.append(words)
     else:
         why = (
             "no OOD tasks were given (--ood-tasks)"

@@ -58,7 +58,7 @@ class Rule:
 
 NO_LOOSER = Rule(
     lambda ours, policy: parse_margins(ours).are_at_most(parse_margins(policy)),
-    "for every task at most",
+    "at most these margins, with all their names:",
 )
 AT_LEAST = Rule(lambda ours, policy: ours >= policy, "at least")
 SAME = Rule(lambda ours, policy: ours == policy, "the same,")

@@ -1,15 +1,18 @@
 """The margins of the gate: how much a soup may lose on a task, by metric or by task."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 
 DEFAULT = "0.01"
 # of metrics without a scale of their own, unless a margin names them
 WITHOUT_SCALE = "2%"
+_ALONE = "alone"
 _ENTRY = re.compile(
-    r"(?:(?P<name>[^\s=,%]+)=)?(?P<value>[0-9.]+(?:e[+-]?[0-9]+)?)(?P<percent>\s*%)?", re.I
+    r"(?P<alone>[^\s=,%]+)=alone|"
+    r"(?:(?P<name>[^\s=,%]+)=)?(?P<value>[0-9.]+(?:e[+-]?[0-9]+)?)(?P<percent>\s*%)?",
+    re.I,
 )
 
 
@@ -44,11 +47,12 @@ class Margins:
     """All margins of a request.
 
     Attributes:
-        named: name of a task, of a metric, or `task:metric` → its margin.
+        named: name of a task, of a metric, or `task:metric` → its margin; None for `alone`: the
+            margin is as without the name, but the gate judges it apart from the rest.
         rest: the margin of everything else; None if nobody stated it.
     """
 
-    named: Mapping[str, Margin]
+    named: Mapping[str, Margin | None]
     rest: Margin | None
 
     def at(self, term: str) -> Margin:
@@ -56,26 +60,60 @@ class Margins:
 
         A name of both counts before the task's, and the task's before the metric's.
         """
-        task, _, metric = term.partition(",")[0].partition(":")
-        for name in (f"{task}:{metric}", task, metric):
-            if name in self.named:
-                return self.named[name]
-        if not has_scale(metric) and not (self.rest and self.rest.relative):
-            return _read(WITHOUT_SCALE)
-        return self.rest or _read(DEFAULT)
+        found = [self.named[name] for name in self._names(term)]
+        rest = self.rest or _read(DEFAULT)
+        if not has_scale(_split(term)[1]) and not rest.relative:
+            rest = _read(WITHOUT_SCALE)
+        return next((margin for margin in found if margin is not None), rest)
+
+    def group(self, term: str) -> str:
+        """The name of the group of terms that a term is judged with; equal names, one group.
+
+        Terms without a name in the margins are one group for each unit: shares of the items, bits
+        per byte, and perplexities. Those of a named metric are one group. A task that is named is
+        judged alone.
+        """
+        metric = _split(term)[1]
+        if names := self._names(term):
+            return metric if names == [metric] else term
+        if not has_scale(metric):
+            return WITHOUT_SCALE
+        return metric if metric == "bits_per_byte" else ""
+
+    def _names(self, term: str) -> list[str]:
+        """The names that hold for a term, the one that counts first."""
+        task, metric = _split(term)
+        return [name for name in (f"{task}:{metric}", task, metric) if name in self.named]
+
+    def alone(self, names: Iterable[str]) -> "Margins":
+        """The same margins; these tasks are judged alone."""
+        return replace(self, named={**dict.fromkeys(names), **self.named})
 
     def __str__(self) -> str:
         rest = [str(self.rest or DEFAULT)]
-        return ",".join(rest + [f"{name}={margin}" for name, margin in self.named.items()])
+        named = [f"{name}={m if m is not None else _ALONE}" for name, m in self.named.items()]
+        return ",".join(rest + named)
 
     def are_at_most(self, others: "Margins") -> bool:
-        """Whether no term may lose more by these margins than by others."""
+        """Whether no term, and no group of terms, may lose more by these margins than by others.
+
+        What others name must be named here, too. So every group here is part of one group there: a
+        mean cannot fall by more than a margin if none of its parts does.
+        """
+        if not others.named.keys() <= self.named.keys():
+            return False
         names = [name.split(":") for name in (*self.named, *others.named)]
         # a name alone may be that of a task or of a metric
         tasks = {"", *(parts[0] for parts in names if has_scale(parts[0]))}
         metrics = {"", "perplexity", *(parts[-1] for parts in names)}
         terms = (f"{task}:{metric}" for task, metric in product(tasks, metrics))
         return all(self.at(term).is_at_most(others.at(term)) for term in terms)
+
+
+def _split(term: str) -> tuple[str, str]:
+    """The task and the metric of a term, without the filter."""
+    task, _, metric = term.partition(",")[0].partition(":")
+    return task, metric
 
 
 def _read(text: str) -> Margin:
@@ -87,19 +125,20 @@ def _read(text: str) -> Margin:
 
 
 def parse_margins(text: str) -> Margins:
-    """Read `0.01,acc=0.005,perplexity=2%,piqa:acc=0`.
+    """Read `0.01,acc=0.005,perplexity=2%,piqa:acc=0,boolq=alone`.
 
     Raises:
         ValueError: an entry cannot be read, or a name has two margins.
     """
-    named: dict[str, Margin] = {}
+    named: dict[str, Margin | None] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         match = _ENTRY.fullmatch(part)
         if match is None:
             raise ValueError(f"{part!r} is not a margin")
-        name = match["name"] or ""
+        name = match["alone"] or match["name"] or ""
         if name in named:
             raise ValueError(f"{name or 'everything else'} has two margins")
-        named[name] = _read(match["value"] + (match["percent"] or "").strip())
+        value = match["value"] and match["value"] + (match["percent"] or "").strip()
+        named[name] = _read(value) if value else None
     rest = named.pop("", None)
     return Margins(named, rest)

@@ -351,8 +351,9 @@ class Spec:
     margin: Written[float] = knob(
         GATE,
         margins.DEFAULT,
-        "Allowed loss on each OOD task, in units of its metric (0.01 = one accuracy point), or as "
-        "a share of the rival's score (2%). Tasks and metrics may have their own: 0.01,piqa=0. "
+        "Allowed loss on the OOD tasks, in units of their metric (0.01 = one accuracy point), or "
+        "as a share of the rival's score (2%). Tasks and metrics may have their own: 0.01,piqa=0. "
+        "A task that is named must hold alone (piqa=alone), the others together. "
         f"Perplexities have {margins.WITHOUT_SCALE} unless they are named.",
         "run gate sign promote",
         policy=True,
@@ -378,6 +379,13 @@ class Spec:
         policy=True,
         range=whole(1),
         rule=AT_LEAST,
+    )
+    power: bool = knob(
+        GATE,
+        False,
+        "Judge nothing: say how likely the gate passes a soup as good as its rivals, by the number "
+        "of items and the margin.",
+        "gate",
     )
     champion: str = knob(
         GATE,
@@ -637,6 +645,13 @@ class Spec:
                 knobs.check_rule(knob_, getattr(self, knob_.name), value, owner)
         settled = replace(self, **taken)
         object.__setattr__(settled, "_stated", self.stated | taken.keys())
+        return settled
+
+    def judge_alone(self, tasks: Iterable[str]) -> "Spec":
+        """The spec, by whose margins the gate judges each of these OOD tasks alone."""
+        apart = margins.parse_margins(self.margin).alone(tasks)
+        settled = replace(self, margin=str(apart))
+        object.__setattr__(settled, "_stated", self.stated)
         return settled
 
 

@@ -141,8 +141,10 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
         tags = policy_for(tags, policy(client, owner))
     settled = spec.settle(tags, owner)
     if stated := tags.get("soup.ood_tasks"):
-        _check_all_of(settled, stated, owner)
+        added = _added_to(settled, stated, owner)
         _check_none_replaced(settled, stated, tags.get("soup.include_path", ""), owner)
+        # judged together with the policy's tasks, they could hide a loss there
+        settled = settled.judge_alone(added) if added else settled
     for knob, what in (("tasks", "held-out"), ("ood_tasks", "out-of-domain")):
         if owner != name and not getattr(settled, knob):
             option = "--" + knob.replace("_", "-")
@@ -154,15 +156,21 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
     return settled
 
 
-def _check_all_of(spec: Spec, stated: str, owner: str) -> None:
-    """Refuse OOD tasks that leave out one of the policy's, or name it with another filter."""
+def _added_to(spec: Spec, stated: str, owner: str) -> list[str]:
+    """The OOD tasks, `task` or `task:metric`, that a command line adds to those of the policy.
+
+    Raises:
+        SpecError: it leaves out one of the policy's, or names it with another filter.
+    """
     if spec.ood_tasks in ("", stated):
-        return
+        return []
     named = partial(named_terms, include_path=spec.include_path, allowed=spec.allowed_code)
     its = named(stated, where=f"tag soup.ood_tasks of {owner}")
-    if not {*its} <= {*named(spec.ood_tasks, where="--ood-tasks")}:
+    ours = named(spec.ood_tasks, where="--ood-tasks")
+    if not {*its} <= {*ours}:
         knob_ = next(knob_ for knob_ in fields(Spec) if knob_.name == "ood_tasks")
         raise knobs.looser(knob_, spec.ood_tasks, stated, owner)
+    return [":".join(filter(None, term[:2])) for term in ours if term not in its]
 
 
 def _check_none_replaced(spec: Spec, stated: str, folders: str, owner: str) -> None:

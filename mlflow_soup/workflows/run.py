@@ -28,6 +28,7 @@ from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights import distance
 from mlflow_soup.workflows.bench import Opened, open_rivals
 from mlflow_soup.workflows.job import Job, open_session
+from mlflow_soup.workflows.power import foresee
 from mlflow_soup.workflows.proof import (
     Decision,
     Proven,
@@ -75,6 +76,8 @@ def run(spec: Spec) -> Outcome:
     """
     job, champions = _prepare(spec)
     client, spec, name = job.client, job.spec, job.session.name
+    if job.bench.ood is not None:
+        logger.warning(foresee(spec, job.bench.suites, champion=bool(champions)))
     apart = distance.measure([opened.checkpoint for opened in job.opened])
     if warning := geometry.caution(apart, [v.short for v in job.versions]):
         logger.warning(warning)

@@ -40,8 +40,9 @@ def story(tmp_path):
     trials.append(Trial(4, SPACE.recipe(0.9), None))
     parents = tuple(Parent(v, "sha256:0", tmp_path) for v in (OLD, NEW))
     soup = Soup(SOUP, Recipe("linear", (0.2, 0.8)), parents, score(0.56), "sha256:1")
-    ood = Check("code:acc", NEW, Difference(-0.02, 0.01, 300), -0.0365, -0.01, passed=False)
-    held_out = Check("held-out", NEW, Difference(0.04, 0.01, 200), 0.04, 0.0, passed=True)
+    differences = Difference(-0.02, 0.01, 300), Difference(0.04, 0.01, 200)
+    ood = Check(("code:acc",), NEW, differences[0], "lower", -0.0365, -0.01, False, "0.01")
+    held_out = Check((), NEW, differences[1], "", 0.04, 0.0, True, "0")
     roles = {
         "soup": Evidence(SOUP, "sha256:1", score(0.56), (("code:acc", score(0.30)),)),
         "parent 1": Evidence(NEW, "sha256:2", score(0.52), (("code:acc", score(0.32)),)),
@@ -74,7 +75,7 @@ def test_the_report_has_every_number_a_reader_needs(story):
         "- Against the better parent, llm v13: **+0.0400",
         "## Out of domain: refused",
         "| parent (llm v13) | 0.5200 | 0.3200 |",
-        "| code:acc | llm v13 | -0.0200 ± 0.0100 | -0.0365 | -0.0100 | **no** |",
+        "| code:acc | llm v13 | -0.0200 ± 0.0100 | lower bound -0.0365 | -0.0100 | **no** |",
         "- Against llm v12: **+0.0600",
         "A note.",
         "| 2 | 0.5 | 0.5300 |",
@@ -98,7 +99,10 @@ def test_the_last_lines_say_what_happened(story):
         "registered as models:/llm/14 (λ = 0.8, 5 evaluations)",
         "gate REFUSED (margin 0.05, confidence 0.95)",
         "  held-out against llm v13: +0.0400, must not be below 0: holds",
-        "  code:acc against llm v13: -0.0200, bound -0.0365 must not be below -0.0100: REFUSED",
+        "  code:acc against llm v13: -0.0200, lower bound -0.0365 must not be below -0.0100: "
+        "REFUSED",
+        "With so many items and these errors, a soup that is exactly as good as its rivals passes "
+        "in 97 %.",
         "A note.",
         "run: #/run",
     ]

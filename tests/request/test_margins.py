@@ -1,3 +1,6 @@
+import itertools
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,12 +8,15 @@ from hypothesis import strategies as st
 from mlflow_soup.request.margins import Margin, Margins, has_scale, parse_margins
 
 TERMS = ["piqa:acc", "piqa:acc_norm", "code:acc", "code:perplexity", "text:word_perplexity"]
+BITS = "code:bits_per_byte"
 NAMES = ["piqa", "code", "acc", "perplexity", "piqa:acc", "other"]
 margin = st.builds(
     Margin, st.sampled_from([0.0, 0.005, 0.01, 0.02, 1 / 3, 1e-9, 1e17]), st.booleans()
 )
 margins = st.builds(
-    Margins, st.dictionaries(st.sampled_from(NAMES), margin, max_size=3), st.none() | margin
+    Margins,
+    st.dictionaries(st.sampled_from(NAMES), margin | st.none(), max_size=3),
+    st.none() | margin,
 )
 
 
@@ -54,8 +60,9 @@ def test_margins_that_are_at_most_others_allow_no_term_more(ours, theirs):
             for score in (-20.0, 0.0, 0.5):
                 assert ours.at(term).of(score) <= theirs.at(term).of(score)
     assert ours.are_at_most(ours)
-    nothing = parse_margins("0,perplexity=0,word_perplexity=0,byte_perplexity=0")
-    assert nothing.are_at_most(theirs) or "perplexity" in str(theirs)
+    perplexities = ("perplexity", "word_perplexity", "byte_perplexity")
+    nothing = Margins(dict.fromkeys([*perplexities, *theirs.named], Margin(0.0, False)), None)
+    assert replace(nothing, rest=Margin(0.0, False)).are_at_most(theirs)
 
 
 def test_only_perplexities_have_no_scale():
@@ -67,3 +74,42 @@ def test_only_perplexities_have_no_scale():
         "byte_perplexity,none",
     )
     assert [has_scale(name) for name in names] == [True, True, True, False, False]
+
+
+@given(ours=margins, theirs=margins)
+def test_margins_that_are_at_most_others_judge_no_terms_together_that_those_keep_apart(
+    ours, theirs
+):
+    if not ours.are_at_most(theirs):
+        return
+    for one, other in itertools.combinations([*TERMS, BITS], 2):
+        if ours.group(one) == ours.group(other):
+            assert theirs.group(one) == theirs.group(other)
+
+
+def test_terms_of_one_entry_are_one_group_and_named_tasks_are_alone():
+    def groups(text):
+        found = parse_margins(text)
+        names = [found.group(term) for term in (*TERMS, BITS)]
+        return [names.index(name) for name in names]
+
+    assert groups("0.01") == [0, 0, 0, 3, 3, 5]
+    assert groups("0.01,acc=0.01") == [0, 1, 0, 3, 3, 5]
+    assert groups("0.01,piqa=0.01") == [0, 1, 2, 3, 3, 5]
+    assert groups("0.01,piqa:acc=alone,acc=alone") == [0, 1, 2, 3, 3, 5]
+    assert groups("0.01,perplexity=2%") == [0, 0, 0, 3, 4, 5]
+    assert groups("2%") == [0, 0, 0, 3, 3, 5]
+
+
+def test_a_task_that_is_judged_alone_has_the_margin_that_it_would_have():
+    margins = parse_margins("0.01,acc=0.02,piqa=alone,code:perplexity=alone")
+    assert str(margins) == "0.01,acc=0.02,piqa=alone,code:perplexity=alone"
+    assert [str(margins.at(term)) for term in TERMS] == ["0.02", "0.01", "0.02", "2%", "2%"]
+    more = parse_margins("0.01").alone(["piqa", "acc"])
+    assert (str(more), more.at("piqa:acc").value) == ("0.01,piqa=alone,acc=alone", 0.01)
+
+
+@pytest.mark.parametrize("text", ["alone", "=alone", "piqa", "0.01,piqa", "piqa=alone,piqa=0.01"])
+def test_what_is_no_margin_is_refused(text):
+    with pytest.raises(ValueError, match=r"margin"):
+        parse_margins(text)

@@ -3,6 +3,7 @@ import pytest
 from conftest import MODEL
 from mlflow_soup import Spec
 from mlflow_soup.errors import SpecError
+from mlflow_soup.request.margins import parse_margins
 from mlflow_soup.workflows.proof import settle_rules
 
 STATED = "toy_digits:acc toy_spelling:exact_match,strict"
@@ -21,7 +22,15 @@ STATED = "toy_digits:acc toy_spelling:exact_match,strict"
 def test_a_command_line_may_name_more_tasks_than_the_policy(client, ours):
     client.set_registered_model_tag(MODEL, "soup.ood_tasks", STATED)
     spec = Spec(model=MODEL, pair="v1,v2", ood_tasks=ours)
-    assert settle_rules(client, spec, MODEL).ood_tasks == ours
+    settled = settle_rules(client, spec, MODEL)
+    assert settled.ood_tasks == ours
+    # a task that nobody's policy names cannot make up for a loss on the others
+    margins = parse_margins(settled.margin)
+    terms = ("toy_digits:acc", "toy_spelling:exact_match,strict", "toy_letters:acc")
+    first, second, more = (margins.group(term) for term in terms)
+    assert first == second
+    assert (more != first) == ("toy_letters" in ours)
+    assert {margins.at(term) for term in terms} == {margins.at("toy_digits:acc")}
 
 
 @pytest.mark.parametrize(

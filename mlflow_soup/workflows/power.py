@@ -1,0 +1,83 @@
+"""Say how likely the gate passes a soup that is as good as its rivals, before it is scored."""
+
+import logging
+import math
+
+from mlflow_soup.decision.power import Design, Measure
+from mlflow_soup.errors import SpecError
+from mlflow_soup.evaluation.suite import Suite
+from mlflow_soup.registry.alone import alone
+from mlflow_soup.registry.outages import asking
+from mlflow_soup.registry.store import connect
+from mlflow_soup.registry.versions import find_model
+from mlflow_soup.reporting import report
+from mlflow_soup.request.margins import parse_margins
+from mlflow_soup.request.names import parse_version
+from mlflow_soup.request.spec import Spec
+from mlflow_soup.workflows.bench import Suites, load_suites, rivals
+from mlflow_soup.workflows.proof import settle_rules
+
+logger = logging.getLogger("mlflow_soup")
+# shares of the answers that differ between two neighbouring checkpoints
+DISCORDANCES = (0.02, 0.05, 0.10)
+
+
+@asking("judge the power of the gate")
+@alone()
+def power(spec: Spec) -> str:
+    """How likely the gate passes a soup that is as good as its rivals, in words.
+
+    Nothing is evaluated, and nothing is written.
+
+    Args:
+        spec: `model` or `version` names the model; its policy and the spec state tasks and rules.
+
+    Raises:
+        SpecError: no tasks are stated, or the command line is looser than the policy.
+    """
+    client = connect(60.0 * spec.store_patience)
+    name = find_model(client, spec.model, [parse_version(spec.version)] if spec.version else [])
+    spec = settle_rules(client, spec, name)
+    if not spec.ood_tasks:
+        raise SpecError(
+            "there are no out-of-domain tasks",
+            where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
+            fix="name tasks from another domain: --ood-tasks lambada_openai",
+        )
+    return foresee(spec, load_suites(spec), champion=bool(rivals(client, name, spec)))
+
+
+def foresee(spec: Spec, suites: Suites, *, champion: bool) -> str:
+    """How likely an equal soup passes, by how much its answers differ from those of its rivals.
+
+    Args:
+        spec: a settled spec.
+        suites: the held-out and the OOD tasks, the latter not None.
+        champion: whether there is a version that the soup would replace.
+    """
+    held_out, ood = suites
+    assert ood is not None
+    counts = _counts(ood, spec.limit)
+    unknown = [str(term) for term in ood.terms if not ood.averages(term)]
+
+    def design(discordance: float) -> Design:
+        measures = {
+            name: Measure(count, 0.0) if name in unknown else Measure.of_answers(count, discordance)
+            for name, count in counts.items()
+        }
+        known = sum(_counts(held_out, spec.limit).values())
+        return Design(
+            Measure.of_answers(known, discordance),
+            *(measures, parse_margins(spec.margin), spec.confidence, champion),
+        )
+
+    designs = {share: design(share) for share in DISCORDANCES}
+    return report.power_words(designs, unknown)
+
+
+def _counts(suite: Suite, limit: int | None) -> dict[str, int]:
+    most = math.inf if limit is None else limit
+    return {
+        str(term): int(sum(min(len(list(t.eval_docs)), most) for t in suite.leaves(term)))
+        for term in suite.terms
+    }
