@@ -1,7 +1,8 @@
 """The records that the stages pass to each other; all are frozen.
 
 `Trial` has no out-of-domain (OOD) score, so no OOD score can reach the search. Only `Evidence`,
-which the gate reads, has them.
+which the gate reads, has them. Neither of the two has a score on the test set: only `Unbiased` has,
+and only reports read it.
 """
 
 import math
@@ -421,6 +422,14 @@ class Examination:
 
 
 @dataclass(frozen=True)
+class Unbiased:
+    """A version's score on the test set, which neither the search nor the gate reads."""
+
+    version: Version
+    score: Score
+
+
+@dataclass(frozen=True)
 class Difference:
     """A paired difference between two models on the same items.
 
@@ -539,6 +548,10 @@ class Outcome:
         promoted: what was moved to the soup, e.g. `alias champion`; empty if nothing was.
         run_id: the search run.
         summary: the text that the command prints, with links.
+        tested: `soup`, `parent 0`, `parent 1` …, `champion 0` … → score on the test set; empty
+            without test tasks, and if no soup was registered.
+        test_gain: the paired difference on the test set between the soup and the better parent, as
+            the held-out items rank the parents; None without scores.
     """
 
     soup: Soup
@@ -549,6 +562,8 @@ class Outcome:
     promoted: str
     run_id: str
     summary: str
+    tested: Mapping[str, Unbiased] = field(default_factory=dict)
+    test_gain: Difference | None = None
 
     @property
     def exit_code(self) -> int:

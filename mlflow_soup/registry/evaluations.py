@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_soup.files.signing import sha256_of
 from mlflow_soup.files.untrusted import LARGEST_JSON, parse_json, read_regular
-from mlflow_soup.records import Evidence, Examination, Recipe, Score, Trial, Version
+from mlflow_soup.records import Evidence, Examination, Recipe, Score, Trial, Unbiased, Version
 from mlflow_soup.registry import naming, scores
 from mlflow_soup.registry.outages import is_forbidden
 from mlflow_soup.registry.scores import Scores
@@ -208,7 +208,7 @@ def log_examination(
             "scores": file,
             "sha256": sha256,
         }
-    _log_metrics(client, run_id, metrics)
+    _log_metrics(client, run_id, metrics, "soup")
     there = find_runs(client, _of_soup(examination.roles["soup"].digest), status="FINISHED")
     content = {
         "schema": SCHEMA,
@@ -221,15 +221,45 @@ def log_examination(
     sign_file(client, run_id, naming.EVIDENCE, text, "examination", {"run": run_id})
 
 
+def log_test(
+    client: Store,
+    run_id: str,
+    tested: Unbiased,
+    *,
+    measured: str,
+    model_id: str | None,
+    dataset: str,
+) -> None:
+    """Log a version's score on the test set, and show it on MLflow's Models page.
+
+    Args:
+        client: the store's client.
+        run_id: the test run of this version; `find_score` finds it by its tag.
+        tested: the version and its score.
+        measured: digest of the weights and of how they were scored.
+        model_id: the logged model; None if there is none.
+        dataset: digest of the items.
+    """
+    score = tested.score
+    log_scores(client, run_id, Scores({"": score}), naming.ITEMS, {"measured": measured})
+    about = {"dataset_name": "test set", "dataset_digest": dataset[:12], "model_id": model_id}
+    shown = str(tested.version)
+    metrics = {shown: score_metrics(score, naming.TEST, **about)}
+    _log_metrics(client, run_id, metrics, shown)
+
+
 def _of_soup(digest: str) -> dict[str, str]:
     """The tags of the OOD runs of a soup."""
     return {naming.ROLE: "ood", naming.DIGEST: digest}
 
 
-def _log_metrics(client: Store, run_id: str, of: Mapping[str, Sequence[MlflowMetric]]) -> None:
+def _log_metrics(
+    client: Store, run_id: str, of: Mapping[str, Sequence[MlflowMetric]], shown: str
+) -> None:
     """Log the metrics of each role; those of models that the user may not write to only on the run.
 
-    The run shows one set of metrics, so only the soup's can do without their model.
+    The run shows one set of metrics, that of the role `shown`, so only this set can do without its
+    model.
     """
     try:
         log(client, run_id, metrics=[m for metrics in of.values() for m in metrics])
@@ -245,8 +275,8 @@ def _log_metrics(client: Store, run_id: str, of: Mapping[str, Sequence[MlflowMet
             if not is_forbidden(error):
                 raise
             left.append(role)
-    if "soup" in left:
-        log(client, run_id, metrics=[without_model(m) for m in of["soup"]])
+    if shown in left:
+        log(client, run_id, metrics=[without_model(m) for m in of[shown]])
     logger.warning(
         "MLflow's pages of these models do not show the scores: %s; that needs EDIT on the "
         "experiment of their logged models",

@@ -28,14 +28,16 @@ PROMOTED_AT = "soup.promoted_at"  # UTC, ISO 8601
 PROMOTIONS = "soup.promotions"  # "alias champion 2026-…; stage Production 2026-…": all targets
 PREVIOUS = "soup.previous"  # the version that the target pointed to before
 # tags of runs
-ROLE = "soup.role"  # search, trial, ood, study, look or ledger
+ROLE = "soup.role"  # search, trial, ood, test, study, look or ledger
 NUMBER = "soup.number"  # the trial's number, from 0
 FAILED = "soup.failed"  # the reason why a trial has no score
 MEASURED = "soup.measured"  # digest of a trial's weights and evaluation; finds its score again
 ITEMS_RUN = "soup.items_run"  # the trial whose score this one reuses
 EVALUATOR = "soup.evaluator"  # fingerprint of an evaluator's requests and settings
 ORIGINAL = "soup.original"  # "my-llm/13": the parent whose weights the chosen soup has
-VERSION = "soup.version"  # "my-llm/14": the soup that a search made or an OOD run examined
+VERSION = (
+    "soup.version"  # "my-llm/14": what a search made, an OOD run examined or a test run scored
+)
 CONDITIONS = "soup.conditions"  # digest of all that OOD evidence depends on except the weights
 MODEL = "soup.model"  # the registered model of a search, a study or an upload
 STUDY = "soup.study"  # the study run that a search belongs to
@@ -50,13 +52,18 @@ SEARCH_LAMBDA = "search/lambda"  # the newest parent's weight in each trial, by 
 SEARCH_BEST = "search/best"  # the best score so far, by step
 GAIN = "search/gain"  # the soup's held-out score minus that of its better parent
 GAIN_STDERR = "search/gain_stderr"  # the paired standard error of the gain
+TEST_OBJECTIVE = (
+    "test/objective"  # the score on the test set, the mean over tasks; also on test runs
+)
+TEST_GAIN = "test/gain"  # on the test set: the soup's score minus that of its better parent
+TEST_GAIN_STDERR = "test/gain_stderr"  # the paired standard error of that gain
 CHOSEN_LAMBDA = "search/chosen_lambda"  # the newest parent's weight in the soup
 KL_RATIO = "search/kl_ratio"  # λ² of the paper's theory
 CURVE = "curve/objective"  # the score over λ of a pair; the step is round(1000·λ)
 RELATIVE_L2 = "distance/relative_l2"  # between the oldest and the newest parent
 COSINE = "distance/cosine"  # between the oldest and the newest parent
-# metrics of trial, search and OOD runs; below HELD_OUT and OOD each task has `<task>/<metric>`
-HELD_OUT, OOD = "dev", "ood"
+# metrics of trial, search, OOD and test runs; below dev, ood and test, tasks have `<task>/<metric>`
+HELD_OUT, OOD, TEST = "dev", "ood", "test"
 OBJECTIVE = "dev/objective"  # the held-out score, the mean over tasks
 STDERR = "dev/stderr"  # its standard error
 TRUNCATED = "dev/truncated"  # number of requests that were cut to the longest input

@@ -6,7 +6,7 @@ not percentage points: points would hide that other metrics have other units.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib import rc_context
@@ -31,7 +31,9 @@ from mlflow_soup.records import (
     Score,
     Soup,
     Trial,
+    Unbiased,
     Verdict,
+    Version,
 )
 from mlflow_soup.search.belief import believe
 from mlflow_soup.search.methods import METHODS
@@ -203,6 +205,7 @@ class Story:
         target: where the request promotes the soup to; empty for nowhere.
         promoted: where the soup was promoted to; empty when it was not.
         distance: the distance of the parents.
+        tested: role → score on the test set; empty without one.
         notes: more sentences for the reader.
     """
 
@@ -218,6 +221,7 @@ class Story:
     target: str
     promoted: str
     distance: Distance
+    tested: Mapping[str, Unbiased] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -227,6 +231,63 @@ def gains(story: Story) -> list[tuple[str, Difference]]:
     names = [str(parent.version) for parent in story.soup.parents]
     names[story.better] = f"the better parent, {names[story.better]}"
     return [(names[i], story.gains[i]) for i in order]
+
+
+def test_gains(story: Story) -> list[tuple[str, Difference]]:
+    """The gain on the test set: over each parent, the better one first, and over the champions.
+
+    Which parent is the better one, the held-out items say: the test set chooses nothing.
+    """
+    soup, others = story.tested["soup"].score, story.tested
+    order = sorted(range(len(story.gains)), key=lambda i: (i != story.better, i))
+    named = [
+        (name, others[f"parent {i}"]) for (name, _), i in zip(gains(story), order, strict=True)
+    ]
+    parents = {tested.version for _, tested in named}
+    named += [
+        (f"the champion, {tested.version}", tested)
+        for role, tested in others.items()
+        if role.startswith("champion") and tested.version not in parents
+    ]
+    return [(name, pairing.paired(soup, tested.score)) for name, tested in named]
+
+
+def _tested_rows(story: Story) -> list[tuple[str, Score]]:
+    """Soup, parents and champions with their scores on the test set; each version once."""
+    rows: dict[Version, tuple[str, Score]] = {}
+    for role, tested in story.tested.items():
+        name = f"{role.split()[0]} ({tested.version})"
+        rows.setdefault(tested.version, (name, tested.score))
+    return list(rows.values())
+
+
+def _unbiased(story: Story) -> str:
+    words = (
+        "These items took no part in the choice of the soup or in the gate, so these gains are "
+        "unbiased"
+    )
+    if METHODS[story.method].chooses:
+        words += "; those on the held-out items are somewhat optimistic"
+    return words
+
+
+def _metrics_of(score: Score) -> str:
+    return ", ".join(f"{m.task} {m.metric.removesuffix(',none')}" for m in score.metrics)
+
+
+def test_section(story: Story) -> str:
+    """The section of a report on the test set."""
+    rows = [[name, f"{s.value:.4f}", f"{s.stderr:.4f}"] for name, s in _tested_rows(story)]
+    return "\n\n".join(
+        [
+            f"## Test set: {_metrics_of(story.tested['soup'].score)}",
+            _table(["model", "score", "standard error"], rows),
+            "\n".join(
+                f"- Against {name}: **{format_difference(d)}**" for name, d in test_gains(story)
+            ),
+            f"{_unbiased(story)}.",
+        ]
+    )
 
 
 def luck(
@@ -290,7 +351,6 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
     for label, trial in baselines(story):
         assert trial.held_out is not None
         rows.append([label, f"{trial.held_out.value:.4f}", f"{trial.held_out.stderr:.4f}"])
-    metrics = ", ".join(f"{m.task} {m.metric.removesuffix(',none')}" for m in soup.held_out.metrics)
     shares = zip(reversed(soup.recipe.lam), reversed(soup.parents), strict=True)
     mixture = " + ".join(f"{weight:g} × {parent.version}" for weight, parent in shares)
     if soup.recipe.method != "linear":
@@ -299,7 +359,7 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
         f"# Soup of {parents}, {soup.recipe.label}",
         f"{mixture}, {story.method}: {METHODS[story.method].words}; {len(trials)} evaluations "
         f"([run]({links['run']}), [all λ]({links['trials']})).",
-        f"## Held-out: {metrics}",
+        f"## Held-out: {_metrics_of(soup.held_out)}",
         _table(["model", "score", "standard error"], rows),
         "\n".join(f"- Against {name}: **{format_difference(d)}**" for name, d in gains(story)),
         "The soup was chosen on these items, so its gains are somewhat optimistic. The OOD items "
@@ -308,6 +368,8 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
         else "These scores did not influence the choice of the soup.",
     ]
     parts += story.notes
+    if story.tested:
+        parts.append(test_section(story))
     if story.verdict is not None:
         parts.append(verdict_section(story.verdict, story.roles, story.promoted).rstrip())
     return "\n\n".join(parts) + "\n"
@@ -402,6 +464,14 @@ def _draw_curve(axes: Axes, story: Story) -> None:
     axes.set_xlim(-0.02, 1.02)
 
 
+def _tested_lines(story: Story) -> list[str]:
+    rows = _tested_rows(story)
+    width = max(len(name) for name, _ in rows)
+    lines = ["score on the test set", *(f"  {name:<{width}}  {s.value:.4f}" for name, s in rows)]
+    lines += [f"soup against {name}: {format_difference(d)}" for name, d in test_gains(story)]
+    return [*lines, f"{_unbiased(story)}."]
+
+
 def summary(story: Story, look: Sequence[str]) -> str:
     """The last lines that the command prints.
 
@@ -416,6 +486,8 @@ def summary(story: Story, look: Sequence[str]) -> str:
         assert trial.held_out is not None
         lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
     lines += [f"soup against {name}: {format_difference(gain)}" for name, gain in gains(story)]
+    if story.tested:
+        lines += _tested_lines(story)
     done = "an earlier run registered it as" if story.existed else "registered as"
     if not soup.registered:
         done = "not registered, because it has the same weights as"

@@ -255,6 +255,15 @@ class Spec:
         rule=ALL_OF,
         several=",",
     )
+    test_tasks: Written[Sequence[str]] = knob(
+        SCORE,
+        "",
+        "Tasks in the form of --tasks that neither the search nor the gate reads. They are scored "
+        "once in the end, for the unbiased gain.",
+        "run",
+        policy=True,
+        several=",",
+    )
     include_path: Written[os.PathLike[str] | Sequence[str | os.PathLike[str]]] = knob(
         SCORE,
         "",

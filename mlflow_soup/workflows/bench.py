@@ -32,7 +32,22 @@ from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 
-Suites = tuple[Suite, Suite | None]  # held-out, OOD
+# each two sets of tasks → why no item may be in both
+_APART = {
+    ("tasks", "ood_tasks"): "the gate must judge on items that the search never saw",
+    ("tasks", "test_tasks"): "a test set is unbiased only on items that the search never saw",
+    ("ood_tasks", "test_tasks"): "a test set is unbiased only on items that the gate never saw",
+}
+_SETS = {"tasks": "held-out", "ood_tasks": "out-of-domain", "test_tasks": "test"}
+
+
+@dataclass(frozen=True)
+class Suites:
+    """The tasks of a request: for the search, for the gate, and for neither of them."""
+
+    held_out: Suite
+    ood: Suite | None = None
+    test: Suite | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Bench:
-    """A live model and its evaluators: held-out for the search, OOD for the gate.
+    """A live model and its evaluators: held-out for the search, OOD for the gate, test for neither.
 
     `spec` and `suites` are what the bench was set up from. A champion with another architecture
     needs a second bench from the same `spec` and `suites`.
@@ -56,6 +71,7 @@ class Bench:
     live: LiveModel
     held_out: Evaluator
     ood: Evaluator | None
+    test: Evaluator | None
 
 
 def open_version(client: Store, version: Version, *, fresh: bool = False) -> Opened:
@@ -72,10 +88,10 @@ def open_version(client: Store, version: Version, *, fresh: bool = False) -> Ope
 
 
 def load_suites(spec: Spec) -> Suites:
-    """The held-out and the OOD tasks. They share neither a task nor a document.
+    """The tasks of a request. No two sets share a task or a document.
 
     Raises:
-        SpecError: there are no tasks, or the two sets overlap.
+        SpecError: there are no tasks, or two sets overlap.
     """
     if not spec.tasks:
         raise SpecError(
@@ -84,43 +100,69 @@ def load_suites(spec: Spec) -> Suites:
             fix="name lm-eval tasks: --tasks arc_easy,piqa, or set the tag soup.tasks",
         )
     load = partial(load_suite, include_path=spec.include_path, allowed=spec.allowed_code)
-    held_out = load(spec.tasks, where="--tasks")
-    if not spec.ood_tasks:
-        return held_out, None
-    ood = load(spec.ood_tasks, where="--ood-tasks")
-    shared = sorted({*held_out.loaded["tasks"]} & {*ood.loaded["tasks"]})
+    named = {knob: getattr(spec, knob) for knob in _SETS}
+    found = {k: load(text, where=_option(k)) for k, text in named.items() if text}
+    for pair, why in _APART.items():
+        if found.keys() >= {*pair}:
+            _check_apart(pair, why, found)
+    return Suites(found["tasks"], found.get("ood_tasks"), found.get("test_tasks"))
+
+
+def _option(knob: str) -> str:
+    return "--" + knob.replace("_", "-")
+
+
+def _check_apart(pair: tuple[str, str], why: str, suites: Mapping[str, Suite]) -> None:
+    """Refuse two sets that share a task or a document.
+
+    Args:
+        pair: the knobs that name the sets.
+        why: why nothing may be in both.
+        suites: knob → its tasks.
+    """
+    one, other = pair
+    both = f"{_SETS[one]} and {_SETS[other]} tasks"
+    where = f"{_option(one)} and {_option(other)}, or the model's tags soup.{one} and soup.{other}"
+    shared = sorted({*suites[one].loaded["tasks"]} & {*suites[other].loaded["tasks"]})
     if shared:
         raise SpecError(
-            f"held-out and out-of-domain tasks overlap: {', '.join(shared[:5])}",
-            where="--tasks and --ood-tasks",
-            fix="name each task in one option only: the gate must judge on items that the search "
-            "never saw",
+            f"{both} overlap: {', '.join(shared[:5])}",
+            where=where,
+            fix=f"name each task in one option only: {why}",
         )
-    seen = held_out.documents()
-    common = [
-        (seen[document], name) for document, name in ood.documents().items() if document in seen
-    ]
+    seen, others = suites[one].documents(), suites[other].documents()
+    common = [(seen[document], name) for document, name in others.items() if document in seen]
     if common:
         raise SpecError(
-            f"{len(common)} documents are in both held-out and out-of-domain tasks, "
+            f"{len(common)} documents are in both {both}, "
             f"the first in {common[0][0]} and {common[0][1]}",
-            where="--tasks and --ood-tasks",
-            fix="choose other tasks: the gate must judge on items that the search never saw",
+            where=where,
+            fix=f"choose other tasks: {why}",
         )
-    return held_out, ood
 
 
 def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
     """Load a live model with the architecture of a checkpoint, and prepare the tasks for it."""
     live = LiveModel(donor, spec.device)
-    held_out, ood = suites
-    return Bench(
-        spec,
-        suites,
-        live,
-        _evaluator(live, held_out, spec),
-        _evaluator(live, ood, spec) if ood is not None else None,
+    held_out = _evaluator(live, suites.held_out, spec)
+    ood, test = (
+        None if suite is None else _evaluator(live, suite, spec)
+        for suite in (suites.ood, suites.test)
     )
+    return Bench(spec, suites, live, held_out, ood, test)
+
+
+def bench_for(bench: Bench, checkpoint: Checkpoint, fits: Checkpoint) -> Bench:
+    """The bench, or for a checkpoint of another architecture a second one with the same tasks.
+
+    Args:
+        bench: the bench.
+        checkpoint: what is to be scored.
+        fits: a checkpoint that the bench's model can hold.
+    """
+    if differences(fits, checkpoint):
+        return set_up(bench.spec, checkpoint, bench.suites)
+    return bench
 
 
 def aim(bench: Bench, task: str) -> Bench:
@@ -133,7 +175,7 @@ def aim(bench: Bench, task: str) -> Bench:
     spec = bench.spec
     suite = load_suite(task, include_path=spec.include_path, allowed=spec.allowed_code)
     held_out = _evaluator(bench.live, suite, spec)
-    return replace(bench, suites=(suite, None), held_out=held_out, ood=None)
+    return replace(bench, suites=Suites(suite), held_out=held_out, ood=None, test=None)
 
 
 def prompting_of(spec: Spec, open_tokenizer: Callable[[], Any]) -> Prompting:
@@ -300,9 +342,7 @@ def examine(
         if same is not None:
             roles[role] = replace(same, version=opened.parent.version)
             continue
-        at = bench
-        if differences(soup, opened.checkpoint):
-            at = set_up(bench.spec, opened.checkpoint, bench.suites)
+        at = bench_for(bench, opened.checkpoint, soup)
         assert at.ood is not None
         at.live.set_weights(at.live.link([opened.checkpoint]), [1.0])
         entries = _entries(at, its)

@@ -64,7 +64,7 @@ class Session:
         """The text that the statistics are computed on.
 
         Raises:
-            SpecError: there is no text, or it contains an out-of-domain item.
+            SpecError: there is no text, or it contains an item of the gate or of the test set.
         """
         spec, bench = self.spec, self.bench
         if not spec.calibration:
@@ -72,20 +72,24 @@ class Session:
         else:
             texts = read_texts(Path(spec.calibration))
             read = _plain("\n".join(texts))
-            items = map(_plain, bench.ood.texts()) if bench.ood is not None else ()
-            if seen := sum(item in read for item in items if item):
-                raise SpecError(
-                    f"the calibration text contains {seen} out-of-domain items",
-                    where=f"--calibration {spec.calibration}",
-                    fix="remove them: the gate must judge on items that no method saw",
-                )
+            for evaluator, what, why in (
+                (bench.ood, "out-of-domain", "the gate must judge on items that no method saw"),
+                (bench.test, "test", "a test set is unbiased only on items that no method saw"),
+            ):
+                items = map(_plain, evaluator.texts()) if evaluator is not None else ()
+                if seen := sum(item in read for item in items if item):
+                    raise SpecError(
+                        f"the calibration text contains {seen} {what} items",
+                        where=f"--calibration {spec.calibration}",
+                        fix=f"remove them: {why}",
+                    )
         return calibrate(
             texts, bench.live, tokens=spec.calibration_tokens, max_length=spec.max_length
         )
 
     def on(self, task: str) -> "Session":
-        """A session with the same versions, scored on one task only and without OOD tasks."""
-        spec = replace(self.spec, tasks=task, ood_tasks="")
+        """A session with the same versions, scored on one task only, without OOD and test tasks."""
+        spec = replace(self.spec, tasks=task, ood_tasks="", test_tasks="")
         return replace(self, spec=spec, bench=aim(self.bench, task))
 
     def job(self, versions: Sequence[Version], spec: Spec | None = None) -> "Job":

@@ -92,7 +92,7 @@ def says(difference: Difference) -> str:
 
 def outside_of(session: Session) -> dict[str, Session]:
     """Name of each out-of-domain task → the session that scores on this task only."""
-    suite = session.bench.suites[1]
+    suite = session.bench.suites.ood
     terms = [str(term) for term in suite.terms] if suite is not None else []
     return {term: session.on(term) for term in terms}
 

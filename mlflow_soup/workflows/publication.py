@@ -37,6 +37,8 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> lis
         if not soup.registered:
             what += ", so it was not registered; to register it all the same: --register-copies"
         notes.append(f"{what}.")
+    if job.bench.test is not None and not soup.registered:
+        notes.append("The test set was not scored: there is no new version.")
     if spec.method == "bayesopt":
         if len(trials) < spec.budget:
             notes.append(
@@ -130,4 +132,9 @@ def _metrics(story: report.Story) -> list[Metric]:
     ]
     for _, score in story.roles["soup"].ood if story.roles else ():
         metrics += [tracking.metric(f"{naming.OOD}/{m.key}", m.value) for m in score.metrics]
+    if story.tested:
+        tested = report.test_gains(story)[0][1]
+        metrics += score_metrics(story.tested["soup"].score, naming.TEST)
+        metrics.append(tracking.metric(naming.TEST_GAIN, tested.value))
+        metrics.append(tracking.metric(naming.TEST_GAIN_STDERR, tested.stderr))
     return metrics

@@ -293,6 +293,7 @@ def _as_searched(client: Store, spec: Spec, manifest: Manifest) -> Spec:
     for knob in fields(Spec):
         text = params.get(f"cfg.{knob.name}", "")
         scores = knob.metadata["group"] == SCORE and knob.metadata["policy"]
+        scores = scores and "evaluate" in knob.metadata["commands"]
         if not scores or not text or knob.name in spec.stated:
             continue
         try:
@@ -321,8 +322,8 @@ def _evaluate(
         spec: a settled spec.
         manifest: the soup's manifest, if this process has just fetched the soup.
     """
-    suites = load_suites(spec)
-    if suites[1] is None:
+    suites = replace(load_suites(spec), test=None)  # of which the gate reads nothing
+    if suites.ood is None:
         raise SpecError(
             "there are no out-of-domain tasks",
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",

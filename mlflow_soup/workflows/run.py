@@ -1,6 +1,7 @@
 """The main job: the order of its steps.
 
-pull → open → [ ask → mix → evaluate → tell ]×n → register → examine → judge → promote → report
+pull → open → [ ask → mix → evaluate → tell ]×n → register → examine → judge → promote
+→ score on the test set → report
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from mlflow_soup.decision import pairing
 from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.durable import check_space, scratch
-from mlflow_soup.records import Found, Outcome, Score, Soup, Version
+from mlflow_soup.records import Found, Outcome, Score, Soup, Unbiased, Version
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import lease, naming, probes, tracking
 from mlflow_soup.registry.alone import alone
@@ -41,6 +42,7 @@ from mlflow_soup.workflows.proof import (
 from mlflow_soup.workflows.publication import notes, publish
 from mlflow_soup.workflows.registration import made_by, recipe_of, register
 from mlflow_soup.workflows.release import examine_once, point, record
+from mlflow_soup.workflows.testset import models_of, score_once
 from mlflow_soup.workflows.trials import (
     find_recipe,
     request_params,
@@ -56,7 +58,7 @@ logger = logging.getLogger("mlflow_soup")
 @asking("merge")
 @alone()
 def run(spec: Spec) -> Outcome:
-    """The main job: search λ, register the soup, examine, judge and promote it.
+    """The main job: search λ, register the soup, examine, judge and promote it, and test it.
 
     The same request continues where an earlier run stopped, and registers at most one version.
 
@@ -90,6 +92,11 @@ def run(spec: Spec) -> Outcome:
         decision, promoted = None, ""
         if proven is not None and job.bench.ood is not None:
             decision, promoted = _decide(job, run_id, soup, proven, found.alone, champions, check)
+        tested: dict[str, Unbiased] = {}
+        if proven is not None and job.bench.test is not None:  # last: no decision can read it
+            models = models_of(soup, champions, decision.examination if decision else None)
+            at_hand = (*job.opened, *champions)
+            tested = score_once(job, trusted(job, run_id), run_id, models, at_hand, check)
         story = report.Story(
             method=spec.method,
             space=job.space,
@@ -100,6 +107,7 @@ def run(spec: Spec) -> Outcome:
             better=pairing.better(found.alone),
             roles=decision.examination.roles if decision is not None else {},
             verdict=decision.verdict if decision is not None else None,
+            tested=tested,
             target=spec.promote,
             promoted=promoted,
             distance=apart,
@@ -109,6 +117,8 @@ def run(spec: Spec) -> Outcome:
     return Outcome(
         *(soup, story.trials, story.gains[story.better], story.verdict),
         *(spec.promote, promoted, run_id, summary),
+        tested=tested,
+        test_gain=report.test_gains(story)[0][1] if tested else None,
     )
 
 

@@ -100,6 +100,8 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
         )
     if not _needs_ood_tasks(name, spec):
         spec = replace(spec, ood_tasks="")
+    if not _takes(name, "test_tasks"):
+        spec = replace(spec, test_tasks="")
     session, resolved = open_session(client, model, spec, groups, f"--{option}")
     subject = resolved if option == "pairs" else resolved[0]
     STUDIES[name].jobs(session, subject)
@@ -108,8 +110,12 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
 
 def _needs_ood_tasks(name: str, spec: Spec) -> bool:
     """Whether a study scores on the OOD tasks, or reads a text that their items must not be in."""
-    knobs = {knob.name for knob in fields(spec) if name in knob.metadata["commands"]}
-    return "ood_tasks" in knobs or ("calibration" in knobs and bool(spec.calibration))
+    return _takes(name, "ood_tasks") or (_takes(name, "calibration") and bool(spec.calibration))
+
+
+def _takes(name: str, knob: str) -> bool:
+    """Whether a study has a knob."""
+    return any(f.name == knob and name in f.metadata["commands"] for f in fields(Spec))
 
 
 @redacting()
@@ -144,9 +150,11 @@ def run_study(name: str, spec: Spec) -> Report:
 
 def _about(session: Session) -> str:
     """A sentence that says which model and tasks the numbers of a study belong to."""
-    spec, suite = session.spec, session.bench.suites[0]
+    spec, suites = session.spec, session.bench.suites
     items = f", the first {spec.limit} items of each task" if spec.limit else ""
-    tasks = ", ".join(map(str, suite.terms))
+    tasks = ", ".join(map(str, suites.held_out.terms))
+    if suites.test is not None:
+        tasks += f"; test: {', '.join(map(str, suites.test.terms))}"
     return (
         f"Model {session.name}; held-out: {tasks}{items}. Best in bold (here *); low and high: "
         "95 % paired interval of Δ."

@@ -8,6 +8,7 @@ from mlflow_soup.records import (
     Difference,
     Distance,
     Evidence,
+    Items,
     LayerDistance,
     Metric,
     Parent,
@@ -16,6 +17,7 @@ from mlflow_soup.records import (
     Score,
     Soup,
     Trial,
+    Unbiased,
     Verdict,
     Version,
 )
@@ -106,6 +108,74 @@ def test_the_last_lines_say_what_happened(story):
         "A note.",
         "run: #/run",
     ]
+
+
+def answered(*right):
+    """The score of a model that got some of the test items right."""
+    shares = tuple(1.0 / len(right) for _ in right)
+    ids = tuple(map(str, range(len(right))))
+    value = sum(right) / len(right)
+    items = (Items("boolq", "acc,none", 1.0, ids, tuple(map(float, right)), shares),)
+    return Score(value, 0.25, items, (Metric("boolq", "acc,none", value, 0.25, True),))
+
+
+@pytest.fixture
+def tested(story):
+    """The same, with a test set on which the parents change places, and with a champion."""
+    roles = {
+        "soup": Unbiased(SOUP, answered(1, 1, 1, 0)),
+        "parent 0": Unbiased(OLD, answered(1, 1, 0, 0)),
+        "parent 1": Unbiased(NEW, answered(0, 0, 0, 1)),
+        "champion 0": Unbiased(Version("llm", 9), answered(0, 0, 0, 0)),
+        "champion 1": Unbiased(OLD, answered(1, 1, 0, 0)),
+    }
+    return replace(story, tested=roles)
+
+
+def test_the_gain_on_the_test_set_is_over_the_parent_that_the_held_out_items_rank_first(tested):
+    assert [(name, d.value, d.count) for name, d in report.test_gains(tested)] == [
+        ("the better parent, llm v13", 0.5, 4),
+        ("llm v12", 0.25, 4),
+        ("the champion, llm v9", 0.75, 4),  # v12 is a champion too, and named once
+    ]
+
+
+def test_the_lines_and_the_report_tell_both_gains_and_which_one_is_unbiased(story, tested):
+    text = report.summary(tested, [])
+    lines = text.splitlines()
+    first = lines.index("score on the test set")
+    assert lines[first : first + 5] == [
+        "score on the test set",
+        "  soup (llm v14)     0.7500",
+        "  parent (llm v12)   0.5000",
+        "  parent (llm v13)   0.2500",
+        "  champion (llm v9)  0.0000",
+    ]
+    said = (
+        "These items took no part in the choice of the soup or in the gate, so these gains are "
+        "unbiased; those on the held-out items are somewhat optimistic."
+    )
+    assert lines[first + 8] == said
+    links = {"run": "#/run", "trials": "#/trials", str(OLD): "[o](#/o)", str(NEW): "[n](#/n)"}
+    page = report.markdown(tested, links)
+    for words in (
+        "## Test set: boolq acc",
+        "| soup (llm v14) | 0.7500 | 0.2500 |",
+        "- Against the better parent, llm v13: **+0.5000 (95 % interval",
+        "- Against the champion, llm v9: **+0.7500 (95 % interval",
+        said,
+    ):
+        assert words in page
+    assert page.index("## Held-out") < page.index("## Test set") < page.index("## Out of domain")
+    # a later verdict replaces only the last section
+    renewed = report.renew(page, "## Out of domain: passed\n")
+    assert renewed == page[: page.index("## Out of domain")] + "## Out of domain: passed\n"
+    # a method that chooses nothing makes no optimistic gain
+    plain = report.summary(replace(tested, method="uniform"), [])
+    assert "unbiased." in plain
+    assert "optimistic" not in plain
+    for untested in (report.summary(story, []), report.markdown(story, links)):
+        assert "test set" not in untested.lower()
 
 
 def test_the_figure_marks_each_kind_of_point(story):

@@ -251,7 +251,16 @@ RANGES = {
     "allow_task_code": (["", "0" * 64, f"{'a' * 64}, {'b' * 64}"], ["yes", "A" * 64, "a" * 63]),
     "include_path": (["", os.curdir, os.pathsep.join([os.curdir, "/"])], ["no/such/folder"]),
 }
-UNBOUNDED = {"tasks", "ood_tasks", "champion", "device", "experiment", "out", "public_key"}
+UNBOUNDED = {
+    "tasks",
+    "ood_tasks",
+    "test_tasks",
+    "champion",
+    "device",
+    "experiment",
+    "out",
+    "public_key",
+}
 UNBOUNDED |= {"system_instruction", "gen_kwargs"}
 UNBOUNDED |= {name for name, knob in KNOBS.items() if "bool" in str(knob.type)}
 
@@ -335,6 +344,7 @@ LISTS = [
     ("fractions", ("1/4", 1), "1/4,1"),
     ("tasks", ["arc_easy:acc,none", "piqa"], "arc_easy:acc,none,piqa"),
     ("ood_tasks", [], ""),
+    ("test_tasks", ["boolq", "sciq:acc"], "boolq,sciq:acc"),
     ("allow_task_code", ["0" * 64, "1" * 64], f"{'0' * 64},{'1' * 64}"),
     ("include_path", Path("/"), "/"),
     ("include_path", [Path("/"), os.curdir], os.pathsep.join(["/", os.curdir])),
@@ -407,6 +417,7 @@ TAGS = {
     "regmean_scale": ("0.5", 0.5),
     "tasks": ("arc_easy", "arc_easy"),
     "ood_tasks": ("piqa,sciq", "piqa,sciq"),
+    "test_tasks": ("boolq", "boolq"),
     "include_path": (os.curdir, os.curdir),
     "alpha": ("0.7", 0.7),
     "trials": (" 12 ", 12),
