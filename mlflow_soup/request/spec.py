@@ -260,7 +260,7 @@ class Spec:
         "",
         "Tasks in the form of --tasks that neither the search nor the gate reads. They are scored "
         "once in the end, for the unbiased gain.",
-        "run",
+        "run methods",
         policy=True,
         several=",",
     )

@@ -1,4 +1,4 @@
-"""Compare all methods, on the tasks that chose the soups and on out-of-domain tasks."""
+"""Compare all methods, on the tasks that chose the soups, on out-of-domain tasks and a test set."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -89,8 +89,11 @@ def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Re
 
 
 def methods(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Result:
-    """Score all methods on all tasks (Tables 1, 2 and 5)."""
-    outside = outside_of(session)
+    """Score all methods on all tasks (Tables 1, 2 and 5).
+
+    With test tasks, the table also has each soup's gain on these, which no method read.
+    """
+    outside, test = outside_of(session), session.bench.test
     rows: list[tuple[Cell, ...]] = []
     forest: dict[str, dict[str, tuple[float, float, float]]] = {}
     notes = []
@@ -107,6 +110,7 @@ def methods(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -
             (name, found.recipe, found.score, gain_of(found), len(found.trials))
             for name, (_, found) in compared.items()
         ]
+        alone: list[Score] = []  # each parent on the test set
         for name, recipe, score, gain, evaluations in entries:
             at = compared[name][0] if name in compared else job
             there = [look(at, run_id, recipe, on.bench.held_out) for on in outside.values()]
@@ -115,18 +119,31 @@ def methods(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -
             larger |= {metric.key: metric.higher_is_better for metric in shown}
             spread = span(gain) if gain is not None else (None, None, None)
             values = (metric.value for metric in shown)
-            rows.append(
-                (name_of_pair, name, str(recipe), score.value, *values, *spread, evaluations)
-            )
+            unbiased: tuple[Cell, ...] = ()
+            if test is not None:
+                tested = look(at, run_id, recipe, test)
+                unbiased = (tested.value, None, None, None)
+                if gain is None:
+                    alone.append(tested)
+                else:
+                    # the parent that the held-out items call better, as for the other gain
+                    parent = alone[pairing.better(first.alone)]
+                    unbiased = (tested.value, *span(pairing.paired(tested, parent)))
+            about = (name_of_pair, name, str(recipe), score.value)
+            rows.append((*about, *values, *spread, *unbiased, evaluations))
         forest[name_of_pair] = {
             name: span(gain) for name, _, _, gain, _ in entries if gain is not None
         }
         searches = [search for _, search in compared.values()]
         notes += _standing(name_of_pair, [(f.method, f.score) for f in searches])
         notes.append(f"{name_of_pair}: {luck(searches)}")
-    columns = ("pair", "model", "λ", *larger, "Δ better parent", "low", "high", "evaluations")
+    columns = ("pair", "model", "λ", *larger, "Δ better parent", "low", "high")
+    if test is not None:
+        columns += ("test", "Δ test", "test low", "test high")
+        larger["test"] = True
+        notes.append("No method read the test items, so each Δ test is unbiased.")
     figure = charts.methods(forest, label_of(first.score))
-    table = Table(columns, tuple(rows), larger, group="pair")
+    table = Table((*columns, "evaluations"), tuple(rows), larger, group="pair")
     return Result("Methods", table, figure, notes)
 
 

@@ -1,5 +1,7 @@
 """The test set: items that neither the search nor the gate reads, scored once in the end."""
 
+import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -16,13 +18,16 @@ import toy
 from conftest import MODEL, register
 from mlflow_soup import Spec, errors
 from mlflow_soup import run as run_soup
+from mlflow_soup.decision.pairing import interval
 from mlflow_soup.evaluation import evaluator
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.registry import tracking
-from mlflow_soup.workflows import release, testset
+from mlflow_soup.reporting import tables
+from mlflow_soup.workflows import release, study, testset
 
 FRESH = "toy_fresh"
 COUNT = 90  # items
+KNOBS = ("test_tasks", "include_path")  # of a request with a test set
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,10 @@ def scored(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(evaluator.Evaluator, "evaluate", note)
     return names
+
+
+def csv_of(report) -> str:
+    return tables.csv(report.result.table)
 
 
 def runs(client, role):
@@ -270,3 +279,31 @@ def test_the_text_for_statistics_holds_no_item_of_the_test_set(client, asked, tm
     text.write_text(f"abc abc abc\n\n{item['question']} {right}\n\n" + "dig dig dig\n\n" * 50)
     with pytest.raises(errors.SpecError, match="contains 1 test items"):
         run_soup(Spec(**asked, method="fisher", calibration=text))
+
+
+def test_the_study_of_methods_shows_the_gain_on_the_test_set(client, asked, scored):
+    request = {"pairs": "v1,v2", "methods": "uniform,best", "trials": 4}
+    plain = study.run_study("methods", Spec(**request))
+    report = study.run_study("methods", Spec(**request, **{k: asked[k] for k in KNOBS}))
+    assert scored.count(FRESH) == 3  # the parents and their average; `best` is a parent
+    outcome = run_soup(Spec(**asked, method="uniform", ood_tasks=""))
+    tested = {role: one.score.value for role, one in outcome.tested.items()}
+    rows = {row["model"]: row for row in csv.DictReader(io.StringIO(csv_of(report)))}
+    assert [float(rows[m]["test"]) for m in ("v1 alone", "v2 alone", "uniform")] == [
+        tested["parent 0"],
+        tested["parent 1"],
+        tested["soup"],
+    ]
+    assert float(rows["uniform"]["Δ test"]) == outcome.test_gain.value
+    low, high = interval(outcome.test_gain, 0.95)
+    assert (float(rows["uniform"]["test low"]), float(rows["uniform"]["test high"])) == (low, high)
+    assert (rows["v1 alone"]["Δ test"], float(rows["best"]["Δ test"])) == ("", 0.0)
+    assert "No method read the test items" in report.summary
+    # nothing else in the table changes
+    more = {"test", "Δ test", "test low", "test high"}
+    for before in csv.DictReader(io.StringIO(csv_of(plain))):
+        assert before == {k: v for k, v in rows[before["model"]].items() if k not in more}
+    # other studies have no test set, whatever the model's tag says
+    client.set_registered_model_tag(MODEL, "soup.test_tasks", "toy_gone")
+    other = study.run_study("landscape", Spec(pair="v1,v2", points=4))
+    assert "cfg.test_tasks" not in client.get_run(other.run_id).data.params
