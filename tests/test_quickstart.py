@@ -14,6 +14,7 @@ import yaml
 from mlflow import MlflowClient
 
 import forked
+from mlflow_soup import errors
 from mlflow_soup.quickstart import corpus, tasks
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +110,8 @@ def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice
     assert versions[14]["soup.parents"] == "12,13"
     policy = client.get_registered_model("quickstart-llm").tags
     assert Path(policy["soup.include_path"]).is_dir()
+    assert policy["soup.test_tasks"] == "quickstart_prose_test:acc"
+    assert "score on the test set" in first.stdout
     assert "it/s" not in first.stderr
 
     again = forked.play(
@@ -119,6 +122,7 @@ def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice
     assert "has its 13 versions already" in again.stdout
     assert "an earlier run registered it as models:/quickstart-llm/14" in again.stdout
     assert len(client.search_model_versions("name='quickstart-llm'")) == 14
+    assert len(client.search_runs(["0"], "tags.`soup.role` = 'test'")) == 3
 
     words = ("--only", "landscape-early", "--limit", "8")
     example = str(ROOT / "examples" / "reproduction")
@@ -143,18 +147,32 @@ def test_what_is_evaluated_on_was_not_trained_on():
     assert corpus.read() == documents
 
 
+def test_the_test_set_leaves_the_other_items_as_they_were(tmp_path):
+    """The first 2,000 passages choose λ; a larger test set takes none of them."""
+    documents = corpus.read()
+    few, many = (
+        tasks.write(documents, tmp_path / str(n), tasks.Sizes(200, n, 200)) for n in (10, 300)
+    )
+    for name in ("quickstart_prose", "quickstart_code", "quickstart_code_bpb"):
+        assert (few / f"{name}.jsonl").read_bytes() == (many / f"{name}.jsonl").read_bytes()
+    with pytest.raises(errors.SpecError, match="items for the test set"):
+        tasks.write(documents, tmp_path / "all", tasks.Sizes(200, 100_000, 200))
+
+
 def test_the_tasks_share_no_document_and_the_right_answer_is_anywhere(tmp_path):
-    folder = tasks.write(corpus.read(), tmp_path / "tasks", tasks.Sizes(items=200, code_items=200))
+    folder = tasks.write(corpus.read(), tmp_path / "tasks", tasks.Sizes(200, 200, 200))
     rows = {}
     for file in folder.glob("*.yaml"):
         task = yaml.safe_load(file.read_text())
         data = Path(task["dataset_kwargs"]["data_files"]["test"])
         assert data.is_absolute()
         rows[task["task"]] = [yaml.safe_load(line) for line in data.read_text().splitlines()]
-    prose, code = rows["quickstart_prose"], rows["quickstart_code"]
-    assert len(prose) == len(code) == 200
-    assert not {r["passage"] for r in prose} & {r["passage"] for r in code}
-    for items in (prose, code):
+    names = ("quickstart_prose", "quickstart_prose_test", "quickstart_code")
+    sets = [rows[name] for name in names]
+    assert [len(items) for items in sets] == [200] * 3
+    passages = [{r["passage"] for r in items} for items in sets]
+    assert len(set.union(*passages)) == sum(map(len, passages))
+    for items in sets:
         answers = [r["answer"] for r in items]
         assert [answers.count(i) for i in range(4)] == [50] * 4
         assert all(len(set(r["choices"])) == 4 for r in items)

@@ -253,6 +253,7 @@ def set_policy(name: str, include_path: Path) -> None:
     policy = {
         "soup.tasks": tasks.HELD_OUT,
         "soup.ood_tasks": ",".join(tasks.OOD),
+        "soup.test_tasks": tasks.TEST,
         "soup.margin": str(tasks.MARGIN),
         "soup.include_path": str(include_path),
     }

@@ -34,7 +34,7 @@ def prepare(
     if steps is not None:
         settings = replace(settings, steps_between=max(1, steps // settings.checkpoints))
     if items is not None:
-        sizes = replace(sizes, items=items, code_items=items)
+        sizes = replace(sizes, items=items, test_items=items, code_items=items)
     documents = corpus.read()
     include_path = tasks.write(documents, folder / "tasks", sizes)
     # `mlflow run` names the experiment that it chose

@@ -3,6 +3,7 @@ r"""Ordinary lm-eval tasks, made from documents the model has never seen.
 `quickstart_prose` asks which of four continuations belongs to a passage of prose; the wrong ones
 continue passages of other documents. `quickstart_code` asks the same of code: out of domain for a
 model trained mostly on prose. `quickstart_prose_bpb`, `quickstart_code_bpb` measure bits per byte.
+`quickstart_prose_test` asks as the first does, about other passages: the test set.
 
 Any evaluation tool that knows lm-eval can run them:
 
@@ -29,6 +30,7 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 HELD_OUT = "quickstart_prose:acc"
 OOD = ("quickstart_code:acc", "quickstart_code_bpb:bits_per_byte")
+TEST = "quickstart_prose_test:acc"
 # A point of accuracy, a hundredth of a bit: 1.6 to 2 standard errors of the difference
 # between a soup and its parent, item by item. Less could not be told from nothing.
 MARGIN = 0.01
@@ -43,6 +45,8 @@ class Sizes:
 
     # Standard error of acc = sqrt(.25 / 2000) = 1.1 points; of soup minus parent about half that.
     items: int = 2000
+    # Fewer: of some 4,200 passages of prose, the held-out task has the first 2,000.
+    test_items: int = 1500
     # More, because the gate needs the difference's lower bound and not only its sign.
     code_items: int = 3000
     choices: int = 4
@@ -66,7 +70,7 @@ class Passage:
 
 
 def write(documents: Sequence[Document], folder: Path, sizes: Sizes = Sizes()) -> Path:
-    """Write the four tasks and their items into `folder`; the same Python gives the same bytes.
+    """Write the five tasks and their items into `folder`; the same Python gives the same bytes.
 
     Returns:
         The absolute folder, for lm-eval's `include_path`.
@@ -85,6 +89,12 @@ def write(documents: Sequence[Document], folder: Path, sizes: Sizes = Sizes()) -
         ]
         chosen = _sample(passages, items)
         _write_task(folder, name, questions(chosen, sizes.choices, rarity), MULTIPLE_CHOICE)
+        if texts is prose:
+            taken = {p.context for p in chosen}
+            spare = [p for p in passages if p.context not in taken]
+            more = _sample(spare, sizes.test_items, "items for the test set")
+            asked = questions(more, sizes.choices, rarity)
+            _write_task(folder, f"{name}_test", asked, MULTIPLE_CHOICE)
         chunks = [c for text in texts.values() for c in _chunks(text, sizes.bpb_chunk_chars)]
         rows = [{"text": chunk} for chunk in _sample(chunks, sizes.bpb_chunks)]
         _write_task(folder, f"{name}_bpb", rows, BITS_PER_BYTE)
@@ -147,11 +157,11 @@ def _chunks(text: str, length: int) -> list[str]:
     return [text[start : start + length] for start in range(0, len(text) - length, length)]
 
 
-def _sample(items: Sequence[T], count: int) -> list[T]:
+def _sample(items: Sequence[T], count: int, what: str = "items") -> list[T]:
     """`count` of the items, in an order that depends on nothing but what they say."""
     if len(items) < count:
         raise SpecError(
-            f"the standard library of this Python gives only {len(items)} items",
+            f"the standard library of this Python gives only {len(items)} {what}",
             where=f"--items {count}",
             fix=f"ask for {len(items)} items or fewer",
         )

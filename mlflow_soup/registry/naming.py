@@ -35,9 +35,7 @@ MEASURED = "soup.measured"  # digest of a trial's weights and evaluation; finds 
 ITEMS_RUN = "soup.items_run"  # the trial whose score this one reuses
 EVALUATOR = "soup.evaluator"  # fingerprint of an evaluator's requests and settings
 ORIGINAL = "soup.original"  # "my-llm/13": the parent whose weights the chosen soup has
-VERSION = (
-    "soup.version"  # "my-llm/14": what a search made, an OOD run examined or a test run scored
-)
+VERSION = "soup.version"  # "my-llm/14": what a search made, or an OOD or test run scored
 CONDITIONS = "soup.conditions"  # digest of all that OOD evidence depends on except the weights
 MODEL = "soup.model"  # the registered model of a search, a study or an upload
 STUDY = "soup.study"  # the study run that a search belongs to
@@ -52,10 +50,8 @@ SEARCH_LAMBDA = "search/lambda"  # the newest parent's weight in each trial, by 
 SEARCH_BEST = "search/best"  # the best score so far, by step
 GAIN = "search/gain"  # the soup's held-out score minus that of its better parent
 GAIN_STDERR = "search/gain_stderr"  # the paired standard error of the gain
-TEST_OBJECTIVE = (
-    "test/objective"  # the score on the test set, the mean over tasks; also on test runs
-)
-TEST_GAIN = "test/gain"  # on the test set: the soup's score minus that of its better parent
+TEST_OBJECTIVE = "test/objective"  # the score on the test set, the mean over tasks
+TEST_GAIN = "test/gain"  # the soup's score on the test set minus that of its better parent
 TEST_GAIN_STDERR = "test/gain_stderr"  # the paired standard error of that gain
 CHOSEN_LAMBDA = "search/chosen_lambda"  # the newest parent's weight in the soup
 KL_RATIO = "search/kl_ratio"  # λ² of the paper's theory

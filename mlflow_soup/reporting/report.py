@@ -240,12 +240,12 @@ def test_gains(story: Story) -> list[tuple[str, Difference]]:
     """
     soup, others = story.tested["soup"].score, story.tested
     order = sorted(range(len(story.gains)), key=lambda i: (i != story.better, i))
-    named = [
-        (name, others[f"parent {i}"]) for (name, _), i in zip(gains(story), order, strict=True)
-    ]
-    parents = {tested.version for _, tested in named}
+    own = [others[f"parent {i}"] for i in order]
+    named = [(str(tested.version), tested) for tested in own]
+    named[0] = (f"{own[0].version}, the better parent on the held-out items", own[0])
+    parents = {tested.version for tested in own}
     named += [
-        (f"the champion, {tested.version}", tested)
+        (f"{tested.version}, the champion", tested)
         for role, tested in others.items()
         if role.startswith("champion") and tested.version not in parents
     ]

@@ -134,9 +134,9 @@ def tested(story):
 
 def test_the_gain_on_the_test_set_is_over_the_parent_that_the_held_out_items_rank_first(tested):
     assert [(name, d.value, d.count) for name, d in report.test_gains(tested)] == [
-        ("the better parent, llm v13", 0.5, 4),
+        ("llm v13, the better parent on the held-out items", 0.5, 4),
         ("llm v12", 0.25, 4),
-        ("the champion, llm v9", 0.75, 4),  # v12 is a champion too, and named once
+        ("llm v9, the champion", 0.75, 4),  # v12 is a champion too, and named once
     ]
 
 
@@ -161,8 +161,8 @@ def test_the_lines_and_the_report_tell_both_gains_and_which_one_is_unbiased(stor
     for words in (
         "## Test set: boolq acc",
         "| soup (llm v14) | 0.7500 | 0.2500 |",
-        "- Against the better parent, llm v13: **+0.5000 (95 % interval",
-        "- Against the champion, llm v9: **+0.7500 (95 % interval",
+        "- Against llm v13, the better parent on the held-out items: **+0.5000 (95 % interval",
+        "- Against llm v9, the champion: **+0.7500 (95 % interval",
         said,
     ):
         assert words in page

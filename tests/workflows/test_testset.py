@@ -1,9 +1,11 @@
 """The test set: items that neither the search nor the gate reads, scored once in the end."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
+import typing
 from pathlib import Path
 
 import lm_eval
@@ -16,7 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import toy
 from conftest import MODEL, register
-from mlflow_soup import Spec, errors
+from mlflow_soup import Spec, errors, records
 from mlflow_soup import run as run_soup
 from mlflow_soup.decision.pairing import interval
 from mlflow_soup.evaluation import evaluator
@@ -210,7 +212,7 @@ def test_without_out_of_domain_tasks_the_champion_is_tested_too(client, asked, t
     assert champion.version.number == number
     gain = outcome.tested["soup"].score.value - champion.score.value
     assert gain > 0.2  # it is untrained
-    assert f"soup against the champion, toy-llm v{number}: {gain:+.4f}" in outcome.summary
+    assert f"soup against toy-llm v{number}, the champion: {gain:+.4f}" in outcome.summary
     # a soup of other parents finds the scores of models that were tested
     before = len(runs(client, "test"))
     other = asked | {"pair": "v2,v3"}
@@ -307,3 +309,35 @@ def test_the_study_of_methods_shows_the_gain_on_the_test_set(client, asked, scor
     client.set_registered_model_tag(MODEL, "soup.test_tasks", "toy_gone")
     other = study.run_study("landscape", Spec(pair="v1,v2", points=4))
     assert "cfg.test_tasks" not in client.get_run(other.run_id).data.params
+
+
+def test_an_evaluation_does_not_take_the_test_set_from_the_search(client, asked, scored, caplog):
+    client.delete_registered_model_tag(MODEL, "soup.tasks")
+    search = asked | {"tasks": "toy_letters", "method": "uniform", "ood_tasks": "", "limit": 20}
+    outcome = run_soup(Spec(**search))
+    assert outcome.test_gain.count == 20  # as all scores of this run
+    before = scored.count(FRESH)
+    release.evaluate(Spec(version="v4"))
+    assert scored.count(FRESH) == before == 3
+    assert "--tasks toy_letters" in caplog.text
+    assert "--test-tasks" not in caplog.text
+
+
+def reached(record) -> set[type]:
+    """The records that a record can hold, itself included."""
+    found, left = set(), [record]
+    while left:
+        one = left.pop()
+        if dataclasses.is_dataclass(one) and one not in found:
+            found.add(one)
+            left += typing.get_type_hints(one).values()
+        left += typing.get_args(one)
+    return found
+
+
+def test_no_record_that_the_search_or_the_gate_reads_can_hold_a_test_score():
+    assert records.Unbiased in reached(records.Outcome)
+    read = (records.Trial, records.Found, records.Examination, records.Rules, records.Verdict)
+    for record in read:
+        assert records.Unbiased not in reached(record)
+    assert records.Score in reached(records.Trial) & reached(records.Examination)
