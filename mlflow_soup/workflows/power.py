@@ -55,7 +55,7 @@ def foresee(spec: Spec, suites: Suites, *, champion: bool) -> str:
         suites: the held-out and the OOD tasks, the latter not None.
         champion: whether there is a version that the soup would replace.
     """
-    held_out, ood = suites
+    ood = suites.ood
     assert ood is not None
     counts = _counts(ood, spec.limit)
     unknown = [str(term) for term in ood.terms if not ood.averages(term)]
@@ -65,7 +65,7 @@ def foresee(spec: Spec, suites: Suites, *, champion: bool) -> str:
             name: Measure(count, 0.0) if name in unknown else Measure.of_answers(count, discordance)
             for name, count in counts.items()
         }
-        known = sum(_counts(held_out, spec.limit).values())
+        known = sum(_counts(suites.held_out, spec.limit).values())
         return Design(
             Measure.of_answers(known, discordance),
             *(measures, parse_margins(spec.margin), spec.confidence, champion),
