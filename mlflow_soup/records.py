@@ -256,7 +256,8 @@ class Items:
         task: lm-eval's name of the leaf task.
         metric: lm-eval's key, `acc,none`.
         weight: the weight of this task in the score; negative if a smaller value is better.
-        ids: N hashes of document and prompt; items of two models are paired by them.
+        ids: N names, `document:prompt` or `document:prompt:cluster`, each part a hash; items of two
+            models are paired by them.
         values: N values, one per item, in the metric's own units.
         shares: N shares of the items in the task's value; they sum to 1.
         log_likelihoods: N tuples, one number per choice; empty tuples for generation.
@@ -276,6 +277,11 @@ class Items:
     log_likelihoods: tuple[tuple[float, ...], ...] = ()
     gold: tuple[int, ...] = ()
     sizes: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def clusters(self) -> list[str]:
+        """The cluster of each item: items of one passage go together; others by themselves."""
+        return [name.split(":", 2)[2] if name.count(":") > 1 else name for name in self.ids]
 
 
 @dataclass(frozen=True)
@@ -437,11 +443,21 @@ class Difference:
         value: the first model's score minus the second's; positive if the first is better.
         stderr: its paired standard error.
         count: the number of items.
+        clusters: the number of clusters of items that go together; 0 if each item is its own.
+        effect: the design effect: the squared standard error, divided by that of as many items that
+            do not go together.
     """
 
     value: float
     stderr: float
     count: int
+    clusters: int = 0
+    effect: float = 1.0
+
+    @property
+    def units(self) -> int:
+        """The number of units that vary independently: clusters, or items."""
+        return self.clusters or self.count
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,12 @@ def _paired_task(ours: Items, theirs: Items, loss: float) -> tuple[Difference, A
 def paired(ours: Score, theirs: Score, losses: Sequence[float] = ()) -> Difference:
     """The paired difference of two scores on the same items; positive if `ours` is better.
 
-        Δ = Σ_k w_k·Δ_k,   se² = Σ_k w_k²·se_k² + 2·Σ_{k<l} w_k·w_l·cov_kl,   k over tasks
+        Δ = Σ_k w_k·Δ_k,   se² = Σ_k w_k²·se_k² + G/(G − 1)·Σ_{i≠j} u_i·u_j
 
-    The errors of two tasks go together where they ask the same items; cov_kl counts if that widens
-    the standard error.
+    with k over tasks. The second sum is over pairs of items of one cluster, G the number of
+    clusters, and u_i = w_k·s_i·(d_i − Δ_k): errors of such items go together (Liang & Zeger 1986,
+    Biometrika 73). So do those of one item that several tasks ask. The sum counts if it widens the
+    standard error.
 
     Args:
         ours: the score of one model.
@@ -80,23 +82,21 @@ def paired(ours: Score, theirs: Score, losses: Sequence[float] = ()) -> Differen
         )
     pairs = zip(ours.items, theirs.items, losses or [0.0] * len(ours.items), strict=True)
     tasks = [(a.weight, *_paired_task(a, b, loss)) for a, b, loss in pairs]
+    value, count = math.fsum(w * d.value for w, d, _ in tasks), sum(d.count for _, d, _ in tasks)
     variance = sum((w * d.stderr) ** 2 for w, d, _ in tasks)
-    return Difference(
-        value=math.fsum(w * d.value for w, d, _ in tasks),
-        stderr=float(np.sqrt(variance + _together(ours.items, [w * u for w, _, u in tasks]))),
-        count=sum(d.count for _, d, _ in tasks),
-    )
-
-
-def _together(items: Sequence[Items], deviations: Sequence[Array]) -> float:
-    """By how much the variance of a sum is larger because items occur in it more than once, ≥ 0."""
-    names = [name for its in items for name in its.ids]
-    if len({*names}) == len(names):
-        return 0.0
-    every = np.concatenate(deviations)
-    _, where = np.unique(names, return_inverse=True)
+    labels = [label for its in ours.items for label in its.clusters]
+    if len({*labels}) == len(labels):
+        return Difference(value, math.sqrt(variance), count)
+    every = np.concatenate([w * u for w, _, u in tasks])
+    where = np.unique(labels, return_inverse=True)[1]
     sums = np.bincount(where, weights=every)
-    return max(float(sums @ sums - every @ every), 0.0)
+    more = max(float(sums @ sums - every @ every), 0.0)
+    if len(sums) > 1:
+        more *= len(sums) / (len(sums) - 1)
+    elif more or variance:
+        more = math.inf
+    effect = 1.0 + more / variance if 0.0 < variance < math.inf else 1.0
+    return Difference(value, math.sqrt(variance + more), count, len(sums), effect)
 
 
 def pool(scores: Sequence[Score], weights: Sequence[float]) -> Score:
@@ -116,7 +116,7 @@ def optimism(scores: Sequence[Score], *, seed: int = 0, draws: int = 200) -> flo
     The bootstrap estimate (Efron 1983, J. Am. Stat. Assoc. 78). In each resample of the items, a
     model's luck is its score on the resample minus its score on all items. The estimate is the mean
     luck of the resample's winner, minus the luck of the model that wins on all items, which is zero
-    on average.
+    on average. Clusters of items are drawn whole.
 
     Args:
         scores: the scores of all models that were compared, at least one, each with its items.
@@ -126,24 +126,26 @@ def optimism(scores: Sequence[Score], *, seed: int = 0, draws: int = 200) -> flo
     random = np.random.default_rng(seed)
     resampled = np.zeros((draws, len(scores)))
     for task in zip(*(score.items for score in scores), strict=True):
-        count = len(task[0].ids)
-        values = np.array([items.values for items in task]) * np.array(task[0].shares)
+        clusters, where = np.unique(task[0].clusters, return_inverse=True)
+        count, shares = len(clusters), np.array(task[0].shares)
+        sums = [np.bincount(where, weights=shares * np.array(items.values)) for items in task]
         drawn = random.multinomial(count, np.full(count, 1.0 / count), size=draws)
-        resampled += task[0].weight * drawn @ values.T
+        sizes = drawn @ np.bincount(where, weights=shares)
+        resampled += task[0].weight * (drawn @ np.array(sums).T) / sizes[:, None]
     luck = resampled - np.array([score.value for score in scores])
     winner = resampled.argmax(axis=1)
     return float(np.mean(luck[np.arange(draws), winner] - luck[:, better(scores)]))
 
 
 def interval(difference: Difference, confidence: float) -> tuple[float, float]:
-    """Two-sided confidence interval of a paired difference: Student's t, n − 1 degrees of freedom.
+    """Two-sided confidence interval of a paired difference, by Student's t.
 
     Args:
         difference: the paired difference.
         confidence: the confidence, in (0, 1).
     """
     half = difference.stderr * float(
-        student.ppf(0.5 + confidence / 2, max(difference.count - 1, 1))
+        student.ppf(0.5 + confidence / 2, max(difference.units - 1, 1))
     )
     return difference.value - half, difference.value + half
 
@@ -155,14 +157,14 @@ def better(scores: Sequence[Score]) -> int:
 
 def lower_bound(difference: Difference, confidence: float) -> float:
     """One-sided lower confidence bound of a paired difference, by Student's t."""
-    return difference.value - quantile(confidence, difference.count) * difference.stderr
+    return difference.value - quantile(confidence, difference.units) * difference.stderr
 
 
 def upper_bound(difference: Difference, confidence: float) -> float:
     """One-sided upper confidence bound of a paired difference, by Student's t."""
-    return difference.value + quantile(confidence, difference.count) * difference.stderr
+    return difference.value + quantile(confidence, difference.units) * difference.stderr
 
 
 def quantile(confidence: float, count: int) -> float:
-    """The quantile of Student's t for a one-sided bound from so many items."""
+    """The quantile of Student's t for a one-sided bound from so many independent units."""
     return float(student.ppf(confidence, max(count - 1, 1)))

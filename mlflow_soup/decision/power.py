@@ -21,7 +21,7 @@ class Measure:
     """What is known about a comparison of two models on some items.
 
     Attributes:
-        count: the number of items.
+        count: the number of items, or of clusters of items that go together.
         stderr: the paired standard error of the difference.
         level: the score of a rival; it matters for a margin that is a share of it.
     """
@@ -75,9 +75,9 @@ class Design:
                 margin = margins.at(check.name)
                 level = -check.required / margin.value if margin.relative and margin.value else 1.0
                 d = check.difference
-                ood[check.name] = Measure(d.count, d.stderr, level)
+                ood[check.name] = Measure(d.units, d.stderr, level)
         champion = len({check.against for check in verdict.checks}) > 1
-        measured = Measure(held_out.count, held_out.stderr)
+        measured = Measure(held_out.units, held_out.stderr)
         return cls(measured, ood, margins, verdict.rules.confidence, champion)
 
     def with_items(self, factor: float) -> "Design":

@@ -390,7 +390,10 @@ def _items(
         task.config.task,
         metric,
         weight,
-        tuple(name_of(row["doc_hash"], row["prompt_hash"]) for row in rows),
+        tuple(
+            name_of(row["doc_hash"], row["prompt_hash"], task.clusters[row["doc_id"]])
+            for row in rows
+        ),
         tuple(map(float, values)),
         tuple(map(float, shares)),
         likelihoods,

@@ -1,6 +1,7 @@
 """Build the requests of tasks once, and name the items that they ask about.
 
-The name of an item is made of the hashes of its document and of its prompt, as lm-eval logs them.
+The name of an item is made of the hashes of its document and of its prompt, as lm-eval logs them,
+and of the hash of its passage, if several items share one.
 Stored scores are compared with these names, so no model needs to be loaded to learn whether a score
 is one of all items of a task.
 """
@@ -31,6 +32,10 @@ SEEDS = (0, 1234, 1234, 1234)
 MOST_CHARACTERS = 1 << 31  # of all prompts and answers of a task
 CHARACTERS_EACH = 1 << 12  # that a request counts as, besides its texts
 SECONDS = 30  # of processor time for filters and metrics, and 1 more for 100 items
+
+# fields with the passage of a question
+PASSAGES = ("passage", "context", "article", "paragraph", "story", "document", "dialogue")
+LONG, FEWEST = 100, 10  # characters of a passage on average; number of passages
 
 Part = tuple[str, str, tuple[str, ...]]  # leaf task, metric, names of its items
 Asking = Mapping[str, tuple[Part, ...]]  # term → the items that its score is the mean of
@@ -68,6 +73,7 @@ def freeze(task: Any, prompting: Prompting, limit: int | None) -> None:
         raise broken(task.config.task, "could not build its requests", where, error) from error
     finally:
         task.__dict__.pop("doc_iterator", None)
+    task.clusters = _clusters(documents, prompting.cluster)
     frozen = task.instances
 
     def rebuild(**_: Any) -> None:
@@ -76,6 +82,35 @@ def freeze(task: Any, prompting: Prompting, limit: int | None) -> None:
         task._instances = frozen
 
     task.build_all_requests = rebuild
+
+
+def _clusters(documents: Sequence[Any], field: str) -> list[str]:
+    """The cluster of each document, as a hash; empty for a document that is one by itself.
+
+    Documents with one text in a field such as `passage` ask about the same passage. Such a field
+    counts by itself if that is certain: long texts, some of which are repeated, and not just a few.
+
+    Args:
+        documents: the documents of a task.
+        field: the field that names the cluster; empty for the known ones.
+    """
+    for name in [field] if field else PASSAGES:
+        texts = [
+            document.get(name) if isinstance(document, dict) else None for document in documents
+        ]
+        if field or _are_passages(texts):
+            return [
+                "" if t in (None, "") else _hash(json.dumps(t, default=str))[:16] for t in texts
+            ]
+    return [""] * len(documents)
+
+
+def _are_passages(texts: Sequence[Any]) -> bool:
+    if not all(isinstance(text, str) and text for text in texts):
+        return False
+    different = {*texts}
+    long = sum(map(len, different)) >= LONG * len(different)
+    return long and FEWEST <= len(different) < len(texts)
 
 
 def _limit_requests(task: Any) -> None:
@@ -160,6 +195,8 @@ def asked_of(task: Any) -> str:
     left_out = ("metadata", "dataset_path", "dataset_kwargs", "custom_dataset")
     config = {k: v for k, v in task.dump_config().items() if k not in left_out}
     digest = hashlib.sha256(json.dumps([task.VERSION, config], default=str).encode())
+    if any(task.clusters):
+        digest.update(json.dumps(task.clusters).encode())
     for request in task.instances:  # a document holds the right answer
         line = [request.request_type, request.doc_id, request.args, request.doc]
         digest.update(json.dumps(line, default=str).encode())
@@ -178,9 +215,10 @@ def all_items(suite: Suite, prompting: Prompting) -> dict[str, tuple[Part, ...]]
     return items_of(suite)
 
 
-def name_of(doc_hash: str, prompt_hash: str) -> str:
-    """The name of an item from the hashes that lm-eval logs."""
-    return f"{doc_hash[:16]}:{prompt_hash[:16]}"
+def name_of(doc_hash: str, prompt_hash: str, cluster: str) -> str:
+    """The name of an item from the hashes that lm-eval logs, and from its cluster, if any."""
+    name = f"{doc_hash[:16]}:{prompt_hash[:16]}"
+    return f"{name}:{cluster}" if cluster else name
 
 
 def _names(task: Any) -> tuple[str, ...]:
@@ -193,7 +231,7 @@ def _names(task: Any) -> tuple[str, ...]:
         # private door: lm_eval.evaluator.evaluate: samples
         default = handle_non_serializable
         text = json.dumps(first.doc, indent=2, default=default, ensure_ascii=False)
-        names.append(name_of(_hash(text), _hash(first.arguments[0])))
+        names.append(name_of(_hash(text), _hash(first.arguments[0]), task.clusters[doc_id]))
     return tuple(names)
 
 

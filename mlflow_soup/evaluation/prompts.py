@@ -114,6 +114,8 @@ class Prompting:
         chat: the chat template; None for plain text.
         fewshot_as_multiturn: with a chat template, whether each few-shot example is two turns.
         gen_kwargs: settings of generation that replace those of the tasks.
+        cluster: the field of the documents that names the cluster of an item; empty for the fields
+            that `items` knows.
     """
 
     num_fewshot: int | None = None
@@ -121,6 +123,7 @@ class Prompting:
     chat: ChatTemplate | None = None
     fewshot_as_multiturn: bool = True
     gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    cluster: str = ""
 
     def configure(self, task: Any) -> None:
         """Change a task's config as `lm_eval` does: a 0 of its YAML stays 0."""

@@ -62,6 +62,13 @@ class Suite:
         name = term.metric.split(",")[0]
         return all(t.aggregation()[name] is aggregations.mean for t in self.leaves(term))
 
+    def fields(self) -> set[str]:
+        """The names of the fields that the first document of a task has, of all tasks."""
+        firsts: list[Any] = [
+            next(iter(task.eval_docs), {}) for task in self.loaded["tasks"].values()
+        ]
+        return {str(name) for first in firsts if isinstance(first, dict) for name in first}
+
     def documents(self) -> dict[str, str]:
         """The hash of every document that will be scored → the name of its task."""
         return {

@@ -53,9 +53,12 @@ def _trial_of(trials: Sequence[Trial], recipe: Recipe) -> Trial | None:
 def format_difference(difference: Difference, confidence: float = 0.95) -> str:
     """A difference as text: `+0.0142 (95 % interval +0.0021 to +0.0263, 1500 paired items)`."""
     low, high = pairing.interval(difference, confidence)
+    clusters = ""
+    if difference.clusters:
+        clusters = f" in {difference.clusters} clusters, design effect {difference.effect:.1f}"
     return (
         f"{difference.value:+.4f} ({confidence:.0%} interval {low:+.4f} to {high:+.4f}, "
-        f"{difference.count} paired items)"
+        f"{difference.count} paired items{clusters})"
     ).replace("%", " %")
 
 

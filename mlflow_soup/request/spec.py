@@ -325,6 +325,15 @@ class Spec:
         policy=True,
         rule=SAME,
     )
+    cluster: str = knob(
+        SCORE,
+        "",
+        "Field of the documents; items with the same value in it go together, such as questions on "
+        "one passage. Default: passage, context, article and the like, where texts are repeated.",
+        f"run evaluate gate sign promote {_ALL}",
+        policy=True,
+        rule=SAME,
+    )
     evaluator: str = knob(
         SCORE,
         "prepared",

@@ -91,7 +91,8 @@ def load_suites(spec: Spec) -> Suites:
     """The tasks of a request. No two sets share a task or a document.
 
     Raises:
-        SpecError: there are no tasks, or two sets overlap.
+        SpecError: there are no tasks, two sets overlap, or no document has the field of the
+            clusters.
     """
     if not spec.tasks:
         raise SpecError(
@@ -105,6 +106,13 @@ def load_suites(spec: Spec) -> Suites:
     for pair, why in _APART.items():
         if found.keys() >= {*pair}:
             _check_apart(pair, why, found)
+    names = set().union(*(suite.fields() for suite in found.values()))
+    if spec.cluster and spec.cluster not in names:
+        raise SpecError(
+            f"no document of the tasks has the field {spec.cluster!r}",
+            where="--cluster, or the model's tag soup.cluster",
+            fix=f"name one of their fields: {', '.join(sorted(names))}",
+        )
     return Suites(found["tasks"], found.get("ood_tasks"), found.get("test_tasks"))
 
 
@@ -201,6 +209,7 @@ def prompting_of(spec: Spec, open_tokenizer: Callable[[], Any]) -> Prompting:
         ChatTemplate(open_tokenizer()) if spec.apply_chat_template else None,
         spec.fewshot_as_multiturn is not False,
         parse_generation(spec.gen_kwargs, "--gen-kwargs, or tag soup.gen_kwargs of the model"),
+        spec.cluster,
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 import strategies as s
 from mlflow_soup.decision.gate import judge, questions
@@ -527,3 +528,75 @@ def test_a_loss_of_the_margin_does_not_look_impossible_when_few_items_differ():
     # at the margin, 5.4 of 540 items are lost on average, and 2 or less in 9 % of the cases
     soup, parent = two_models(SOUP, NEW, (540, 0, 2))
     assert not judge(soup, [parent], [], RULES).passed
+
+
+def passages(rng, clusters, size, correlation, win=0.05, lose=0.05):
+    """Two models on passages with several questions each, right or wrong.
+
+    A question is won if its normal number is below a threshold. The numbers of one passage have
+    this correlation.
+    """
+    sizes = rng.integers(1, 2 * size, clusters)
+    passage = np.repeat(np.arange(clusters), sizes)
+    noise = math.sqrt(correlation) * rng.standard_normal(clusters)[passage]
+    noise += math.sqrt(1.0 - correlation) * rng.standard_normal(len(passage))
+    won, lost = noise < norm.ppf(win), noise > norm.ppf(1.0 - lose)
+    ids = [f"{i}:p:{label}" for i, label in enumerate(passage)]
+    middle = ~won & ~lost & (rng.random(len(passage)) < 0.5)
+    return [score(task((side | middle).astype(float), ids=ids)) for side in (won, lost)]
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.1, 0.5])
+def test_an_interval_covers_the_truth_if_items_of_a_passage_go_together(correlation):
+    rng, draws, covered, naive = np.random.default_rng(7), 1000, 0, 0
+    for _ in range(draws):
+        ours, theirs = passages(rng, 100, 10, correlation)
+        low, high = interval(paired(ours, theirs), 0.95)
+        covered += low <= 0.0 <= high
+        alone = [
+            replace(s.items[0], ids=tuple(map(str, range(len(s.items[0].ids)))))
+            for s in (ours, theirs)
+        ]
+        low, high = interval(paired(*map(score, alone)), 0.95)
+        naive += low <= 0.0 <= high
+    assert covered / draws >= 0.93
+    if correlation == 0.5:
+        assert naive / draws < 0.85  # the clusters matter
+
+
+def test_the_error_of_clusters_by_hand():
+    # two passages with differences 1, 1 and −1, 0: Δ = 1/4, sums of deviations 3/8 and −3/8
+    ids = ["a:x:1", "b:x:1", "c:x:2", "d:x:2"]
+    ours, theirs = (score(task(v, ids=ids)) for v in ([1.5, 1.5, 0.0, 0.5], [0.5, 0.5, 1.0, 0.5]))
+    found = paired(ours, theirs)
+    alone = np.var([1, 1, -1, 0], ddof=1) / 4
+    squares = sum((d - 0.25) ** 2 / 16 for d in (1, 1, -1, 0))
+    more = (2 * (3 / 8) ** 2 - squares) * 2 / 1
+    assert found.value == pytest.approx(0.25)
+    assert found.stderr == pytest.approx(math.sqrt(alone + more))
+    assert (found.count, found.clusters, found.units) == (4, 2, 2)
+    assert found.effect == pytest.approx(1 + more / alone)
+
+
+def test_one_cluster_proves_nothing():
+    ids = [f"{i}:x:all" for i in range(200)]
+    ours, theirs = (score(task(v, ids=ids)) for v in ([1] * 200, [0] * 60 + [1] * 140))
+    assert paired(ours, theirs).stderr == math.inf
+
+
+@given(pair=s.paired_items() | s.paired_items(binary=True))
+def test_clusters_of_one_item_change_nothing(pair):
+    ours, theirs = pair
+    ids = tuple(f"d:{name}:{number}" for number, name in enumerate(ours.ids))
+    alone = [score(replace(items, ids=ids)) for items in pair]
+    assert paired(*alone) == paired(score(ours), score(theirs))
+
+
+def test_the_optimism_draws_whole_clusters():
+    # ten copies of each item: the luck is that of the items, not that of ten times as many
+    random = np.random.default_rng(2)
+    rows = random.integers(0, 2, (2, 60))
+    few = scores_of(*rows)
+    ids = [f"{i}:x:{i // 10}" for i in range(600)]
+    many = [score(task(np.repeat(row, 10), ids=ids)) for row in rows]
+    assert optimism(many, draws=2000) == pytest.approx(optimism(few, draws=2000), rel=0.15)
