@@ -36,6 +36,7 @@ POINT = 0.01  # of accuracy
 BYTES_POINT = 0.005  # bits per byte that count as much as a point of accuracy
 LN2 = math.log(2)
 JITTER = (0.0005, 0.01)  # nats of a choice: weights in F32, and all arithmetic in BF16
+PASSAGE = 10  # items that belong together where a family has passages
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Shape:
         skews: the same for the cubic, which is positive near the later parent of a pair.
         late: height of a bump near λ = 0.9, pairs only, as all below.
         late_power: p of the bump λ^p (1 − λ).
+        peaks: height of each Gaussian bump, where it is, and its standard deviation.
         waves: amplitude of each of the `periods`.
         periods: how often a wave goes round between λ = 0 and 1.
     """
@@ -57,6 +59,7 @@ class Shape:
     skews: tuple[float, ...] = ()
     late: float = 0.0
     late_power: int = 7
+    peaks: tuple[tuple[float, float, float], ...] = ()
     waves: tuple[float, ...] = ()
     periods: tuple[float, ...] = ()
 
@@ -77,6 +80,7 @@ class Shape:
             columns.append(lam**p * (1 - lam) / (peak**p * (1 - peak)))
             columns += [np.sin(2 * np.pi * f * lam) for f in self.periods]
             columns += [np.cos(2 * np.pi * f * lam) for f in self.periods]
+            columns += [np.exp(-0.5 * ((lam - at) / sd) ** 2) for _, at, sd in self.peaks]
         return np.stack(columns, axis=1)
 
     def mean(self, rng: np.random.Generator) -> Array:
@@ -86,6 +90,7 @@ class Shape:
         if self.parents == 2:
             phases = rng.uniform(0, 2 * np.pi, len(self.waves))
             parts += [self.late, *(self.waves * np.sin(phases)), *(self.waves * np.cos(phases))]
+            parts += [height for height, _, _ in self.peaks]
         return np.array(parts)
 
     def spread(self, common: float, parent: float, bend: float) -> Array:
@@ -93,7 +98,7 @@ class Shape:
         pairs = len(self.domes)
         parts = [common, *[parent] * len(self.levels), *[bend] * pairs, *[bend / 2] * pairs]
         if self.parents == 2:
-            parts += [bend / 3, *[bend / 8] * 2 * len(self.periods)]
+            parts += [bend / 3, *[bend / 8] * 2 * len(self.periods), *[bend / 3] * len(self.peaks)]
         return np.array(parts)
 
 
@@ -210,9 +215,13 @@ Task = Choices | Documents
 
 
 def make_choices(
-    rng: np.random.Generator, shape: Shape, count: int, bend: float
+    rng: np.random.Generator, shape: Shape, count: int, bend: float, alike: float
 ) -> tuple[Choices, Choices]:
-    """A held-out sample of `count` questions, and the population."""
+    """A held-out sample of `count` questions, and the population.
+
+    `alike` is the correlation, of two questions about one passage, between how far the right choice
+    is ahead of another one.
+    """
     choices = int(rng.choice([2, 4], p=[0.25, 0.75]))
     normalised = rng.random() < 0.3
     skill = rng.uniform(0.4, 1.6)  # nats by which the right choice is ahead, on average
@@ -223,8 +232,13 @@ def make_choices(
     gold = rng.integers(choices, size=total)
     spread = shape.spread(1.5, 0.35 * noise[0], bend * noise[1])
     drawn = rng.standard_normal((total, choices, len(mean)), np.float32)
-    coefficients = drawn * spread.astype(np.float32)
     rows = np.arange(total)
+    if alike:
+        passages = rng.standard_normal((total // PASSAGE + 1, choices, len(mean)), np.float32)
+        after_gold = (np.arange(choices) - gold[:, None]) % choices  # 0 is the right choice
+        shared = passages[rows[:, None] // PASSAGE, after_gold]
+        drawn = math.sqrt(1 - alike) * drawn + math.sqrt(alike) * shared
+    coefficients = drawn * spread.astype(np.float32)
     coefficients[rows, gold, 0] += skill
     # points per nat, where the parents are in the middle
     levels = coefficients[:20_000, :, 0].copy()
@@ -252,9 +266,9 @@ def make_choices(
 
 
 def make_documents(
-    rng: np.random.Generator, shape: Shape, count: int, bend: float
+    rng: np.random.Generator, shape: Shape, count: int, bend: float, alike: float
 ) -> tuple[Documents, Documents]:
-    """A held-out sample of `count` documents, and the population."""
+    """A held-out sample of `count` documents, and the population; no two of them are `alike`."""
     total = count + POPULATION // 10
     mean = shape.mean(rng)
     spread = shape.spread(0.25, 0.015, 0.03 * bend)
@@ -399,6 +413,26 @@ def _tiny(rng: Rng) -> Shape:
     return _pair(rng.normal(0, 0.15), rng.uniform(0.0, 0.25))
 
 
+def _peaks(rng: Rng) -> Shape:
+    places = (rng.uniform(0.12, 0.38), rng.uniform(0.62, 0.88))
+    return _pair(
+        rng.normal(0, 0.5), rng.uniform(0.0, 0.5),
+        peaks=tuple((rng.uniform(1.5, 3.5), at, rng.uniform(0.04, 0.07)) for at in places),
+    )  # fmt: skip
+
+
+def _collapse(alpha: float) -> Callable[[Rng], Shape]:
+    """The scores of a dome collapse around the middle of [α, 1]."""
+    width = 1 - alpha
+
+    def draw(rng: Rng) -> Shape:
+        place = alpha + width * rng.uniform(0.4, 0.6)
+        hole = (rng.uniform(-40, -20), place, width * rng.uniform(0.1, 0.2))
+        return _pair(rng.normal(0, 1), rng.uniform(1, 3), peaks=(hole,))
+
+    return draw
+
+
 def _domes(parents: int) -> Callable[[Rng], Shape]:
     pairs = parents * (parents - 1) // 2
 
@@ -439,6 +473,10 @@ class Family:
         alpha: least weight of the newest parent.
         bend: standard deviation of an item's own curvature, in nats.
         with_items: whether scores come with items.
+        alike: correlation of the items of one passage.
+        counts: held-out items of each task, which then has a curve of its own; else all tasks have
+            the same curve and a random number of items.
+        scales: of each task's metric, where they differ.
     """
 
     what: str
@@ -447,10 +485,16 @@ class Family:
     alpha: float = 0.0
     bend: float = 0.25
     with_items: bool = True
+    alike: float = 0.0
+    counts: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
 
     @property
     def point(self) -> float:
         """Score units that are called a point."""
+        if self.scales:
+            points = [BYTES_POINT if task == "documents" else POINT for task in self.tasks]
+            return float(np.mean(np.multiply(points, self.scales)))
         return BYTES_POINT if self.tasks == ("documents",) else POINT
 
 
@@ -465,6 +509,18 @@ FAMILIES = {
     "G": Family("a tiny gain", _tiny, bend=0.15),
     "S": Family("a dome, scores without items", _dome, with_items=False),
     "M": Family("accuracy and bits per byte, averaged", _dome, ("choices", "documents")),
+    "H": Family("passages, correlation 0.1", _dome, alike=0.1),
+    "I": Family("passages, correlation 0.5", _dome, alike=0.5),
+    "P": Family("two narrow peaks", _peaks),
+    "X": Family("a collapse in the middle, α = 0.5", _collapse(0.5), alpha=0.5),
+    "Y": Family("a collapse in the middle, α = 0", _collapse(0.0)),
+    "U": Family(
+        "2,000 questions, and 40 documents on a scale ten times as wide, averaged",
+        _dome,
+        ("choices", "documents"),
+        counts=(2000, 40),
+        scales=(1.0, 10.0),
+    ),
     "3-dome": Family("three parents, domes between them", _domes(3)),
     "3-edge": Family("three, best without one of them", _edge(3)),
     "3-bytes": Family("three, bits per byte", _domes(3), ("documents",)),
@@ -483,17 +539,21 @@ def make(name: str, seed: int) -> Landscape:
     rng = np.random.default_rng([seed, *b"A"] if name == "A0" else [seed, *name.encode()])
     shape = family.draw(rng)
     drawn = [
+        MAKE[task](rng, family.draw(rng), count, family.bend, family.alike)
+        for task, count in zip(family.tasks, family.counts, strict=False)
+    ] or [
         MAKE[task](rng, shape, int(rng.integers(500, 1501) // (5 if task == "documents" else 1)),
-                   family.bend)
+                   family.bend, family.alike)
         for task in family.tasks
     ]  # fmt: skip
     signs = [-1.0 if task == "documents" else 1.0 for task in family.tasks]
+    scales = family.scales or [1.0] * len(signs)
     return Landscape(
         alpha=family.alpha,
         shape=shape,
         held_out=tuple(held_out for held_out, _ in drawn),
         population=tuple(population for _, population in drawn),
-        weights=tuple(sign / len(signs) for sign in signs),
+        weights=tuple(sign * scale / len(signs) for sign, scale in zip(signs, scales, strict=True)),
         point=family.point,
         with_items=family.with_items,
         seed=seed,

@@ -24,6 +24,11 @@ the same on the population, for the λ that a searcher recommends after n evalua
 `search.recommend`, scikit-optimize by `expected_minimum`, BoTorch by the maximum of its posterior
 mean; the others offer nothing but the best one measured. In points: of accuracy, or 0.005 bits per
 byte.
+
+The last table is of whole searches with our default budget and stop rule. It compares the λ that is
+chosen in the end with the plain average of all parents and with the better parent, on the
+population, and gives the standard error of the mean over seeds. Luck is the true regret of the λ
+with the best held-out score of all.
 """
 
 import argparse
@@ -45,9 +50,11 @@ import mlflow_soup
 import peers
 from landscapes import Landscape
 from mlflow_soup.records import Recipe, Score, Trial
+from mlflow_soup.request.spec import Spec
 from mlflow_soup.search import ask as search_ask
 from mlflow_soup.search import recommend as search_recommend
 from mlflow_soup.search.belief import CHOICES
+from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.space import Space
 from started import Grid, Random, Weights
 
@@ -102,6 +109,15 @@ class Ours:
         """As the pipeline does in the end."""
         return search_recommend.recommend(self.space, self.trials).lam
 
+    def finish(self, landscape: Landscape) -> tuple[list[Trial], Recipe]:
+        """A whole search as `mlflow-soup run` makes it: its trials, and the recipe it chooses."""
+        versions = ",".join(f"v{i + 1}" for i in range(landscape.parents))
+        spec = Spec(versions=versions, acquisition=self.acquisition, seed=self.seed)
+        method, trials = METHODS[spec.method], list[Trial]()
+        while (recipe := method.proceed(self.space, trials, spec)) is not None:
+            trials.append(Trial(len(trials), recipe, landscape.score(recipe.lam)))
+        return trials, method.choose(self.space, trials, spec)
+
 
 def searchers() -> dict[str, Any]:
     """Name → function of a landscape and a seed; peers that are not installed are left out."""
@@ -141,7 +157,26 @@ def measure(searcher: Searcher, landscape: Landscape, batch: int) -> dict[str, A
             regret = max(truth - landscape.truth(recommended)[0], 0.0) / landscape.point
             record["true"][str(count)] = round(float(regret), 4)
     record["seconds"] = [round(seconds, 4) for seconds in record["seconds"]]
+    if isinstance(searcher, Ours) and batch == 1:
+        record["end"] = end(*searcher.finish(landscape), landscape)
     return record
+
+
+def end(trials: Sequence[Trial], chosen: Recipe, landscape: Landscape) -> dict[str, float]:
+    """The number of trials of a whole search, and what is true of the recipe that it chose."""
+    parents = np.eye(landscape.parents)
+    points = np.vstack([chosen.lam, parents.mean(axis=0), parents])
+    own, uniform, *others = landscape.truth(points) / landscape.point
+    feasible = landscape.feasible(landscape.grid)
+    values = landscape.population_values[feasible] / landscape.point
+    lucky = values[landscape.held_out_values[feasible].argmax()]
+    return {
+        "trials": len(trials),
+        "regret": round(max(values.max() - own, 0.0), 4),
+        "luck": round(values.max() - lucky, 4),
+        "over uniform": round(own - uniform, 4),
+        "over parents": round(own - max(others), 4),
+    }
 
 
 def run(
@@ -248,7 +283,27 @@ def table(records: list[dict[str, Any]]) -> str:
             mine = [r for r in chosen if (r["searcher"], r["batch"]) == (name, batch)]
             label = name if batches == {1} else f"{name}, {batch} at a time"
             lines.append("| " + " | ".join([label, *row(mine, batch)]) + " |")
+    ended = [record for record in records if "end" in record]
+    if ended:
+        head = ["searcher", "family", "runs", "trials, mean / p90", "true regret", "luck"]
+        head += ["gain over the plain average", "gain over the better parent"]
+        lines += ["\n### whole searches: default budget and stop rule\n", *markdown(head)]
+        for name, family in dict.fromkeys((r["searcher"], r["family"]) for r in ended):
+            ends = [r["end"] for r in ended if (r["searcher"], r["family"]) == (name, family)]
+            lines.append("| " + " | ".join([name, what(family), *ending(ends)]) + " |")
     return "\n".join(lines)
+
+
+def ending(ends: Sequence[dict[str, float]]) -> list[str]:
+    """The cells of whole searches; gains with the standard error of their mean."""
+    trials = [e["trials"] for e in ends]
+    cells = [str(len(ends)), f"{np.mean(trials):.1f} / {quantile(trials, 0.9)}"]
+    cells += [f"{np.mean([e[cell] for e in ends]):.2f}" for cell in ("regret", "luck")]
+    for rival in ("over uniform", "over parents"):
+        gains = [e[rival] for e in ends]
+        error = np.std(gains, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
+        cells.append(f"{np.mean(gains):+.2f} ± {error:.2f}")
+    return cells
 
 
 def markdown(head: list[str]) -> list[str]:
