@@ -15,7 +15,7 @@ import strategies as s
 from mlflow_soup.errors import SpecError
 from mlflow_soup.records import Score, Trial
 from mlflow_soup.search import landscape, surrogate
-from mlflow_soup.search.ask import ask, improvement, proceed
+from mlflow_soup.search.ask import WIDE, ask, improvement, proceed
 from mlflow_soup.search.belief import CHOICES, believe, fit
 from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Space, distances
@@ -775,6 +775,51 @@ def test_the_last_evaluation_is_the_recommendation_if_it_was_not_evaluated(kind)
         else:
             assert last == recommended
         assert proceed(space, trials, budget=budget + 1, tolerance=0.0) == ask(space, trials)
+
+
+def twin_peaks(lam):
+    """A quiz whose accuracy has two narrow peaks, at λ = 0.25 and 0.75."""
+    rng = np.random.default_rng(3)
+    right = rng.integers(4, size=300)
+    levels = rng.normal(size=(300, 4))
+    height = sum(np.exp(-0.5 * ((lam[-1] - at) / 0.05) ** 2) for at in (0.25, 0.75))
+    levels[np.arange(300), right] += 0.4 * rng.normal(size=300) * lam[-1] + height
+    return s.scored(s.choices(levels.tolist(), right.tolist()))
+
+
+def test_a_reserve_is_for_a_band_that_is_still_wide():
+    space, options = Space.pair(0.0), {"budget": 8, "tolerance": 1e-4, "reserve": 8}
+    trials = ended(space, twin_peaks, **options)
+    assert 8 < len(trials) <= 16
+    for n in range(8, len(trials)):
+        assert improvement(space, trials[:n]) >= WIDE * 1e-4
+    if len(trials) < 16:
+        assert improvement(space, trials) < WIDE * 1e-4
+    # the first trials are those of a search without a reserve
+    assert trials[:8] == ended(space, twin_peaks, **options | {"reserve": 0})
+
+
+def test_smooth_curves_and_scores_without_items_leave_the_reserve():
+    space, options = Space.pair(0.0), {"budget": 6, "reserve": 6}
+    assert len(ended(space, s.Quiz(7, items=200).score, tolerance=1e-4, **options)) <= 6
+    assert len(ended(space, dome(0.8), tolerance=1e-9, **options)) == 6
+
+
+@pytest.mark.parametrize("acquisition", sorted({*CHOICES} - {"landscape"}))
+def test_other_acquisitions_leave_the_reserve(acquisition):
+    options = {"budget": 5, "tolerance": 1e-9, "acquisition": acquisition, "reserve": 5}
+    assert len(ended(Space.pair(0.0), twin_peaks, **options)) <= 5
+
+
+def test_without_a_tolerance_there_is_no_reserve():
+    trials = ended(Space.pair(0.0), twin_peaks, budget=6, tolerance=0.0, reserve=6)
+    assert len(trials) == 6
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0])
+def test_a_search_that_never_scores_leaves_the_reserve(tolerance):
+    space = Space.pair(0.2)
+    assert len(ended(space, nothing, budget=7, tolerance=tolerance, reserve=7)) == 7
 
 
 @choices

@@ -386,6 +386,17 @@ def test_best_chooses_the_best_parent_and_the_newest_among_equals(values, lam):
     assert choose("best", request(3), score).lam == lam
 
 
+# --- budget
+
+
+def test_only_a_budget_that_nobody_set_may_be_exceeded():
+    wild = s.Quiz(4, items=100, wild=0.4)  # the band stays wide
+    trials = drive("bayesopt", request(2, alpha=0.0), lambda recipe: wild.score(recipe.lam))[1]
+    assert 8 < len(trials) <= 16
+    spec = request(2, alpha=0.0, trials=8)
+    assert drive("bayesopt", spec, lambda recipe: wild.score(recipe.lam))[1] == trials[:8]
+
+
 # --- resolution
 
 
