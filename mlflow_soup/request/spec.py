@@ -144,7 +144,8 @@ class Spec:
         SEARCH,
         None,
         "Largest number of evaluations, including those of the parents and the uniform soup. "
-        "Default: 8 for a pair, 4 more for each further version.",
+        "Default: 8 for a pair, 4 more for each further version; with the acquisition landscape up "
+        "to twice as many while the curve is uncertain.",
         _SEARCHING,
         policy=True,
         range=whole(4),
@@ -631,6 +632,14 @@ class Spec:
     def budget(self) -> int:
         """The largest number of evaluations of a search."""
         return 4 * len(self.parents) if self.trials is None else self.trials
+
+    @property
+    def reserve(self) -> int:
+        """The largest number of evaluations after the budget, while the curve is uncertain.
+
+        A number of trials that the user or the policy set is a limit.
+        """
+        return self.budget if self.trials is None else 0
 
     def settle(self, policy: Mapping[str, str], owner: str = "") -> "Spec":
         """The spec, with the knobs that the caller did not name set by policy tags.

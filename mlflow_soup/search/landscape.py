@@ -11,6 +11,7 @@ Scores that are sums of log-likelihoods, such as bits per byte, are predicted di
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from mlflow_soup.decision.pairing import paired
 from mlflow_soup.records import Items, Score, Trial
 from mlflow_soup.search.kriging import Kriging, at, estimate
 
@@ -296,7 +298,8 @@ class Landscape:
         values: the scores at these points, shape (n,).
         parts: the parts of the score, one per task.
         model: the kriging that all curves share.
-        doubt: factor ≥ 1 on the standard deviation, from the leave-one-out errors.
+        doubt: factor ≥ 1 on the standard deviation, from the leave-one-out errors and the design
+            effect of clusters.
         misses: leave-one-out errors (measured minus predicted), one per point that is not a parent.
         pending: points that are being measured now: they narrow the band but do not move the mean.
     """
@@ -392,11 +395,28 @@ def fit(trials: Sequence[Trial]) -> Landscape:
     points = np.array([recipe.lam for recipe, _ in scored])
     values = np.array([score.value for _, score in scored])
     model = estimate(points, [part.gram for part in parts], [part.count for part in parts])
-    landscape = Landscape(points, values, parts, model)
+    landscape = Landscape(points, values, parts, model, _spread([s for _, s in scored]))
     if len(points) == LEAST:
         return landscape
     inside = map(int, np.flatnonzero(points.max(axis=1) < 1.0))
     misses = [landscape.miss(trial) for trial in inside]
     square = math.fsum(z * z for _, z in misses)
-    doubt = math.sqrt((1.0 + square) / (1.0 + len(misses)))
-    return replace(landscape, doubt=max(1.0, doubt), misses=tuple(miss for miss, _ in misses))
+    doubt = max(1.0, math.sqrt((1.0 + square) / (1.0 + len(misses))))
+    return replace(
+        landscape, doubt=doubt * landscape.doubt, misses=tuple(miss for miss, _ in misses)
+    )
+
+
+def _spread(scores: Sequence[Score]) -> float:
+    """The root of the design effect: the items of one cluster err together, at every λ.
+
+    It is the median over pairs of trials that follow each other; 1 without clusters.
+    """
+    if all(
+        label == name
+        for i in scores[0].items
+        for label, name in zip(i.clusters, i.ids, strict=True)
+    ):
+        return 1.0
+    effects = [paired(one, other).effect for one, other in itertools.pairwise(scores)]
+    return math.sqrt(statistics.median(effects))

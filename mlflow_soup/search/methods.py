@@ -94,8 +94,7 @@ def _ask(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
         seed=spec.seed,
         budget=spec.budget,
         tolerance=spec.stop * resolution(space, trials),
-        # a budget that the user or the policy set is a limit
-        reserve=spec.budget if spec.trials is None else 0,
+        reserve=spec.reserve,
     )
 
 

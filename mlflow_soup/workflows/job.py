@@ -174,7 +174,11 @@ class Job:
     @cached_property
     def request(self) -> str:
         """Digest of the key and of when the search ends. One request registers one version."""
-        return naming.key_of({"key": self.key, "trials": self.spec.budget, "stop": self.spec.stop})
+        spec = self.spec
+        limits = {"trials": spec.budget, "stop": spec.stop}
+        if spec.reserve:
+            limits["reserve"] = spec.reserve
+        return naming.key_of({"key": self.key, **limits})
 
     def recipe(self, lam: Sequence[float]) -> Recipe:
         """The recipe of the method for the chosen weights."""

@@ -261,7 +261,7 @@ UNBOUNDED = {
     "out",
     "public_key",
 }
-UNBOUNDED |= {"system_instruction", "gen_kwargs"}
+UNBOUNDED |= {"system_instruction", "gen_kwargs", "cluster"}
 UNBOUNDED |= {name for name, knob in KNOBS.items() if "bool" in str(knob.type)}
 
 
@@ -431,6 +431,7 @@ TAGS = {
     "apply_chat_template": ("yes", True),
     "fewshot_as_multiturn": ("no", False),
     "system_instruction": (" Be brief. ", "Be brief."),
+    "cluster": (" passage ", "passage"),
     "gen_kwargs": ("max_gen_toks=8", "max_gen_toks=8"),
     "evaluator": (" lm-eval", "lm-eval"),
     "batch_size": ("8", 8),

@@ -1,5 +1,6 @@
 """The reconstructed curve: exact for polynomial log-likelihoods, with a fair error elsewhere."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 import strategies as s
-from mlflow_soup.records import Items, Score, Trial
+from mlflow_soup.decision.pairing import paired
+from mlflow_soup.records import Items, Recipe, Score, Trial
 from mlflow_soup.search import landscape
 from mlflow_soup.search.kriging import at
 from mlflow_soup.search.landscape import NoLandscape, fit
@@ -717,3 +719,28 @@ def test_one_log_likelihood_that_is_always_right_is_not_a_single_choice():
         return s.scored(replace(items, values=(0.0,) * 4, gold=()))
 
     assert "does not compare choices" in refused(history(five(2), score))
+
+
+def test_the_band_is_wider_where_items_go_together():
+    quiz = s.Quiz(5, items=300)
+    points = [(1.0 - lam, lam) for lam in (0.0, 0.4, 0.7, 1.0)]
+    scores = [quiz.score(point) for point in points]
+
+    def named(score, cluster):
+        ids = tuple(f"{i}:p:{cluster(i)}" for i in range(300))
+        return replace(score, items=tuple(replace(items, ids=ids) for items in score.items))
+
+    def band(scores):
+        pairs = enumerate(zip(points, scores, strict=True))
+        trials = [Trial(i, Recipe("linear", lam), score) for i, (lam, score) in pairs]
+        return landscape.fit(trials).predict(np.array([(0.45, 0.55)]))[1].item()
+
+    # sorted by what changes between two trials, items of one cluster change together
+    changes = np.array(scores[0].items[0].values) - np.array(scores[-1].items[0].values)
+    order = np.argsort(np.argsort(changes, kind="stable"), kind="stable")
+    alone = band(scores)
+    assert band([named(score, lambda i: i) for score in scores]) == alone
+    together = [named(score, lambda i: order[i] // 10) for score in scores]
+    effects = [paired(a, b).effect for a, b in itertools.pairwise(together)]
+    assert band(together) == pytest.approx(alone * math.sqrt(np.median(effects)))
+    assert band(together) > 1.2 * alone
