@@ -25,7 +25,8 @@ def _paired_task(ours: Items, theirs: Items, loss: float) -> tuple[Difference, A
     Args:
         ours: the items of one model.
         theirs: those of the other, the same ones.
-        loss: a loss; the standard error is not below that of a model that loses so much.
+        loss: a loss that the difference is compared with: for right-or-wrong items, the standard
+            error is that of a model that loses so much. 0 for the error of the difference itself.
 
     Returns:
         The difference, and the share of each item in its deviation, s_i·(d_i − Δ).
@@ -41,16 +42,31 @@ def _paired_task(ours: Items, theirs: Items, loss: float) -> tuple[Difference, A
     elif {*ours.values, *theirs.values} <= {0.0, 1.0}:
         # each item is right or wrong. Count one more won and one more lost item: otherwise a few
         # items without a difference would look like certainty (Bonett & Price 2012, J. Educ. Behav.
-        # Stat. 37). A model that loses 1 % of the items differs on at least as many.
+        # Stat. 37)
         won, lost = (difference > 0).sum() + 1.0, (difference < 0).sum() + 1.0
-        total = count + 2.0
-        differing = max(won + lost, count * min(loss, 1.0) + 1.0)
-        variance = (differing - (won - lost) ** 2 / total) / total**2
+        variance = _variance(float(won), float(lost), count + 2.0, loss if loss < 1.0 else 0.0)
     elif count > 1:
         variance = float(deviations @ deviations) * count / (count - 1)
     else:
         variance = float("inf")
     return Difference(value, float(np.sqrt(variance)), count), deviations
+
+
+def _variance(won: float, lost: float, total: float, loss: float) -> float:
+    """The variance of (won − lost)/total, for items of which one model loses a share.
+
+    If the loss is not 0, it is that of the most likely model with just this loss, given how many
+    items were won and lost (Tango 1998, Stat. Med. 17). The variance of the items as they are
+    is too small if few of them were lost by luck: a soup that is worse by the margin would pass in
+    up to 9 %.
+    """
+    if not loss:
+        return (won + lost - (won - lost) ** 2 / total) / total**2
+    # the share of lost items, q, solves a·q² + b·q + c = 0; that of won items is q − loss
+    a, b = 2.0 * total, -won - lost - (2.0 * total - won + lost) * loss
+    c = lost * loss * (1.0 + loss)
+    q = (math.sqrt(max(b * b - 4.0 * a * c, 0.0)) - b) / (2.0 * a)
+    return (2.0 * q - loss * (1.0 + loss)) / total
 
 
 def paired(ours: Score, theirs: Score, losses: Sequence[float] = ()) -> Difference:
@@ -66,8 +82,8 @@ def paired(ours: Score, theirs: Score, losses: Sequence[float] = ()) -> Differen
     Args:
         ours: the score of one model.
         theirs: that of the other.
-        losses: for each task, a loss that must not look impossible: the standard error is not below
-            that of a model that loses so much. Empty for none.
+        losses: for each task, the loss that the difference is compared with, as a share of the
+            items where these are right or wrong. Empty if it is compared with none.
 
     Raises:
         ObjectiveError: the two were not scored on the same items.
