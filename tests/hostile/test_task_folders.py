@@ -7,6 +7,7 @@ make and a secret that it would read.
 import gzip
 import inspect
 import json
+import marshal
 import os
 import py_compile
 import resource
@@ -31,7 +32,7 @@ from traps import Watch, place, plain, untouched, with_fields, write  # noqa: F4
 
 import mlflow_soup.evaluation.task_data
 from mlflow_soup.errors import SpecError, StoreError
-from mlflow_soup.evaluation import items, task_folders, templates
+from mlflow_soup.evaluation import items, task_folders, template_process, templates
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.limits import LimitError, try_within, work_within
 from mlflow_soup.evaluation.live import LiveModel
@@ -882,3 +883,14 @@ def test_settings_of_generation_have_their_types(settings):
     assert [*generation_problems(settings)]
     with pytest.raises(SpecError, match="--gen-kwargs"):
         parse_generation(json.dumps(settings), "--gen-kwargs")
+
+
+def test_rendered_texts_end_at_the_room_that_is_left():
+    renderer = template_process._Renderer(10.0, 1.0)
+    documents = [marshal.dumps({"x": letter * 4}) for letter in "abc"]
+    texts = [answer[0] for answer in renderer.render("{{ x }}", documents, 8)]
+    assert texts == ["aaaa", "bbbb", None]
+    # what a failure says counts, too
+    answers = list(renderer.render("{{ x.y.z }}", documents, 8))
+    assert {answer[1] for answer in answers} <= {"UndefinedError", "MemoryError"}
+    assert answers[-1][1] == "MemoryError"
