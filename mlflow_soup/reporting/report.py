@@ -144,14 +144,22 @@ def _remedy(design: Design) -> str:
 
 
 def luckless(verdict: Verdict) -> str:
-    """After a refusal out of domain: how likely an equal soup would have passed; else empty."""
+    """After a refusal that may be bad luck: how likely an equal soup would have passed; else empty.
+
+    It may be if no check shows a loss beyond the margin.
+    """
+    failed, confidence = [c for c in verdict.checks if not c.passed], verdict.rules.confidence
     design = Design.of(verdict)
-    if design is None or all(check.passed for check in verdict.checks if check.tasks):
+    if not failed or design is None:
         return ""
+    for check in failed:
+        highest = pairing.upper_bound(check.difference, confidence)
+        if check.side == "upper" or highest < check.required:
+            return ""
     passes = chance(design)
     words = (
-        f"With so many items and these errors, a soup that is exactly as good as its rivals passes "
-        f"in {passes:.0%}."
+        "This may be bad luck: with so many items and these errors, a soup that is exactly as good "
+        f"as its rivals passes in {passes:.0%}."
     )
     if passes < ENOUGH:
         words += f" For {ENOUGH:.0%}: {_remedy(design)}."

@@ -103,8 +103,8 @@ def test_the_last_lines_say_what_happened(story):
         "  held-out against llm v13: +0.0400, must not be below 0: holds",
         "  code:acc against llm v13: -0.0200, lower bound -0.0365 must not be below -0.0100: "
         "REFUSED",
-        "With so many items and these errors, a soup that is exactly as good as its rivals passes "
-        "in 97 %.",
+        "This may be bad luck: with so many items and these errors, a soup that is exactly as good "
+        "as its rivals passes in 97 %.",
         "A note.",
         "run: #/run",
     ]
@@ -253,3 +253,15 @@ def test_a_higher_score_that_was_not_chosen_is_explained(story):
     assert len(report.luck("bayesopt", trials, top, measured)) == 1
     (only,) = report.luck("grid", trials, top, measured)
     assert "curve" not in only
+
+
+def test_a_refusal_that_shows_a_loss_is_not_called_bad_luck(story):
+    def words(**changes):
+        ood = replace(story.verdict.checks[1], **changes)
+        return report.luckless(replace(story.verdict, checks=(story.verdict.checks[0], ood)))
+
+    assert "This may be bad luck" in words()
+    assert words(passed=True) == ""
+    assert words(difference=Difference(-0.05, 0.01, 300), bound=-0.0665) == ""
+    refuted = replace(story.verdict.checks[1], side="upper", bound=-0.001, required=0.0)
+    assert report.luckless(replace(story.verdict, checks=(*story.verdict.checks, refuted))) == ""
