@@ -290,8 +290,7 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
         from mlflow_soup.workflows import release
 
     version, verdict = release.gate(spec)
-    word = "passed" if verdict.passed else "REFUSED"
-    _say(f"{version}: gate {word} ({verdict.rules})")
+    _say(f"{version}: {report.verdict_line(verdict)}")
     for check in verdict.checks:
         _say(f"  {report.format_check(check)}")
     if words := report.luckless(verdict):

@@ -52,6 +52,8 @@ def _trial_of(trials: Sequence[Trial], recipe: Recipe) -> Trial | None:
 
 def format_difference(difference: Difference, confidence: float = 0.95) -> str:
     """A difference as text: `+0.0142 (95 % interval +0.0021 to +0.0263, 1500 paired items)`."""
+    if not difference.value and not difference.stderr:
+        return f"no difference, in each of the {difference.count} items"
     low, high = pairing.interval(difference, confidence)
     clusters = ""
     if difference.clusters:
@@ -71,8 +73,18 @@ def format_check(check: Check) -> str:
     """One check of the gate in words and numbers, in one line."""
     verdict = "holds" if check.passed else "REFUSED"
     against = f"{check.name} against {check.against}: {check.difference.value:+.4f}"
-    bound = f" {check.side} bound {check.bound:+.4f}" if check.side else ""
-    return f"{against},{bound} must not be below {_required(check)}: {verdict}"
+    return f"{against}, {_finding(check)}: {verdict}"
+
+
+def _finding(check: Check) -> str:
+    """What a check found."""
+    least, bound = _required(check), f"({check.side} bound {check.bound:+.4f})"
+    if check.side == "lower":
+        sure = "surely not below" if check.passed else "not surely above"
+        return f"{sure} {least} {bound}"
+    if check.side == "upper":
+        return f"which may be luck {bound}" if check.passed else f"which is no luck {bound}"
+    return f"not below {least}"
 
 
 def _required(check: Check) -> str:
@@ -89,8 +101,7 @@ def checks_table(verdict: Verdict) -> str:
             check.name,
             str(check.against),
             f"{check.difference.value:+.4f} ± {check.difference.stderr:.4f}",
-            f"{check.side} bound {check.bound:+.4f}" if check.side else "the difference",
-            _required(check),
+            _finding(check),
             "yes" if check.passed else "**no**",
         ]
         for check in verdict.checks
@@ -99,11 +110,16 @@ def checks_table(verdict: Verdict) -> str:
         "check",
         "against",
         "difference ± paired standard error",
-        "what counts",
-        "must not be below",
+        "finding",
         "holds",
     ]
     return _table(head, rows)
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """The verdict and its rules in one line, before those of its checks."""
+    word = "passed" if verdict.passed else "REFUSED"
+    return f"gate {word} ({verdict.rules}; positive where the soup is better)"
 
 
 def verdict_words(verdict: Verdict) -> str:
@@ -331,8 +347,8 @@ def luck(
     return [
         words,
         f"{top.label} scored {score.value:.4f}, more than the chosen {soup.recipe.label} with "
-        f"{soup.held_out.value:.4f}. The curve expects {here - there:.4f} more of "
-        f"{soup.recipe.label}, and takes the difference for luck.",
+        f"{soup.held_out.value:.4f}. The curve through all scores expects {soup.recipe.label} to "
+        f"be better by {here - there:.4f} on new items, so the higher score counts as luck.",
     ]
 
 
@@ -340,10 +356,11 @@ def baselines(story: Story) -> list[tuple[str, Trial]]:
     """The trials of the parents, the uniform soup and the chosen soup, each with a label."""
     space, soup, trials = story.space, story.soup, story.trials
     alone = zip(soup.parents, space.parents(), strict=True)
+    chosen = "soup" if soup.original is None else f"{soup.original} itself"
     named = [(f"{p.version} alone ({recipe.label})", recipe) for p, recipe in alone]
     named += [
         (f"uniform soup ({space.uniform().label})", space.uniform()),
-        (f"chosen soup ({soup.recipe.label})", soup.recipe),
+        (f"chosen {chosen} ({soup.recipe.label})", soup.recipe),
     ]
     found = [(label, _trial_of(trials, recipe)) for label, recipe in named]
     return [(label, trial) for label, trial in found if trial is not None]
@@ -505,8 +522,7 @@ def summary(story: Story, look: Sequence[str]) -> str:
     how = f"{soup.recipe.label}, {len(story.trials)} evaluations"
     lines.append(f"{done} {soup.version.uri} ({how})")
     if story.verdict is not None:
-        word = "passed" if story.verdict.passed else "REFUSED"
-        lines.append(f"gate {word} ({story.verdict.rules})")
+        lines.append(verdict_line(story.verdict))
         lines += [f"  {format_check(check)}" for check in story.verdict.checks]
         if words := luckless(story.verdict):
             lines.append(words)
