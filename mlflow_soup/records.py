@@ -446,6 +446,7 @@ class Difference:
         clusters: the number of clusters of items that go together; 0 if each item is its own.
         effect: the design effect: the squared standard error, divided by that of as many items that
             do not go together.
+        degrees: the degrees of freedom; 0 for the number of items, less one.
     """
 
     value: float
@@ -453,11 +454,12 @@ class Difference:
     count: int
     clusters: int = 0
     effect: float = 1.0
+    degrees: float = 0.0
 
     @property
-    def units(self) -> int:
-        """The number of units that vary independently: clusters, or items."""
-        return self.clusters or self.count
+    def freedom(self) -> float:
+        """The degrees of freedom of the standard error."""
+        return self.degrees or max(self.count - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -475,6 +477,7 @@ class Check:
         required: the rule: `bound` must not be below this.
         passed: whether it is not.
         margin: the allowed loss, as the rules say it.
+        allowed: the allowed loss, in the units of the difference.
     """
 
     tasks: tuple[str, ...]
@@ -485,6 +488,7 @@ class Check:
     required: float
     passed: bool
     margin: str
+    allowed: float = 0.0
 
     @property
     def name(self) -> str:

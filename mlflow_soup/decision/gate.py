@@ -76,7 +76,11 @@ def missing(
 
 
 def judge(
-    soup: Evidence, parents: Sequence[Evidence], champions: Sequence[Evidence], rules: Rules
+    soup: Evidence,
+    parents: Sequence[Evidence],
+    champions: Sequence[Evidence],
+    rules: Rules,
+    others: Sequence[Evidence] = (),
 ) -> Verdict:
     """Decide from scores alone whether the soup may be promoted.
 
@@ -95,23 +99,27 @@ def judge(
         parents: the parents' evidence, at least one.
         champions: the evidence of the versions that the soup would replace; may be empty.
         rules: margins, confidence, and the OOD tasks to judge on.
+        others: the evidence of more rivals, which it would not replace.
 
     Raises:
         ObjectiveError: two models were not scored on the same tasks and items.
     """
-    soup, *others = [_on(evidence, rules) for evidence in (soup, *parents, *champions)]
-    parents, champions = others[: len(parents)], others[len(parents) :]
-    replaced: dict[str, Evidence] = {}
-    for champion in champions:
-        if champion.digest != soup.digest:
-            replaced.setdefault(champion.digest, champion)
     parent = parents[better([parent.held_out for parent in parents])]
-    rivals = {parent.digest: parent, **replaced}
+    soup, parent = _on(soup, rules), _on(parent, rules)
+    replaced, more = (
+        {e.digest: _on(e, rules) for e in reversed(some) if e.digest != soup.digest}
+        for some in (champions, others)
+    )
+    rivals = {parent.digest: parent, **more, **replaced}
     checks: list[Check] = []
     for rival in rivals.values():
         shown = rival.digest in replaced or not replaced
-        checks += _compare(soup, rival, rules, shown=shown, rivals=len(rivals))
+        checks += _compare(soup, rival, rules, shown=shown)
     return Verdict(tuple(checks), rules)
+
+
+# how likely a soup that is as good as a rival is refuted, by its held-out score or under one margin
+LUCK = 0.025
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class Question:
 
 
 def questions(
-    margins: Margins, confidence: float, levels: Mapping[str, float], *, shown: bool, rivals: int
+    margins: Margins, confidence: float, levels: Mapping[str, float], *, shown: bool
 ) -> list[Question]:
     """All that the gate asks of the soup against one rival.
 
@@ -141,8 +149,9 @@ def questions(
     asked against a rival that the soup would not replace. Neither must the held-out score be
     refuted: the search chose the soup by it, so it can speak against the soup, and not for it.
 
-    A soup that is as good as its rivals is refuted by luck in (1 − confidence) or less: half of
-    this is for the held-out scores, half for the tasks of each margin.
+    A soup that is as good as a rival is refuted by luck in 5 % or less: half of this is for the
+    held-out score, half for the tasks of each margin. It does not depend on the confidence, which
+    would make the gate looser the higher it is, nor on the number of rivals.
 
     Args:
         margins: the margins of the rules.
@@ -150,26 +159,22 @@ def questions(
         levels: OOD task → the score of the rival. A share of the score 0 is no scale: a task with a
             relative margin and this score is judged alone.
         shown: whether the soup must be shown to hold against the rival.
-        rivals: the number of all rivals.
     """
     groups: dict[str, list[str]] = {}
     for name, level in levels.items():
         alone = margins.at(name).relative and not level
         groups.setdefault(name if alone else margins.group(name), []).append(name)
-    luck = (1.0 - confidence) / 2.0 / rivals
-    asked = [Question((), Margin(0.0, relative=False), False, 1.0 - luck)]
+    asked = [Question((), Margin(0.0, relative=False), False, 1.0 - LUCK)]
     for names in groups.values():
         margin = margins.at(names[0])
-        if len(names) > 1:
-            sure = 1.0 - luck / len(names)
-            asked += [Question((name,), margin, False, sure) for name in names]
-        asked.append(Question(tuple(names), margin, shown, confidence if shown else 1.0 - luck))
+        single = [(name,) for name in names] if len(names) > 1 else []
+        sure = 1.0 - LUCK / (len(single) + (not shown) or 1)
+        asked += [Question(one, margin, False, sure) for one in single]
+        asked.append(Question(tuple(names), margin, shown, confidence if shown else sure))
     return asked
 
 
-def _compare(
-    soup: Evidence, rival: Evidence, rules: Rules, *, shown: bool, rivals: int
-) -> list[Check]:
+def _compare(soup: Evidence, rival: Evidence, rules: Rules, *, shown: bool) -> list[Check]:
     """All checks against one rival."""
     if [name for name, _ in soup.ood] != [name for name, _ in rival.ood]:
         raise ObjectiveError(
@@ -181,7 +186,7 @@ def _compare(
     levels = {name: score.value for name, score in theirs.items()}
     margins = parse_margins(rules.margin)
     checks = []
-    for question in questions(margins, rules.confidence, levels, shown=shown, rivals=rivals):
+    for question in questions(margins, rules.confidence, levels, shown=shown):
         tasks, margin = question.tasks, question.margin
         if not tasks:
             difference, allowed = paired(soup.held_out, rival.held_out), 0.0
@@ -200,7 +205,7 @@ def _compare(
         checks.append(
             Check(
                 *(tasks, rival.version, difference, side, bound, required),
-                *(bound >= required - ROUNDING, str(margin)),
+                *(bound >= required - ROUNDING, str(margin), allowed),
             )
         )
     return checks

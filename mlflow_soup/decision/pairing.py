@@ -43,7 +43,8 @@ def _paired_task(ours: Items, theirs: Items, loss: float) -> tuple[Difference, A
         # each item is right or wrong. Count one more won and one more lost item: otherwise a few
         # items without a difference would look like certainty (Bonett & Price 2012, J. Educ. Behav.
         # Stat. 37)
-        won, lost = (difference > 0).sum() + 1.0, (difference < 0).sum() + 1.0
+        better = difference * math.copysign(1.0, ours.weight)
+        won, lost = (better > 0).sum() + 1.0, (better < 0).sum() + 1.0
         variance = _variance(float(won), float(lost), count + 2.0, loss if loss < 1.0 else 0.0)
     elif count > 1:
         variance = float(deviations @ deviations) * count / (count - 1)
@@ -72,12 +73,13 @@ def _variance(won: float, lost: float, total: float, loss: float) -> float:
 def paired(ours: Score, theirs: Score, losses: Sequence[float] = ()) -> Difference:
     """The paired difference of two scores on the same items; positive if `ours` is better.
 
-        Δ = Σ_k w_k·Δ_k,   se² = Σ_k w_k²·se_k² + G/(G − 1)·Σ_{i≠j} u_i·u_j
+        Δ = Σ_k w_k·Δ_k,   se² = Σ_k w_k²·se_k² + Σ_k (G_k/(G_k − 1))²·Σ_{i≠j} u_i·u_j
 
-    with k over tasks. The second sum is over pairs of items of one cluster, G the number of
+    with k over tasks. The last sum is over pairs of items of one cluster, G_k the number of
     clusters, and u_i = w_k·s_i·(d_i − Δ_k): errors of such items go together (Liang & Zeger 1986,
-    Biometrika 73). So do those of one item that several tasks ask. The sum counts if it widens the
-    standard error.
+    Biometrika 73; the square, as in the jackknife, is for few clusters). So do those of one item
+    that several tasks ask. Each sum counts if it widens the standard error. With clusters, the
+    degrees of freedom are Satterthwaite's.
 
     Args:
         ours: the score of one model.
@@ -99,20 +101,48 @@ def paired(ours: Score, theirs: Score, losses: Sequence[float] = ()) -> Differen
     pairs = zip(ours.items, theirs.items, losses or [0.0] * len(ours.items), strict=True)
     tasks = [(a.weight, *_paired_task(a, b, loss)) for a, b, loss in pairs]
     value, count = math.fsum(w * d.value for w, d, _ in tasks), sum(d.count for _, d, _ in tasks)
-    variance = sum((w * d.stderr) ** 2 for w, d, _ in tasks)
-    labels = [label for its in ours.items for label in its.clusters]
+    variances = [(w * d.stderr) ** 2 for w, d, _ in tasks]
+    labels = [its.clusters for its in ours.items]
+    every = [label for own in labels for label in own]
+    if len({*every}) == len(every):
+        return Difference(value, math.sqrt(sum(variances)), count)
+    deviations = [w * u for w, _, u in tasks]
+    more = [_together(own, u) for own, u in zip(labels, deviations, strict=True)]
+    wide = [v + m for v, m in zip(variances, more, strict=True)]
+    across = _together(every, np.concatenate(deviations), among=labels)
+    total = sum(wide) + across
+    clusters, freedom = len({*every}), 1.0
+    if 0.0 < total < math.inf:
+        # Satterthwaite 1946, Biom. Bull. 2
+        parts = [(v, max(len({*own}) - 1, 1)) for v, own in zip(wide, labels, strict=True)]
+        freedom = total**2 / (sum(v**2 / f for v, f in parts) + across**2 / max(clusters - 1, 1))
+    effect = total / sum(variances) if 0.0 < sum(variances) < math.inf else 1.0
+    return Difference(value, math.sqrt(total), count, clusters, effect, max(freedom, 1.0))
+
+
+def _together(
+    labels: Sequence[str], deviations: Array, among: Sequence[Sequence[str]] = ()
+) -> float:
+    """By how much a variance is larger because the items of a cluster go together, ≥ 0.
+
+    Args:
+        labels: the cluster of each item.
+        deviations: the share of each item in the deviation.
+        among: the clusters of each task, to count only what items of two tasks share; empty to
+            count what the items of one task share.
+    """
     if len({*labels}) == len(labels):
-        return Difference(value, math.sqrt(variance), count)
-    every = np.concatenate([w * u for w, _, u in tasks])
+        return 0.0
+    own = [f"{task} {label}" for task, some in enumerate(among) for label in some]
     where = np.unique(labels, return_inverse=True)[1]
-    sums = np.bincount(where, weights=every)
-    more = max(float(sums @ sums - every @ every), 0.0)
-    if len(sums) > 1:
-        more *= len(sums) / (len(sums) - 1)
-    elif more or variance:
-        more = math.inf
-    effect = 1.0 + more / variance if 0.0 < variance < math.inf else 1.0
-    return Difference(value, math.sqrt(variance + more), count, len(sums), effect)
+    sums = np.bincount(where, weights=deviations)
+    if not among:
+        if len(sums) == 1:
+            return math.inf
+        more = float(sums @ sums - deviations @ deviations)
+        return max(more, 0.0) * (len(sums) / (len(sums) - 1)) ** 2
+    inner = np.bincount(np.unique(own, return_inverse=True)[1], weights=deviations)
+    return max(float(sums @ sums - inner @ inner), 0.0)
 
 
 def pool(scores: Sequence[Score], weights: Sequence[float]) -> Score:
@@ -160,9 +190,7 @@ def interval(difference: Difference, confidence: float) -> tuple[float, float]:
         difference: the paired difference.
         confidence: the confidence, in (0, 1).
     """
-    half = difference.stderr * float(
-        student.ppf(0.5 + confidence / 2, max(difference.units - 1, 1))
-    )
+    half = difference.stderr * float(student.ppf(0.5 + confidence / 2, difference.freedom))
     return difference.value - half, difference.value + half
 
 
@@ -173,14 +201,14 @@ def better(scores: Sequence[Score]) -> int:
 
 def lower_bound(difference: Difference, confidence: float) -> float:
     """One-sided lower confidence bound of a paired difference, by Student's t."""
-    return difference.value - quantile(confidence, difference.units) * difference.stderr
+    return difference.value - quantile(confidence, difference.freedom) * difference.stderr
 
 
 def upper_bound(difference: Difference, confidence: float) -> float:
     """One-sided upper confidence bound of a paired difference, by Student's t."""
-    return difference.value + quantile(confidence, difference.units) * difference.stderr
+    return difference.value + quantile(confidence, difference.freedom) * difference.stderr
 
 
-def quantile(confidence: float, count: int) -> float:
-    """The quantile of Student's t for a one-sided bound from so many independent units."""
-    return float(student.ppf(confidence, max(count - 1, 1)))
+def quantile(confidence: float, freedom: float) -> float:
+    """The quantile of Student's t for a one-sided bound."""
+    return float(student.ppf(confidence, freedom))

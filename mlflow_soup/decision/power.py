@@ -21,12 +21,12 @@ class Measure:
     """What is known about a comparison of two models on some items.
 
     Attributes:
-        count: the number of items, or of clusters of items that go together.
+        freedom: the degrees of freedom of the error; the number of items, less one.
         stderr: the paired standard error of the difference.
         level: the score of a rival; it matters for a margin that is a share of it.
     """
 
-    count: int
+    freedom: float
     stderr: float
     level: float = 1.0
 
@@ -38,7 +38,7 @@ class Measure:
             count: the number of items.
             discordance: the share of items that only one of the two models answers right.
         """
-        return cls(count, math.sqrt(count * discordance + 2.0) / (count + 2.0))
+        return cls(max(count - 1, 1), math.sqrt(count * discordance + 2.0) / (count + 2.0))
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Design:
         ood: OOD task → its items.
         margins: the margins.
         confidence: the confidence of the rules.
-        champion: whether there is a version that the soup would replace, besides its parents.
+        replaced: the number of versions that the soup would replace, besides its parents.
     """
 
     held_out: Measure
     ood: Mapping[str, Measure]
     margins: Margins
     confidence: float
-    champion: bool = False
+    replaced: int = 0
 
     @classmethod
     def of(cls, verdict: Verdict) -> "Design | None":
@@ -67,18 +67,19 @@ class Design:
         if not shown:
             return None
         rival = shown[0].against
+        others = {check.against for check in verdict.checks} > {check.against for check in shown}
         own = [check for check in verdict.checks if check.against == rival]
         held_out = next(check.difference for check in own if not check.tasks)
         ood = {}
         for check in own:
             if len(check.tasks) == 1:
                 margin = margins.at(check.name)
-                level = -check.required / margin.value if margin.relative and margin.value else 1.0
+                level = check.allowed / margin.value if margin.relative and margin.value else 1.0
                 d = check.difference
-                ood[check.name] = Measure(d.units, d.stderr, level)
-        champion = len({check.against for check in verdict.checks}) > 1
-        measured = Measure(held_out.units, held_out.stderr)
-        return cls(measured, ood, margins, verdict.rules.confidence, champion)
+                ood[check.name] = Measure(d.freedom, d.stderr, level)
+        replaced = len({check.against for check in shown}) if others else 0
+        measured = Measure(held_out.freedom, held_out.stderr)
+        return cls(measured, ood, margins, verdict.rules.confidence, replaced)
 
     def with_items(self, factor: float) -> "Design":
         """The design with so many times the items of each OOD task."""
@@ -90,7 +91,7 @@ class Design:
 
     def _scaled(self, items: float, precision: float) -> "Design":
         ood = {
-            task: replace(m, count=round(items * m.count), stderr=m.stderr / precision)
+            task: replace(m, freedom=items * m.freedom, stderr=m.stderr / precision)
             for task, m in self.ood.items()
         }
         return replace(self, ood=ood)
@@ -105,7 +106,7 @@ def chance(design: Design, *, draws: int = 20_000, seed: int = 0) -> float:
     score makes it more likely to pass.
     """
     rng = np.random.default_rng(seed)
-    rivals = [design.champion] * design.champion + [not design.champion]
+    rivals = [True] * design.replaced + [not design.replaced]
     measures = {"": design.held_out, **design.ood}
     errors = {
         name: m.stderr / math.sqrt(2.0) * rng.standard_normal((1 + len(rivals), draws))
@@ -114,9 +115,7 @@ def chance(design: Design, *, draws: int = 20_000, seed: int = 0) -> float:
     levels = {name: m.level for name, m in design.ood.items()}
     passed = np.ones(draws, bool)
     for number, shown in enumerate(rivals, 1):
-        asked = questions(
-            design.margins, design.confidence, levels, shown=shown, rivals=len(rivals)
-        )
+        asked = questions(design.margins, design.confidence, levels, shown=shown)
         for question in asked:
             names = question.tasks or ("",)
             scales = [measures[name].level if question.margin.relative else 1.0 for name in names]
@@ -127,8 +126,8 @@ def chance(design: Design, *, draws: int = 20_000, seed: int = 0) -> float:
             mean = np.mean(differences, axis=0)
             stderrs = [measures[name].stderr / s for name, s in zip(names, scales, strict=True)]
             stderr = math.hypot(*stderrs) / len(names)
-            count = sum(measures[name].count for name in names)
-            width = quantile(question.confidence, count) * stderr
+            freedom = sum(measures[name].freedom for name in names)
+            width = quantile(question.confidence, freedom) * stderr
             margin = question.margin.value
             if question.shown:
                 passed &= mean - width >= -margin

@@ -88,25 +88,23 @@ def _clusters(documents: Sequence[Any], field: str) -> list[str]:
     """The cluster of each document, as a hash; empty for a document that is one by itself.
 
     Documents with one text in a field such as `passage` ask about the same passage. Such a field
-    counts by itself if that is certain: long texts, some of which are repeated, and not just a few.
+    counts if that is certain: long texts, some of which are repeated, and not just a few. Else the
+    field that a user names counts: it cannot break passages up.
 
     Args:
         documents: the documents of a task.
-        field: the field that names the cluster; empty for the known ones.
+        field: the field that names the cluster; empty for none.
     """
-    for name in [field] if field else PASSAGES:
-        texts = [
-            document.get(name) if isinstance(document, dict) else None for document in documents
-        ]
-        if field or _are_passages(texts):
-            return [
-                "" if t in (None, "") else _hash(json.dumps(t, default=str))[:16] for t in texts
-            ]
+    for name in (*PASSAGES, field):
+        texts = [d.get(name) if isinstance(d, dict) else None for d in documents]
+        texts = [None if text in (None, "") else text for text in texts]
+        if name == field or _are_passages([text for text in texts if text is not None]):
+            return ["" if t is None else _hash(json.dumps(t, default=str))[:16] for t in texts]
     return [""] * len(documents)
 
 
 def _are_passages(texts: Sequence[Any]) -> bool:
-    if not all(isinstance(text, str) and text for text in texts):
+    if not all(isinstance(text, str) for text in texts):
         return False
     different = {*texts}
     long = sum(map(len, different)) >= LONG * len(different)

@@ -114,8 +114,8 @@ class Prompting:
         chat: the chat template; None for plain text.
         fewshot_as_multiturn: with a chat template, whether each few-shot example is two turns.
         gen_kwargs: settings of generation that replace those of the tasks.
-        cluster: the field of the documents that names the cluster of an item; empty for the fields
-            that `items` knows.
+        cluster: the field of the documents that names the cluster of an item, where `items` finds
+            no passages; empty for none.
     """
 
     num_fewshot: int | None = None

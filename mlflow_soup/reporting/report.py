@@ -57,7 +57,8 @@ def format_difference(difference: Difference, confidence: float = 0.95) -> str:
     low, high = pairing.interval(difference, confidence)
     clusters = ""
     if difference.clusters:
-        clusters = f" in {difference.clusters} clusters, design effect {difference.effect:.1f}"
+        number = f"{difference.clusters} cluster{'s' * (difference.clusters > 1)}"
+        clusters = f" in {number}, design effect {difference.effect:.1f}"
     return (
         f"{difference.value:+.4f} ({confidence:.0%} interval {low:+.4f} to {high:+.4f}, "
         f"{difference.count} paired items{clusters})"
@@ -137,7 +138,7 @@ def power_words(designs: Mapping[float, Design], unknown: Sequence[str]) -> str:
     """
     design = designs[max(designs)]
     chances = {share: chance(design) for share, design in designs.items()}
-    items = sum(measure.count for measure in design.ood.values())
+    items = sum(round(measure.freedom) + 1 for measure in design.ood.values())
     said = ", ".join(f"in {passes:.0%} if {share:.0%}" for share, passes in chances.items())
     words = (
         f"The gate passes a soup that is exactly as good as its rivals {said} of the answers "
@@ -166,7 +167,7 @@ def luckless(verdict: Verdict) -> str:
     """
     failed, confidence = [c for c in verdict.checks if not c.passed], verdict.rules.confidence
     design = Design.of(verdict)
-    if not failed or design is None:
+    if not failed or design is None or math.isinf(sum(m.stderr for m in design.ood.values())):
         return ""
     for check in failed:
         highest = pairing.upper_bound(check.difference, confidence)

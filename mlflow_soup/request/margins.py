@@ -8,6 +8,7 @@ from itertools import product
 DEFAULT = "0.01"
 # of metrics without a scale of their own, unless a margin names them
 WITHOUT_SCALE = "2%"
+PERPLEXITIES = frozenset({"perplexity", "word_perplexity", "byte_perplexity"})
 _ALONE = "alone"
 _ENTRY = re.compile(
     r"(?P<alone>[^\s=,%]+)=alone|"
@@ -38,8 +39,12 @@ class Margin:
         return (short if self.relative or float(short) == value else repr(value)) + sign
 
     def is_at_most(self, other: "Margin") -> bool:
-        """Whether it never allows more than another."""
-        return self.value == 0.0 or (self.relative == other.relative and self.value <= other.value)
+        """Whether it never allows more than another, for means over several tasks, too.
+
+        Shares of scores and amounts weigh the tasks otherwise, so that a margin of 0 % may pass
+        what one of 0.01 refuses.
+        """
+        return self.relative == other.relative and self.value <= other.value
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,10 @@ class Margins:
         """
         if not others.named.keys() <= self.named.keys():
             return False
-        names = [name.split(":") for name in (*self.named, *others.named)]
-        # a name alone may be that of a task or of a metric
-        tasks = {"", *(parts[0] for parts in names if has_scale(parts[0]))}
-        metrics = {"", "perplexity", *(parts[-1] for parts in names)}
+        names = {*self.named, *others.named}
+        # a name alone may be that of a task or of a metric; these are metrics of lm-eval
+        tasks = {"", *(_split(name)[0] for name in names - PERPLEXITIES)}
+        metrics = {"", "perplexity", *(name.partition(":")[2] or name for name in names)}
         terms = (f"{task}:{metric}" for task, metric in product(tasks, metrics))
         return all(self.at(term).is_at_most(others.at(term)) for term in terms)
 

@@ -329,8 +329,8 @@ class Spec:
     cluster: str = knob(
         SCORE,
         "",
-        "Field of the documents; items with the same value in it go together, such as questions on "
-        "one passage. Default: passage, context, article and the like, where texts are repeated.",
+        "Field of the documents; items with the same value in it go together, such as questions of "
+        "one topic. Questions on one passage are found without it.",
         f"run evaluate gate sign promote {_ALL}",
         policy=True,
         rule=SAME,
@@ -382,7 +382,7 @@ class Spec:
     confidence: float = knob(
         GATE,
         0.95,
-        "Confidence of the one-sided bounds of the gate.",
+        "Confidence of the lower bounds that a soup must show.",
         "run gate sign promote",
         policy=True,
         range=Range(

@@ -1,14 +1,16 @@
 """Which merge weights λ are chosen at the end of a search."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from mlflow_soup.decision.pairing import paired, upper_bound
 from mlflow_soup.errors import SpecError
-from mlflow_soup.records import Recipe, Trial
+from mlflow_soup.records import Recipe, Score, Trial
 from mlflow_soup.search.belief import Array, believe, scored
 from mlflow_soup.search.space import Space, points_of
+
+CONFIDENCE = 0.95  # that a recipe is worse than a parent
 
 
 def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) -> Recipe:
@@ -26,19 +28,26 @@ def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) 
     Raises:
         SpecError: no feasible trial has a score.
     """
-    feasible = [(recipe, score.value) for recipe, score in scored(trials) if space.feasible(recipe)]
+    feasible = [(recipe, score) for recipe, score in scored(trials) if space.feasible(recipe)]
     if not feasible:
         raise SpecError(
             "no feasible trial has a score",
             where=f"{len(trials)} trials, λ in [{space.alpha}, 1]",
             fix="raise --trials; the tag soup.failed of a trial's run says why it failed",
         )
-    least = max((v for recipe, v in feasible if recipe in space.parents()), default=-math.inf)
-    options = points_of([recipe for recipe, value in feasible if value >= least])
+    parents = [score for recipe, score in feasible if recipe in space.parents()]
+    options = points_of([r for r, score in feasible if not any(_lags(score, p) for p in parents)])
     if not measured:
         fresh = space.fresh([trial.recipe for trial in trials])
         options = np.concatenate([options, fresh])
     return space.recipe(options[np.argmax(expected(trials, options))])
+
+
+def _lags(score: Score, parent: Score) -> bool:
+    """Whether a score is shown to be below a parent's; without items, whether it is below."""
+    if not score.items:
+        return score.value < parent.value
+    return upper_bound(paired(score, parent), CONFIDENCE) < 0.0
 
 
 def expected(trials: Sequence[Trial], points: Array) -> Array:

@@ -15,7 +15,7 @@ from mlflow_soup.request.margins import parse_margins
 from mlflow_soup.request.names import parse_version
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.workflows.bench import Suites, load_suites, rivals
-from mlflow_soup.workflows.proof import settle_rules
+from mlflow_soup.workflows.proof import owner_of, settle_rules
 
 logger = logging.getLogger("mlflow_soup")
 # shares of the answers that differ between two neighbouring checkpoints
@@ -44,16 +44,18 @@ def power(spec: Spec) -> str:
             where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
-    return foresee(spec, load_suites(spec), champion=bool(rivals(client, name, spec)))
+    owner = owner_of(spec, name)
+    replaced = [version for version in rivals(client, name, spec) if version.name == owner]
+    return foresee(spec, load_suites(spec), replaced=len(replaced))
 
 
-def foresee(spec: Spec, suites: Suites, *, champion: bool) -> str:
+def foresee(spec: Spec, suites: Suites, *, replaced: int) -> str:
     """How likely an equal soup passes, by how much its answers differ from those of its rivals.
 
     Args:
         spec: a settled spec.
         suites: the held-out and the OOD tasks, the latter not None.
-        champion: whether there is a version that the soup would replace.
+        replaced: the number of versions that the soup would replace.
     """
     ood = suites.ood
     assert ood is not None
@@ -62,13 +64,15 @@ def foresee(spec: Spec, suites: Suites, *, champion: bool) -> str:
 
     def design(discordance: float) -> Design:
         measures = {
-            name: Measure(count, 0.0) if name in unknown else Measure.of_answers(count, discordance)
+            name: Measure(max(count - 1, 1), 0.0)
+            if name in unknown
+            else Measure.of_answers(count, discordance)
             for name, count in counts.items()
         }
         known = sum(_counts(suites.held_out, spec.limit).values())
         return Design(
             Measure.of_answers(known, discordance),
-            *(measures, parse_margins(spec.margin), spec.confidence, champion),
+            *(measures, parse_margins(spec.margin), spec.confidence, replaced),
         )
 
     designs = {share: design(share) for share in DISCORDANCES}

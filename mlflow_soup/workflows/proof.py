@@ -11,6 +11,7 @@ The verdict is computed from these each time. `run`, `gate`, `promote` and `doct
 """
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -141,8 +142,9 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
         tags = policy_for(tags, policy(client, owner))
     settled = spec.settle(tags, owner)
     if stated := tags.get("soup.ood_tasks"):
-        added = _added_to(settled, stated, owner)
-        _check_none_replaced(settled, stated, tags.get("soup.include_path", ""), owner)
+        folders = tags.get("soup.include_path", "")
+        added = _added_to(settled, stated, folders, owner)
+        _check_none_replaced(settled, stated, folders, owner)
         # judged together with the policy's tasks, they could hide a loss there
         settled = settled.judge_alone(added) if added else settled
     for knob, what in (("tasks", "held-out"), ("ood_tasks", "out-of-domain")):
@@ -156,21 +158,36 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
     return settled
 
 
-def _added_to(spec: Spec, stated: str, owner: str) -> list[str]:
+def _added_to(spec: Spec, stated: str, folders: str, owner: str) -> list[str]:
     """The OOD tasks, `task` or `task:metric`, that a command line adds to those of the policy.
+
+    A pattern of the policy stands for the tasks of its own folders, not for those of others.
 
     Raises:
         SpecError: it leaves out one of the policy's, or names it with another filter.
     """
-    if spec.ood_tasks in ("", stated):
+    more = {*spec.include_path.split(os.pathsep)} - {*folders.strip().split(os.pathsep), ""}
+    if not spec.ood_tasks or (spec.ood_tasks == stated and not more):
         return []
-    named = partial(named_terms, include_path=spec.include_path, allowed=spec.allowed_code)
-    its = named(stated, where=f"tag soup.ood_tasks of {owner}")
-    ours = named(spec.ood_tasks, where="--ood-tasks")
+    named = partial(named_terms, allowed=spec.allowed_code)
+    its = named(
+        stated,
+        # the policy may name a task whose folder only the command line knows
+        include_path=folders.strip() if set(stated) & {*"*?["} else spec.include_path,
+        where=f"tag soup.ood_tasks of {owner}",
+    )
+    ours = named(spec.ood_tasks, include_path=spec.include_path, where="--ood-tasks")
     if not {*its} <= {*ours}:
         knob_ = next(knob_ for knob_ in fields(Spec) if knob_.name == "ood_tasks")
         raise knobs.looser(knob_, spec.ood_tasks, stated, owner)
-    return [":".join(filter(None, term[:2])) for term in ours if term not in its]
+    added = [":".join(filter(None, term[:2])) for term in ours if term not in its]
+    if odd := next((name for name in added if re.search(r"[\s=,%]", name)), ""):
+        raise SpecError(
+            f"the name of the task {odd!r} holds a character that --margin reads otherwise",
+            where="--ood-tasks, which adds it to the tasks of the policy",
+            fix="rename the task: no blank, no comma, no = and no %",
+        )
+    return added
 
 
 def _check_none_replaced(spec: Spec, stated: str, folders: str, owner: str) -> None:
@@ -343,7 +360,11 @@ def decide(
     others = [of[version] for version, its in champions.items() if its != proven.digest]
     # a version that the soup has replaced since is no rival any more, but its checks still hold
     others += [e for role, e in examination.roles.items() if role.startswith("champion")]
-    verdict = gates.judge(of[proven.version], parents, others, standard.rules)
+    # whoever may move an alias of the candidates' model replaces nothing at another model
+    owner = owner_of(spec, proven.version.name)
+    replaced = [e for e in others if e.version.name == owner]
+    more = [e for e in others if e.version.name != owner]
+    verdict = gates.judge(of[proven.version], parents, replaced, standard.rules, more)
     against = {check.against for check in verdict.checks}
     compared = {digest for version, digest in needed.items() if version in against}
     compared |= {proven.digest, *(e.digest for e in others)}

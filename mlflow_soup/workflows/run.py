@@ -79,7 +79,9 @@ def run(spec: Spec) -> Outcome:
     job, champions = _prepare(spec)
     client, spec, name = job.client, job.spec, job.session.name
     if job.bench.ood is not None:
-        logger.warning(foresee(spec, job.bench.suites, champion=bool(champions)))
+        owner = owner_of(spec, name)
+        replaced = [o for o in champions if o.parent.version.name == owner]
+        logger.warning(foresee(spec, job.bench.suites, replaced=len(replaced)))
     apart = distance.measure([opened.checkpoint for opened in job.opened])
     if warning := geometry.caution(apart, [v.short for v in job.versions]):
         logger.warning(warning)

@@ -13,7 +13,14 @@ from scipy.stats import t as student
 
 import strategies as s
 from mlflow_soup.decision.gate import judge, questions
-from mlflow_soup.decision.pairing import _variance, better, interval, optimism, paired
+from mlflow_soup.decision.pairing import (
+    _variance,
+    better,
+    interval,
+    lower_bound,
+    optimism,
+    paired,
+)
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Difference, Evidence, Items, Rules, Score, Verdict, Version
 from mlflow_soup.request.margins import parse_margins
@@ -541,19 +548,44 @@ def test_a_version_that_would_be_replaced_must_be_matched_though_a_parent_scores
     assert [(c.name, c.against) for c in verdict.checks if not c.passed] == [("t0:acc", SHIPPED)]
 
 
-def test_the_held_out_checks_share_their_error():
-    soup, parent = two_models(SOUP, NEW, (1000, 0, 0))
-    rivals = [replace(parent, version=Version("toy", n), digest=f"sha256:{n}") for n in (7, 8)]
-    margins = parse_margins("0.01")
-    asked = [
-        questions(margins, 0.95, {"a:acc": 0.5, "b:acc": 0.5}, shown=shown, rivals=3)
-        for shown in (True, False)
-    ]
-    refutable = [1 - q.confidence for all_of in asked for q in all_of if not q.shown]
-    # held-out and the two tasks; against a rival that is not replaced, both tasks together, too
-    luck = 0.025 / 3
-    assert refutable == pytest.approx([luck, luck / 2, luck / 2, luck, luck / 2, luck / 2, luck])
-    assert judge(soup, [parent], rivals, RULES).passed
+def test_a_soup_as_good_as_a_rival_is_refuted_by_luck_in_five_percent_or_less():
+    margins, levels = parse_margins("0.01"), {"a:acc": 0.5, "b:acc": 0.5}
+
+    def luck(confidence, shown):
+        asked = questions(margins, confidence, levels, shown=shown)
+        return [1 - q.confidence for q in asked if not q.shown]
+
+    # the held-out score; then both tasks, and against what is not replaced both together, too
+    assert luck(0.95, True) == pytest.approx([0.025, 0.0125, 0.0125])
+    assert luck(0.95, False) == pytest.approx([0.025, *[0.025 / 3] * 3])
+    assert luck(0.9999, True) == luck(0.6, True)  # more confidence does not refute less
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.9999, 1 - 1e-16])
+def test_more_confidence_refutes_no_less(confidence):
+    soup, parent = two_models(SOUP, NEW, (2000, 300, 0), (2000, 20, 70))
+    verdict = judge(soup, [parent], [], Rules("0.01", confidence))
+    assert "t1:acc" in [c.name for c in verdict.checks if not c.passed]
+
+
+def test_a_rival_that_is_not_replaced_does_not_weaken_the_check_against_the_parent():
+    soup, parent = two_models(SOUP, NEW, (1000, 0, 8))
+    weak = replace(two_models(SOUP, SHIPPED, (1000, 60, 0))[1], digest="sha256:weak")
+    assert not judge(soup, [parent], [], RULES).passed
+    verdict = judge(soup, [parent], [], RULES, [weak])
+    assert [(c.name, c.against) for c in verdict.checks if not c.passed] == [("t0:acc", NEW)]
+    assert judge(soup, [parent], [weak], RULES).passed
+    # and it is a rival: the soup must not be refuted by it
+    strong = two_models(SOUP, SHIPPED, (1000, 0, 60))[1]
+    assert not judge(soup, [soup], [], RULES, [strong]).passed
+
+
+def test_a_wrong_answer_of_a_metric_where_less_is_better_is_a_loss():
+    sides = answers(300, won=0, lost=9)
+    more = [score(task(side)) for side in sides]
+    less = [score(task([1 - v for v in side], weight=-1.0)) for side in sides]
+    assert paired(*less, [0.02]).value == pytest.approx(paired(*more, [0.02]).value)
+    assert paired(*less, [0.02]).stderr == pytest.approx(paired(*more, [0.02]).stderr)
 
 
 def test_a_copy_of_a_parent_is_still_judged_against_what_it_would_replace():
@@ -627,17 +659,41 @@ def test_the_error_of_clusters_by_hand():
     found = paired(ours, theirs)
     alone = np.var([1, 1, -1, 0], ddof=1) / 4
     squares = sum((d - 0.25) ** 2 / 16 for d in (1, 1, -1, 0))
-    more = (2 * (3 / 8) ** 2 - squares) * 2 / 1
+    more = (2 * (3 / 8) ** 2 - squares) * (2 / 1) ** 2
     assert found.value == pytest.approx(0.25)
     assert found.stderr == pytest.approx(math.sqrt(alone + more))
-    assert (found.count, found.clusters, found.units) == (4, 2, 2)
+    assert (found.count, found.clusters, found.freedom) == (4, 2, 1)
     assert found.effect == pytest.approx(1 + more / alone)
 
 
-def test_one_cluster_proves_nothing():
+def test_a_task_on_one_passage_proves_nothing_whatever_others_say():
     ids = [f"{i}:x:all" for i in range(200)]
-    ours, theirs = (score(task(v, ids=ids)) for v in ([1] * 200, [0] * 60 + [1] * 140))
-    assert paired(ours, theirs).stderr == math.inf
+    ours, theirs = (task(v, ids=ids) for v in ([1] * 200, [0] * 60 + [1] * 140))
+    assert paired(score(ours), score(theirs)).stderr == math.inf
+    more = [
+        task(side, ids=[f"{i}:y" for i in range(900)], name="b") for side in answers(900, won=9)
+    ]
+    assert paired(score(ours, more[0]), score(theirs, more[1])).stderr == math.inf
+
+
+@pytest.mark.parametrize(("clusters", "size"), [(10, 50), (4, 75), (2, 150)])
+def test_a_task_on_few_passages_has_few_degrees_of_freedom(clusters, size):
+    """At the margin, pooled with a task of many single items."""
+    rng, draws, passed = np.random.default_rng(clusters), 1000, 0
+    for _ in range(draws):
+        few = passages(rng, clusters, size, 0.3, win=0.045, lose=0.055)
+        many = (rng.random(1000) < 0.045, rng.random(1000) < 0.055)
+        ids = [f"{i}:m" for i in range(1000)]
+        sides = [
+            score(one.items[0], task(side.astype(float), ids=ids, name="b"))
+            for one, side in zip(few, many, strict=True)
+        ]
+        both = [
+            replace(side, items=tuple(replace(i, weight=0.5) for i in side.items)) for side in sides
+        ]
+        difference = paired(*both, [0.01, 0.01])
+        passed += lower_bound(difference, 0.95) >= -0.01
+    assert passed / draws <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
 
 
 @given(pair=s.paired_items() | s.paired_items(binary=True))

@@ -66,15 +66,25 @@ def test_questions_on_one_passage_are_one_cluster(live, write, field):
         lambda number: {"passage": f"short {number // 3}"},
         lambda number: {"passage": f"{TEXT * 2}{number // 30}"},  # two of them: perhaps a topic
         lambda number: {"passage": number // 3},
-        lambda number: {"passage": f"{TEXT * 2}{number // 3}" if number else ""},
         lambda number: {"instruction": f"{TEXT * 2}{number // 3}"},  # an unknown field
         lambda number: {},
     ],
-    ids=["unique", "short", "few", "numbers", "one is missing", "another field", "no field"],
+    ids=["unique", "short", "few", "numbers", "another field", "no field"],
 )
 def test_nothing_else_is_taken_for_a_passage(live, write, more):
     items = score(live, write(more)).items[0]
     assert items.clusters == list(items.ids)
+
+
+def test_a_document_without_a_passage_is_one_by_itself(live, write):
+    folder = write(lambda number: {"passage": f"{TEXT * 2}{number // 3}" if number else ""})
+    items = score(live, folder).items[0]
+    assert sorted(Counter(items.clusters).values()) == [1, 2, *[3] * 19]
+
+
+def test_a_field_that_is_named_does_not_break_up_passages(live, write):
+    folder = write(lambda number: {"idx": number, "passage": f"{TEXT * 2}{number // 3}"})
+    assert score(live, folder, cluster="idx").items[0] == score(live, folder).items[0]
 
 
 def test_a_field_that_is_named_counts_whatever_it_holds(live, write):

@@ -60,9 +60,30 @@ def test_margins_that_are_at_most_others_allow_no_term_more(ours, theirs):
             for score in (-20.0, 0.0, 0.5):
                 assert ours.at(term).of(score) <= theirs.at(term).of(score)
     assert ours.are_at_most(ours)
-    perplexities = ("perplexity", "word_perplexity", "byte_perplexity")
-    nothing = Margins(dict.fromkeys([*perplexities, *theirs.named], Margin(0.0, False)), None)
-    assert replace(nothing, rest=Margin(0.0, False)).are_at_most(theirs)
+    stricter = {
+        name: None if m is None else replace(m, value=m.value / 2)
+        for name, m in theirs.named.items()
+    }
+    assert Margins(stricter, theirs.rest).are_at_most(theirs)
+
+
+@pytest.mark.parametrize(
+    ("policy", "ours"),
+    [
+        # the names of these tasks end like a perplexity, or hold a colon
+        ("0.01,olaph_perplexity:word_perplexity=1%", "0.01,olaph_perplexity:word_perplexity=90%"),
+        ("0.01", "0.01,olaph_perplexity:word_perplexity=90%"),
+        ("0.01", "0.01,olaph_perplexity=90%"),
+        ("0.01", "0.01,a:b:acc=0.9"),
+        # shares weigh the tasks of a mean otherwise than amounts
+        ("0.01", "0%"),
+        ("2%", "0"),
+        ("0.01,perplexity=2%", "0.01,perplexity=0"),
+        ("0.01,piqa=alone", "0.01"),
+    ],
+)
+def test_other_margins_are_not_at_most_the_policys(policy, ours):
+    assert not parse_margins(ours).are_at_most(parse_margins(policy))
 
 
 def test_only_perplexities_have_no_scale():

@@ -1,5 +1,7 @@
 import pytest
+import yaml
 
+import toy
 from conftest import MODEL
 from mlflow_soup import Spec
 from mlflow_soup.errors import SpecError
@@ -49,3 +51,30 @@ def test_a_command_line_may_not_name_other_tasks_than_the_policy(client, ours):
         settle_rules(client, spec, MODEL)
     assert ours in refusal.value.what
     assert STATED in refusal.value.what
+
+
+def test_a_pattern_of_the_policy_stands_for_the_tasks_of_its_own_folders(client, tasks, tmp_path):
+    more = toy.copy_tasks(tasks, tmp_path / "more")
+    for path in more.glob("*.yaml"):
+        path.unlink()
+    config = yaml.safe_load((tasks / "digits.yaml").read_text()) | {"task": "toy_digits_easy"}
+    (more / "easy.yaml").write_text(yaml.safe_dump(config))
+    client.set_registered_model_tag(MODEL, "soup.ood_tasks", "toy_digits*")
+    plain = settle_rules(client, Spec(model=MODEL, pair="v1,v2"), MODEL)
+    assert "alone" not in plain.margin
+    spec = Spec(model=MODEL, pair="v1,v2", include_path=str(more))
+    margins = parse_margins(settle_rules(client, spec, MODEL).margin)
+    assert margins.group("toy_digits_easy:acc") == "toy_digits_easy:acc"
+    assert margins.group("toy_digits:acc") == ""
+
+
+def test_a_task_whose_name_cannot_stand_in_a_margin_is_refused(client, tasks, tmp_path):
+    more = toy.copy_tasks(tasks, tmp_path / "more")
+    for path in more.glob("*.yaml"):
+        path.unlink()
+    config = yaml.safe_load((tasks / "digits.yaml").read_text()) | {"task": "toy=9"}
+    (more / "easy.yaml").write_text(yaml.safe_dump(config))
+    client.set_registered_model_tag(MODEL, "soup.ood_tasks", "toy_digits")
+    spec = Spec(model=MODEL, pair="v1,v2", ood_tasks="toy_digits,toy=9", include_path=str(more))
+    with pytest.raises(SpecError, match="the name of the task 'toy=9' holds a character"):
+        settle_rules(client, spec, MODEL)
