@@ -112,9 +112,8 @@ def judge(
     )
     rivals = {parent.digest: parent, **more, **replaced}
     checks: list[Check] = []
-    for rival in rivals.values():
-        shown = rival.digest in replaced or not replaced
-        checks += _compare(soup, rival, rules, shown=shown)
+    for digest, rival in rivals.items():
+        checks += _compare(soup, rival, rules, shown=digest in (replaced or {parent.digest}))
     return Verdict(tuple(checks), rules)
 
 

@@ -575,8 +575,10 @@ def test_a_rival_that_is_not_replaced_does_not_weaken_the_check_against_the_pare
     verdict = judge(soup, [parent], [], RULES, [weak])
     assert [(c.name, c.against) for c in verdict.checks if not c.passed] == [("t0:acc", NEW)]
     assert judge(soup, [parent], [weak], RULES).passed
+    checks = {c.against: c.side for c in verdict.checks if c.tasks}
+    assert checks == {NEW: "lower", SHIPPED: ""}
     # and it is a rival: the soup must not be refuted by it
-    strong = two_models(SOUP, SHIPPED, (1000, 0, 60))[1]
+    soup, strong = two_models(SOUP, SHIPPED, (1000, 0, 60))
     assert not judge(soup, [soup], [], RULES, [strong]).passed
 
 
