@@ -106,14 +106,24 @@ def load_suites(spec: Spec) -> Suites:
     for pair, why in _APART.items():
         if found.keys() >= {*pair}:
             _check_apart(pair, why, found)
-    names = set().union(*(suite.fields() for suite in found.values()))
-    if spec.cluster and spec.cluster not in names:
-        raise SpecError(
-            f"no document of the tasks has the field {spec.cluster!r}",
-            where="--cluster, or the model's tag soup.cluster",
-            fix=f"name one of their fields: {', '.join(sorted(names))}",
-        )
+    if spec.cluster:
+        names = set().union(*(suite.fields() for suite in found.values()))
+        if spec.cluster not in names:
+            raise SpecError(
+                f"no document of the tasks has the field {spec.cluster!r}",
+                where="--cluster, or the model's tag soup.cluster",
+                fix=f"name one of their fields: {', '.join(sorted(names))}",
+            )
     return Suites(found["tasks"], found.get("ood_tasks"), found.get("test_tasks"))
+
+
+def no_ood_tasks() -> SpecError:
+    """The error for a command that needs OOD tasks where nobody states any."""
+    return SpecError(
+        "there are no out-of-domain tasks",
+        where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
+        fix="name tasks from another domain: --ood-tasks lambada_openai",
+    )
 
 
 def _option(knob: str) -> str:

@@ -4,7 +4,6 @@ import logging
 import math
 
 from mlflow_soup.decision.power import Design, Measure
-from mlflow_soup.errors import SpecError
 from mlflow_soup.evaluation.suite import Suite
 from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.outages import asking
@@ -14,8 +13,8 @@ from mlflow_soup.reporting import report
 from mlflow_soup.request.margins import parse_margins
 from mlflow_soup.request.names import parse_version
 from mlflow_soup.request.spec import Spec
-from mlflow_soup.workflows.bench import Suites, load_suites, rivals
-from mlflow_soup.workflows.proof import owner_of, settle_rules
+from mlflow_soup.workflows.bench import Suites, load_suites, no_ood_tasks, rivals
+from mlflow_soup.workflows.proof import settle_rules, would_replace
 
 logger = logging.getLogger("mlflow_soup")
 # shares of the answers that differ between two neighbouring checkpoints
@@ -39,14 +38,9 @@ def power(spec: Spec) -> str:
     name = find_model(client, spec.model, [parse_version(spec.version)] if spec.version else [])
     spec = settle_rules(client, spec, name)
     if not spec.ood_tasks:
-        raise SpecError(
-            "there are no out-of-domain tasks",
-            where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
-            fix="name tasks from another domain: --ood-tasks lambada_openai",
-        )
-    owner = owner_of(spec, name)
-    replaced = [version for version in rivals(client, name, spec) if version.name == owner]
-    return foresee(spec, load_suites(spec), replaced=len(replaced))
+        raise no_ood_tasks()
+    replaced = sum(would_replace(spec, name, rival) for rival in rivals(client, name, spec))
+    return foresee(spec, load_suites(spec), replaced=replaced)
 
 
 def foresee(spec: Spec, suites: Suites, *, replaced: int) -> str:

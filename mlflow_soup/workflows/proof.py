@@ -130,6 +130,14 @@ def owner_of(spec: Spec, name: str) -> str:
     return (target.model if target is not None else None) or name
 
 
+def would_replace(spec: Spec, name: str, rival: Version) -> bool:
+    """Whether a promotion of a soup of model `name` would replace a rival.
+
+    Whoever may move an alias of the candidates' model replaces nothing at another model.
+    """
+    return rival.name == owner_of(spec, name)
+
+
 def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
     """The spec, with the model's policy, and the rules of the model that owns the target.
 
@@ -158,6 +166,11 @@ def settle_rules(client: Store, spec: Spec, name: str) -> Spec:
     return settled
 
 
+def _folders_beside(spec: Spec, folders: str) -> set[str]:
+    """The folders with tasks that a spec names besides those of the policy."""
+    return {*spec.include_path.split(os.pathsep)} - {*folders.strip().split(os.pathsep), ""}
+
+
 def _added_to(spec: Spec, stated: str, folders: str, owner: str) -> list[str]:
     """The OOD tasks, `task` or `task:metric`, that a command line adds to those of the policy.
 
@@ -166,7 +179,7 @@ def _added_to(spec: Spec, stated: str, folders: str, owner: str) -> list[str]:
     Raises:
         SpecError: it leaves out one of the policy's, or names it with another filter.
     """
-    more = {*spec.include_path.split(os.pathsep)} - {*folders.strip().split(os.pathsep), ""}
+    more = _folders_beside(spec, folders)
     if not spec.ood_tasks or (spec.ood_tasks == stated and not more):
         return []
     named = partial(named_terms, allowed=spec.allowed_code)
@@ -195,7 +208,7 @@ def _check_none_replaced(spec: Spec, stated: str, folders: str, owner: str) -> N
 
     A group takes its members by their names, so these count, too.
     """
-    more = {*spec.include_path.split(os.pathsep)} - {*folders.strip().split(os.pathsep), ""}
+    more = _folders_beside(spec, folders)
     if not spec.ood_tasks or not (more or ".yaml" in spec.ood_tasks):
         return
     found = replaced_by(
@@ -360,10 +373,9 @@ def decide(
     others = [of[version] for version, its in champions.items() if its != proven.digest]
     # a version that the soup has replaced since is no rival any more, but its checks still hold
     others += [e for role, e in examination.roles.items() if role.startswith("champion")]
-    # whoever may move an alias of the candidates' model replaces nothing at another model
-    owner = owner_of(spec, proven.version.name)
-    replaced = [e for e in others if e.version.name == owner]
-    more = [e for e in others if e.version.name != owner]
+    replaces = partial(would_replace, spec, proven.version.name)
+    replaced = [e for e in others if replaces(e.version)]
+    more = [e for e in others if not replaces(e.version)]
     verdict = gates.judge(of[proven.version], parents, replaced, standard.rules, more)
     against = {check.against for check in verdict.checks}
     compared = {digest for version, digest in needed.items() if version in against}

@@ -44,6 +44,7 @@ from mlflow_soup.workflows.bench import (
     forget,
     load_suites,
     measured_key,
+    no_ood_tasks,
     open_journal,
     open_rivals,
     open_version,
@@ -324,11 +325,7 @@ def _evaluate(
     """
     suites = replace(load_suites(spec), test=None)  # of which the gate reads nothing
     if suites.ood is None:
-        raise SpecError(
-            "there are no out-of-domain tasks",
-            where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
-            fix="name tasks from another domain: --ood-tasks lambada_openai",
-        )
+        raise no_ood_tasks()
     manifest = manifest or _fetch_manifest(client, version)
     if manifest.digests is None or any(source.digests is None for source in manifest.sources):
         raise SpecError(

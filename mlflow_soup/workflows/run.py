@@ -38,6 +38,7 @@ from mlflow_soup.workflows.proof import (
     owner_of,
     rules_of,
     settle_rules,
+    would_replace,
 )
 from mlflow_soup.workflows.publication import notes, publish
 from mlflow_soup.workflows.registration import made_by, recipe_of, register
@@ -79,9 +80,8 @@ def run(spec: Spec) -> Outcome:
     job, champions = _prepare(spec)
     client, spec, name = job.client, job.spec, job.session.name
     if job.bench.ood is not None:
-        owner = owner_of(spec, name)
-        replaced = [o for o in champions if o.parent.version.name == owner]
-        logger.warning(foresee(spec, job.bench.suites, replaced=len(replaced)))
+        replaced = sum(would_replace(spec, name, rival.parent.version) for rival in champions)
+        logger.warning(foresee(spec, job.bench.suites, replaced=replaced))
     apart = distance.measure([opened.checkpoint for opened in job.opened])
     if warning := geometry.caution(apart, [v.short for v in job.versions]):
         logger.warning(warning)

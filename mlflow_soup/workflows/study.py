@@ -19,6 +19,7 @@ from mlflow_soup.registry.outages import asking
 from mlflow_soup.reporting import tables
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.workflows import comparison, pilots
+from mlflow_soup.workflows.bench import no_ood_tasks
 from mlflow_soup.workflows.job import Job, Session, open_session, settle
 from mlflow_soup.workflows.pilots import Result
 
@@ -93,11 +94,7 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
         spec = Spec(**{knob: getattr(spec, knob) for knob in spec.named}, method=PILOT)
     client, model, spec = settle(spec, [ref for group in groups for ref in group])
     if name == "ood" and not spec.ood_tasks:
-        raise SpecError(
-            "there are no out-of-domain tasks",
-            where="--ood-tasks, and the registered model has no tag soup.ood_tasks",
-            fix="name tasks from another domain: --ood-tasks lambada_openai",
-        )
+        raise no_ood_tasks()
     if not _needs_ood_tasks(name, spec):
         spec = replace(spec, ood_tasks="")
     if not _takes(name, "test_tasks"):

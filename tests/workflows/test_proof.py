@@ -53,12 +53,18 @@ def test_a_command_line_may_not_name_other_tasks_than_the_policy(client, ours):
     assert STATED in refusal.value.what
 
 
-def test_a_pattern_of_the_policy_stands_for_the_tasks_of_its_own_folders(client, tasks, tmp_path):
-    more = toy.copy_tasks(tasks, tmp_path / "more")
-    for path in more.glob("*.yaml"):
+def alone(tasks, folder, name):
+    """A folder with the items of the toy tasks, and one task of this name."""
+    toy.copy_tasks(tasks, folder)
+    for path in folder.glob("*.yaml"):
         path.unlink()
-    config = yaml.safe_load((tasks / "digits.yaml").read_text()) | {"task": "toy_digits_easy"}
-    (more / "easy.yaml").write_text(yaml.safe_dump(config))
+    config = yaml.safe_load((tasks / "digits.yaml").read_text()) | {"task": name}
+    (folder / "easy.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_a_pattern_of_the_policy_stands_for_the_tasks_of_its_own_folders(client, tasks, tmp_path):
+    more = alone(tasks, tmp_path / "more", "toy_digits_easy")
     client.set_registered_model_tag(MODEL, "soup.ood_tasks", "toy_digits*")
     plain = settle_rules(client, Spec(model=MODEL, pair="v1,v2"), MODEL)
     assert "alone" not in plain.margin
@@ -69,11 +75,7 @@ def test_a_pattern_of_the_policy_stands_for_the_tasks_of_its_own_folders(client,
 
 
 def test_a_task_whose_name_cannot_stand_in_a_margin_is_refused(client, tasks, tmp_path):
-    more = toy.copy_tasks(tasks, tmp_path / "more")
-    for path in more.glob("*.yaml"):
-        path.unlink()
-    config = yaml.safe_load((tasks / "digits.yaml").read_text()) | {"task": "toy=9"}
-    (more / "easy.yaml").write_text(yaml.safe_dump(config))
+    more = alone(tasks, tmp_path / "more", "toy=9")
     client.set_registered_model_tag(MODEL, "soup.ood_tasks", "toy_digits")
     spec = Spec(model=MODEL, pair="v1,v2", ood_tasks="toy_digits,toy=9", include_path=str(more))
     with pytest.raises(SpecError, match="the name of the task 'toy=9' holds a character"):
