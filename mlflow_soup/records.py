@@ -40,6 +40,13 @@ class Version:
         return f"{self.name} v{self.number}"
 
 
+def listed(versions: Sequence[object]) -> str:
+    """Versions in words: each of a few, or the first and the last of many, oldest first."""
+    if len(versions) <= 4:
+        return " and ".join(map(str, versions))
+    return f"{versions[0]} to {versions[-1]} ({len(versions)} versions)"
+
+
 @dataclass(frozen=True)
 class Parent:
     """A registered version with its files on this machine.
@@ -67,13 +74,20 @@ class Recipe:
     def __str__(self) -> str:
         """The recipe for people.
 
-        For a pair, λ, the weight of the newer parent; for more parents, all weights. A method other
-        than `linear` is shown by its name.
+        For a pair, λ, the weight of the newer parent; for more parents, all weights; of more than
+        eight, those from the first weight on. A method other than `linear` is shown by its name.
         """
         if self.method != "linear":
             return self.method
-        shown = self.lam[-1:] if len(self.lam) == 2 else self.lam
-        return ", ".join(f"{weight:g}" for weight in shown)
+        shown = [f"{weight:g}" for weight in self.lam]
+        if len(shown) == 2:
+            return shown[-1]
+        if len(shown) > 8:
+            first = next(i for i, weight in enumerate(self.lam) if weight)
+            shown = [f"last {len(shown) - first}:", *shown[first:]]
+            shown = [*shown[:4], "…", *shown[-3:]] if len(shown) > 9 else shown
+            return f"{shown[0]} {', '.join(shown[1:])}"
+        return ", ".join(shown)
 
     @property
     def label(self) -> str:
@@ -354,7 +368,9 @@ class Found:
         versions: the parents, oldest first.
         recipe: the chosen recipe.
         score: its held-out score.
-        alone: the held-out score of each parent alone.
+        references: the parents that were scored alone, oldest first: all, or of a schedule the
+            newest.
+        alone: the held-out score of each reference.
         trials: all trials, in order.
     """
 
@@ -362,6 +378,7 @@ class Found:
     versions: tuple[Version, ...]
     recipe: Recipe
     score: Score
+    references: tuple[Version, ...]
     alone: tuple[Score, ...]
     trials: tuple[Trial, ...]
 
@@ -373,8 +390,8 @@ class Soup:
     Attributes:
         version: the version that was registered for the soup; a parent's version if the soup has
             its weights and was not registered again.
-        recipe: how the parents were merged.
-        parents: the parents, oldest first.
+        recipe: the weights of all versions of the request.
+        parents: the versions that were merged, oldest first; of a schedule, those with a weight.
         held_out: the held-out score.
         digest: the digest of the tensors.
     """
@@ -384,6 +401,12 @@ class Soup:
     parents: tuple[Parent, ...]
     held_out: Score
     digest: str
+
+    @property
+    def lam(self) -> tuple[float, ...]:
+        """The merge weight of each parent, oldest first."""
+        lam = self.recipe.lam
+        return lam if len(lam) == len(self.parents) else tuple(filter(None, lam))
 
     @property
     def original(self) -> Version | None:

@@ -68,7 +68,11 @@ def share_view(client: Store, run_id: str) -> str:
         "searchFilter": f"tags.`{naming.KEY}` = '{key}' and tags.`{naming.ROLE}` = 'trial'",
         "orderByKey": f"metrics.`{naming.OBJECTIVE}`",
         "orderByAsc": False,
-        "selectedColumns": ["params.`lambda`", f"metrics.`{naming.OBJECTIVE}`"],
+        "selectedColumns": [
+            "params.`lambda`",
+            f"metrics.`{naming.OBJECTIVE}`",
+            f"tags.`{naming.CHOSEN}`",
+        ],
         "compareRunSections": [
             {"uuid": "soup", "name": "0 Soup", "display": True, "isReordered": False}
         ],

@@ -1,6 +1,7 @@
 """Look up registered models and their versions; search them, read and write their tags."""
 
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -132,18 +133,57 @@ def last(client: Store, name: str, count: int) -> list[Version]:
     Raises:
         SpecError: the model has fewer.
     """
+    found = checkpoints(client, name)
+    if len(found) < count:
+        raise SpecError(
+            f"{name} has only {len(found)} versions that are not soups",
+            where=f"--last {count}",
+            fix=f"ask for at most --last {len(found)}"
+            if len(found) > 1
+            else "register more checkpoints",
+        )
+    return found[-count:]
+
+
+def checkpoints(client: Store, name: str) -> list[Version]:
+    """All versions that are not soups, oldest first."""
     with asking(f"list the versions of {name}"):
         found = versions_of(client, name)
     numbers = sorted(int(v.version) for v in found if naming.DIGEST not in v.tags)
-    if len(numbers) < count:
-        raise SpecError(
-            f"{name} has only {len(numbers)} versions that are not soups",
-            where=f"--last {count}",
-            fix=f"ask for at most --last {len(numbers)}"
-            if len(numbers) > 1
-            else "register more checkpoints",
-        )
-    return [Version(name, number) for number in numbers[-count:]]
+    return [Version(name, number) for number in numbers]
+
+
+def times(client: Store, versions: Sequence[Version], tag: str) -> tuple[float, ...] | None:
+    """When checkpoints were saved, by a tag of their versions; None if no version has it.
+
+    Args:
+        client: the store's client.
+        versions: the versions, oldest first.
+        tag: the name of the tag, such as `tokens_seen`.
+
+    Raises:
+        SpecError: only some versions have the tag, or its values are no ascending numbers.
+    """
+    texts = [tags_of(client, version).get(tag) for version in versions]
+    if not any(texts):
+        return None
+    found: list[float] = []
+    for version, text in zip(versions, texts, strict=True):
+        try:
+            value = float(text or "")
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > (found[-1] if found else -math.inf)):
+            before = f", after {found[-1]:g} of the version before" if found else ""
+            raise SpecError(
+                f"the tag {tag} of {version} is {text!r}{before}",
+                where=version.uri,
+                fix="give every version a number there, the older a smaller one; or name another "
+                "tag with --time-tag, or one that no version has: then they count as equally "
+                "spaced",
+            )
+        found.append(value)
+    return tuple(found)
 
 
 def holder(client: Store, name: str, alias: str) -> Version | None:

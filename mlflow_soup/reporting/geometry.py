@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mlflow_soup.decision import pairing
-from mlflow_soup.records import Distance, LayerDistance, Recipe, Table, Trial
+from mlflow_soup.records import Distance, LayerDistance, Table, Trial
 from mlflow_soup.reporting import report
 from mlflow_soup.search.space import Space
 
@@ -122,10 +122,10 @@ def words(distance: Distance, names: Sequence[str]) -> str:
     )
 
 
-def theory(distance: Distance, recipe: Recipe) -> str:
+def theory(distance: Distance, lam: Sequence[float]) -> str:
     """Sentences that say what the theory predicts for the soup: its KL ratio, λ² for a pair."""
-    ratio = kl_ratio(distance.whole, recipe.lam)
-    symbol = "KL ratio λ²" if len(recipe.lam) == 2 else "KL ratio"
+    ratio = kl_ratio(distance.whole, lam)
+    symbol = "KL ratio λ²" if len(lam) == 2 else "KL ratio"
     return (
         f"{symbol} = {ratio:.4g}: the soup's divergence from the oldest parent is {_share(ratio)} "
         "of the newest parent's. A PAC-Bayes bound of the loss grows with this divergence (Liu et "
@@ -174,10 +174,10 @@ def barrier(space: Space, trials: Sequence[Trial], *, confidence: float = 0.95) 
             a paired difference, uniform soup minus parent, to lie below 0.
     """
     scores = {trial.recipe: trial.held_out for trial in trials if trial.held_out is not None}
-    if not {*space.start()} <= {*scores}:
+    if not {*space.start(), space.uniform()} <= {*scores}:
         return ""
     uniform = scores[space.uniform()]
-    losses = [pairing.paired(uniform, scores[parent]) for parent in space.parents()]
+    losses = [pairing.paired(uniform, scores[parent]) for parent in space.alone()]
     if any(pairing.interval(loss, confidence)[1] >= 0.0 for loss in losses):
         return ""
     least = max(losses, key=lambda loss: loss.value)

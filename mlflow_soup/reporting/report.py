@@ -34,11 +34,12 @@ from mlflow_soup.records import (
     Unbiased,
     Verdict,
     Version,
+    listed,
 )
 from mlflow_soup.search.belief import believe
 from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.recommend import expected
-from mlflow_soup.search.space import Space, points_of
+from mlflow_soup.search.space import Space
 
 _SECTION = "## Out of domain"  # the heading of a report's last section
 # colour-blind safe (Okabe & Ito 2008)
@@ -65,7 +66,8 @@ def format_difference(difference: Difference, confidence: float = 0.95) -> str:
     ).replace("%", " %")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def rows_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -114,7 +116,7 @@ def checks_table(verdict: Verdict) -> str:
         "finding",
         "holds",
     ]
-    return _table(head, rows)
+    return rows_table(head, rows)
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -213,7 +215,7 @@ def ood_table(roles: Mapping[str, Evidence]) -> str:
         values = [f"{evidence.held_out.value:.4f}"]
         values += [f"{score.metrics[0].value:.4f}" for _, score in evidence.ood]
         rows.append([f"{role.split()[0]} ({evidence.version})", *values])
-    return _table(["model", *names], rows)
+    return rows_table(["model", *names], rows)
 
 
 @dataclass(frozen=True)
@@ -226,14 +228,16 @@ class Story:
         soup: the soup.
         existed: True when an earlier run of the same request registered the soup.
         trials: all trials, in order.
-        gains: the paired held-out difference between the soup and each parent, oldest first.
-        better: the position of the better parent.
+        references: the parents that were scored alone, oldest first.
+        gains: the paired held-out difference between the soup and each of these.
+        better: the position of the better one.
         roles: role → evidence of the OOD stage; empty when there was no OOD stage.
         verdict: the verdict of the gate, or None when there was no OOD stage.
         target: where the request promotes the soup to; empty for nowhere.
         promoted: where the soup was promoted to; empty when it was not.
-        distance: the distance of the parents.
+        distance: the distance of the parents; None of a soup of one parent, or of many.
         tested: role → score on the test set; empty without one.
+        time_tag: the version tag with the times of the space; empty if they are only an order.
         notes: more sentences for the reader.
     """
 
@@ -242,22 +246,25 @@ class Story:
     soup: Soup
     existed: bool
     trials: tuple[Trial, ...]
+    references: tuple[Version, ...]
     gains: tuple[Difference, ...]
     better: int
     roles: Mapping[str, Evidence]
     verdict: Verdict | None
     target: str
     promoted: str
-    distance: Distance
+    distance: Distance | None
     tested: Mapping[str, Unbiased] = field(default_factory=dict)
+    time_tag: str = ""
     notes: tuple[str, ...] = ()
 
 
 def gains(story: Story) -> list[tuple[str, Difference]]:
-    """The gain over each parent, the better parent first; each with the name of the parent."""
+    """The gain over each reference, the better one first; each with the name of the parent."""
     order = sorted(range(len(story.gains)), key=lambda i: (i != story.better, i))
-    names = [str(parent.version) for parent in story.soup.parents]
-    names[story.better] = f"the better parent, {names[story.better]}"
+    names = [str(version) for version in story.references]
+    best = "the better parent" if len(names) > 1 else "the newest parent"
+    names[story.better] = f"{best}, {names[story.better]}"
     return [(names[i], story.gains[i]) for i in order]
 
 
@@ -267,10 +274,12 @@ def test_gains(story: Story) -> list[tuple[str, Difference]]:
     Which parent is the better one, the held-out items say: the test set chooses nothing.
     """
     soup, others = story.tested["soup"].score, story.tested
-    order = sorted(range(len(story.gains)), key=lambda i: (i != story.better, i))
-    own = [others[f"parent {i}"] for i in order]
+    better = story.references[story.better]
+    own = [tested for role, tested in others.items() if role.startswith("parent")]
+    own.sort(key=lambda tested: tested.version != better)  # a stable sort
     named = [(str(tested.version), tested) for tested in own]
-    named[0] = (f"{own[0].version}, the better parent on the held-out items", own[0])
+    which = "better parent on the held-out items" if len(story.references) > 1 else "newest parent"
+    named[0] = (f"{own[0].version}, the {which}", own[0])
     parents = {tested.version for tested in own}
     named += [
         (f"{tested.version}, the champion", tested)
@@ -309,7 +318,7 @@ def test_section(story: Story) -> str:
     return "\n\n".join(
         [
             f"## Test set: {_metrics_of(story.tested['soup'].score)}",
-            _table(["model", "score", "standard error"], rows),
+            rows_table(["model", "score", "standard error"], rows),
             "\n".join(
                 f"- Against {name}: **{format_difference(d)}**" for name, d in test_gains(story)
             ),
@@ -319,12 +328,17 @@ def test_section(story: Story) -> str:
 
 
 def luck(
-    method: str, trials: Sequence[Trial], soup: Soup, measured: Sequence[tuple[Recipe, Score]]
+    method: str,
+    space: Space,
+    trials: Sequence[Trial],
+    soup: Soup,
+    measured: Sequence[tuple[Recipe, Score]],
 ) -> list[str]:
     """Sentences on the luck in the highest score, and on what was chosen instead.
 
     Args:
         method: the method of the search.
+        space: the space that was searched.
         trials: all trials.
         soup: the soup.
         measured: the recipes that could be chosen, two or more, each with its score.
@@ -344,25 +358,24 @@ def luck(
     top, score = max(measured, key=lambda pair: pair[1].value)
     if score.value <= soup.held_out.value:
         return [words]
-    here, there = expected(trials, points_of([soup.recipe, top]))
+    chosen = space.label(soup.recipe)
+    here, there = expected(space, trials, np.array([soup.recipe.lam, top.lam]))
     return [
         words,
-        f"{top.label} scored {score.value:.4f}, more than the chosen {soup.recipe.label} with "
-        f"{soup.held_out.value:.4f}. The curve through all scores expects {soup.recipe.label} to "
-        f"be better by {here - there:.4f} on new items, so the higher score counts as luck.",
+        f"{space.label(top)} scored {score.value:.4f}, more than the chosen {chosen} with "
+        f"{soup.held_out.value:.4f}. The curve through all scores expects {chosen} to be better by "
+        f"{here - there:.4f} on new items, so the higher score counts as luck.",
     ]
 
 
 def baselines(story: Story) -> list[tuple[str, Trial]]:
     """The trials of the parents, the uniform soup and the chosen soup, each with a label."""
     space, soup, trials = story.space, story.soup, story.trials
-    alone = zip(soup.parents, space.parents(), strict=True)
+    alone = zip(story.references, space.alone(), strict=True)
     chosen = "soup" if soup.original is None else f"{soup.original} itself"
-    named = [(f"{p.version} alone ({recipe.label})", recipe) for p, recipe in alone]
-    named += [
-        (f"uniform soup ({space.uniform().label})", space.uniform()),
-        (f"chosen {chosen} ({soup.recipe.label})", soup.recipe),
-    ]
+    named = [(f"{version} alone", recipe) for version, recipe in alone]
+    named += [("uniform soup", space.uniform()), (f"chosen {chosen}", soup.recipe)]
+    named = [(f"{name} ({space.label(recipe)})", recipe) for name, recipe in named]
     found = [(label, _trial_of(trials, recipe)) for label, recipe in named]
     return [(label, trial) for label, trial in found if trial is not None]
 
@@ -375,21 +388,21 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
         links: the targets for `run` and `trials`; each parent's name → its link in Markdown.
     """
     soup, trials = story.soup, story.trials
-    parents = " and ".join(links[str(p.version)] for p in soup.parents)
+    parents = listed([links[str(p.version)] for p in soup.parents])
     rows = []
     for label, trial in baselines(story):
         assert trial.held_out is not None
         rows.append([label, f"{trial.held_out.value:.4f}", f"{trial.held_out.stderr:.4f}"])
-    shares = zip(reversed(soup.recipe.lam), reversed(soup.parents), strict=True)
+    shares = zip(reversed(soup.lam), reversed(soup.parents), strict=True)
     mixture = " + ".join(f"{weight:g} × {parent.version}" for weight, parent in shares)
     if soup.recipe.method != "linear":
-        mixture = " and ".join(str(parent.version) for parent in soup.parents)
+        mixture = listed([parent.version for parent in soup.parents])
     parts = [
-        f"# Soup of {parents}, {soup.recipe.label}",
+        f"# Soup of {parents}, {story.space.label(soup.recipe)}",
         f"{mixture}, {story.method}: {METHODS[story.method].words}; {len(trials)} evaluations "
         f"([run]({links['run']}), [all λ]({links['trials']})).",
         f"## Held-out: {_metrics_of(soup.held_out)}",
-        _table(["model", "score", "standard error"], rows),
+        rows_table(["model", "score", "standard error"], rows),
         "\n".join(f"- Against {name}: **{format_difference(d)}**" for name, d in gains(story)),
         "The soup was chosen on these items, so its gains are somewhat optimistic. The OOD items "
         "did not influence the choice."
@@ -414,7 +427,7 @@ def trials_table(story: Story) -> str:
         history.append([f"**{cell}**" for cell in row] if chosen else row)
     return (
         "\n## Trials\n\nThe chosen one is bold.\n\n"
-        + _table(["trial", "λ", "held-out"], history)
+        + rows_table(["trial", "λ", "held-out"], history)
         + "\n"
     )
 
@@ -441,7 +454,7 @@ def landscape(story: Story) -> Figure:
     chosen = "chosen λ" if soup.recipe.method == "linear" else f"chosen: {soup.recipe}"
     marks = (
         ("trial", "o", GREY, [t.recipe for t in story.trials]),
-        ("parents", "s", GREEN, list(space.parents())),
+        ("parents", "s", GREEN, list(space.alone())),
         ("uniform soup", "D", GREEN, [space.uniform()]),
         (chosen, "o", ORANGE, [soup.recipe]),
     )
@@ -462,7 +475,7 @@ def landscape(story: Story) -> Figure:
         )
     names = ", ".join(dict.fromkeys(m.task for m in soup.held_out.metrics))
     axes.set_ylabel(f"held-out score: {names}")
-    axes.set_title(f"Soup of {' and '.join(str(p.version) for p in soup.parents)}", wrap=True)
+    axes.set_title(f"Soup of {listed([p.version for p in soup.parents])}", wrap=True)
     axes.legend(frameon=False)
     return figure
 
@@ -470,7 +483,7 @@ def landscape(story: Story) -> Figure:
 def _draw_curve(axes: Axes, story: Story) -> None:
     """Draw the estimated curve of a pair with its 95 % band, and shade the part not searched."""
     alpha = story.space.alpha
-    belief = believe(story.trials)
+    belief = believe(story.space, story.trials)
     grid = np.linspace(0.0, 1.0, 401)
     points = np.column_stack([1.0 - grid, grid])
     mean, std = belief.posterior.predict(points)
@@ -520,7 +533,7 @@ def summary(story: Story, look: Sequence[str]) -> str:
     done = "an earlier run registered it as" if story.existed else "registered as"
     if not soup.registered:
         done = "not registered, because it has the same weights as"
-    how = f"{soup.recipe.label}, {len(story.trials)} evaluations"
+    how = f"{story.space.label(soup.recipe)}, {len(story.trials)} evaluations"
     lines.append(f"{done} {soup.version.uri} ({how})")
     if story.verdict is not None:
         lines.append(verdict_line(story.verdict))

@@ -40,10 +40,20 @@ from mlflow_soup.request.names import (
 # a test compares this with `search.belief.CHOICES`; to import that here would cost a second
 ACQUISITIONS = ("landscape", "gp-hedge", "ei", "pi", "ucb")
 MOST = 8  # versions: the simplex has 2ⁿ faces
+LONGEST = 64  # versions of a schedule
+FEW = 4  # versions whose weights are searched one by one, unless --space says so
+SPACES = ("auto", "simplex", "schedule")
+DECAYS = ("linear", "cosine", "minus-sqrt")  # a test compares this with `search.schedule.DECAYS`
 PARENTS_IN = ("mmap", "memory")
 EVALUATORS = ("prepared", "lm-eval")
 # a test compares this with `search.methods.METHODS`
-METHODS = ("bayesopt", "uniform", "greedy", "fisher", "regmean", "grid", "random", "best")
+METHODS = (
+    *("bayesopt", "uniform", "wma", "ema", "wsm", "greedy", "fisher", "regmean"),
+    *("grid", "random", "best"),
+)
+# methods for checkpoints of one run, which know when each was saved
+WINDOWS = ("wma", "ema", "wsm")
+SCHEDULED = ("bayesopt", *WINDOWS)  # methods that know schedules
 EVIDENCE = ("experiment", "own", "signed")
 TIES = ("add", "drop")
 ESTIMATORS = ("empirical", "sampled")
@@ -51,12 +61,13 @@ STUDIES = {
     "pairs": "Which pairs gain? All pairs of the versions, as a heat map.",
     "count": "How many parents? Soups of the last 2, 3, 4 … of the versions.",
     "landscape": "Which λ? Equally spaced λ from 0 to 1, with a paired band.",
+    "schedule": "Which window, which decay? Merges of windows of several lengths, as a heat map.",
     "heldout": "How many held-out items are enough? The λ that shares of the items would choose.",
     "alpha": "Which search space? Searches in [α, 1] for several α.",
     "ood": "What does a soup lose on tasks that did not choose it? Each method.",
     "methods": "Which method? Each method on all tasks, with paired intervals.",
 }
-_ALL = " ".join(STUDIES)
+_ALL = f"{' '.join(STUDIES)} track"  # commands that only measure
 NAMINGS = ("pair", "versions", "last")  # ways to say which versions to merge; one at a time
 # groups of options, in the order of `--help`
 MERGE, SEARCH, SCORE = "Which versions", "How to search", "How to score"
@@ -90,8 +101,9 @@ class Spec:
     versions: Written[Sequence[str | int]] = knob(
         MERGE,
         "",
-        "Two or more versions, the newest last: v11,v12,v13. A search takes at most eight.",
-        "run pairs count",
+        "Two or more versions, the newest last: v11,v12,v13. The simplex takes at most eight, a "
+        "schedule 64.",
+        "run pairs count schedule track",
         several=",",
         parts=(int,),
     )
@@ -99,7 +111,7 @@ class Spec:
         MERGE,
         None,
         "Merge the newest k versions that are not soups, instead of naming them.",
-        "run pairs count",
+        "run pairs count schedule track",
         range=whole(2),
     )
     pairs: Written[Sequence[str | Sequence[str | int]]] = knob(
@@ -120,7 +132,7 @@ class Spec:
     )
     methods: Written[Sequence[str]] = knob(
         MERGE,
-        ",".join(METHODS[:-1]),
+        ",".join(method for method in METHODS[:-1] if method not in WINDOWS),
         "The methods to compare, separated by commas.",
         "ood methods",
         several=",",
@@ -135,17 +147,61 @@ class Spec:
     alpha: float | None = knob(
         SEARCH,
         None,
-        "Smallest weight λ of the newest version. Default: 0.5 for a pair, 1/n for n versions.",
+        "Smallest weight λ of the newest version. Default: 0.5 for a pair, 1/n for n versions, 0 "
+        "for a schedule.",
         "run pairs count ood methods",
         policy=True,
         range=Range(lambda value: 0.0 <= value < 1.0, "give a number from 0 to below 1"),
+    )
+    space: str = knob(
+        SEARCH,
+        "auto",
+        "What bayesopt searches: simplex, the weight of each version; or schedule, for checkpoints "
+        "of one run: how long the merged window is, and how the weights fall with age. auto: "
+        "simplex for up to four versions, schedule for more.",
+        "run count",
+        policy=True,
+        choices=SPACES,
+    )
+    time_tag: str = knob(
+        SEARCH,
+        "tokens_seen",
+        "Version tag that says when a checkpoint was saved, in tokens. If no version has it, they "
+        "count as equally spaced. For schedules and wma, wsm.",
+        "run count ood methods schedule track",
+        policy=True,
+    )
+    ema: float = knob(
+        SEARCH,
+        0.7,
+        "Weight of a checkpoint relative to the next one, for the method ema.",
+        "run count ood methods",
+        policy=True,
+        range=Range(lambda value: 0.0 < value < 1.0, "give a number between 0 and 1"),
+    )
+    decay: str = knob(
+        SEARCH,
+        "linear",
+        "Decay of the learning rate that the method wsm stands for: linear, cosine, minus-sqrt, or "
+        "the number p of 1 − x^p.",
+        "run count ood methods track",
+        policy=True,
+    )
+    window: int | None = knob(
+        SEARCH,
+        None,
+        "Number of checkpoints that are merged at each place. Default: the schedule that the last "
+        "search for one chose; without such a search, 5.",
+        "track",
+        policy=True,
+        range=whole(2, LONGEST),
     )
     trials: int | None = knob(
         SEARCH,
         None,
         "Largest number of evaluations, including those of the parents and the uniform soup. "
         "Default: 8 for a pair, 4 more for each further version; with the acquisition landscape up "
-        "to twice as many while the curve is uncertain.",
+        "to twice as many while the curve is uncertain. 10 for a schedule.",
         _SEARCHING,
         policy=True,
         range=whole(4),
@@ -221,6 +277,22 @@ class Spec:
         "Number of λ from 0 to 1 that are evaluated.",
         "landscape heldout",
         range=whole(4, _STEPS + 1),
+    )
+    windows: Written[int | Sequence[str | int]] = knob(
+        SEARCH,
+        "2,3,4,5,6,8,10,12,16,24,32,48,64",
+        "Numbers of checkpoints in a window; those that exceed the versions are left out.",
+        "schedule",
+        several=",",
+        parts=(int,),
+    )
+    powers: Written[float | Sequence[str | float]] = knob(
+        SEARCH,
+        "1/2,1,2,4",
+        "Powers p of the decay 1 − x^p: 1/2 is minus-sqrt, 1 the plain average, 2 wma.",
+        "schedule",
+        several=",",
+        parts=(int, float),
     )
     alphas: Written[float | Sequence[str | float]] = knob(
         SEARCH,
@@ -505,6 +577,7 @@ class Spec:
             object.__setattr__(self, knob_.name, value)
         object.__setattr__(self, "margin", self._margin())
         self._check_names()
+        self._check_decay()
         self._check_paths()
 
     def _margin(self) -> str:
@@ -532,7 +605,8 @@ class Spec:
         check_name(self.model)
         if self.champion:
             check_alias(self.champion, "--champion, or tag soup.champion of the model")
-        self.parents, self.couples, self.shares, self.ends  # noqa: B018  # raise if unreadable
+        # these raise if they cannot be read
+        self.parents, self.couples, self.shares, self.ends, self.lengths, self.exponents  # noqa: B018
         if self.version:
             parse_version(self.version)
         if self.promote:
@@ -548,6 +622,29 @@ class Spec:
             if not re.fullmatch("[0-9a-f]{64}", digest):
                 fix = "give the 64 hexadecimal digits that the refusal printed"
                 raise knobs.out_of_range(self._knob("allow_task_code"), digest, fix)
+
+    def _check_decay(self) -> None:
+        """Refuse a decay that is neither named nor a number."""
+        try:
+            known = self.decay in DECAYS or 0.0 < float(self.decay) < float("inf")
+        except ValueError:
+            known = False
+        if not known:
+            fix = f"name one of {', '.join(DECAYS)}, or give the number p > 0 of 1 − x^p"
+            raise knobs.out_of_range(self._knob("decay"), self.decay, fix)
+
+    def check_space(self) -> None:
+        """Refuse a schedule for a method that does not know any.
+
+        Raises:
+            SpecError: the method does not know schedules.
+        """
+        if self.space == "schedule" and self.method not in SCHEDULED:
+            raise SpecError(
+                f"the method {self.method} does not know schedules",
+                where=f"--space schedule with --method {self.method}",
+                fix=f"leave --space out, or choose one of {', '.join(SCHEDULED)}",
+            )
 
     def _check_paths(self) -> None:
         """Refuse files and folders that are not there."""
@@ -619,27 +716,50 @@ class Spec:
         return knobs.numbers(self._knob("fractions"), self.fractions, 0.001, 1.0)
 
     @property
+    def lengths(self) -> tuple[float, ...]:
+        """The numbers of checkpoints in a window to study, ascending."""
+        return knobs.numbers(self._knob("windows"), self.windows, 2.0, LONGEST)
+
+    @property
+    def exponents(self) -> tuple[float, ...]:
+        """The powers p of the decay to study, ascending."""
+        return knobs.numbers(self._knob("powers"), self.powers, 0.1, 16.0)
+
+    @property
     def ends(self) -> tuple[float, ...]:
         """The lower ends α of the search spaces to study, ascending."""
         return knobs.numbers(self._knob("alphas"), self.alphas, 0.0, 0.999)
 
     @property
     def least(self) -> float:
-        """The smallest weight of the newest version: α, or its weight in the uniform soup."""
-        return 1.0 / max(len(self.parents), 2) if self.alpha is None else self.alpha
+        """The smallest weight of the newest version: α, or its weight in the uniform soup.
+
+        A schedule has no such limit of its own.
+        """
+        if self.alpha is not None:
+            return self.alpha
+        return 0.0 if self.scheduled else 1.0 / max(len(self.parents), 2)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the versions are merged by a schedule, with the newest as the only reference."""
+        wanted = len(self.parents) > FEW if self.space == "auto" else self.space == "schedule"
+        return wanted and self.method in SCHEDULED
 
     @property
     def budget(self) -> int:
         """The largest number of evaluations of a search."""
-        return 4 * len(self.parents) if self.trials is None else self.trials
+        if self.trials is not None:
+            return self.trials
+        return 10 if self.scheduled else 4 * len(self.parents)
 
     @property
     def reserve(self) -> int:
         """The largest number of evaluations after the budget, while the curve is uncertain.
 
-        A number of trials that the user or the policy set is a limit.
+        A number of trials that the user or the policy set is a limit, and so is that of a schedule.
         """
-        return self.budget if self.trials is None else 0
+        return self.budget if self.trials is None and not self.scheduled else 0
 
     def settle(self, policy: Mapping[str, str], owner: str = "") -> "Spec":
         """The spec, with the knobs that the caller did not name set by policy tags.

@@ -24,7 +24,7 @@ from mlflow_soup.search.belief import (
     scored,
 )
 from mlflow_soup.search.recommend import recommend
-from mlflow_soup.search.space import Space, distances, points_of
+from mlflow_soup.search.space import Space, distances
 
 # smallest distance between an asked and a measured λ, once a landscape has been checked: it knows
 # at which λ the answers to single items change
@@ -36,11 +36,11 @@ LOOKS = 200
 WIDE = 5.0
 
 
-def _nominate(trials: Sequence[Trial], candidates: Array) -> dict[str, Array]:
+def _nominate(space: Space, trials: Sequence[Trial], candidates: Array) -> dict[str, Array]:
     """Base acquisition → its best candidate."""
-    posterior = fit(trials)
-    mean, std = posterior.predict(candidates)
-    best = posterior.predict(points_of([recipe for recipe, _ in scored(trials)]))[0].max()
+    posterior = fit(space, trials)
+    mean, std = posterior.predict(space.points(candidates))
+    best = posterior.predict(space.points_of([recipe for recipe, _ in scored(trials)]))[0].max()
     return {
         name: candidates[np.argmax(utility(mean, std, best, posterior.scale))]
         for name, utility in ACQUISITIONS.items()
@@ -58,9 +58,9 @@ def _gains(space: Space, trials: Sequence[Trial], begin: int) -> dict[str, float
         past = trials[:step]
         if not scored(past):
             continue  # the step was random, without nominees
-        nominees = _nominate(past, space.fresh([trial.recipe for trial in past]))
-        posterior = fit(trials[: step + 1])
-        mean, _ = posterior.predict(np.array(list(nominees.values())))
+        nominees = _nominate(space, past, space.fresh([trial.recipe for trial in past]))
+        posterior = fit(space, trials[: step + 1])
+        mean, _ = posterior.predict(space.points(np.array(list(nominees.values()))))
         for name, value in zip(nominees, (mean - posterior.mean) / posterior.scale, strict=True):
             gains[name] += float(value)
     return gains
@@ -75,17 +75,19 @@ def _most_improving(
     some candidates in the whole space, the second pass at those near the best one.
     """
     done = [recipe for recipe in known if space.feasible(recipe)] or known
-    best = posterior.predict(points_of(done))[0].max()
+    best = posterior.predict(space.points_of(done))[0].max()
 
     def look(at: Array) -> tuple[Array, float]:
-        mean, std = posterior.predict(at)
+        mean, std = posterior.predict(space.points(at))
         gain = log_ei(mean, std, best, posterior.scale)
         return at[np.argmax(gain)], float(gain.max())
 
     if len(candidates) <= 2 * LOOKS:
         return look(candidates)
     coarse = look(candidates[:: -(-len(candidates) // LOOKS)])
-    near = np.argsort(distances(candidates, coarse[0][None])[:, 0], kind="stable")[:LOOKS]
+    near = np.argsort(
+        distances(space.points(candidates), space.points(coarse[0][None]))[:, 0], kind="stable"
+    )[:LOOKS]
     return max(coarse, look(candidates[near]), key=lambda found: found[1])
 
 
@@ -131,9 +133,11 @@ def ask(
             fix="lower --trials, or lower --alpha to search a wider range",
         )
     if acquisition == LANDSCAPE:
-        belief = believe(trials) if scored(trials) else None
+        belief = believe(space, trials) if scored(trials) else None
         if belief is not None and belief.landscape is not None:
-            believed = replace(belief.landscape, pending=tuple(r.lam for r in pending))
+            believed = replace(
+                belief.landscape, pending=tuple(map(tuple, space.points_of(pending)))
+            )
             done = [*(recipe for recipe, _ in scored(trials)), *pending]
             if len(believed.misses) > 1 and not pending:
                 fresh = space.fresh(known, FINE)
@@ -145,7 +149,7 @@ def ask(
     draw = np.random.default_rng([seed, len(known)])
     if not scored(trials):
         return space.recipe(draw.choice(fresh))
-    nominees = _nominate(_imagine(trials, pending), fresh)
+    nominees = _nominate(space, _imagine(space, trials, pending), fresh)
     if acquisition == HEDGE:
         gains = _gains(space, trials, len({*space.start(), *space.ends()}))
         logits = np.array([gains[name] for name in nominees])
@@ -154,11 +158,11 @@ def ask(
     return space.recipe(nominees[acquisition])
 
 
-def _imagine(trials: Sequence[Trial], pending: Sequence[Recipe]) -> Sequence[Trial]:
+def _imagine(space: Space, trials: Sequence[Trial], pending: Sequence[Recipe]) -> Sequence[Trial]:
     """The trials, and the pending recipes as trials with their expected scores."""
     if not pending:
         return trials
-    mean, _ = fit(trials).predict(points_of(pending))
+    mean, _ = fit(space, trials).predict(space.points_of(pending))
     scores = [Score(float(value), 0.0) for value in mean]
     return [*trials, *(Trial(-1, r, s) for r, s in zip(pending, scores, strict=True))]
 
@@ -174,7 +178,7 @@ def improvement(space: Space, trials: Sequence[Trial]) -> float:
     if not fresh.size:
         return 0.0
     done = [recipe for recipe, _ in scored(trials)]
-    return math.exp(_most_improving(space, done, believe(trials).posterior, fresh)[1])
+    return math.exp(_most_improving(space, done, believe(space, trials).posterior, fresh)[1])
 
 
 def proceed(
@@ -213,7 +217,7 @@ def proceed(
     started = started and any(space.feasible(recipe) for recipe, _ in scored(trials))
     left = budget - len(trials)
     if left <= 0 < left + reserve and started and acquisition == LANDSCAPE and tolerance > 0:
-        trusted = believe(trials).landscape is not None
+        trusted = believe(space, trials).landscape is not None
         if trusted and improvement(space, trials) >= WIDE * tolerance:
             left += reserve
     if left <= 0:

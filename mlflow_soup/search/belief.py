@@ -12,7 +12,7 @@ from mlflow_soup.records import Recipe, Score, Trial
 from mlflow_soup.search import landscape, surrogate
 from mlflow_soup.search.acquisition import ACQUISITIONS
 from mlflow_soup.search.landscape import Landscape, NoLandscape
-from mlflow_soup.search.space import points_of
+from mlflow_soup.search.space import Space
 from mlflow_soup.search.surrogate import Surrogate
 
 Array = NDArray[np.float64]
@@ -56,26 +56,26 @@ def scored(trials: Sequence[Trial]) -> list[tuple[Recipe, Score]]:
     return [(trial.recipe, trial.held_out) for trial in trials if trial.held_out is not None]
 
 
-def fit(trials: Sequence[Trial]) -> Surrogate:
+def fit(space: Space, trials: Sequence[Trial]) -> Surrogate:
     """The Gaussian process fitted to the trials with a score, of which there is at least one."""
     recipes, scores = zip(*scored(trials), strict=True)
     values, noise = ([getattr(s, name) for s in scores] for name in ("value", "noise"))
-    return surrogate.fit(points_of(recipes), np.array(values), noise=max(noise))
+    return surrogate.fit(space.points_of(recipes), np.array(values), noise=max(noise))
 
 
-def believe(trials: Sequence[Trial]) -> Belief:
+def believe(space: Space, trials: Sequence[Trial]) -> Belief:
     """The landscape if the items determine it and it can be trusted, else the Gaussian process.
 
     The check is leave-one-out. The landscape is not trusted if it misses the scores that were left
     out by more than `DOUBT` of its standard deviations, and the Gaussian process misses them by
     less.
     """
-    process = fit(trials)
+    process = fit(space, trials)
     try:
-        scape = landscape.fit(trials)
+        scape = landscape.fit(space, trials)
     except NoLandscape as reason:
         return Belief(process, str(reason))
-    inside = scape.points.max(axis=1) < 1.0
+    inside = landscape.mixed(trials)
     if scape.doubt > DOUBT:
         ours, theirs = (
             math.sqrt(np.mean(np.square(misses)))

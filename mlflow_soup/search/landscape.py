@@ -24,6 +24,7 @@ from scipy.special import ndtr
 from mlflow_soup.decision.pairing import paired
 from mlflow_soup.records import Items, Score, Trial
 from mlflow_soup.search.kriging import Kriging, at, estimate
+from mlflow_soup.search.space import Space
 
 Array = NDArray[np.float64]
 
@@ -384,7 +385,7 @@ class Landscape:
         return total
 
 
-def fit(trials: Sequence[Trial]) -> Landscape:
+def fit(space: Space, trials: Sequence[Trial]) -> Landscape:
     """The landscape reconstructed from the trials with a score.
 
     Raises:
@@ -392,19 +393,23 @@ def fit(trials: Sequence[Trial]) -> Landscape:
     """
     scored = [(trial.recipe, trial.held_out) for trial in trials if trial.held_out is not None]
     parts = tuple(_part(task) for task in _stack([score for _, score in scored]))
-    points = np.array([recipe.lam for recipe, _ in scored])
+    points = space.points_of([recipe for recipe, _ in scored])
     values = np.array([score.value for _, score in scored])
     model = estimate(points, [part.gram for part in parts], [part.count for part in parts])
     landscape = Landscape(points, values, parts, model, _spread([s for _, s in scored]))
     if len(points) == LEAST:
         return landscape
-    inside = map(int, np.flatnonzero(points.max(axis=1) < 1.0))
-    misses = [landscape.miss(trial) for trial in inside]
+    misses = [landscape.miss(int(trial)) for trial in np.flatnonzero(mixed(trials))]
     square = math.fsum(z * z for _, z in misses)
     doubt = max(1.0, math.sqrt((1.0 + square) / (1.0 + len(misses))))
     return replace(
         landscape, doubt=doubt * landscape.doubt, misses=tuple(miss for miss, _ in misses)
     )
+
+
+def mixed(trials: Sequence[Trial]) -> NDArray[np.bool_]:
+    """Which trials with a score mix two parents or more, shape (n,); the others check no curve."""
+    return np.array([max(t.recipe.lam) < 1.0 for t in trials if t.held_out is not None])
 
 
 def _spread(scores: Sequence[Score]) -> float:

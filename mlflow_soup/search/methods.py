@@ -16,7 +16,7 @@ from mlflow_soup.decision import pairing
 from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.records import Recipe, Trial
 from mlflow_soup.request.spec import Spec
-from mlflow_soup.search import ask, belief
+from mlflow_soup.search import ask, belief, schedule
 from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Array, Space
 
@@ -78,8 +78,8 @@ def resolution(space: Space, trials: Sequence[Trial]) -> float:
     until a parent and a merge have a score.
     """
     scored = belief.scored(trials)
-    parents = [score for recipe, score in scored if recipe in space.parents()]
-    merges = [score for recipe, score in scored if recipe not in space.parents()]
+    parents = [score for recipe, score in scored if recipe in space.alone()]
+    merges = [score for recipe, score in scored if recipe not in space.alone()]
     if not parents or not merges:
         return 0.0
     best, parent = (scores[pairing.better(scores)] for scores in (merges, parents))
@@ -102,34 +102,57 @@ def _recommend(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
     return recommend(space, trials, measured=True)
 
 
-def _fixed(recipe: Callable[[Space], Recipe]) -> tuple[Proceed, Choose]:
+def _fixed(recipe: Callable[[Space, Spec], Recipe]) -> tuple[Proceed, Choose]:
     """Evaluate the parents and one recipe, and choose this recipe, whether it is good or bad.
 
     It is chosen even if its evaluation failed; the caller then reports the failure.
     """
 
     def proceed(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
-        return _next((*space.parents(), recipe(space)), trials)
+        return _next((*space.alone(), recipe(space, spec)), trials)
 
     def choose(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
-        return recipe(space)
+        return recipe(space, spec)
 
     return proceed, choose
 
 
-def _alike(method: str) -> Callable[[Space], Recipe]:
+def _uniform(space: Space, spec: Spec) -> Recipe:
+    return space.uniform()
+
+
+def _alike(method: str) -> Callable[[Space, Spec], Recipe]:
     """The recipe of a method that refines equal weights with statistics of the parents."""
-    return lambda space: Recipe(method, space.uniform().lam)
+    return lambda space, spec: Recipe(method, space.uniform().lam)
+
+
+def _faded(space: Space, spec: Spec, decay: schedule.Decay) -> Recipe:
+    """The merge of the whole window by a decay of the learning rate."""
+    return space.recipe(schedule.weights(space.times, schedule.longest(space.times), decay))
+
+
+def _wma(space: Space, spec: Spec) -> Recipe:
+    return _faded(space, spec, schedule.power(2.0))
+
+
+def _ema(space: Space, spec: Spec) -> Recipe:
+    """The merge weights c_j ∝ a^(n−j): the exponential moving average."""
+    weights = spec.ema ** np.arange(space.count - 1, -1, -1.0)
+    return space.recipe(weights / weights.sum())
+
+
+def _wsm(space: Space, spec: Spec) -> Recipe:
+    return _faded(space, spec, schedule.decay_of(spec.decay))
 
 
 def _parents(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
-    return _next(space.parents(), trials)
+    return _next(space.alone(), trials)
 
 
 def _best(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
     """The parent with the best score; the newest among equals, as in the gate."""
     scored = [
-        (r, score) for r in space.parents() for found, score in belief.scored(trials) if found == r
+        (r, score) for r in space.alone() for found, score in belief.scored(trials) if found == r
     ]
     return scored[pairing.better([score for _, score in scored])][0]
 
@@ -146,7 +169,7 @@ def _stir(space: Space, trials: Sequence[Trial], tie: str) -> tuple[Recipe, Reci
     """
     scores = {recipe: score.value for recipe, score in belief.scored(trials)}
     failed = {trial.recipe for trial in trials} - set(scores)
-    alone = space.parents()
+    alone = space.alone()
     order = sorted(range(space.count), key=lambda i: (scores[alone[i]], i), reverse=True)
     taken, soup = {order[0]}, alone[order[0]]
     least = pairing.ROUNDING if tie == "drop" else -pairing.ROUNDING
@@ -162,7 +185,7 @@ def _stir(space: Space, trials: Sequence[Trial], tie: str) -> tuple[Recipe, Reci
 
 
 def _stir_on(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
-    return _next(space.parents(), trials) or _stir(space, trials, spec.greedy_tie)[1]
+    return _next(space.alone(), trials) or _stir(space, trials, spec.greedy_tie)[1]
 
 
 def _stirred(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
@@ -176,7 +199,7 @@ def lattice(space: Space, most: int) -> tuple[Recipe, ...]:
     For a pair the grid has equal steps of λ from α to 1. For n parents it is the lattice of the
     weights k/m with Σ k = m, on the feasible simplex.
     """
-    parents, count = list(space.parents()), space.count
+    parents, count = list(space.alone()), space.count
     found = parents
     # with the parents, a pair's grid of m steps has m + 1 or m + 2 recipes: try only the largest m
     first = max(most - 2, 1) if count == 2 else 1
@@ -209,7 +232,7 @@ def _walk(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
 
 def _draw(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
     """New weights, drawn uniformly from the feasible simplex."""
-    if (parent := _next(space.parents(), trials)) is not None or len(trials) >= spec.budget:
+    if (parent := _next(space.alone(), trials)) is not None or len(trials) >= spec.budget:
         return parent
     known = [trial.recipe for trial in trials]
     random = np.random.default_rng([spec.seed, len(trials)])
@@ -231,8 +254,28 @@ METHODS = {
     ),
     "uniform": Method(
         "the plain average (Wortsman et al. 2022); for the last k versions of a run it is LAWA "
-        "(Sanyal et al. 2023)",
-        *_fixed(Space.uniform),
+        "(Sanyal et al. 2023) and SMA (Li et al. 2025)",
+        *_fixed(_uniform),
+        chooses=False,
+    ),
+    "wma": Method(
+        "the average of a window with weights that grow linearly from the oldest to the newest "
+        "(WMA, Li et al. 2025)",
+        *_fixed(_wma),
+        chooses=False,
+    ),
+    "ema": Method(
+        "the average of a window with weights that grow by the same factor from each to the next "
+        "(EMA, Li et al. 2025)",
+        *_fixed(_ema),
+        knobs=("ema",),
+        chooses=False,
+    ),
+    "wsm": Method(
+        "the average of a window that stands for a decay of the learning rate (WSM, Tian et al. "
+        "2025)",
+        *_fixed(_wsm),
+        knobs=("decay",),
         chooses=False,
     ),
     "greedy": Method(

@@ -8,7 +8,7 @@ from mlflow_soup.decision.pairing import paired, upper_bound
 from mlflow_soup.errors import SpecError
 from mlflow_soup.records import Recipe, Score, Trial
 from mlflow_soup.search.belief import Array, believe, scored
-from mlflow_soup.search.space import Space, points_of
+from mlflow_soup.search.space import Space
 
 CONFIDENCE = 0.95  # that a recipe is worse than a parent
 
@@ -35,12 +35,13 @@ def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) 
             where=f"{len(trials)} trials, λ in [{space.alpha}, 1]",
             fix="raise --trials; the tag soup.failed of a trial's run says why it failed",
         )
-    parents = [score for recipe, score in feasible if recipe in space.parents()]
-    options = points_of([r for r, score in feasible if not any(_lags(score, p) for p in parents)])
+    parents = [score for recipe, score in feasible if recipe in space.alone()]
+    kept = [r.lam for r, score in feasible if not any(_lags(score, p) for p in parents)]
+    options = np.array(kept)
     if not measured:
         fresh = space.fresh([trial.recipe for trial in trials])
         options = np.concatenate([options, fresh])
-    return space.recipe(options[np.argmax(expected(trials, options))])
+    return space.recipe(options[np.argmax(expected(space, trials, options))])
 
 
 def _lags(score: Score, parent: Score) -> bool:
@@ -50,20 +51,22 @@ def _lags(score: Score, parent: Score) -> bool:
     return upper_bound(paired(score, parent), CONFIDENCE) < 0.0
 
 
-def expected(trials: Sequence[Trial], points: Array) -> Array:
+def expected(space: Space, trials: Sequence[Trial], weights: Array) -> Array:
     """What a score is expected to be, given all trials; only differences between points matter.
 
     It is the posterior mean, or `Landscape.population` if the curve was reconstructed from the
     items.
 
     Args:
+        space: the space of the merge weights.
         trials: the history, with a score at least.
-        points: merge weights, shape (m, count).
+        weights: merge weights, shape (m, count).
 
     Returns:
         Shape (m,), in score units.
     """
-    belief = believe(trials)
+    belief = believe(space, trials)
+    points = space.points(weights)
     if belief.landscape is not None:
         return belief.landscape.population(points)
     return belief.posterior.predict(points)[0]

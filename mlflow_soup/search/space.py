@@ -38,6 +38,7 @@ class Space:
 
     count: int
     alpha: float
+    times: tuple[float, ...] = ()  # when the parents were saved; empty if nobody asked
 
     @classmethod
     def pair(cls, alpha: float) -> "Space":
@@ -68,12 +69,16 @@ class Space:
         steps[largest] += left
         return Recipe("linear", tuple(step / 1e4 for step in steps))
 
+    def label(self, recipe: Recipe) -> str:
+        """A recipe as a label: its weights."""
+        return recipe.label
+
     def feasible(self, recipe: Recipe) -> bool:
         """True if the newest parent weighs at least α, so that the recipe may be recommended."""
         return self.alpha <= recipe.lam[-1] <= 1.0
 
-    def parents(self) -> tuple[Recipe, ...]:
-        """Each parent alone, oldest first."""
+    def alone(self) -> tuple[Recipe, ...]:
+        """The parents that every method scores alone, oldest first: all of them."""
         return tuple(self.recipe(row) for row in np.eye(self.count))
 
     def uniform(self) -> Recipe:
@@ -82,7 +87,7 @@ class Space:
 
     def start(self) -> tuple[Recipe, ...]:
         """The recipes that are evaluated first: the parents and the uniform soup."""
-        return (*self.parents(), self.uniform())
+        return (*self.alone(), self.uniform())
 
     def ends(self) -> tuple[Recipe, ...]:
         """The ends of a pair's [α, 1], where the paper starts (Liu et al. 2024, algorithm 1)."""
@@ -96,6 +101,17 @@ class Space:
         """
         return _candidates(self.count, self.alpha)
 
+    def points(self, weights: Sequence[Sequence[float]] | Array) -> Array:
+        """Where the surrogates see merge weights of shape (m, count): the weights, shape (m, d).
+
+        The coordinates of a point sum to 1, and `distances` measures how far two points are apart.
+        """
+        return np.asarray(weights, np.float64)
+
+    def points_of(self, recipes: Sequence[Recipe]) -> Array:
+        """The points of recipes, shape (len(recipes), d)."""
+        return self.points(np.array([r.lam for r in recipes]).reshape(len(recipes), self.count))
+
     def fresh(self, taken: Sequence[Recipe], spacing: float = SPACING) -> Array:
         """The candidates that are not taken yet, shape (m, count).
 
@@ -103,7 +119,7 @@ class Space:
         all candidates that differ from the taken recipes are returned.
         """
         candidates = self.candidates()
-        distance = distances(candidates, points_of(taken)).min(axis=1)
+        distance = distances(self.points(candidates), self.points_of(taken)).min(axis=1)
         far: Array = candidates[distance > spacing + 1e-9]
         return far if far.size else candidates[distance > 1e-9]
 
@@ -148,11 +164,6 @@ def _uniform(corners: int, size: int) -> Array:
     left = np.cumprod(cube ** (1.0 / np.arange(corners - 1, 0, -1)), axis=1)
     gaps: Array = -np.diff(left, axis=1, prepend=1.0, append=0.0)
     return gaps
-
-
-def points_of(recipes: Sequence[Recipe]) -> Array:
-    """The points of recipes, shape (len(recipes), count)."""
-    return np.array([recipe.lam for recipe in recipes])
 
 
 def distances(a: Array, b: Array) -> Array:

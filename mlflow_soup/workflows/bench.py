@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from mlflow_soup.decision.pairing import better
 from mlflow_soup.errors import ParentError, SpecError, StoreError
 from mlflow_soup.evaluation.compatibility import differences
 from mlflow_soup.evaluation.evaluator import Evaluator
@@ -38,6 +39,8 @@ _APART = {
     ("tasks", "test_tasks"): "a test set is unbiased only on items that the search never saw",
     ("ood_tasks", "test_tasks"): "a test set is unbiased only on items that the gate never saw",
 }
+FEW = 4  # parents: the gate compares a soup with each of so many
+T = TypeVar("T")
 _SETS = {"tasks": "held-out", "ood_tasks": "out-of-domain", "test_tasks": "test"}
 
 
@@ -289,6 +292,25 @@ def open_rivals(client: Store, name: str, spec: Spec, at_hand: Sequence[Opened])
     """The current rivals, opened. Versions in `at_hand` are not pulled again."""
     opened = {o.parent.version: o for o in at_hand}
     return [opened.get(v) or open_version(client, v) for v in rivals(client, name, spec)]
+
+
+def judged(parents: Sequence[T], held_out: Callable[[T], Score | None]) -> list[T]:
+    """The parents that the gate compares a soup with, oldest first.
+
+    Each of a few parents counts. Of more, the newest counts, which would be deployed without the
+    soup, and the best of those whose held-out score is known: each parent costs an evaluation.
+
+    Args:
+        parents: the parents, oldest first.
+        held_out: parent → its held-out score, if the search has measured it.
+    """
+    if len(parents) <= FEW:
+        return list(parents)
+    scores = {i: score for i, p in enumerate(parents) if (score := held_out(p)) is not None}
+    chosen = {len(parents) - 1}
+    if scores:
+        chosen.add([*scores][better([*scores.values()])])
+    return [parents[i] for i in sorted(chosen)]
 
 
 def contenders(

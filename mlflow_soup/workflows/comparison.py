@@ -104,7 +104,7 @@ def methods(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -
         job, first = next(iter(compared.values()))
         entries: list[tuple[str, Recipe, Score, Difference | None, int | None]] = [
             (f"v{v.number} alone", recipe, score, None, None)
-            for v, recipe, score in zip(pair, job.space.parents(), first.alone, strict=True)
+            for v, recipe, score in zip(pair, job.space.alone(), first.alone, strict=True)
         ]
         entries += [
             (name, found.recipe, found.score, gain_of(found), len(found.trials))

@@ -15,10 +15,11 @@ from mlflow_soup.records import Recipe, Version
 from mlflow_soup.registry import naming
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.store import Store, connect
-from mlflow_soup.registry.versions import find_model, last, policy, resolve, tags_of
+from mlflow_soup.registry.versions import find_model, last, policy, resolve, tags_of, times
 from mlflow_soup.request.names import VersionRef
-from mlflow_soup.request.spec import MOST, Spec
+from mlflow_soup.request.spec import LONGEST, MOST, WINDOWS, Spec
 from mlflow_soup.search.methods import METHODS, Method, lattice
+from mlflow_soup.search.schedule import Schedule
 from mlflow_soup.search.space import Space
 from mlflow_soup.statistics.calibration import Calibration, calibrate, read_texts
 from mlflow_soup.statistics.measure import Statistics, blend, measure
@@ -151,7 +152,46 @@ class Job:
     @property
     def space(self) -> Space:
         """The merge weights that the method may choose."""
-        return Space.simplex(len(self.opened), self.spec.least)
+        space = Space.simplex(len(self.opened), self.spec.least)
+        if self.spec.scheduled:
+            return Schedule(space.count, space.alpha, self.times)
+        return replace(space, times=self.times) if self.spec.method in WINDOWS else space
+
+    @cached_property
+    def tagged(self) -> tuple[float, ...] | None:
+        """When the parents were saved, by a tag of theirs; None if none has it."""
+        return times(self.client, self.versions, self.spec.time_tag)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """When the parents were saved; without a tag, they are equally spaced."""
+        return self.tagged or tuple(map(float, range(1, len(self.opened) + 1)))
+
+    @property
+    def time_tag(self) -> str:
+        """The tag that says when the parents were saved; empty if nobody asks, or none has it."""
+        return self.spec.time_tag if self.space.times and self.tagged else ""
+
+    @property
+    def references(self) -> tuple[Version, ...]:
+        """The parents that are scored alone."""
+        return tuple(
+            next(v for v, weight in zip(self.versions, recipe.lam, strict=True) if weight)
+            for recipe in self.space.alone()
+        )
+
+    def mixed(self, recipe: Recipe) -> list[Opened]:
+        """The parents of a soup: those that its recipe gives a weight.
+
+        All parents of a simplex are: the request named each of them.
+        """
+        kept = zip(self.opened, recipe.lam, strict=True)
+        return [o for o, weight in kept if weight or not self.spec.scheduled]
+
+    def merged(self, recipe: Recipe) -> Recipe:
+        """The recipe with the weights of the soup's parents alone."""
+        lam = tuple(weight for weight in recipe.lam if weight or not self.spec.scheduled)
+        return replace(recipe, lam=lam)
 
     @cached_property
     def key(self) -> str:
@@ -163,6 +203,8 @@ class Job:
             knobs["calibration"] = self.session.calibration.digest
         if knobs.get("fisher_estimator") == "sampled":
             knobs["seed"] = spec.seed
+        if space.times:
+            knobs |= {"times": space.times, "schedule": spec.scheduled}
         searched = {
             "parents": [o.parent.digest for o in self.opened],
             "evaluator": self.bench.held_out.fingerprint,
@@ -229,20 +271,30 @@ class Job:
         if self.method.needs:
             self.key  # noqa: B018  # reads and checks the text
             check_writable(cache_folder() / "statistics", CACHE_ENV)
+        if spec.scheduled and count > LONGEST:
+            raise SpecError(
+                f"a schedule takes at most {LONGEST} versions, not {count}",
+                where="--versions or --last",
+                fix=f"leave out old or intermediate versions, or ask for --last {LONGEST}",
+            )
         if not self.method.searches:
             return
-        if count > MOST:
+        if count > MOST and not spec.scheduled:
             raise SpecError(
                 f"--method {spec.method} cannot search the weights of {count} versions",
                 where=f"--versions, with --method {spec.method}",
-                fix=f"name at most {MOST} versions, because checkpoints far apart merge badly; or "
-                "use --method uniform or greedy",
+                fix=f"name at most {MOST} versions, because checkpoints far apart merge badly; for "
+                "those of one run, use --space schedule; or --method uniform or greedy",
             )
-        if spec.budget < count + 2:
+        least = len(space.start()) + 1
+        if spec.budget < least:
+            first = "those that it begins with"
+            if not spec.scheduled:
+                first = f"{count} parents, the uniform soup"
             raise SpecError(
                 f"--trials {spec.budget} is too small",
                 where="--trials, or the model's tag soup.trials",
-                fix=f"set at least {count + 2}: {count} parents, the uniform soup, and one more",
+                fix=f"set at least {least}: {first}, and one more",
             )
         if spec.method == "grid" and len(lattice(space, spec.budget)) == count:
             raise SpecError(

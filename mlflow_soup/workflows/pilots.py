@@ -20,6 +20,7 @@ from mlflow_soup.records import Cell, Difference, Found, Items, Recipe, Score, T
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import score_metrics
 from mlflow_soup.reporting import charts
+from mlflow_soup.search import schedule as schedules
 from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Space
 from mlflow_soup.weights import distance
@@ -196,7 +197,7 @@ def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     spans = []
     for one in found:
         spans.append(span(gain_of(one)))
-        best = one.versions[pairing.better(one.alone)]
+        best = one.references[pairing.better(one.alone)]
         rows.append(
             (
                 *(len(one.versions), names_of(one.versions), str(one.recipe), one.score.value),
@@ -224,6 +225,68 @@ def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     return Result(f"How many parents, by {session.spec.method}", table, figure, notes)
 
 
+def schedule_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
+    """The job whose space holds all windows of the versions."""
+    spec = replace(session.spec, method="wsm", space="schedule", alpha=0.0)
+    return [session.job(versions, spec)]
+
+
+def schedule(session: Session, versions: Sequence[Version], run_id: str) -> Result:
+    """Merge windows of several lengths that end at the newest version, by several decays.
+
+    The decay is w(x) = 1 − x^p, as in `search.schedule`.
+    """
+    (job,) = schedule_jobs(session, versions)
+    space, times = job.space, job.times
+    begins = (times[-1] - schedules.longest(times), *times)
+    lengths = [int(k) for k in session.spec.lengths if k <= len(versions)]
+    durations, powers = [times[-1] - begins[-1 - k] for k in lengths], session.spec.exponents
+    recipes = {
+        (k, p): space.recipe(schedules.weights(times, duration, schedules.power(p)))
+        for k, duration in zip(lengths, durations, strict=True)
+        for p in powers
+    }
+    (alone,) = space.alone()
+    scores: dict[Recipe, Score] = {}
+    wanted = dict.fromkeys([alone, *recipes.values()])
+    for recipe in tqdm(wanted, desc="schedule", unit="window", disable=None):
+        scores[recipe] = look(job, run_id, recipe, job.bench.held_out)
+    against = {cell: pairing.paired(scores[r], scores[alone]) for cell, r in recipes.items()}
+    order = sorted(recipes, key=lambda cell: scores[recipes[cell]].value, reverse=True)
+    rows: list[tuple[Cell, ...]] = [
+        (k, f"{p:g}", scores[recipes[k, p]].value, *span(against[k, p])) for k, p in order
+    ]
+    columns = ("checkpoints", "p", "score", "Δ newest version", "low", "high")
+    table = Table(columns, tuple(rows), {"score": True})
+    best = recipes[order[0]]
+
+    def compare(what: str, cells: Sequence[tuple[int, float]]) -> str:
+        rival = max(cells, key=lambda cell: scores[recipes[cell]].value)
+        difference = pairing.paired(scores[best], scores[recipes[rival]])
+        return f"Against {what} ({rival[0]} checkpoints, p = {rival[1]:g}): {says(difference)}."
+
+    notes = [
+        f"The best of {len(recipes)} is the window of {order[0][0]} checkpoints with p = "
+        f"{order[0][1]:g}: {says(against[order[0]])} against the newest version, {versions[-1]}."
+    ]
+    if pairs := [cell for cell in recipes if cell[0] == 2]:
+        notes.append(compare("the best pair", pairs))
+    if averages := [cell for cell in recipes if cell[1] == 1.0]:
+        notes.append(compare("the best plain average", averages))
+    notes.append(_luck([scores[recipe] for recipe in wanted]))
+    if not job.time_tag:
+        notes.append("No version has the tag of --time-tag, so they count as equally spaced.")
+    figure = charts.schedule(
+        lengths,
+        powers,
+        [[scores[recipes[k, p]].value for k in lengths] for p in powers],
+        newest=scores[alone].value,
+        unit="checkpoints",
+        label=label_of(scores[alone]),
+    )
+    return Result(f"Windows that end at {versions[-1]}", table, figure, notes)
+
+
 # -- which λ ---------------------------------------------------------------------------------------
 
 
@@ -243,7 +306,7 @@ def _measure(session: Session, versions: Sequence[Version], run_id: str) -> list
     title = f"{session.spec.points} λ of {names_of(versions)}"
     with tracking.open_child(job.client, run_id, title, search_tags(job, title, run_id)) as child:
         trials = explore(job, child)
-        for recipe, version in zip(job.space.parents(), versions, strict=True):
+        for recipe, version in zip(job.space.alone(), versions, strict=True):
             scored(trials, recipe, str(version))
     return sorted(
         (trial for trial in trials if trial.held_out is not None),

@@ -34,7 +34,7 @@ from mlflow_soup.request.spec import Spec, policy_for
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.provenance import Origin
-from mlflow_soup.workflows.bench import Opened, open_version, prompting_of, rivals
+from mlflow_soup.workflows.bench import Opened, judged, open_version, prompting_of, rivals
 from mlflow_soup.workflows.merge import fetch
 from mlflow_soup.workflows.verify import inspect, read_manifest
 
@@ -365,11 +365,17 @@ def decide(
     champions = {}
     for rival in rivals(client, proven.version.name, spec):
         champions[rival] = read.get(rival) or open_version(client, rival, fresh=True).parent.digest
-    needed = {proven.version: proven.digest, **proven.parents, **champions}
+    # of more than a few parents, only the newest must have been examined
+    required = judged([*proven.parents.items()], lambda parent: None)
+    needed = {proven.version: proven.digest, **dict(required), **champions}
     found = examinations_of(trust, proven.digest)
     examination = _choose(proven, [examined] if examined else found, needed, standard, trust)
     of = {version: _as(examination, digest, version) for version, digest in needed.items()}
-    parents = [of[version] for version in proven.parents]
+    parents = [
+        _as(examination, digest, version)
+        for version, digest in proven.parents.items()
+        if examination.of(digest) is not None
+    ]
     others = [of[version] for version, its in champions.items() if its != proven.digest]
     # a version that the soup has replaced since is no rival any more, but its checks still hold
     others += [e for role, e in examination.roles.items() if role.startswith("champion")]
@@ -378,7 +384,7 @@ def decide(
     more = [e for e in others if not replaces(e.version)]
     verdict = gates.judge(of[proven.version], parents, replaced, standard.rules, more)
     against = {check.against for check in verdict.checks}
-    compared = {digest for version, digest in needed.items() if version in against}
+    compared = {evidence.digest for evidence in parents if evidence.version in against}
     compared |= {proven.digest, *(e.digest for e in others)}
     return Decision(proven, examination, verdict, frozenset(compared))
 

@@ -19,15 +19,16 @@ from mlflow_soup.registry.links import (
 )
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import describe
-from mlflow_soup.reporting import geometry, report, tables
+from mlflow_soup.reporting import geometry, report, tables, windows
 from mlflow_soup.search.belief import LANDSCAPE, believe
+from mlflow_soup.search.schedule import Schedule
 from mlflow_soup.workflows.job import Job
 
 # MLflow's limit of a version's description, on databases that enforce it
 DESCRIPTION_LIMIT = 5000
 
 
-def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> list[str]:
+def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance | None) -> list[str]:
     """Sentences that a reader needs to judge the scores."""
     client, spec = job.client, job.spec
     notes = []
@@ -45,20 +46,22 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> lis
                 f"The search ended after {len(trials)} of {spec.budget} evaluations: one more was "
                 f"expected to gain less than {spec.stop:g} of the paired standard error."
             )
-        belief = believe(trials)
+        belief = believe(job.space, trials)
         if spec.acquisition == LANDSCAPE and belief.landscape is None:
             notes.append(f"The curve was not reconstructed from the items: {belief.why}.")
+    if job.space.times:
+        notes += windows.words(job.space, soup, job.time_tag)
     measured = [(t.recipe, t.held_out) for t in trials if t.held_out is not None]
     if job.method.searches:
         notes += [
-            f"{recipe.label} scores {score.value:.4f}, but gives the newest version less than the "
-            f"smallest weight allowed, --alpha {job.space.alpha:g}."
+            f"{job.space.label(recipe)} scores {score.value:.4f}, but gives the newest version "
+            f"less than the smallest weight allowed, --alpha {job.space.alpha:g}."
             for recipe, score in measured
             if not job.space.feasible(recipe) and score.value > soup.held_out.value
         ]
         measured = [(recipe, score) for recipe, score in measured if job.space.feasible(recipe)]
     if job.method.chooses and len(measured) > 1:
-        notes += report.luck(spec.method, trials, soup, measured)
+        notes += report.luck(spec.method, job.space, trials, soup, measured)
     if noise := soup.held_out.noise:
         notes.append(
             f"Answers are sampled: with another seed, a score would differ by up to {noise:.4f} "
@@ -66,11 +69,16 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance) -> lis
         )
     if job.method.needs:
         notes += job.statistics_notes
-    names = [version.short for version in job.versions]
-    distances = [geometry.words(apart, names), geometry.caution(apart, names)]
-    distances += [geometry.barrier(job.space, trials)]
-    if soup.recipe.method == "linear":
-        distances += [geometry.theory(apart, soup.recipe)]
+    distances = []
+    if apart is not None:
+        names = [parent.version.short for parent in soup.parents]
+        distances.append(geometry.words(apart, names))
+        if (
+            not spec.scheduled
+        ):  # the search has compared the windows, so how far they reach is known
+            distances += [geometry.caution(apart, names), geometry.barrier(job.space, trials)]
+        if soup.recipe.method == "linear":
+            distances.append(geometry.theory(apart, soup.lam))
     notes += filter(None, distances)
     first = next(t for t in trials if t.held_out is not None)
     if cut := int(client.get_run(first.run_id).data.metrics.get(naming.TRUNCATED, 0)):
@@ -85,9 +93,14 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     links = {"run": target(run_page), "trials": target(view)}
     links |= {str(parent.version): version_link(parent.version) for parent in soup.parents}
     text = redact(report.markdown(story, links))
+    space = story.space
     names = [parent.version.short for parent in soup.parents]
-    layers = tables.markdown(geometry.table(story.distance, names))
-    whole = redact(f"{text}{report.trials_table(story)}\n## Distance of the parents\n\n{layers}\n")
+    history = windows.trials_table if isinstance(space, Schedule) else report.trials_table
+    whole = text + history(story)
+    if story.distance is not None:
+        layers = tables.markdown(geometry.table(story.distance, names))
+        whole += f"\n## Distance of the parents\n\n{layers}\n"
+    whole = redact(whole)
     tag = naming.VERSION if soup.registered else naming.ORIGINAL
     tags = {tag: f"{soup.version.name}/{soup.version.number}"}
     if story.verdict is not None:
@@ -95,10 +108,11 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     tracking.log(client, run_id, metrics=_metrics(story), tags=tags)
     tracking.note(client, run_id, whole)
     client.log_text(run_id, whole, naming.REPORT)
-    figure = report.landscape(story)
+    figure = windows.figure(story) if space.times else report.landscape(story)
     for suffix in ("png", "svg"):
         client.log_figure(run_id, figure, f"{naming.LANDSCAPE}.{suffix}")
-    client.log_figure(run_id, geometry.distances(story.distance, names), naming.DISTANCES)
+    if story.distance is not None:
+        client.log_figure(run_id, geometry.distances(story.distance, names), naming.DISTANCES)
     if soup.registered:
         describe(client, soup.version, text[:DESCRIPTION_LIMIT])
     pages = [
@@ -113,16 +127,22 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
 
 def _metrics(story: report.Story) -> list[Metric]:
     """The metrics of the search run."""
-    soup, apart = story.soup, story.distance
+    soup = story.soup
     gain = story.gains[story.better]
     numbers = {
         naming.GAIN: gain.value,
         naming.GAIN_STDERR: gain.stderr,
         naming.CHOSEN_LAMBDA: soup.recipe.lam[-1],
-        naming.KL_RATIO: geometry.kl_ratio(apart.whole, soup.recipe.lam),
-        naming.RELATIVE_L2: apart.whole.relative(0, -1),
-        naming.COSINE: apart.whole.cosine(0, -1),
     }
+    if isinstance(story.space, Schedule) and (found := story.space.shape_of(soup.recipe)):
+        numbers |= dict(zip((naming.DURATION, naming.POWER), found, strict=True))
+    if story.distance is not None:
+        whole = story.distance.whole
+        numbers |= {
+            naming.KL_RATIO: geometry.kl_ratio(whole, soup.lam),
+            naming.RELATIVE_L2: whole.relative(0, -1),
+            naming.COSINE: whole.cosine(0, -1),
+        }
     metrics = score_metrics(soup.held_out, naming.HELD_OUT)
     metrics += [tracking.metric(key, value) for key, value in numbers.items()]
     metrics += [

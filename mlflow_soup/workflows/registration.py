@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from mlflow_soup.errors import MismatchError, ObjectiveError, ParentError, SpecError
 from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.files.durable import scratch
-from mlflow_soup.records import Manifest, Recipe, Trial, Version
+from mlflow_soup.records import Manifest, Recipe, Trial, Version, listed
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.register import register_soup
 from mlflow_soup.registry.store import Store
@@ -15,7 +15,7 @@ from mlflow_soup.weights import provenance
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.workflows.bench import Opened, check_digest
 from mlflow_soup.workflows.job import Job
-from mlflow_soup.workflows.proof import Proven, check_tags, prove
+from mlflow_soup.workflows.proof import Proven, check_tags, prove, version_of
 
 logger = logging.getLogger("mlflow_soup")
 
@@ -46,12 +46,13 @@ def register(
         ObjectiveError: the statistics gave other weights than those that were scored.
         StoreError: a disk is full, or the store holds other bytes than were uploaded.
     """
-    client = job.client
-    versions = job.versions
+    client, opened = job.client, job.mixed(recipe)
+    versions = tuple(o.parent.version for o in opened)
     origins = [
         provenance.Origin(o.parent.folder, v.uri, *origin_of(client, v))
-        for o, v in zip(job.opened, versions, strict=True)
+        for o, v in zip(opened, versions, strict=True)
     ]
+    merged = job.merged(recipe)
     search = {
         "key": job.key,
         "run_id": run_id,
@@ -62,14 +63,16 @@ def register(
             if t.held_out is not None
         },
     }
+    if job.spec.scheduled:  # the soup's parents may be only some of them
+        search["versions"] = [version.uri for version in job.versions]
     # the search may have taken hours
-    parents_now = [find_checkpoint(o.parent.folder, o.parent.version.uri) for o in job.opened]
+    parents_now = [find_checkpoint(o.parent.folder, o.parent.version.uri) for o in opened]
     check_compatible(parents_now)
     with scratch() as folder:
         manifest = provenance.make(
             parents_now,
             origins,
-            recipe.lam,
+            merged.lam,
             folder,
             method=recipe.method,
             model=job.session.name,
@@ -77,14 +80,14 @@ def register(
             blend=job.blend(recipe),
         )
         assert manifest.digests is not None
-        _check_unchanged(job.opened, manifest)
+        _check_unchanged(opened, manifest)
         digest = manifest.digests.canonical
         _check_scored(client, recipe, trials, digest)
-        same = [o.parent.version for o in job.opened if o.parent.digest == digest]
+        same = [o.parent.version for o in opened if o.parent.digest == digest]
         if same and not job.spec.register_copies:
             return same[-1]
         parents = naming.format_parents(job.session.name, versions)
-        tags = naming.version_tags(parents, recipe, job.key, job.request, run_id, digest)
+        tags = naming.version_tags(parents, merged, job.key, job.request, run_id, digest)
         tags |= {
             naming.METHOD: job.spec.method,
             naming.EVALUATOR: job.bench.held_out.fingerprint,
@@ -96,7 +99,7 @@ def register(
             run_id=run_id,
             parents=versions,
             tags=tags,
-            description=f"Soup of {' and '.join(map(str, versions))}, {recipe.label}.",
+            description=f"Soup of {listed(versions)}, {merged.label}.",
             check=lambda tree: check_digest(tree, "the uploaded soup", digest),
             fits=fits,
         )
@@ -104,7 +107,8 @@ def register(
 
 def recipe_of(job: Job, manifest: Manifest) -> Recipe:
     """The recipe that a soup of the request was made by, according to its manifest."""
-    return job.recipe([source.lam for source in manifest.sources])
+    lam = {version_of(source.uri): source.lam for source in manifest.sources}
+    return job.recipe([lam.get(version, 0.0) for version in job.versions])
 
 
 def made_by(
@@ -126,13 +130,14 @@ def made_by(
     except (SpecError, MismatchError, ParentError) as error:
         logger.warning("%s is passed over: %s", version, error.what)
         return None
-    parents = [(o.parent.version, o.parent.digest) for o in job.opened]
+    recipe = recipe_of(job, proven.manifest)
+    parents = [(o.parent.version, o.parent.digest) for o in job.mixed(recipe)]
     why = ""
     if [*proven.parents.items()] != parents or proven.manifest.method != method:
         why = "it was made of other parents, or in another way, than its tags say"
-    elif recipe_of(job, proven.manifest) not in {t.recipe for t in trials if t.held_out}:
+    elif recipe not in {t.recipe for t in trials if t.held_out}:
         why = "the search has not scored its weights"
-    elif recipe_of(job, proven.manifest) != chosen and not _searched(job, proven, experiment):
+    elif recipe != chosen and not _searched(job, proven, experiment):
         why = "this search chose other weights, and no search run of this experiment made it"
     if why:
         logger.warning("%s is passed over: %s", version, why)

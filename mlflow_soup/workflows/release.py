@@ -42,6 +42,7 @@ from mlflow_soup.workflows.bench import (
     contenders,
     examine,
     forget,
+    judged,
     load_suites,
     measured_key,
     no_ood_tasks,
@@ -95,7 +96,8 @@ def examine_once(
     client, bench = job.client, job.bench
     stored = check_stored(client, soup.version, soup.digest, fresh=False)  # `prove` fetched it
     champions = open_rivals(client, job.session.name, job.spec, at_hand)
-    models = contenders(stored, job.opened, champions)
+    parents = judged(job.mixed(soup.recipe), lambda opened: known.get(opened.parent.digest))
+    models = contenders(stored, parents, champions)
     needed = {opened.parent.digest for opened in models.values()}
     measured: dict[str, Evidence] = {}
     tags = _tags(soup.version, soup.digest, conditions(bench))
@@ -334,27 +336,22 @@ def _evaluate(
             fix="name a version that mlflow-soup run registered",
         )
     soup = check_stored(client, version, manifest.digests.canonical, fresh=False)
-    parents = [
-        check_stored(client, version_of(source.uri), source.digests.canonical)
-        for source in manifest.sources
-        if source.digests is not None
-    ]
-    champions = open_rivals(client, version.name, spec, parents)
-    models = contenders(soup, parents, champions)
     bench = set_up(spec, soup.checkpoint, suites)
     trust = trust_of(client, spec).to_sign
     known: dict[str, Score] = {}
-    mixed = [
-        (p.parent.digest, source.lam) for p, source in zip(parents, manifest.sources, strict=True)
-    ]
+    sources = [(s.digests.canonical, s) for s in manifest.sources if s.digests is not None]
+    mixed = [(its, source.lam) for its, source in sources]
     # the search has measured these if it used the same evaluator
-    for its, parts in [
-        *((p.parent.digest, [(p.parent.digest, 1.0)]) for p in parents),
-        (soup.parent.digest, mixed),
-    ]:
+    for its, parts in [*((its, [(its, 1.0)]) for its, _ in sources), (soup.parent.digest, mixed)]:
         found = find_score(trust, measured_key(bench.held_out, parts), bench.held_out.fits)
         if found is not None:
             known[its] = found.scores.mean
+    parents = [
+        check_stored(client, version_of(uri), its)
+        for its, uri in judged([(its, s.uri) for its, s in sources], lambda p: known.get(p[0]))
+    ]
+    champions = open_rivals(client, version.name, spec, parents)
+    models = contenders(soup, parents, champions)
     ood_tags = _tags(version, soup.parent.digest, conditions(bench))
     journal = open_journal(fresh=not trust.stored)
     with tracking.open_run(client, spec.experiment, ood_tags) as run_id:

@@ -15,7 +15,7 @@ from mlflow_soup.decision import pairing
 from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.durable import check_space, scratch
-from mlflow_soup.records import Found, Outcome, Score, Soup, Unbiased, Version
+from mlflow_soup.records import Found, Outcome, Soup, Unbiased, Version, listed
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import lease, naming, probes, tracking
 from mlflow_soup.registry.alone import alone
@@ -25,9 +25,9 @@ from mlflow_soup.registry.store import connect
 from mlflow_soup.registry.versions import find_model, find_soups
 from mlflow_soup.reporting import geometry, report
 from mlflow_soup.request.names import parse_target
-from mlflow_soup.request.spec import Spec
+from mlflow_soup.request.spec import MOST, Spec
 from mlflow_soup.weights import distance
-from mlflow_soup.workflows.bench import Opened, open_rivals
+from mlflow_soup.workflows.bench import Opened, judged, open_rivals
 from mlflow_soup.workflows.job import Job, open_session
 from mlflow_soup.workflows.power import foresee
 from mlflow_soup.workflows.proof import (
@@ -82,9 +82,11 @@ def run(spec: Spec) -> Outcome:
     if job.bench.ood is not None:
         replaced = sum(would_replace(spec, name, rival.parent.version) for rival in champions)
         logger.warning(foresee(spec, job.bench.suites, replaced=replaced))
-    apart = distance.measure([opened.checkpoint for opened in job.opened])
-    if warning := geometry.caution(apart, [v.short for v in job.versions]):
-        logger.warning(warning)
+    apart = None
+    if not spec.scheduled:  # the ends of a window are always far apart
+        apart = distance.measure([opened.checkpoint for opened in job.opened])
+        if warning := geometry.caution(apart, [v.short for v in job.versions]):
+            logger.warning(warning)
     with (
         lease.hold(client, name, job.key, lease_folder()) as check,
         _open_search(job) as run_id,
@@ -93,23 +95,29 @@ def run(spec: Spec) -> Outcome:
         soup, proven, existed = _find_or_register(job, run_id, found, check)
         decision, promoted = None, ""
         if proven is not None and job.bench.ood is not None:
-            decision, promoted = _decide(job, run_id, soup, proven, found.alone, champions, check)
+            decision, promoted = _decide(job, run_id, soup, proven, found, champions, check)
         tested: dict[str, Unbiased] = {}
         if proven is not None and job.bench.test is not None:  # last: no decision can read it
-            models = models_of(soup, champions, decision.examination if decision else None)
+            known = dict(zip(found.references, found.alone, strict=True))
+            parents = judged(job.mixed(soup.recipe), lambda o: known.get(o.parent.version))
+            models = models_of(soup, parents, champions, decision.examination if decision else None)
             at_hand = (*job.opened, *champions)
             tested = score_once(job, trusted(job, run_id), run_id, models, at_hand, check)
+        if spec.scheduled and 1 < len(soup.parents) <= MOST:
+            apart = distance.measure([o.checkpoint for o in job.mixed(soup.recipe)])
         story = report.Story(
             method=spec.method,
             space=job.space,
             soup=soup,
             existed=existed,
             trials=found.trials,
+            references=found.references,
             gains=tuple(pairing.paired(soup.held_out, alone) for alone in found.alone),
             better=pairing.better(found.alone),
             roles=decision.examination.roles if decision is not None else {},
             verdict=decision.verdict if decision is not None else None,
             tested=tested,
+            time_tag=job.time_tag,
             target=spec.promote,
             promoted=promoted,
             distance=apart,
@@ -142,7 +150,7 @@ def _find_or_register(
         return made_by(job, version, found.trials, found.recipe, experiment)
 
     candidates = find_soups(client, name, {naming.REQUEST: job.request})
-    weights = naming.format_weights(found.recipe.lam)
+    weights = naming.format_weights(job.merged(found.recipe).lam)
     # a request with another budget may have chosen the same weights
     candidates += find_soups(client, name, {naming.KEY: job.key, naming.WEIGHTS: weights})
     existing = next((v for v in candidates if recognise(v) is not None), None)
@@ -152,7 +160,7 @@ def _find_or_register(
         return recognise(version) is not None
 
     version = existing or register(job, run_id, found.recipe, found.trials, fits)
-    parents = tuple(opened.parent for opened in job.opened)
+    parents = tuple(opened.parent for opened in job.mixed(found.recipe))
     for parent in parents:
         if parent.version == version:
             held_out = scored(found.trials, found.recipe, "the soup")
@@ -167,6 +175,7 @@ def _find_or_register(
         )
     recipe = recipe_of(job, proven.manifest)
     held_out = scored(found.trials, recipe, "the soup")
+    parents = tuple(opened.parent for opened in job.mixed(recipe))
     soup = Soup(version, recipe, parents, held_out, proven.digest)
     return soup, proven, existing is not None
 
@@ -176,7 +185,7 @@ def _decide(
     run_id: str,
     soup: Soup,
     proven: Proven,
-    alone: Sequence[Score],
+    found: Found,
     champions: Sequence[Opened],
     check: Callable[[], None],
 ) -> tuple[Decision, str]:
@@ -187,7 +196,7 @@ def _decide(
         run_id: the search run.
         soup: the registered soup.
         proven: its proof.
-        alone: the held-out score of each parent.
+        found: what the search found.
         champions: the versions that the soup would replace.
         check: raises if another process took over.
 
@@ -197,7 +206,8 @@ def _decide(
     assert job.bench.ood is not None
     client, spec = job.client, job.spec
     known = {soup.digest: soup.held_out}
-    known |= {o.parent.digest: score for o, score in zip(job.opened, alone, strict=True)}
+    digests = {o.parent.version: o.parent.digest for o in job.opened}
+    known |= {digests[v]: s for v, s in zip(found.references, found.alone, strict=True)}
     trust = trusted(job, run_id)
     at_hand = (*job.opened, *champions)
     examined = examine_once(job, trust, run_id, soup, proven.manifest, known, at_hand, check)
@@ -226,7 +236,7 @@ def _open_search(job: Job) -> Iterator[str]:
         and run.data.tags.get(naming.REQUEST) == job.request
         and not tracking.differing(run, params)
     ]
-    tags = search_tags(job, f"soup of {' and '.join(map(str, job.versions))}")
+    tags = search_tags(job, f"soup of {listed(job.versions)}")
     with tracking.open_run(
         client, spec.experiment, tags, params=params, resumable=resumable
     ) as run_id:
@@ -262,6 +272,7 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
     for model in dict.fromkeys((name, owner_of(spec, name))):
         probes.check_model(client, model)
     spec = settle_rules(client, spec, name)
+    spec.check_space()
     if spec.promote and not spec.ood_tasks:
         raise SpecError(
             "a promotion needs out-of-domain tasks for the gate",

@@ -42,6 +42,7 @@ class Study:
 STUDIES: Mapping[str, Study] = {
     "pairs": Study("versions", pilots.pair_jobs, pilots.pairs),
     "count": Study("versions", pilots.count_jobs, pilots.count),
+    "schedule": Study("versions", pilots.schedule_jobs, pilots.schedule),
     "landscape": Study("pair", pilots.grid_jobs, pilots.landscape),
     "heldout": Study("pair", pilots.grid_jobs, pilots.heldout),
     "alpha": Study("pair", pilots.alpha_jobs, pilots.alpha),
@@ -142,7 +143,7 @@ def run_study(name: str, spec: Spec) -> Report:
         params = {k: v for k, v in said.items() if v not in ("", None)}
         tracking.log(session.client, run_id, params=params)
         result = STUDIES[name].work(session, subject, run_id)
-        return Report(result, run_id, _tell(session, run_id, name, result))
+        return Report(result, run_id, tell(session, run_id, name, result))
 
 
 def _about(session: Session) -> str:
@@ -158,7 +159,7 @@ def _about(session: Session) -> str:
     )
 
 
-def _tell(session: Session, run_id: str, name: str, result: Result) -> str:
+def tell(session: Session, run_id: str, name: str, result: Result) -> str:
     """Write table, figure and notes to the run, and to `spec.out` if set; the text to print."""
     client, spec = session.client, session.spec
     about = _about(session)

@@ -20,17 +20,28 @@ from mlflow_soup.workflows.job import Job
 Models = Mapping[str, tuple[Version, str]]  # role → version, and the digest of its tensors
 
 
-def models_of(soup: Soup, champions: Sequence[Opened], examination: Examination | None) -> Models:
+def models_of(
+    soup: Soup,
+    parents: Sequence[Opened],
+    champions: Sequence[Opened],
+    examination: Examination | None,
+) -> Models:
     """What is scored: what was examined, or else the soup, its parents and the champions.
 
     The soup may stand where a champion stood by now, so an examination tells better.
+
+    Args:
+        soup: the soup.
+        parents: the parents that it is compared with.
+        champions: the versions that it would replace.
+        examination: the evidence of the gate, if it ran.
     """
     if examination is not None:
         return {role: (e.version, e.digest) for role, e in examination.roles.items()}
     others = [c.parent for c in champions if c.parent.digest != soup.digest]
     return {
         "soup": (soup.version, soup.digest),
-        **{f"parent {i}": (p.version, p.digest) for i, p in enumerate(soup.parents)},
+        **{f"parent {i}": (p.parent.version, p.parent.digest) for i, p in enumerate(parents)},
         **{f"champion {i}": (c.version, c.digest) for i, c in enumerate(others)},
     }
 

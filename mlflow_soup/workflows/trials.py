@@ -8,19 +8,23 @@ then to MLflow. While MLflow is unreachable, the search continues.
 import contextlib
 import json
 import logging
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from statistics import fmean
+from types import MappingProxyType
 
 from mlflow.entities import Metric
 from tqdm import tqdm
 
-from mlflow_soup.errors import NonFiniteError, ObjectiveError, StoreError
+from mlflow_soup.errors import DeniedError, NonFiniteError, ObjectiveError, StoreError
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import Link
 from mlflow_soup.files.durable import scratch
-from mlflow_soup.records import Found, Recipe, Score, Trial
+from mlflow_soup.records import Found, Recipe, Score, Trial, listed
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import find_score, log_scores, read_trials, score_metrics
@@ -28,6 +32,7 @@ from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import Trust, trust_of
 from mlflow_soup.reporting import geometry
+from mlflow_soup.search.schedule import Schedule
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.workflows.bench import measured_key
@@ -75,6 +80,7 @@ def search_tags(job: Job, name: str, study: str = "") -> dict[str, str]:
         naming.REQUEST: job.request,
         naming.METHOD: job.spec.method,
         naming.MODEL: job.session.name,
+        **({naming.TIME_TAG: job.time_tag} if job.time_tag else {}),
     }
 
 
@@ -120,7 +126,7 @@ class _Outbox:
                 naming.NUMBER: str(number),
                 naming.EVALUATOR: self.job.bench.held_out.fingerprint,
             }
-            label = evaluation.recipe.label
+            label = self.job.space.label(evaluation.recipe)
             self.runs[number] = _publish(self.job, client, self.run_id, label, tags, evaluation)
             self.waiting.pop(0)
         if self.metrics:
@@ -151,13 +157,13 @@ def explore(
     trust = trusted(job, run_id)
     history = _history(job, trust)
     outbox = _Outbox(job, run_id)
-    best, at, away = float("-inf"), "", False
+    best, at, away, took = float("-inf"), "", False, list[float]()
     total = spec.budget if job.method.searches else None
     with tqdm(total=total, desc="search", unit="λ", disable=None, leave=alone) as bar:
         while (recipe := job.method.proceed(space, trials, spec)) is not None:
             # trials of earlier runs are reused; this search ends where its own request says
-            number = len(trials)
-            first = number < space.count  # every method begins with the parents
+            number, clock = len(trials), time.monotonic()
+            first = number < len(space.alone())  # every method begins with these
             if first and number in history and history[number].recipe != recipe:
                 logger.warning("trial %d is passed over: it is not of this search", number)
                 del history[number]
@@ -171,7 +177,7 @@ def explore(
                 trials.append(Trial(number, recipe, evaluation.score))
             trial = trials[-1]
             bar.update()
-            if trial.held_out is None and trial.recipe in space.parents():
+            if trial.held_out is None and trial.recipe in space.alone():
                 break  # without a parent's score, nothing can be compared
             if trial.held_out is not None:
                 started = {*space.start()} == {t.recipe for t in trials}
@@ -179,8 +185,12 @@ def explore(
                     logger.warning(warning)
                 lam, value = trial.recipe.lam[-1], trial.held_out.value
                 if value > best:
-                    best, at = value, f"best {value:.4f} at {trial.recipe.label}"
+                    best, at = value, f"best {value:.4f} at {space.label(trial.recipe)}"
                 bar.set_postfix_str(at)
+                if alone and bar.disable and number not in history:
+                    took.append(time.monotonic() - clock)
+                    told = f"{space.label(trial.recipe)} scores {value:.4f}, {at}"
+                    tqdm.write(_line(number, total, told, took), file=sys.stderr)
                 numbers = {
                     naming.SEARCH_OBJECTIVE: value,
                     naming.SEARCH_LAMBDA: lam,
@@ -203,6 +213,22 @@ def explore(
     return [replace(t, run_id=outbox.runs.get(t.number, t.run_id)) for t in trials]
 
 
+def _line(number: int, total: int | None, told: str, took: Sequence[float]) -> str:
+    """A line about a trial for a log file, where no progress bar is shown.
+
+    Args:
+        number: the number of the trial, from 0.
+        total: the largest number of trials, if it is known.
+        told: what it found.
+        took: the seconds of each evaluation of this process.
+    """
+    line = f"trial {number + 1}{f'/{total}' if total else ''}: {told}; {took[-1]:.1f} s"
+    if total and (left := total - number - 1) > 0:
+        end = datetime.now().astimezone() + timedelta(seconds=left * fmean(took))
+        line += f", ends by {end:%H:%M:%S}"
+    return line
+
+
 def find_recipe(
     job: Job, run_id: str, *, alone: bool = True, check: Callable[[], None] = lambda: None
 ) -> Found:
@@ -222,11 +248,30 @@ def find_recipe(
     trials = explore(job, run_id, alone=alone, check=check)
     parents = tuple(
         scored(trials, recipe, str(version))
-        for recipe, version in zip(job.space.parents(), job.versions, strict=True)
+        for recipe, version in zip(job.space.alone(), job.references, strict=True)
     )
     recipe = job.method.choose(job.space, trials, job.spec)
     score = scored(trials, recipe, "the soup")
-    return Found(job.spec.method, job.versions, recipe, score, parents, tuple(trials))
+    _mark(job, run_id, trials, recipe, score)
+    return Found(
+        *(job.spec.method, job.versions, recipe, score, job.references, parents, tuple(trials))
+    )
+
+
+def _mark(job: Job, run_id: str, trials: Sequence[Trial], recipe: Recipe, score: Score) -> None:
+    """Let the search run and the trial show what was chosen: another trial may score higher."""
+    chosen = next(trial for trial in trials if trial.recipe == recipe)
+    try:
+        tracking.log(job.client, chosen.run_id, tags={naming.CHOSEN: "yes"})
+    except DeniedError:  # the run of another user, whose score this search took over
+        logger.warning("you may not mark run %s as the chosen trial", chosen.run_id)
+    numbers = {
+        naming.SEARCH_OBJECTIVE: score.value,
+        naming.SEARCH_LAMBDA: recipe.lam[-1],
+        naming.SEARCH_BEST: score.value,
+    }
+    metrics = [tracking.metric(key, value, len(trials)) for key, value in numbers.items()]
+    tracking.log(job.client, run_id, metrics=metrics)
 
 
 def trusted(job: Job, run_id: str) -> Trust:
@@ -319,6 +364,8 @@ def _publish(
     child = tracking.begin_child(client, parent, name, known, evaluation.began)
     weights = json.dumps(recipe.lam)
     params = {"lambda": str(recipe), "method": recipe.method, "weights": weights}
+    if isinstance(job.space, Schedule) and (found := job.space.shape_of(recipe)):
+        params |= dict(zip(("duration", "power"), map(str, found), strict=True))
     metrics, more = [], dict(evaluation.tags)
     if scores is not None:
         if evaluation.source:
@@ -343,11 +390,56 @@ def look(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Score:
     Raises:
         NonFiniteError: the score is not finite.
     """
+    name = f"{recipe.label} of {listed(job.versions)}"
+    return measure(job, run_id, recipe, evaluator, name=name)[0]
+
+
+def measure(
+    job: Job,
+    run_id: str,
+    recipe: Recipe,
+    evaluator: Evaluator,
+    *,
+    name: str,
+    tags: Mapping[str, str] = MappingProxyType({}),
+    more: Callable[[Score], Mapping[str, float]] = lambda score: {},
+) -> tuple[Score, str]:
+    """A recipe's score, and its run, which no search reads.
+
+    Args:
+        job: the parents, and the live model.
+        run_id: the run whose child the new run is.
+        recipe: what to score.
+        evaluator: what scores it.
+        name: the name of the run.
+        tags: more tags of the run.
+        more: score → more metrics of the run.
+
+    Raises:
+        NonFiniteError: the score is not finite.
+    """
     links = job.bench.live.link([o.checkpoint for o in job.opened])
     evaluation = _evaluate(job, recipe, links, evaluator, trusted(job, run_id))
-    about = f"{recipe.label} of {' and '.join(map(str, job.versions))}"
-    tags = {naming.ROLE: "look", naming.EVALUATOR: evaluator.fingerprint}
-    _publish(job, job.client, run_id, about, tags, evaluation)
+    tags = {naming.ROLE: "look", naming.EVALUATOR: evaluator.fingerprint, **tags}
+    if (scores := evaluation.scores) is not None:
+        about = {**scores.about, **more(scores.mean)}
+        evaluation = replace(evaluation, scores=replace(scores, about=about))
+    child = _publish(job, job.client, run_id, name, tags, evaluation)
+    if evaluation.scores is None:
+        raise NonFiniteError(
+            evaluation.tags[naming.FAILED], where=recipe.label, fix="leave this recipe out"
+        )
+    return evaluation.scores.mean, child
+
+
+def score_of(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Score:
+    """A recipe's score, without a run of its own; it has usually been measured already.
+
+    Raises:
+        NonFiniteError: the score is not finite.
+    """
+    links = job.bench.live.link([o.checkpoint for o in job.opened])
+    evaluation = _evaluate(job, recipe, links, evaluator, trusted(job, run_id))
     if evaluation.scores is None:
         raise NonFiniteError(
             evaluation.tags[naming.FAILED], where=recipe.label, fix="leave this recipe out"

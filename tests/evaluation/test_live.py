@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,7 @@ from transformers.core_model_loading import Transpose, WeightConverter, revert_w
 import toy
 from mlflow_soup import errors
 from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.search.space import Space
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.find import find_checkpoint
 
@@ -117,6 +119,28 @@ def test_the_live_model_is_the_written_file_bit_for_bit(tmp_path, family, dtype)
     assert not torch.equal(
         logits(live.model), logits(LiveModel(find_checkpoint(folders[1], "v2")).model)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_a_window_of_sixteen_is_the_written_file_on_any_number_of_threads(tmp_path, dtype, threads):
+    folders = []
+    for i in range(18):
+        torch.manual_seed(i)
+        folders.append(toy.save(FAMILIES["llama"]().to(dtype), tmp_path / f"v{i}"))
+    weights = [0.0, 0.0, *np.diff((np.arange(17) / 16) ** 1.5)]  # two before the window
+    lam = Space(18, 0.0).recipe(weights).lam
+    merge(folders[2:], lam[2:], tmp_path / "soup")  # by the threads of this test run
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        live = LiveModel(find_checkpoint(folders[0], "v0"))
+        live.set_weights(link(live, folders), lam)
+        expected = reload(tmp_path / "soup", live).state_dict()
+        for name, tensor in live.model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+    finally:
+        torch.set_num_threads(before)
 
 
 def old_pythia(folder):

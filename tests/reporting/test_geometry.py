@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mlflow_soup.records import Distance, LayerDistance, Recipe, Score, Trial
+from mlflow_soup.records import Distance, LayerDistance, Score, Trial
 from mlflow_soup.reporting import geometry
 from mlflow_soup.reporting.geometry import barrier, caution, distances, kl_ratio, theory, words
 from mlflow_soup.search.space import Space
@@ -68,8 +68,8 @@ def test_the_kl_ratio_of_a_pair_among_more_is_that_of_the_pair(measured, data):
 
 
 def test_the_theory_is_told_with_its_number():
-    assert theory(line(0, 1), Recipe("linear", (0.2, 0.8))).startswith("KL ratio λ² = 0.64: ")
-    told = theory(line(0, 1, 2), Recipe("linear", (0.0, 0.5, 0.5)))
+    assert theory(line(0, 1), (0.2, 0.8)).startswith("KL ratio λ² = 0.64: ")
+    told = theory(line(0, 1, 2), (0.0, 0.5, 0.5))
     assert told.startswith("KL ratio = 0.5625: ")
     assert "is 56.2 % of the newest parent's" in told
 

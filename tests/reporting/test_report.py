@@ -55,6 +55,7 @@ def story(tmp_path):
         soup=soup,
         existed=False,
         trials=tuple(trials),
+        references=(OLD, NEW),
         gains=(Difference(0.06, 0.02, 200), Difference(0.04, 0.01, 200)),
         better=1,
         roles=roles,

@@ -15,14 +15,24 @@ import strategies as s
 from mlflow_soup.decision.pairing import paired, upper_bound
 from mlflow_soup.errors import SpecError
 from mlflow_soup.records import Score, Trial
-from mlflow_soup.search import landscape, surrogate
+from mlflow_soup.search import belief, landscape, surrogate
 from mlflow_soup.search.ask import WIDE, ask, improvement, proceed
-from mlflow_soup.search.belief import CHOICES, believe, fit
+from mlflow_soup.search.belief import CHOICES
 from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Space, distances
 
 choices = pytest.mark.parametrize("acquisition", CHOICES)
 counts = pytest.mark.parametrize("count", [2, 3])
+
+
+def believe(trials):
+    """What is believed of a simplex: it shows the weights as they are, however many."""
+    return belief.believe(Space.pair(0.0), trials)
+
+
+def fit(trials):
+    """The Gaussian process of a simplex."""
+    return belief.fit(Space.pair(0.0), trials)
 
 
 def pairs(lams):
@@ -395,7 +405,7 @@ def test_the_evaluated_recipe_with_the_largest_expected_score_is_recommended(dra
             with pytest.raises(SpecError, match="no feasible trial"):
                 recommend(space, trials, measured=measured)
         return
-    parents = [t.held_out for t in feasible if t.recipe in space.parents()]
+    parents = [t.held_out for t in feasible if t.recipe in space.alone()]
     options = [t.recipe for t in feasible if not lags(t.held_out, parents)]
     chosen = recommend(space, trials, measured=True)
     assert chosen in options
@@ -405,7 +415,9 @@ def test_the_evaluated_recipe_with_the_largest_expected_score_is_recommended(dra
         posterior = surrogate.fit(points, np.array([t.held_out.value for t in scored]))
         means, _ = posterior.predict(np.array([r.lam for r in options]))
     else:
-        means = landscape.fit(trials).population(np.array([r.lam for r in options]))
+        means = landscape.fit(Space.pair(0.0), trials).population(
+            np.array([r.lam for r in options])
+        )
     assert means[options.index(chosen)] == pytest.approx(means.max(), abs=1e-12)
 
 
@@ -414,7 +426,7 @@ def test_the_evaluated_recipe_with_the_largest_expected_score_is_recommended(dra
 def test_the_recommendation_is_feasible_and_not_known_to_have_failed_or_lost(drawn, space):
     trials = drawn.draw(s.histories(space, least=4))
     values = {t.recipe: t.held_out for t in trials}
-    parents = [values.get(r) for r in space.parents() if space.feasible(r)]
+    parents = [values.get(r) for r in space.alone() if space.feasible(r)]
     if not any(values[r] for r in values if space.feasible(r)):
         return
     chosen = recommend(space, trials)
@@ -634,7 +646,7 @@ def test_a_landscape_with_large_leave_one_out_errors_is_not_trusted():
     space = Space.pair(0.0)
     lams = (0.0, 1.0, 0.5, 0.7, 0.8, 0.9, 0.2)
     trials = [Trial(i, space.recipe(x), loud(100)((1 - x, x))) for i, x in enumerate(lams)]
-    scape, process = landscape.fit(trials), fit(trials)
+    scape, process = landscape.fit(Space.pair(0.0), trials), fit(trials)
     assert scape.doubt > 3
     belief = believe(trials)
     assert belief.landscape is None
@@ -656,7 +668,7 @@ def test_a_landscape_that_doubts_itself_is_trusted_while_it_misses_by_less(monke
     space = Space.pair(0.0)
     trials = searched(space, scores_of("items", space), 6)
     monkeypatch.setattr("mlflow_soup.search.belief.DOUBT", 0.5)  # any landscape doubts itself
-    scape, process = landscape.fit(trials), fit(trials)
+    scape, process = landscape.fit(Space.pair(0.0), trials), fit(trials)
     assert np.square(scape.misses).mean() < np.square(process.misses[2:]).mean()
     belief = believe(trials)
     assert belief.landscape is not None

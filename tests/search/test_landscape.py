@@ -15,10 +15,15 @@ from mlflow_soup.decision.pairing import paired
 from mlflow_soup.records import Items, Recipe, Score, Trial
 from mlflow_soup.search import landscape
 from mlflow_soup.search.kriging import at
-from mlflow_soup.search.landscape import NoLandscape, fit
+from mlflow_soup.search.landscape import NoLandscape
 from mlflow_soup.search.space import Space
 
 GRID = np.column_stack([1.0 - np.linspace(0.0, 1.0, 51), np.linspace(0.0, 1.0, 51)])
+
+
+def fit(trials):
+    """The landscape of some trials. A simplex shows the weights as they are, however many."""
+    return landscape.fit(Space.pair(0.0), trials)
 
 
 def pairs(*lams):
@@ -733,7 +738,7 @@ def test_the_band_is_wider_where_items_go_together():
     def band(scores):
         pairs = enumerate(zip(points, scores, strict=True))
         trials = [Trial(i, Recipe("linear", lam), score) for i, (lam, score) in pairs]
-        return landscape.fit(trials).predict(np.array([(0.45, 0.55)]))[1].item()
+        return fit(trials).predict(np.array([(0.45, 0.55)]))[1].item()
 
     # sorted by what changes between two trials, items of one cluster change together
     changes = np.array(scores[0].items[0].values) - np.array(scores[-1].items[0].values)

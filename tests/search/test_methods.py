@@ -12,7 +12,7 @@ import strategies as s
 from mlflow_soup.decision import pairing
 from mlflow_soup.records import Recipe, Score, Trial
 from mlflow_soup.request import spec
-from mlflow_soup.request.spec import Spec
+from mlflow_soup.request.spec import WINDOWS, Spec
 from mlflow_soup.search.methods import METHODS, lattice, resolution
 from mlflow_soup.search.space import Space
 
@@ -20,7 +20,12 @@ rows = pytest.mark.parametrize("name", METHODS)
 counts = pytest.mark.parametrize("count", [2, 3, 4])
 SEARCHES = [name for name, method in METHODS.items() if method.searches]
 MERGES = [name for name, method in METHODS.items() if method.merges]
-AT_ONCE = ["uniform", "fisher", "regmean"]  # these methods choose one fixed recipe, good or bad
+AT_ONCE = [
+    "uniform",
+    *WINDOWS,
+    "fisher",
+    "regmean",
+]  # these methods choose one fixed recipe, good or bad
 
 
 def request(count, **said):
@@ -30,7 +35,8 @@ def request(count, **said):
 
 def drive(name, spec, score, trials=()):
     """The history when a method has ended; `score` returns None if an evaluation fails."""
-    space, trials = Space.simplex(len(spec.parents), spec.least), list(trials)
+    count, trials = len(spec.parents), list(trials)
+    space = Space(count, Space.simplex(count, spec.least).alpha, tuple(range(1, count + 1)))
     while (recipe := METHODS[name].proceed(space, trials, spec)) is not None:
         trials.append(Trial(len(trials), recipe, score(recipe)))
         assert len(trials) < 999, "it does not end"
@@ -90,7 +96,7 @@ def test_parents_come_first_no_recipe_comes_twice_and_it_ends(name, count):
         asked = request(count, seed=seed, trials=count + 5)
         space, trials = drive(name, asked, by_chance(seed))
         found = recipes(trials)
-        assert tuple(found[:count]) == space.parents()
+        assert tuple(found[:count]) == space.alone()
         assert len({*found}) == len(found) <= most.get(name, asked.budget)
         assert all(sum(recipe.lam) == pytest.approx(1.0, abs=1e-9) for recipe in found)
 
@@ -106,7 +112,7 @@ def test_the_chosen_recipe_has_a_score(name, count):
         if name in SEARCHES:
             assert chosen.lam[-1] >= asked.least
         if name not in MERGES:
-            assert chosen in space.parents()
+            assert chosen in space.alone()
 
 
 @rows
@@ -134,14 +140,21 @@ def test_failed_merges_do_not_stop_a_method(name, count):
     space, trials = drive(name, asked, by_chance(0, fails=1.0))
     assert len(trials) > count or name not in MERGES
     if name not in AT_ONCE:
-        assert METHODS[name].choose(space, trials, asked) in space.parents()
+        assert METHODS[name].choose(space, trials, asked) in space.alone()
+
+
+# 1 : 3 : 5 : 7, and 0.7 of the next one
+BY_AGE = {
+    "wma": {2: (0.25, 0.75), 3: (0.1111, 0.3333, 0.5556), 4: (0.0625, 0.1875, 0.3125, 0.4375)},
+    "ema": {2: (0.4118, 0.5882), 3: (0.2237, 0.3196, 0.4567), 4: (0.1354, 0.1934, 0.2764, 0.3948)},
+}
 
 
 @pytest.mark.parametrize("name", AT_ONCE)
 @counts
 def test_a_fixed_recipe_is_chosen_good_or_bad(name, count):
-    method = "linear" if name == "uniform" else name
-    made = Recipe(method, even(count))
+    method = name if METHODS[name].needs else "linear"
+    made = Recipe(method, BY_AGE.get(name, {}).get(count, even(count)))
 
     def score(recipe):
         return Score(0.1 if recipe == made else 0.9, 0.01)
@@ -160,7 +173,7 @@ def test_only_searches_use_budget_seed_and_alpha(name):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_searches_evaluate_only_feasible_weights(name):
     space, trials = drive(name, request(3, alpha=0.6, trials=9, stop=0.0), by_chance(5))
-    apart = {*space.start()} if name == "bayesopt" else {*space.parents()}
+    apart = {*space.start()} if name == "bayesopt" else {*space.alone()}
     assert all(recipe.lam[-1] >= 0.6 for recipe in recipes(trials) if recipe not in apart)
     assert len(trials) > len(apart)
 
@@ -241,7 +254,7 @@ def test_greedy_is_the_recipe_of_the_paper(drawn, count, tie):
 @example(alpha=0.5, most=6)
 def test_a_pairs_grid_is_equally_spaced_from_alpha_to_1(alpha, most):
     found = list(lattice(Space.pair(alpha), most))
-    assert found[:2] == list(Space.pair(alpha).parents())
+    assert found[:2] == list(Space.pair(alpha).alone())
     assert len(found) == most
     lams = sorted(recipe.lam[-1] for recipe in found[1:])
     np.testing.assert_allclose(lams, np.linspace(alpha, 1.0, most - 1), atol=0.6e-4)
@@ -265,7 +278,7 @@ def test_a_pairs_grid_by_hand():
 def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
     space = Space.simplex(count, alpha)
     found = list(lattice(space, most))
-    assert found[:count] == list(space.parents())
+    assert found[:count] == list(space.alone())
     assert len(found) == len({*found}) <= max(most, count)
     # with α = 0 all corners are parents, else only the newest parent's corner
     extra = count - 1 if alpha else 0
@@ -295,7 +308,7 @@ def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
 def test_the_grid_evaluates_no_infeasible_merge(alpha, count, most):
     space = Space.simplex(count, alpha)
     found = list(lattice(space, most))
-    assert found[:count] == list(space.parents())
+    assert found[:count] == list(space.alone())
     assert len(found) <= max(most, count)
     assert all(space.feasible(recipe) for recipe in found[count:])
 

@@ -85,9 +85,9 @@ def test_merge_weights_are_between_0_and_1_and_sum_to_1(recipe):
 def test_the_last_weight_is_that_of_the_newest_parent():
     pair, three = Space.pair(0.5), Space.simplex(3, 0.5)
     assert pair.recipe(0.88) == Recipe("linear", (0.12, 0.88))
-    assert pair.parents() == (Recipe("linear", (1.0, 0.0)), Recipe("linear", (0.0, 1.0)))
+    assert pair.alone() == (Recipe("linear", (1.0, 0.0)), Recipe("linear", (0.0, 1.0)))
     assert pair.uniform() == Recipe("linear", (0.5, 0.5))
-    assert [recipe.lam for recipe in three.parents()] == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert [recipe.lam for recipe in three.alone()] == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     assert three.uniform() == Recipe("linear", (0.3333, 0.3333, 0.3334))
 
 
@@ -95,7 +95,7 @@ def test_the_last_weight_is_that_of_the_newest_parent():
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.7])
 def test_the_start_is_the_parents_and_the_uniform_soup(count, alpha):
     space = Space.simplex(count, alpha)
-    assert space.start() == (*space.parents(), space.uniform())
+    assert space.start() == (*space.alone(), space.uniform())
     assert len(set(space.start())) == count + 1
 
 
@@ -141,8 +141,8 @@ def test_candidates_are_distinct_and_include_all_corners_of_the_feasible_simplex
     corners = [*(np.diag(others).round(4).tolist()), [0.0] * (count - 1)]
     for corner, newest in zip(corners, [*[alpha] * (count - 1), 1.0], strict=True):
         assert (*corner, newest) in points
-    assert set(space.parents()) & set(map(space.recipe, points)) == {
-        recipe for recipe in space.parents() if space.feasible(recipe)
+    assert set(space.alone()) & set(map(space.recipe, points)) == {
+        recipe for recipe in space.alone() if space.feasible(recipe)
     }
 
 
@@ -242,7 +242,7 @@ def test_a_recipe_is_feasible_if_the_newest_parent_weighs_at_least_alpha(drawn, 
 
 @given(space=s.spaces(5))
 def test_the_newest_parent_is_always_feasible_and_older_ones_only_if_alpha_is_0(space):
-    *older, newest = space.parents()
+    *older, newest = space.alone()
     assert space.feasible(newest)
     assert {space.feasible(old) for old in older} == {space.alpha == 0.0}
 

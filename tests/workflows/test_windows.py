@@ -1,0 +1,324 @@
+"""Windows of a run on a real store: what is searched, what is merged, what is compared, tracked."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+
+import mlflow_soup
+import toy
+from conftest import fill, use
+from mlflow_soup import Spec, errors
+from mlflow_soup.evaluation import evaluator
+from mlflow_soup.records import Version
+from mlflow_soup.registry import naming
+from mlflow_soup.weights.digests import digest
+from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.weights.manifest import MANIFEST, parse_manifest
+from mlflow_soup.workflows.bench import open_version
+from test_cli import command
+
+NAME, COUNT, TOKENS = "run-llm", 7, 1000
+
+
+@pytest.fixture(scope="session")
+def trajectory(tmp_path_factory, trained, tasks):
+    """A database with seven noisy checkpoints, each of which says how many tokens it has seen."""
+    root = tmp_path_factory.mktemp("trajectory")
+    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    client = mlflow.MlflowClient()
+    client.create_experiment("soups", artifact_location=f"{root}/artifacts")
+    mlflow.set_experiment("soups")
+    seeds = range(1, COUNT + 1)
+    folders = [toy.save(toy.noisy(trained, seed, 0.9), root / f"v{seed}") for seed in seeds]
+    fill(client, folders, tasks, NAME)
+    client.delete_registered_model_tag(NAME, "soup.trials")
+    for number in seeds:
+        client.set_model_version_tag(NAME, str(number), "tokens_seen", str(TOKENS * number))
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def client(trajectory, tmp_path, monkeypatch):
+    return use(trajectory, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def searched(trajectory, tmp_path_factory):
+    """The same database after a search of all seven."""
+    root = tmp_path_factory.mktemp("searched")
+    shutil.copy(trajectory, root / "mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    mlflow.set_experiment("soups")
+    return root / "mlflow.db", mlflow_soup.run(Spec(model=NAME, last=COUNT))
+
+
+@pytest.fixture
+def outcome(searched, tmp_path, monkeypatch):
+    use(searched[0], tmp_path, monkeypatch)
+    return searched[1]
+
+
+def children(client, run_id, role):
+    query = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`soup.role` = '{role}'"
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return client.search_runs(experiments, query, max_results=1000)
+
+
+def manifest_of(client, version):
+    folder = open_version(client, version).parent.folder
+    return parse_manifest((folder / MANIFEST).read_bytes())
+
+
+# --- the main job
+
+
+def test_more_than_four_versions_are_searched_as_a_schedule_of_at_most_ten(client, outcome):
+    newest = (0.0,) * (COUNT - 1) + (1.0,)
+    assert outcome.trials[0].recipe.lam == newest
+    alone = [t for t in outcome.trials if max(t.recipe.lam) == 1.0]
+    assert [t.recipe.lam for t in alone] == [newest]  # no other version is scored alone
+    assert len(outcome.trials) <= 10
+    run = client.get_run(outcome.run_id)
+    duration, power = run.data.metrics["search/duration"], run.data.metrics["search/power"]
+    assert 0 < duration <= COUNT * TOKENS
+    # the weights, by the formula of the docs
+    begin = COUNT * TOKENS - duration
+    x = np.clip((TOKENS * np.arange(COUNT + 1) - begin) / duration, 0.0, 1.0)
+    np.testing.assert_allclose(outcome.soup.recipe.lam, np.diff(x**power), atol=2e-4)
+
+
+def test_only_versions_with_a_weight_are_parents_and_the_window_stays_on_record(client, outcome):
+    soup = outcome.soup
+    merged = [i + 1 for i, weight in enumerate(soup.recipe.lam) if weight]
+    assert 1 < len(merged) < COUNT
+    assert [parent.version.number for parent in soup.parents] == merged
+    manifest = manifest_of(client, soup.version)
+    assert [s.uri for s in manifest.sources] == [f"models:/{NAME}/{n}" for n in merged]
+    assert sum(source.lam for source in manifest.sources) == pytest.approx(1.0)
+    searched = [f"models:/{NAME}/{n}" for n in range(1, COUNT + 1)]
+    assert manifest.search["versions"] == searched
+    tags = client.get_model_version(NAME, str(soup.version.number)).tags
+    assert tags["soup.parents"] == ",".join(map(str, merged))
+    assert tags["soup.weights"] == naming.format_weights(soup.lam)
+
+
+def test_the_soup_is_the_merge_of_these_parents_bit_for_bit(client, outcome, tmp_path):
+    uris = [parent.version.uri for parent in outcome.soup.parents]
+    weights = ",".join(f"{weight:g}" for weight in outcome.soup.lam)
+    result = command("merge", *uris, "--weights", weights, "--out", str(tmp_path / "soup"))
+    assert result.exit_code == 0, result.output
+    assert digest(find_checkpoint(tmp_path / "soup", "soup")) == outcome.soup.digest
+    assert command("verify", outcome.soup.version.uri).exit_code == 0
+
+
+def test_the_gate_compares_a_few_parents_each_and_of_many_the_newest(client, outcome, tmp_path):
+    against = {check.against for check in outcome.verdict.checks}
+    parents = [parent.version for parent in outcome.soup.parents]
+    assert len(against) == 1
+    assert against <= set(parents)
+    (ood,) = children(client, outcome.run_id, "ood")
+    path = client.download_artifacts(ood.info.run_id, "evidence.json", str(tmp_path))
+    scored = json.loads(Path(path).read_text())["roles"]
+    examined = [r["version"] for role, r in scored.items() if role.startswith("parent")]
+    if len(parents) <= 4:
+        assert examined == [v.number for v in parents]
+    else:
+        assert examined == [COUNT]
+        assert against == {Version(NAME, COUNT)}
+
+
+def test_every_step_after_the_search_takes_the_soup(client, outcome):
+    options = ("--model", NAME, "--version", f"v{outcome.soup.version.number}")
+    assert command("evaluate", *options).exit_code == 0
+    gated = command("gate", *options)
+    assert gated.exit_code == (0 if outcome.verdict.passed else 3), gated.output
+    assert command("doctor", "--model", NAME).exit_code == 0
+
+
+def test_the_same_request_again_evaluates_nothing_and_finds_its_soup(client, outcome, monkeypatch):
+    monkeypatch.setattr(evaluator.Evaluator, "score", None)
+    again = mlflow_soup.run(Spec(model=NAME, last=COUNT))
+    assert again.soup == outcome.soup
+
+
+def test_the_report_shows_the_window_and_marks_the_chosen_trial(client, outcome):
+    run = client.get_run(outcome.run_id)
+    note = run.data.tags["mlflow.note.content"]
+    assert "The merged window is" in note
+    assert "length of the window, tokens seen" in note
+    chosen = [
+        r.data.params["weights"]
+        for r in children(client, outcome.run_id, "trial")
+        if r.data.tags.get("soup.chosen") == "yes"
+    ]
+    assert chosen == [json.dumps(outcome.soup.recipe.lam)]
+    assert run.data.metrics["search/lambda"] == outcome.soup.recipe.lam[-1]
+    assert run.data.metrics["search/best"] == outcome.soup.held_out.value
+    files = {f.path for f in client.list_artifacts(outcome.run_id)}
+    assert {"landscape.png", "landscape.svg", "report.md"} <= files
+
+
+# --- fixed rules
+
+
+@pytest.mark.parametrize(
+    ("said", "weights"),
+    [
+        ({"method": "wma"}, [1, 3, 5, 7, 9]),
+        ({"method": "ema", "ema": 0.5}, [1, 2, 4, 8, 16]),
+        ({"method": "wsm"}, [1, 1, 1, 1, 1]),
+        ({"method": "wsm", "decay": "2"}, [1, 3, 5, 7, 9]),
+        ({"method": "wsm", "decay": "minus-sqrt"}, np.diff(np.sqrt(range(6)))),
+    ],
+)
+def test_a_fixed_rule_scores_the_newest_and_its_merge(client, said, weights):
+    outcome = mlflow_soup.run(Spec(model=NAME, last=5, ood_tasks="", **said))
+    assert len(outcome.trials) == 2
+    wanted = np.array(weights) / np.sum(weights)
+    np.testing.assert_allclose(outcome.soup.recipe.lam, wanted, atol=2e-4)
+    assert outcome.gain.count == 100  # against the newest alone
+
+
+def test_power_one_is_the_plain_average_bit_for_bit(client):
+    two = [
+        mlflow_soup.run(Spec(model=NAME, last=6, ood_tasks="", method=method))
+        for method in ("uniform", "wsm")
+    ]
+    assert two[0].soup.recipe == two[1].soup.recipe
+    assert two[0].soup.digest == two[1].soup.digest
+
+
+def test_unequal_times_change_the_weights(client):
+    client.set_model_version_tag(NAME, "7", "tokens_seen", str(9 * TOKENS))
+    outcome = mlflow_soup.run(Spec(model=NAME, last=5, ood_tasks="", method="wsm"))
+    np.testing.assert_allclose(np.array(outcome.soup.recipe.lam) * 7, [1, 1, 1, 1, 3], atol=1e-3)
+
+
+def test_without_times_the_order_counts_and_the_report_says_so(client):
+    outcome = mlflow_soup.run(
+        Spec(model=NAME, last=5, ood_tasks="", method="wma", time_tag="nobody")
+    )
+    assert "No version has the tag" in outcome.summary
+    np.testing.assert_allclose(np.array(outcome.soup.recipe.lam) * 25, [1, 3, 5, 7, 9], atol=3e-3)
+
+
+@pytest.mark.parametrize(("tag", "words"), [(None, "is None"), ("many", "'many'"), ("1", "'1'")])
+def test_times_that_tell_no_order_are_refused(client, tag, words):
+    if tag is None:
+        client.delete_model_version_tag(NAME, "5", "tokens_seen")
+    else:
+        client.set_model_version_tag(NAME, "5", "tokens_seen", tag)
+    with pytest.raises(errors.SpecError, match=f"tokens_seen of {NAME} v5 is .*{words[-5:]}"):
+        mlflow_soup.run(Spec(model=NAME, last=5))
+
+
+def test_a_schedule_is_refused_where_the_method_knows_none(client):
+    with pytest.raises(errors.SpecError, match="greedy does not know schedules"):
+        mlflow_soup.run(Spec(model=NAME, last=5, method="greedy", space="schedule"))
+
+
+def test_the_simplex_of_many_versions_can_still_be_asked_for(client):
+    spec = Spec(model=NAME, last=5, ood_tasks="", space="simplex", trials=7)
+    outcome = mlflow_soup.run(spec)
+    assert [t.recipe.lam for t in outcome.trials[:5]] == [tuple(row) for row in np.eye(5)]
+
+
+# --- track
+
+
+def track(**said):
+    from mlflow_soup.workflows.track import track as workflow
+
+    return workflow(Spec(model=NAME, **said))
+
+
+def curve(client, run_id, key):
+    return {m.step: m.value for m in client.get_metric_history(run_id, key)}
+
+
+def counted(monkeypatch):
+    """The number of evaluations from now on, in a list of one."""
+    count, score = [0], evaluator.Evaluator.score
+
+    def counting(self):
+        count[0] += 1
+        return score(self)
+
+    monkeypatch.setattr(evaluator.Evaluator, "score", counting)
+    return count
+
+
+def test_track_scores_each_checkpoint_and_the_window_that_ends_there(client):
+    report = track(window=3)
+    steps = [TOKENS * number for number in range(1, COUNT + 1)]
+    raw, merged = (curve(client, report.run_id, f"{c}/toy_letters/acc") for c in ("raw", "merged"))
+    assert [*raw] == steps
+    assert [*merged] == steps[1:]  # before the second checkpoint nothing can be merged
+    same = mlflow_soup.run(Spec(model=NAME, last=3, method="uniform", ood_tasks=""))
+    assert merged[steps[-1]] == same.soup.held_out.value
+    assert raw[steps[-1]] == same.trials[2].held_out.value
+    rows = {row[0]: row for row in report.result.table.rows}
+    assert rows[f"v{COUNT}"][2:4] == (raw[steps[-1]], merged[steps[-1]])
+    assert rows[f"v{COUNT}"][4] == pytest.approx(merged[steps[-1]] - raw[steps[-1]])
+    assert len(client.search_model_versions(f"name='{NAME}'")) == COUNT + 1  # that of `run`
+
+
+def test_track_again_evaluates_only_what_is_new(client, tmp_path, trained, monkeypatch):
+    first, count = track(window=3), counted(monkeypatch)
+    assert track(window=3).run_id == first.run_id
+    assert count == [0]
+    from conftest import register
+
+    register(client, toy.save(toy.noisy(trained, 8, 0.9), tmp_path / "v8"), NAME)
+    client.set_model_version_tag(NAME, "8", "tokens_seen", str(8 * TOKENS))
+    report = track(window=3)
+    assert report.run_id == first.run_id
+    assert count == [2]
+    assert [*curve(client, report.run_id, "raw/objective")][-1] == 8 * TOKENS
+
+
+def test_track_takes_over_what_searches_have_scored(client, outcome, monkeypatch):
+    count = counted(monkeypatch)
+    report = track()  # the schedule that the search chose
+    assert "as the last search chose" in report.summary
+    merged = curve(client, report.run_id, "merged/objective")
+    assert merged[COUNT * TOKENS] == outcome.soup.held_out.value
+    assert count == [2 * COUNT - 1 - 2]  # the newest alone and its window are known
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_track_cut_short_anywhere_continues(client, monkeypatch, after):
+    score, done = evaluator.Evaluator.score, []
+
+    def dies(self):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(1)
+        return score(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator.Evaluator, "score", dies)
+        with pytest.raises(KeyboardInterrupt):
+            track(window=2)
+    count = counted(monkeypatch)
+    report = track(window=2)
+    assert count == [2 * COUNT - 1 - after]
+    assert len(curve(client, report.run_id, "merged/objective")) == COUNT - 1
+    runs = children(client, report.run_id, "look")
+    finished = [r for r in runs if r.info.status == "FINISHED"]
+    assert len(finished) == 2 * COUNT - 1
+
+
+def test_the_command_line_tracks_and_writes_copies(client, tmp_path):
+    result = command("track", "--model", NAME, "--last", "3", "--out", str(tmp_path / "copies"))
+    assert result.exit_code == 0, result.output
+    assert f"Checkpoints of {NAME}, raw and merged" in result.output
+    assert {p.name for p in (tmp_path / "copies").iterdir()} == {
+        "track.csv",
+        "track.md",
+        "track.png",
+    }
