@@ -232,6 +232,22 @@ def run(ctx: click.Context, /, **said: Any) -> None:
     ctx.exit(outcome.exit_code)
 
 
+@main.command(section=MAIN)
+@_knobs("track")
+def track(**said: Any) -> None:
+    """Score each checkpoint, and the merge of the window that ends there.
+
+    Two curves over the tokens seen, in one run: the merged one is less noisy, and tells earlier how
+    training goes and what a decay of the learning rate would give. Called again, the command adds
+    the checkpoints that are new. Nothing is registered.
+    """
+    spec = _spec(said)
+    with _heavy_imports():
+        from mlflow_soup.workflows.track import track as workflow
+
+    _say(workflow(spec).summary)
+
+
 @main.group(section=OTHER)
 def study() -> None:
     """The paper's experiments on your own versions.

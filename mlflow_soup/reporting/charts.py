@@ -124,6 +124,88 @@ def count(
 
 
 @literally
+def track(
+    steps: Sequence[int],
+    *,
+    raw: ArrayLike,
+    merged: ArrayLike,
+    stderr: ArrayLike,
+    unit: str,
+    label: str,
+) -> Figure:
+    """The scores of the checkpoints of a run, and of the windows that end there.
+
+    Args:
+        steps: when the n checkpoints were saved.
+        raw: the scores of the checkpoints alone, shape (n,).
+        merged: the scores of the merged windows, shape (n,).
+        stderr: the paired standard errors of merged minus raw, shape (n,).
+        unit: what the steps count.
+        label: the name of the score, for the axis.
+    """
+    mean, error = np.asarray(merged, float), np.asarray(stderr, float)
+    figure = _figure("Each checkpoint, and the merge of the window that ends there")
+    axes = figure.subplots()
+    axes.plot(steps, raw, "s--", color=GREY, markersize=4, label="checkpoint alone")
+    axes.plot(steps, mean, "o-", color=BLUE, markersize=4, label="merged window")
+    low, high = mean - 1.96 * error, mean + 1.96 * error
+    words = "95 % paired interval against the checkpoint"
+    axes.fill_between(steps, low, high, color=BLUE, alpha=0.15, lw=0, label=words)
+    axes.set_xlabel(unit)
+    axes.set_ylabel(_short(label))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    _legend(figure)
+    return figure
+
+
+@literally
+def schedule(
+    durations: Sequence[float],
+    powers: Sequence[float],
+    scores: ArrayLike,
+    *,
+    newest: float,
+    unit: str,
+    label: str,
+) -> Figure:
+    """A heat map of the score over the length of the window and the power of its decay.
+
+    Args:
+        durations: n lengths, ascending.
+        powers: m powers p, ascending.
+        scores: the scores, shape (m, n); NaN where the evaluation failed.
+        newest: the score of the newest version alone.
+        unit: what the lengths count.
+        label: the name of the score, for the colour bar.
+    """
+    grid = np.asarray(scores, float)
+    figure = _figure(
+        "Which window, and which decay?", 2.5 + 0.75 * len(durations), 2.2 + 0.5 * len(powers)
+    )
+    axes = figure.subplots()
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis", aspect="auto", origin="lower")
+    bar = figure.colorbar(image, label=_short(label))
+    bar.ax.ticklabel_format(useOffset=False)
+    bar.ax.axhline(newest, color=ORANGE, lw=2)
+    luminance = image.to_rgba(grid)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    for i, j in np.argwhere(np.isfinite(grid)):
+        ink = "black" if luminance[i, j] > 0.18 else "white"
+        axes.text(j, i, f"{grid[i, j]:.4f}", color=ink, ha="center", va="center", size=8)
+    handles: list[Artist] = [Line2D([], [], color=ORANGE, lw=2, label="newest version alone")]
+    if np.isfinite(grid).any():
+        i, j = divmod(int(np.nanargmax(grid)), len(durations))
+        text = f"best: {durations[j]:g}, p = {powers[i]:g}, {grid[i, j]:.4f}"
+        style = {"edgecolor": ORANGE, "lw": 3, "ls": (0, (2, 1)), "label": text}
+        handles.append(_outline(axes, i, j, **style))
+    axes.set_xticks(range(len(durations)), [f"{duration:g}" for duration in durations])
+    axes.set_yticks(range(len(powers)), [f"{p:g}" for p in powers])
+    axes.set_xlabel(f"length of the window, {unit}")
+    axes.set_ylabel("power p of the decay 1 − x^p")
+    _legend(figure, handles)
+    return figure
+
+
+@literally
 def landscape(
     names: tuple[str, str],
     lam: ArrayLike,

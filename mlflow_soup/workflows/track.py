@@ -1,0 +1,370 @@
+"""Score every checkpoint of a run, and the merge of the window that ends there.
+
+A checkpoint of a run at a constant rate is noisy, and the merge of a window is not (Li et al. 2025,
+PMA, arXiv:2505.12082): so the second curve shows earlier whether training still gets on, and what
+a decay of the learning rate would give. One MLflow run holds both curves. Nothing is registered.
+
+A later call adds the checkpoints that are new. What the curve holds decides nothing, so it is read
+from the runs of the experiment as they are.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from mlflow.entities import Run
+from tqdm import tqdm
+
+from mlflow_soup.decision import pairing
+from mlflow_soup.errors import NonFiniteError, SpecError
+from mlflow_soup.evaluation.compatibility import check_compatible
+from mlflow_soup.files.durable import check_writable
+from mlflow_soup.records import Cell, Difference, Recipe, Score, Table, Version
+from mlflow_soup.redaction import redacting
+from mlflow_soup.registry import lease, naming, tracking, versions
+from mlflow_soup.registry.alone import alone
+from mlflow_soup.registry.cache import lease_folder
+from mlflow_soup.registry.outages import asking
+from mlflow_soup.registry.store import Store
+from mlflow_soup.reporting import charts
+from mlflow_soup.request.spec import Spec
+from mlflow_soup.search import schedule
+from mlflow_soup.search.space import Array, Space
+from mlflow_soup.workflows.bench import Opened, load_suites, open_version, set_up
+from mlflow_soup.workflows.job import Job, Session, settle
+from mlflow_soup.workflows.pilots import Result, says, span
+from mlflow_soup.workflows.study import Report, tell
+from mlflow_soup.workflows.trials import measure, score_of
+
+logger = logging.getLogger("mlflow_soup")
+
+Point = tuple[int, str]  # a checkpoint's place in the trajectory, and the curve
+RAW, MERGED = "raw", "merged"
+WINDOW = 5  # checkpoints, if neither the user nor a search says another number
+
+
+@dataclass(frozen=True)
+class Window:
+    """How the window that ends at a checkpoint is merged.
+
+    Attributes:
+        words: what it is, in words.
+        weights: times of all checkpoints so far → their merge weights.
+    """
+
+    words: str
+    weights: Callable[[Sequence[float]], Array]
+
+
+def window_of(client: Store, spec: Spec, name: str, tag: str) -> Window:
+    """The window of the request, or else the one that the last search for a schedule chose.
+
+    Args:
+        client: the store's client.
+        spec: a settled spec.
+        name: the registered model.
+        tag: the version tag with the times; empty if the versions count as equally spaced.
+    """
+    found = None
+    if spec.window is None and not {"decay"} & spec.stated:
+        found = _last_search(client, name, tag, tracking.here(client, spec.experiment))
+    if found is not None:
+        duration, power = found
+        unit = tag.replace("_", " ") or "checkpoints"
+        return Window(
+            f"{duration:,g} {unit}, p = {power:.3g}, as the last search chose",
+            lambda times: schedule.weights(
+                times, min(duration, schedule.longest(times)), schedule.power(power)
+            ),
+        )
+    count, decay = spec.window or WINDOW, schedule.decay_of(spec.decay)
+
+    def weights(times: Sequence[float]) -> Array:
+        last = times[-count:]
+        found = schedule.weights(last, schedule.longest(last), decay)
+        return np.concatenate([np.zeros(len(times) - len(last)), found])
+
+    return Window(f"the last {count} checkpoints, decay {spec.decay}", weights)
+
+
+def _last_search(client: Store, name: str, tag: str, experiment: str) -> tuple[float, float] | None:
+    """Duration and power that the newest search for a schedule chose, in the same unit of time."""
+    tags = {naming.ROLE: "search", naming.MODEL: name}
+    for run in reversed(tracking.find_runs(client, tags, experiments=[experiment])):
+        chosen = [run.data.metrics.get(key) for key in (naming.DURATION, naming.POWER)]
+        duration, power = chosen
+        if duration and power and run.data.tags.get(naming.TIME_TAG, "") == tag:
+            return duration, power
+    return None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The checkpoints of a run, and how their windows are merged.
+
+    Attributes:
+        versions: the checkpoints, oldest first.
+        times: when they were saved, ascending.
+        window: how a window is merged.
+        tag: the version tag with the times; empty if the versions count as equally spaced.
+    """
+
+    versions: tuple[Version, ...]
+    times: tuple[float, ...]
+    window: Window
+    tag: str
+
+    @property
+    def unit(self) -> str:
+        """What the steps of the curves count."""
+        return self.tag.replace("_", " ") or "version"
+
+    def step(self, place: int) -> int:
+        """The step of a checkpoint's metrics: the tokens seen, or else the version's number."""
+        return round(self.times[place]) if self.tag else self.versions[place].number
+
+    def weights(self, point: Point) -> dict[int, float]:
+        """Place → merge weight of a point; of the first checkpoint, nothing can be merged."""
+        place, curve = point
+        if curve == RAW:
+            return {place: 1.0}
+        if place == 0:
+            return {}
+        merged = self.window.weights(self.times[: place + 1])
+        lam = Space(place + 1, 0.0).recipe(merged).lam
+        return {i: weight for i, weight in enumerate(lam) if weight}
+
+    @property
+    def points(self) -> list[Point]:
+        """All points of both curves, in the order of the checkpoints."""
+        both = [(place, curve) for place in range(len(self.versions)) for curve in (RAW, MERGED)]
+        return [point for point in both if self.weights(point)]
+
+
+@redacting()
+@asking("track the checkpoints")
+@alone()
+def track(spec: Spec) -> Report:
+    """Score every checkpoint, and the merge of the window that ends there; nothing is registered.
+
+    Args:
+        spec: the model, its versions, tasks and the window; without versions, all that are no
+            soups.
+
+    Raises:
+        SpecError: the request is wrong; nothing was changed.
+        ParentError: a version is missing, damaged, or does not match another.
+        StoreError: a store did not answer for too long; the same command continues.
+    """
+    client, name, spec = settle(spec, spec.parents)
+    spec = replace(spec, ood_tasks="", test_tasks="", method="wsm", space="simplex")
+    if spec.out:
+        check_writable(Path(spec.out))
+    trajectory = _trajectory(client, name, spec)
+    suites = load_suites(spec)
+    newest = open_version(client, trajectory.versions[-1])
+    bench = set_up(spec, newest.checkpoint, suites)
+    session = Session(client, spec, name, {trajectory.versions[-1]: newest}, bench)
+    request = {
+        "track": name,
+        "evaluator": bench.held_out.fingerprint,
+        "window": trajectory.window.words,
+        "times": trajectory.tag,
+    }
+    tags = {
+        "mlflow.runName": naming.run_name(f"track {name}"),
+        naming.ROLE: "track",
+        naming.KEY: naming.key_of(request),
+        naming.MODEL: name,
+    }
+    with lease.hold(client, name, tags[naming.KEY], lease_folder()) as check:
+        ours = {key: tags[key] for key in (naming.ROLE, naming.KEY)}
+        earlier = [run for run in tracking.find_runs(client, ours) if tracking.is_ours(run)]
+        with tracking.open_run(client, spec.experiment, tags, resumable=earlier) as run_id:
+            _log_request(client, run_id, spec, trajectory.window)
+            _extend(session, trajectory, run_id, check)
+            scored = _scored(client, run_id, trajectory)
+            result = _result(session, trajectory, scored)
+            return Report(result, run_id, tell(session, run_id, "track", result))
+
+
+def _trajectory(client: Store, name: str, spec: Spec) -> Trajectory:
+    """The checkpoints of the request.
+
+    Raises:
+        SpecError: there are fewer than two, or they have no times in ascending order.
+    """
+    if spec.parents:
+        found = [versions.resolve(client, name, ref) for ref in spec.parents]
+    else:
+        found = versions.checkpoints(client, name)[-(spec.last or 0) :]
+    if len(found) < max(spec.last or 2, 2):
+        raise SpecError(
+            f"{name} has only {len(found)} versions that are not soups",
+            where="--model, or --last",
+            fix="register the checkpoints of a run, each as a version",
+        )
+    times = versions.times(client, found, spec.time_tag)
+    tag = spec.time_tag if times else ""
+    window = window_of(client, spec, name, tag)
+    order = tuple(float(place) for place in range(1, len(found) + 1))
+    return Trajectory(tuple(found), times or order, window, tag)
+
+
+def _log_request(client: Store, run_id: str, spec: Spec, window: Window) -> None:
+    """Log the request as params, which can be written only once."""
+    if not client.get_run(run_id).data.params:
+        said = {f"cfg.{f.name}": getattr(spec, f.name) for f in fields(Spec)}
+        params = {k: v for k, v in said.items() if v not in ("", None) and v is not False}
+        tracking.log(client, run_id, params={**params, "window": window.words})
+
+
+def _scored(client: Store, run_id: str, trajectory: Trajectory) -> dict[Point, Run]:
+    """Point → the child of the track run that holds its score, or says why it has none."""
+    places = {f"{v.name}/{v.number}": place for place, v in enumerate(trajectory.versions)}
+    found = {}
+    for run in tracking.find_runs(client, {"mlflow.parentRunId": run_id}):
+        tags = run.data.tags
+        place, curve = places.get(tags.get(naming.VERSION, "")), tags.get(naming.POINT_OF, "")
+        if place is not None and (run.info.status == "FINISHED" or naming.FAILED in tags):
+            found[place, curve] = run
+    return found
+
+
+def _extend(
+    session: Session, trajectory: Trajectory, run_id: str, check: Callable[[], None]
+) -> None:
+    """Score the points that are missing, in order; each joins the curves at once.
+
+    Args:
+        session: the session; further versions are opened as they are needed.
+        trajectory: the checkpoints.
+        run_id: the track run.
+        check: raises if another process took over.
+    """
+    client, known = session.client, _scored(session.client, run_id, trajectory)
+    shown = {
+        curve: {m.step for m in client.get_metric_history(run_id, f"{curve}/objective")}
+        for curve in (RAW, MERGED)
+    }
+    for point, child in known.items():
+        if trajectory.step(point[0]) not in shown[point[1]]:
+            _show(client, run_id, trajectory, point, child)  # an earlier call was cut short here
+    missing = [point for point in trajectory.points if point not in known]
+    pool = _Pool(session, trajectory, dict(session.opened))
+    for point in tqdm(missing, desc="track", unit="model", disable=None):
+        check()
+        try:
+            made = _score(pool, run_id, point)
+        except NonFiniteError as error:
+            logger.warning(
+                "%s of %s is left out: %s", point[1], trajectory.versions[point[0]], error.what
+            )
+            continue
+        _show(client, run_id, trajectory, point, client.get_run(made))
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A session, and the versions of the trajectory that are open already."""
+
+    session: Session
+    trajectory: Trajectory
+    opened: dict[Version, Opened]
+
+    def job(self, point: Point) -> tuple[Job, Recipe]:
+        """The job that merges the versions of a point, and the recipe."""
+        lam, place = self.trajectory.weights(point), point[0]
+        if len(lam) == 1:  # a job has two versions or more
+            lam = {place - 1: 0.0, place: 1.0} if place else {0: 1.0, 1: 0.0}
+        chosen = [self.trajectory.versions[place] for place in lam]
+        for version in chosen:
+            if version not in self.opened:
+                opened = open_version(self.session.client, version)
+                newest = self.opened[self.trajectory.versions[-1]]
+                check_compatible([opened.checkpoint, newest.checkpoint])
+                self.opened[version] = opened
+        job = replace(self.session, opened=self.opened).job(chosen)
+        return job, Recipe("linear", tuple(lam.values()))
+
+
+def _score(pool: _Pool, run_id: str, point: Point) -> str:
+    """Score a point, and return the id of its run, a child of the track run.
+
+    Raises:
+        NonFiniteError: the score is not finite; the child says so.
+    """
+    place, curve = point
+    job, recipe = pool.job(point)
+    version = pool.trajectory.versions[place]
+
+    def gain(score: Score) -> dict[str, float]:
+        if curve == RAW:
+            return {}
+        its, alone = pool.job((place, RAW))
+        difference = pairing.paired(score, score_of(its, run_id, alone, its.bench.held_out))
+        return {naming.GAIN: difference.value, naming.GAIN_STDERR: difference.stderr}
+
+    words = f"{version}, {curve}"
+    tags = {naming.POINT_OF: curve, naming.VERSION: f"{version.name}/{version.number}"}
+    return measure(job, run_id, recipe, job.bench.held_out, name=words, tags=tags, more=gain)[1]
+
+
+def _show(client: Store, run_id: str, trajectory: Trajectory, point: Point, child: Run) -> None:
+    """Log the metrics of a point on the track run, with its time as the step."""
+    place, curve = point
+    found = {
+        key.removeprefix(f"{naming.HELD_OUT}/"): value
+        for key, value in child.data.metrics.items()
+        if key.startswith(f"{naming.HELD_OUT}/") and key not in (naming.STDERR, naming.TRUNCATED)
+    }
+    step = trajectory.step(place)
+    metrics = [tracking.metric(f"{curve}/{key}", value, step) for key, value in found.items()]
+    tracking.log(client, run_id, metrics=metrics)
+
+
+def _result(session: Session, trajectory: Trajectory, known: Mapping[Point, Run]) -> Result:
+    """Table, figure and words of both curves."""
+    rows: list[tuple[Cell, ...]] = []
+    gains: dict[int, Difference] = {}
+    for place, version in enumerate(trajectory.versions):
+        raw, merged = (_metrics(known.get((place, curve))) for curve in (RAW, MERGED))
+        row: list[Cell] = [version.short, trajectory.step(place)]
+        row += [raw.get(naming.OBJECTIVE), merged.get(naming.OBJECTIVE)]
+        if naming.GAIN in merged:
+            gains[place] = Difference(merged[naming.GAIN], merged[naming.GAIN_STDERR], 0)
+        row += span(gains[place]) if place in gains else (None, None, None)
+        rows.append(tuple(row))
+    columns = ("version", trajectory.unit, "raw", "merged", "Δ", "low", "high")
+    table = Table(columns, tuple(rows), {"raw": True, "merged": True})
+    figure = charts.track(
+        [trajectory.step(place) for place in range(len(rows))],
+        raw=[_number(row[2]) for row in rows],
+        merged=[_number(row[3]) for row in rows],
+        stderr=[gains[i].stderr if i in gains else math.nan for i in range(len(rows))],
+        unit=trajectory.unit,
+        label=f"held-out score: {', '.join(map(str, session.bench.suites.held_out.terms))}",
+    )
+    notes = [f"Merged: {trajectory.window.words}. The band is the 95 % paired interval of Δ."]
+    if not trajectory.tag:
+        notes.append("No version has the tag of --time-tag, so they count as equally spaced.")
+    if gains:
+        last = max(gains)
+        above = sum(gain.value > pairing.ROUNDING for gain in gains.values())
+        notes += [
+            f"The newest window, at {trajectory.versions[last]}: {says(gains[last])} against this "
+            "checkpoint alone.",
+            f"{above} of {len(gains)} windows score above their newest checkpoint.",
+        ]
+    return Result(f"Checkpoints of {session.name}, raw and merged", table, figure, notes)
+
+
+def _metrics(run: Run | None) -> Mapping[str, float]:
+    return {} if run is None else run.data.metrics
+
+
+def _number(cell: Cell) -> float:
+    return cell if isinstance(cell, float) else math.nan
