@@ -43,15 +43,9 @@ def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
         SpecError: `folder` exists and is not empty, or cannot be written.
     """
     folder = Path(os.path.abspath(folder))
-    taken = SpecError(
-        f"{folder} exists already",
-        where=where,
-        fix="name a folder that does not exist, or delete this one",
-    )
+    taken = _taken(folder, where)
+    check_absent(folder, where)
     try:
-        there = folder.is_symlink() or folder.exists()
-        if there and (folder.is_symlink() or folder == Path.cwd() or any(folder.iterdir())):
-            raise taken
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial, lock = _claim(folder)
     except NotADirectoryError as error:
@@ -71,6 +65,35 @@ def staged(folder: Path, where: str = "--out") -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+
+
+def check_absent(folder: Path, where: str = "--out") -> None:
+    """Refuse a folder for `staged` that exists and is not empty; nothing is made.
+
+    Args:
+        folder: the folder.
+        where: the option or place that errors name.
+
+    Raises:
+        SpecError: it exists and is not empty, or cannot be looked at.
+    """
+    folder = Path(os.path.abspath(folder))
+    try:
+        there = folder.is_symlink() or folder.exists()
+        if there and (folder.is_symlink() or folder == Path.cwd() or any(folder.iterdir())):
+            raise _taken(folder, where)
+    except NotADirectoryError as error:
+        raise _taken(folder, where) from error
+    except OSError as error:
+        raise _unwritable(folder, where, error) from error
+
+
+def _taken(folder: Path, where: str) -> SpecError:
+    return SpecError(
+        f"{folder} exists already",
+        where=where,
+        fix="name a folder that does not exist, or delete this one",
+    )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ formats stay behind: they are about the parent, or they are no part of a model.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,22 @@ TOKENIZERS = (
     *("merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json", "word_*.json"),
     *("normalizer.json", "prophetnet.tokenizer"),
 )
+# what transformers loads beside the weights
+_OF_MODEL = (
+    *("config.json", "generation_config.json", INDEX, "processor_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+)
+_LICENCES = ("*licen[cs]e*", "*copying*", "notice*", "*use_policy*", "*terms_of_use*")
 # lower-case names of files that a soup takes over, in any folder of `_homes`
 BELONGS = (
     *TOKENIZERS,
-    # what transformers loads
-    *("config.json", "generation_config.json", INDEX, "processor_config.json"),
-    *("preprocessor_config.json", "video_preprocessor_config.json"),
+    *_OF_MODEL,
     # what sentence-transformers loads
     *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json"),
     # what MLflow loads
     *("mlmodel", "conda.yaml", "python_env.yaml", "requirements.txt"),
     *("input_example*", "serving_input_example.json"),
-    # licences
-    *("*licen[cs]e*", "*copying*", "notice*", "*use_policy*", "*terms_of_use*"),
+    *_LICENCES,
 )
 AUTO_MAP = "auto_map"  # a field of configs that names code
 _CODE = "code"  # MLflow puts this folder on Python's path
@@ -48,12 +51,26 @@ _PIECE = 1 << 20  # bytes that are copied at a time
 
 def belongs(name: str) -> bool:
     """Whether a file of this name is part of a model."""
-    return any(fnmatch(name.lower(), pattern) for pattern in BELONGS)
+    return _is_one_of(BELONGS, name)
 
 
 def is_of_tokenizer(name: str) -> bool:
     """Whether a tokenizer may load a file of this name."""
-    return any(fnmatch(name.lower(), pattern) for pattern in TOKENIZERS)
+    return _is_one_of(TOKENIZERS, name)
+
+
+def is_of_model(name: str) -> bool:
+    """Whether transformers may load a file of this name beside the weights."""
+    return _is_one_of(_OF_MODEL, name)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of this name is a licence."""
+    return _is_one_of(_LICENCES, name)
+
+
+def _is_one_of(patterns: Sequence[str], name: str) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in patterns)
 
 
 def copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
@@ -70,9 +87,7 @@ def copy_the_rest(donor: Checkpoint, folder: Path) -> Path:
         target = folder / path.relative_to(donor.root)
         with on_disk(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as copy:
-                for piece in _taken(path, donor.label):
-                    copy.write(piece)
+        copy_as_taken(path, donor.label, target)
     weights = folder / donor.weights.relative_to(donor.root)
     with on_disk(weights):
         weights.mkdir(parents=True, exist_ok=True)
@@ -98,6 +113,21 @@ def _taken_over(donor: Checkpoint) -> Iterator[Path]:
             yield path
 
 
+def copy_as_taken(path: Path, label: str, target: Path) -> str:
+    """Copy a file as a soup takes it over; return the SHA-256 of the copy.
+
+    Raises:
+        ParentError: the file is no plain file, or cannot be read.
+        StoreError: the disk is full or fails.
+    """
+    sha256 = hashlib.sha256()
+    with on_disk(target), target.open("wb") as copy:
+        for piece in _taken(path, label):
+            sha256.update(piece)
+            copy.write(piece)
+    return sha256.hexdigest()
+
+
 def digest_of_copy(path: Path, label: str) -> str:
     """SHA-256 of a file as a soup takes it over."""
     sha256 = hashlib.sha256()
@@ -109,9 +139,9 @@ def digest_of_copy(path: Path, label: str) -> str:
 def _taken(path: Path, label: str) -> Iterator[bytes]:
     """The content that a soup takes over: without fields that name code, which stays behind."""
     if not path.name.endswith("config.json"):
-        yield from _pieces(path, label)
+        yield from pieces(path, label)
         return
-    content = b"".join(_pieces(path, label))
+    content = b"".join(pieces(path, label))
     if AUTO_MAP.encode() in content:
         try:
             config = parse_json(content)
@@ -130,7 +160,7 @@ def _drop_code(config: Any) -> bool:
     return config.pop(AUTO_MAP, None) is not None or any(inside)
 
 
-def _pieces(path: Path, label: str) -> Iterator[bytes]:
+def pieces(path: Path, label: str) -> Iterator[bytes]:
     """The content of a regular file, piece by piece: it may be larger than the memory."""
     try:
         with readable(label), open_regular(path) as file:

@@ -40,11 +40,11 @@ from mlflow_soup.workflows.proof import (
     Proven,
     Standard,
     decide,
-    mismatch,
     read_proof,
     rules_of,
     settle_rules,
 )
+from mlflow_soup.workflows.verify import mismatch
 
 _LONG_S = 86400.0  # a run without a lease that is older than a day is probably abandoned
 
@@ -474,7 +474,7 @@ def _proofs(model: _Registered) -> Iterator[Complaint]:
         # a parent that is gone has a complaint of its own
         if differing := [finding for finding in wrong if finding.verdict == "MISMATCH"]:
             yield Complaint(
-                mismatch(version, differing).what,
+                mismatch(str(version), version.uri, differing).what,
                 "somebody changed files or tags after the soup was registered, or the artifact "
                 "store is faulty",
                 f"do not use {version} before you know why; mlflow-soup verify "

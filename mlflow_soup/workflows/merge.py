@@ -104,10 +104,7 @@ def merge_checkpoints(
     names = [os.fspath(parent) for parent in parents]
     lam = [float(weight) for weight in weights]
     _check_weights(names, lam)
-    if _URI.match(os.fspath(out)):
-        raise SpecError(
-            f"{os.fspath(out)} is not a folder", where="--out", fix="name a local folder"
-        )
+    check_local(out)
     origins = [fetch(name, "PARENT") for name in names]
     checkpoints = [
         find_checkpoint(origin.folder, name, with_tokenizer=False)
@@ -117,14 +114,40 @@ def merge_checkpoints(
         checkpoint.tell_passed_over()
     check_compatible(checkpoints)
     for origin in origins:
-        if Path(out).resolve().is_relative_to(origin.folder.resolve()):
-            raise SpecError(
-                f"--out is inside the folder of parent {origin.uri}",
-                where=f"--out {os.fspath(out)}",
-                fix="name a folder outside the parent",
-            )
+        check_outside(out, origin, f"parent {origin.uri}")
     with staged(Path(out)) as folder:
         return make(checkpoints, origins, lam, folder, digests=digests)
+
+
+def check_local(out: str | os.PathLike[str]) -> None:
+    """Refuse a URI where a local folder is to be written.
+
+    Raises:
+        SpecError: it is one.
+    """
+    if _URI.match(os.fspath(out)):
+        raise SpecError(
+            f"{os.fspath(out)} is not a folder", where="--out", fix="name a local folder"
+        )
+
+
+def check_outside(out: str | os.PathLike[str], origin: Origin, what: str) -> None:
+    """Refuse to write into the folder of a checkpoint, which may be the store's own.
+
+    Args:
+        out: the folder to write.
+        origin: the checkpoint.
+        what: what it is, in words.
+
+    Raises:
+        SpecError: `out` is inside it.
+    """
+    if Path(out).resolve().is_relative_to(origin.folder.resolve()):
+        raise SpecError(
+            f"--out is inside the folder of {what}",
+            where=f"--out {os.fspath(out)}",
+            fix="name a folder outside it",
+        )
 
 
 def _check_weights(parents: Sequence[str], lam: Sequence[float]) -> None:

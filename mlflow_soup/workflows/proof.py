@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 from mlflow_soup.decision import gate as gates
-from mlflow_soup.errors import GateError, MismatchError, SpecError
+from mlflow_soup.errors import GateError, SpecError
 from mlflow_soup.evaluation.items import Part, all_items, asked
 from mlflow_soup.evaluation.loading import open_tokenizer
 from mlflow_soup.evaluation.suite import load_suite, named_terms, replaced_by
@@ -36,7 +36,7 @@ from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.provenance import Origin
 from mlflow_soup.workflows.bench import Opened, judged, open_version, prompting_of, rivals
 from mlflow_soup.workflows.merge import fetch
-from mlflow_soup.workflows.verify import inspect, read_manifest
+from mlflow_soup.workflows.verify import inspect, mismatch, read_manifest
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def prove(
     """
     proven, wrong = read_proof(client, version, at_hand=at_hand, blend=blend)
     if wrong := [finding for finding in wrong if finding is not proven.tags]:
-        raise mismatch(version, wrong)
+        raise mismatch(str(version), version.uri, wrong)
     return proven
 
 
@@ -314,7 +314,7 @@ def check_tags(proven: Proven) -> None:
         MismatchError: they do.
     """
     if proven.tags.verdict != "ok":
-        raise mismatch(proven.version, [proven.tags])
+        raise mismatch(str(proven.version), proven.version.uri, [proven.tags])
 
 
 def _is_allowed(finding: Finding, manifest: Manifest) -> bool:
@@ -323,17 +323,6 @@ def _is_allowed(finding: Finding, manifest: Manifest) -> bool:
         "merged again",
         "skipped",
     ) and manifest.method != "linear"
-
-
-def mismatch(version: Version, wrong: Sequence[Finding]) -> MismatchError:
-    """The error for a soup that is not what its manifest says."""
-    said = [f"{f.what}: {'; '.join(f.details[:3])}" for f in wrong]
-    return MismatchError(
-        f"{version} is not what its manifest says: {' | '.join(said)}",
-        where=version.uri,
-        fix="do not use this version: somebody changed its files, tags or parents; mlflow-soup "
-        f"verify {shlex.quote(version.uri)} shows all differences",
-    )
 
 
 def decide(

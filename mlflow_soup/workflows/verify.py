@@ -1,6 +1,7 @@
 """Check a soup against its manifest: its files, its tags, its parents, and their mixture."""
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,23 @@ def read_manifest(origin: Origin) -> Manifest:
             fix="do not use this soup: someone changed it, or another version of mlflow-soup "
             "made it",
         ) from error
+
+
+def mismatch(name: str, uri: str, wrong: Sequence[Finding]) -> MismatchError:
+    """The error for a soup that is not what its manifest says.
+
+    Args:
+        name: the soup, in words.
+        uri: what `verify` takes.
+        wrong: the findings that say so.
+    """
+    said = [f"{f.what}: {'; '.join(f.details[:3])}" for f in wrong]
+    return MismatchError(
+        f"{name} is not what its manifest says: {' | '.join(said)}",
+        where=uri,
+        fix="do not use this version: somebody changed its files, tags or parents; mlflow-soup "
+        f"verify {shlex.quote(uri)} shows all differences",
+    )
 
 
 def _finding(what: str, wrong: Sequence[str], *sound: str) -> Finding:
