@@ -13,12 +13,22 @@ from mlflow_soup.redaction import redact_record
 from mlflow_soup.request.spec import Spec
 
 if TYPE_CHECKING:
+    from mlflow_soup.workflows.export import export
     from mlflow_soup.workflows.merge import merge_checkpoints
     from mlflow_soup.workflows.run import run
     from mlflow_soup.workflows.study import run_study
     from mlflow_soup.workflows.verify import verify
 
-__all__ = ["Outcome", "SoupError", "Spec", "merge_checkpoints", "run", "run_study", "verify"]
+__all__ = [
+    "Outcome",
+    "SoupError",
+    "Spec",
+    "export",
+    "merge_checkpoints",
+    "run",
+    "run_study",
+    "verify",
+]
 
 logging.getLogger("mlflow_soup").addFilter(redact_record)
 
@@ -37,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from mlflow_soup.workflows.merge import merge_checkpoints
 
         return merge_checkpoints
+    if name == "export":
+        from mlflow_soup.workflows import export
+
+        return export.export
     if name == "verify":
         from mlflow_soup.workflows import verify
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
@@ -386,6 +387,7 @@ def quickstart(ctx: click.Context, /, promote: str, trials: int | None, **option
     )
     outcome = workflow.run(spec)
     _say(outcome.summary)
+    _say(f"to serve it, run: mlflow-soup export {outcome.soup.version.uri} --out served")
     ctx.exit(outcome.exit_code)
 
 
@@ -456,6 +458,80 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
     manifest = merge_checkpoints(parents, lam, out, digests=digests)
     shares = " + ".join(f"{source.lam:g} × {source.uri}" for source in manifest.sources)
     _say(f"{out} = {shares}")
+
+
+@main.command(section=SOUPS)
+@click.argument("uri")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write; it must not exist.",
+)
+@click.option(
+    "--base-model",
+    default="",
+    metavar="ID[,ID]",
+    help="Models on the Hugging Face Hub that the card names as base models.  [default: none]",
+)
+@click.option(
+    "--experiment",
+    default="",
+    help="MLflow experiment whose scores count. Default: as for gate.",
+)
+@click.option(
+    "--public-key",
+    default="",
+    metavar="FILE[,FILE]",
+    help="PEM files with public keys, one of which must have signed all files. Only scores that "
+    "one of them signed count.",
+)
+@click.option(
+    "--allow-missing",
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    metavar="[YES|NO]",
+    help="Export a soup whose parents are gone; its card says that they were not merged again.  "
+    "[default: no]",
+)
+def export(
+    uri: str, out: Path, base_model: str, experiment: str, public_key: str, allow_missing: bool
+) -> None:
+    """Write a version as one flat Hugging Face folder.
+
+    URI is models:/my-llm/14, models:/my-llm@champion or a folder; a soup or any checkpoint. A
+    soup is verified first. The folder holds weights, tokenizer and a model card, whatever the
+    layout in the registry: from_pretrained, lm_eval, serving tools and the Hub take it.
+    """
+    _use_one_thread()
+    with _heavy_imports():
+        from mlflow_soup.workflows.export import export as write
+
+    named = [name.strip() for name in base_model.split(",") if name.strip()]
+    told = write(
+        uri,
+        out,
+        base_models=named,
+        experiment=experiment,
+        public_key=public_key,
+        allow_missing=allow_missing,
+    )
+    _say(f"{out} = {told.name}")
+    for words in told.checked:
+        _say(redact_line(f"  checked: {words}"))
+    for words in told.unchecked:
+        _say(redact_line(f"  NOT checked: {words}"))
+    _say(f"  scores in the card: {', '.join(told.scores) or f'none, {told.unscored}'}")
+    _say(f"to serve it: {_how_to_serve(out)}")
+
+
+def _how_to_serve(folder: str | Path) -> str:
+    """The commands that serve a flat folder; `mlflow models serve` needs a file MLmodel."""
+    where = shlex.quote(str(folder))
+    needs = f"(pip install 'transformers[serving]'; or: vllm serve {where})"
+    return f"transformers serve {where}    {needs}"
 
 
 @main.command(section=OTHER)

@@ -50,6 +50,7 @@ HOMES = {
     },
     "safetensors": {"weights", "statistics"},
     "torch": {"files.writer", "weights", "evaluation", "statistics", "quickstart"},
+    "huggingface_hub": {"reporting.card"},
     "model_signing": {"weights.signature"},
     "click": {"cli"},
     "cloup": {"cli"},

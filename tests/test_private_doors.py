@@ -71,6 +71,7 @@ PUBLIC = {
     *("model_signing", "model_signing.hashing", "model_signing.manifest"),
     *("model_signing.signing", "model_signing.verifying"),
     *("transformers", "torch", "torch.nn", "torch.nn.modules.module", "datasets"),
+    *("huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils"),
     *("tokenizers", "tqdm", "detect_secrets.plugins"),
     *("safetensors", "safetensors.torch", "jinja2", "jinja2.sandbox", "jinja2.exceptions"),
     *("boto3.exceptions", "botocore.exceptions", "requests", "requests.exceptions"),

@@ -143,6 +143,22 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
         return load_tokenizer(checkpoint)
 
 
+def reads_alike(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether the tokenizers of two checkpoints make the same tokens of a text.
+
+    The config of a model beside the tokenizer can make transformers choose another class for it.
+
+    Raises:
+        ParentError: transformers cannot load one of them, or it takes more than its limits.
+    """
+    found = []
+    for checkpoint in (one, other):
+        tokenizer = open_tokenizer(checkpoint)
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        found.append((list(tokenizer(_PROBE)["input_ids"]), special))
+    return found[0] == found[1]
+
+
 @contextlib.contextmanager
 def _refusing(what: str, checkpoint: Checkpoint) -> Iterator[None]:
     """Turn a LimitError of a fork into the error for a config or a tokenizer."""

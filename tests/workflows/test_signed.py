@@ -100,6 +100,17 @@ def test_a_signed_soup_is_verified_by_us_and_by_anybody_and_promoted(
     assert aliases(measured) == {"live": 4}
 
 
+def test_a_signed_soup_is_exported_with_the_scores_that_were_signed(measured, key, tmp_path):
+    with pytest.raises(errors.MismatchError, match="is not signed as a whole"):
+        mlflow_soup.export(SOUP.uri, tmp_path / "out", public_key=key)
+    assert not (tmp_path / "out").exists()
+    _, name = sign(public_key=key)
+    told = mlflow_soup.export(SOUP.uri, tmp_path / "out", public_key=key)
+    assert f"All of its files are signed by the key `{name}`." in told.checked
+    assert set(told.scores) == {"toy_digits:acc", "toy_digits_bpb:bits_per_byte"}
+    assert not (tmp_path / "out" / "model.sig").exists()  # it is one of the tree, not of this
+
+
 def test_another_key_refuses_and_a_second_signature_replaces_the_first(
     measured, key, tmp_path, monkeypatch
 ):
