@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mlflow_soup.decision import gate as gates
 from mlflow_soup.errors import MismatchError, ParentError
-from mlflow_soup.evaluation.loading import reads_alike
 from mlflow_soup.files.durable import check_absent, check_writable, on_disk, staged
 from mlflow_soup.files.signing import Verifier, open_verifier
 from mlflow_soup.records import Examination, Finding, Manifest, Score
@@ -281,7 +280,12 @@ def _check_flat(folder: Path, checkpoint: Checkpoint) -> None:
         ParentError: it is.
     """
     flat = find_checkpoint(folder, checkpoint.label)
-    if checkpoint.tokenizer != checkpoint.weights and not reads_alike(checkpoint, flat):
+    if checkpoint.tokenizer == checkpoint.weights:
+        return
+    # importing transformers takes longer than the export of a gigabyte
+    from mlflow_soup.evaluation.loading import reads_alike
+
+    if not reads_alike(checkpoint, flat):
         raise ParentError(
             f"the tokenizer of {checkpoint.label} makes other tokens beside the model's config "
             "than in its own folder",

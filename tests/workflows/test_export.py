@@ -30,6 +30,7 @@ import toy
 from conftest import MODEL, folder_of, register
 from mlflow_soup import errors
 from mlflow_soup.cli import main
+from mlflow_soup.evaluation import loading
 from mlflow_soup.files import durable
 from mlflow_soup.records import Manifest, Source, Version
 from mlflow_soup.registry.store import Store
@@ -275,7 +276,7 @@ def test_two_licences_of_one_name_are_not_mixed_up(folder, tmp_path):
 def test_a_tokenizer_that_reads_otherwise_beside_the_config_is_refused(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(workflow, "reads_alike", lambda one, other: one.tokenizer == other.weights)
+    monkeypatch.setattr(loading, "reads_alike", lambda one, other: one.tokenizer == other.weights)
     assert export(folder, "--out", tmp_path / "plain").exit_code == 0
     done = export(split(folder), "--out", tmp_path / "out")
     assert done.exit_code == 4
