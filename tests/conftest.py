@@ -62,7 +62,12 @@ COSTLY = (
     *("faults/test_faults.py", "hostile/test_secrets.py", "test_quickstart.py", "test_cli.py"),
     *("workflows/test_signed.py", "search/test_ask.py", "hostile/test_hostile.py"),
     *("workflows/test_job.py", "workflows/test_doctor.py", "hostile/test_task_folders.py"),
-    *("test_mlproject.py", "registry/test_lease.py", "registry/test_versions.py"),
+    *(
+        "workflows/test_export.py",
+        "test_mlproject.py",
+        "registry/test_lease.py",
+        "registry/test_versions.py",
+    ),
 )
 FIGURES = pytest.StashKey[dict[str, object]]()
 

@@ -136,7 +136,7 @@ def test_a_version_of_any_layout_becomes_a_folder_with_equal_logits(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_gives_the_scores_of_the_card_digit_for_digit(outcome, tasks, tmp_path):
+def test_lm_eval_gives_the_scores_of_the_card(outcome, tasks, tmp_path):
     done = export(f"models:/{MODEL}@champion", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "NOT checked" not in done.output
@@ -154,7 +154,8 @@ def test_lm_eval_gives_the_scores_of_the_card_digit_for_digit(outcome, tasks, tm
     told = {r.dataset_name: (r.metric_name, r.metric_value) for r in data.eval_results}
     assert set(told) == {"toy_digits", "toy_digits_bpb"}
     for task, (metric, value) in told.items():
-        assert found["results"][task][metric] == value
+        # equal here; sums of other CPUs may differ in the last digits
+        assert found["results"][task][metric] == pytest.approx(value, abs=1e-6)
 
 
 def test_the_card_is_one_that_the_hub_takes(outcome, tmp_path):
