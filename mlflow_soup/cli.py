@@ -5,7 +5,7 @@ import gc
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +19,7 @@ from mlflow_soup.errors import SoupError, SpecError
 from mlflow_soup.files.untrusted import parse_yaml
 from mlflow_soup.redaction import guard_process, purge, redact, redact_line
 from mlflow_soup.registry.family import FORMATS
+from mlflow_soup.request import orders
 from mlflow_soup.request.knobs import as_written, kind, option
 from mlflow_soup.request.names import check_name, parse_uri
 from mlflow_soup.request.spec import NAMINGS, STUDIES, Spec
@@ -247,6 +248,102 @@ def track(**said: Any) -> None:
         from mlflow_soup.workflows.track import track as workflow
 
     _say(workflow(spec).summary)
+
+
+@main.command(section=MAIN)
+@cloup.option_group(
+    "When",
+    cloup.option(
+        "--poll",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="Seconds between two looks at the registry.  [default: 30]",
+    ),
+    cloup.option(
+        "--listen",
+        default="",
+        metavar="HOST:PORT",
+        help="Also look when MLflow's webhook says that a version was made. The environment "
+        "variable MLFLOW_SOUP_WEBHOOK_SECRET holds the secret of the webhook.",
+    ),
+    cloup.option(
+        "--since",
+        default="",
+        metavar="VERSION",
+        help="At the first start, begin with this version.  [default: the newest]",
+    ),
+    cloup.option(
+        "--once",
+        type=bool,
+        is_flag=False,
+        flag_value=True,
+        default=False,
+        metavar="[YES|NO]",
+        help="Handle what has arrived, and end.  [default: no]",
+    ),
+)
+@_knobs("watch")
+@click.pass_context
+def watch(
+    ctx: click.Context, /, poll: float, listen: str, since: str, once: bool, **said: Any
+) -> None:
+    """Do what the model's policy says, whenever a checkpoint is registered.
+
+    Tag soup.on_version of the registered model holds one or more command lines, such as
+    run --last 2 --promote alias:champion, separated by ; or new lines. Each checkpoint is handled
+    once, in the order of the versions, and told in one line. Soups are no checkpoints.
+
+    A tag may set what a policy tag may set, and the versions and the alias of the same model. The
+    options below are yours alone. SIGTERM ends the watch with exit code 0; the same command then
+    goes on where it stopped.
+    """
+    spec = _spec(said)
+    try:
+        with _heavy_imports():
+            from mlflow_soup.workflows import watch as workflow
+
+        code = workflow.watch(
+            spec, read_orders, click.echo, poll_s=poll, listen=listen, since=since, once=once
+        )
+    except Terminated as stop:
+        if stop.signum != signal.SIGTERM:
+            raise
+        click.echo("the watch has ended; the same command goes on", err=True)
+        code = 0
+    ctx.exit(code)
+
+
+def read_orders(text: str, model: str) -> list[orders.Order]:
+    """What tag `soup.on_version` of a model says, read by the options of the commands themselves.
+
+    Raises:
+        SpecError: it cannot be followed.
+    """
+    known = [name for name in orders.COMMANDS if name in main.commands]
+    found = []
+    for words in orders.split(text):
+        orders.check_command(words[0], known)
+        order = orders.Order(shlex.join(words), words[0], _read_line(words))
+        found.append(orders.check(order, model))
+    return found
+
+
+def _read_line(words: Sequence[str]) -> dict[str, Any]:
+    """The knobs that a line of the tag sets. Only options that may stand there are known."""
+    line, able = shlex.join(words), {f.name for f in fields(Spec) if orders.may_stand(f)}
+    command = main.commands[words[0]]
+    options = [param for param in command.params if param.name in able]
+    settings = {"token_normalize_func": main.context_settings["token_normalize_func"]}
+    bare = click.Command(words[0], settings, params=options, add_help_option=False)
+    try:
+        params = bare.make_context(words[0], list(words[1:])).params
+    except click.NoSuchOption as error:
+        taken = next((p.name for p in command.params if error.option_name in p.opts), "")
+        raise orders.misread(line, error.message, taken or "") from error
+    except click.ClickException as error:
+        raise orders.misread(line, error.format_message()) from error
+    return {name: value for name, value in params.items() if value not in (None, "")}
 
 
 @main.group(section=OTHER)

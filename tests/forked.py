@@ -69,6 +69,11 @@ class Play:
     def send_signal(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
+    def said(self) -> str:
+        """Its standard output so far."""
+        path = Path(self._out.name, "stdout")
+        return path.read_text() if path.exists() else ""
+
     def finish(self, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Its exit code, and all it has said."""
         self._process.join(timeout)

@@ -45,6 +45,8 @@ STUDY = "soup.study"  # the study run that a search belongs to
 ATTEMPT = "soup.attempt"  # names one attempt to create something; it finds what a lost answer made
 NOTE = "soup.note"  # SHA-256 of the description that mlflow-soup wrote; others' words are kept
 ORPHANED_BY = "soup.orphaned_by"  # the run that continues this one, which was cut short
+# tag of registered models; the policy has one for each knob besides
+ON_VERSION = "soup.on_version"  # what `watch` does when a checkpoint arrives: "run --last 2"
 # tag of the experiment of a registered model's ledger: the ledger's run
 LEDGER = "soup.ledger"
 # metrics of search runs

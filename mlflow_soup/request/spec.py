@@ -88,7 +88,7 @@ class Spec:
         MERGE,
         "",
         "Registered model. Default: MLFLOW_SOUP_MODEL, or the only model that has these versions.",
-        f"run evaluate gate sign promote {_ALL}",
+        f"run watch evaluate gate sign promote {_ALL}",
     )
     pair: Written[Sequence[str | int]] = knob(
         MERGE,
@@ -227,7 +227,7 @@ class Spec:
         SEARCH,
         0,
         "Seed of all random draws.",
-        f"heldout {_SEARCHING}",
+        f"watch heldout {_SEARCHING}",
         range=whole(0),
     )
     greedy_tie: str = knob(
@@ -243,7 +243,7 @@ class Spec:
         "",
         "Text file for Fisher and RegMean: .jsonl with a field text, or plain text. "
         "Default: the held-out items.",
-        "run pairs count ood methods",
+        "run watch pairs count ood methods",
         policy=True,
         parts=(os.PathLike,),
     )
@@ -342,7 +342,7 @@ class Spec:
         "",
         "Folder with your own lm-eval task YAMLs; several are separated as in PATH. Those of the "
         "model's tag come in addition.",
-        f"run evaluate gate sign promote {_ALL}",
+        f"run watch evaluate gate sign promote {_ALL}",
         policy=True,
         several=os.pathsep,
         parts=(os.PathLike,),
@@ -352,7 +352,7 @@ class Spec:
         "",
         "SHA-256 of the task folders whose Python code may run, separated by commas. A refusal "
         "prints the digest.",
-        f"run evaluate gate sign promote {_ALL}",
+        f"run watch evaluate gate sign promote {_ALL}",
         several=",",
     )
     num_fewshot: int | None = knob(
@@ -436,7 +436,7 @@ class Spec:
         SCORE,
         None,
         "Use only the first items of each task, for a quick try. Such a run cannot promote.",
-        f"run evaluate {_ALL}",
+        f"run watch evaluate {_ALL}",
         range=whole(1),
     )
     margin: Written[float] = knob(
@@ -491,14 +491,14 @@ class Spec:
         "experiment",
         "Which stored scores count: those of the runs in --experiment, none (own: all is measured "
         "anew), or only those that a --public-key signed.",
-        "run evaluate gate sign promote",
+        "run watch evaluate gate sign promote",
         choices=EVIDENCE,
     )
     public_key: Written[os.PathLike[str] | Sequence[str | os.PathLike[str]]] = knob(
         GATE,
         "",
         "PEM files with the public keys that count, separated by commas.",
-        "run evaluate gate sign promote",
+        "run watch evaluate gate sign promote",
         several=",",
         parts=(os.PathLike,),
     )
@@ -520,27 +520,27 @@ class Spec:
         MACHINE,
         "auto",
         "cpu, cuda, cuda:1 … auto uses a GPU if there is one.",
-        f"run evaluate {_ALL}",
+        f"run watch evaluate {_ALL}",
     )
     parents_in: str = knob(
         MACHINE,
         "mmap",
         "Whether the parents are mapped from their files during the search, or read into memory.",
-        f"run {_ALL}",
+        f"run watch {_ALL}",
         choices=PARENTS_IN,
     )
     experiment: str = knob(
         MACHINE,
         "",
         "MLflow experiment. Default: MLFLOW_EXPERIMENT_NAME, or the experiment Default.",
-        f"run evaluate gate sign promote {_ALL}",
+        f"run watch evaluate gate sign promote {_ALL}",
     )
     store_patience: float = knob(
         MACHINE,
         30.0,
         "Minutes to wait for an MLflow store that does not answer. Then the command ends with exit "
         "code 6; run it again to continue.",
-        f"run evaluate gate sign promote {_ALL}",
+        f"run watch evaluate gate sign promote {_ALL}",
         range=finite("minutes"),
     )
     out: Written[os.PathLike[str]] = knob(

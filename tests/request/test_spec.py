@@ -399,7 +399,8 @@ def test_every_knob_has_help_and_a_command(name):
     metadata = KNOBS[name].metadata
     assert metadata["help"].endswith(".")
     assert metadata["commands"]
-    assert metadata["commands"] <= {"run", "evaluate", "gate", "sign", "promote", *STUDIES}
+    steps = {"run", "watch", "evaluate", "gate", "sign", "promote"}
+    assert metadata["commands"] <= {*steps, *STUDIES}
 
 
 def test_the_acquisitions_a_user_may_name_are_those_of_the_search():
