@@ -41,6 +41,7 @@ HOMES = {
         "quickstart",
         "workflows.trials",
         "workflows.publication",
+        "workflows.track",
         "workflows.doctor",
     },
     "lm_eval": {"evaluation"},

@@ -176,7 +176,7 @@ def times(client: Store, versions: Sequence[Version], tag: str) -> tuple[float, 
         if not (math.isfinite(value) and value > (found[-1] if found else -math.inf)):
             before = f", after {found[-1]:g} of the version before" if found else ""
             raise SpecError(
-                f"the tag {tag} of {version} is {text!r}{before}",
+                f"the tag {tag} of {version} is {repr(text) if text else 'missing'}{before}",
                 where=version.uri,
                 fix="give every version a number there, the older a smaller one; or name another "
                 "tag with --time-tag, or one that no version has: then they count as equally "

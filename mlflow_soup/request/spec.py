@@ -547,7 +547,7 @@ class Spec:
         MACHINE,
         "",
         "Folder for copies of the table and the figure.",
-        _ALL,
+        f"watch {_ALL}",
         parts=(os.PathLike,),
     )
 

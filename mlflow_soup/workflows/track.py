@@ -160,10 +160,10 @@ def track(spec: Spec) -> Report:
         StoreError: a store did not answer for too long; the same command continues.
     """
     client, name, spec = settle(spec, spec.parents)
-    spec = replace(spec, ood_tasks="", test_tasks="", method="wsm", space="simplex")
     if spec.out:
         check_writable(Path(spec.out))
     trajectory = _trajectory(client, name, spec)
+    spec = replace(spec, ood_tasks="", test_tasks="", method="wsm", space="simplex")
     suites = load_suites(spec)
     newest = open_version(client, trajectory.versions[-1])
     bench = set_up(spec, newest.checkpoint, suites)

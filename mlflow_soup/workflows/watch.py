@@ -32,6 +32,7 @@ from mlflow_soup.request.names import parse_version
 from mlflow_soup.request.orders import Order
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.workflows.run import run
+from mlflow_soup.workflows.track import track
 
 logger = logging.getLogger("mlflow_soup")
 # the text of the tag, and the model → its lines, checked
@@ -59,8 +60,14 @@ def _run(spec: Spec) -> Done:
     return ", ".join(words), outcome.exit_code
 
 
+def _track(spec: Spec) -> Done:
+    """The curves of the run, and what the newest point says."""
+    result = track(spec).result
+    return " ".join(result.notes[1:2]) or result.title, 0
+
+
 # a command of `request.orders.COMMANDS` → what it does
-ACTIONS: Mapping[str, Callable[[Spec], Done]] = {"run": _run}
+ACTIONS: Mapping[str, Callable[[Spec], Done]] = {"run": _run, "track": _track}
 
 
 @redacting()

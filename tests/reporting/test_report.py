@@ -200,7 +200,8 @@ def three(story, tmp_path):
     trials = [Trial(i, r, score(0.5 + 0.01 * i)) for i, r in enumerate(recipes)]
     oldest = Parent(Version("llm", 11), "sha256:3", tmp_path)
     soup = Soup(SOUP, recipes[-1], (oldest, *story.soup.parents), score(0.54), "sha256:1")
-    return replace(story, space=space, soup=soup, trials=tuple(trials))
+    versions = tuple(parent.version for parent in soup.parents)
+    return replace(story, space=space, soup=soup, trials=tuple(trials), references=versions)
 
 
 def test_a_soup_of_three_is_told_with_all_its_weights(story, tmp_path):
@@ -244,7 +245,7 @@ def test_a_higher_score_that_was_not_chosen_is_explained(story):
     chosen = recommend(SPACE, trials, measured=True)
     assert chosen != SPACE.recipe(0.55)
     soup = replace(story.soup, recipe=chosen, held_out=score(LUCKY[chosen.lam[-1]]))
-    first, second = report.luck("bayesopt", trials, soup, measured)
+    first, second = report.luck("bayesopt", SPACE, trials, soup, measured)
     assert first.startswith("The highest of the 7 scores that could be chosen is expected to be")
     assert "chosen by the curve" in first
     assert second.startswith(f"λ = 0.55 scored 0.5600, more than the chosen {chosen.label} with")
@@ -252,8 +253,8 @@ def test_a_higher_score_that_was_not_chosen_is_explained(story):
     assert float(more) >= 0.0
     # what has the highest score needs no explanation, and other methods take the highest
     top = replace(story.soup, recipe=SPACE.recipe(0.55), held_out=score(0.56))
-    assert len(report.luck("bayesopt", trials, top, measured)) == 1
-    (only,) = report.luck("grid", trials, top, measured)
+    assert len(report.luck("bayesopt", SPACE, trials, top, measured)) == 1
+    (only,) = report.luck("grid", SPACE, trials, top, measured)
     assert "curve" not in only
 
 

@@ -231,6 +231,15 @@ RANGES = {
     "fisher_estimator": (["empirical", "sampled"], ["", "exact"]),
     "regmean_scale": ([0.0, 0.9, 1.0], [-0.1, 1.1, float("nan")]),
     "points": ([4, 101], [3, 0]),
+    "windows": (["2", "2,3,64"], ["", "1", "65", "x", "2,"]),
+    "powers": (["1", "1/2,1,16"], ["", "0", "17", "p"]),
+    "space": (["auto", "simplex", "schedule"], ["", "window"]),
+    "window": ([None, 2, 64], [1, 0, 65]),
+    "ema": ([0.01, 0.7, 0.99], [0.0, 1.0, -0.5, float("nan")]),
+    "decay": (
+        ["linear", "cosine", "minus-sqrt", "2", "0.5"],
+        ["", "sqrt", "0", "-1", "inf", "nan", "1/2"],
+    ),
     "alphas": (["0", "0,1/2,0.9"], ["", "1", "-0.1", "x", "0.5,", "nan"]),
     "fractions": (["1", "1/4,0.5,1"], ["", "0", "1.5", "1/0", "half"]),
     "acquisition": (["landscape", "gp-hedge", "ei", "pi", "ucb"], ["EI", "", "random"]),
@@ -261,7 +270,7 @@ UNBOUNDED = {
     "out",
     "public_key",
 }
-UNBOUNDED |= {"system_instruction", "gen_kwargs", "cluster"}
+UNBOUNDED |= {"system_instruction", "gen_kwargs", "cluster", "time_tag"}
 UNBOUNDED |= {name for name, knob in KNOBS.items() if "bool" in str(knob.type)}
 
 
@@ -341,6 +350,8 @@ LISTS = [
     ("methods", ["greedy", "best"], "greedy,best"),
     ("alphas", [0, 0.5, "2/3"], "0,0.5,2/3"),
     ("alphas", 0.5, "0.5"),
+    ("windows", [2, "3"], "2,3"),
+    ("powers", ["1/2", 1], "1/2,1"),
     ("fractions", ("1/4", 1), "1/4,1"),
     ("tasks", ["arc_easy:acc,none", "piqa"], "arc_easy:acc,none,piqa"),
     ("ood_tasks", [], ""),
@@ -399,7 +410,7 @@ def test_every_knob_has_help_and_a_command(name):
     metadata = KNOBS[name].metadata
     assert metadata["help"].endswith(".")
     assert metadata["commands"]
-    steps = {"run", "watch", "evaluate", "gate", "sign", "promote"}
+    steps = {"run", "track", "watch", "evaluate", "gate", "sign", "promote"}
     assert metadata["commands"] <= {*steps, *STUDIES}
 
 
@@ -411,6 +422,11 @@ def test_the_acquisitions_a_user_may_name_are_those_of_the_search():
 # in a model's tags everything is text
 TAGS = {
     "method": ("greedy", "greedy"),
+    "space": (" schedule", "schedule"),
+    "time_tag": ("step", "step"),
+    "window": ("6", 6),
+    "ema": ("0.9", 0.9),
+    "decay": ("cosine", "cosine"),
     "greedy_tie": ("drop", "drop"),
     "calibration": (__file__, __file__),
     "calibration_tokens": ("512", 512),

@@ -49,10 +49,16 @@ CHANGES = {
     "margin": 0.3,
     "champion": "other",
     "parents_in": "memory",
+    "space": "schedule",
+    "ema": 0.5,
+    "decay": "cosine",
 }
 DEPENDS = {
-    "bayesopt": {"alpha", "acquisition", "seed"},
+    "bayesopt": {"alpha", "acquisition", "seed", "space"},
     "uniform": set(),
+    "wma": {"space"},
+    "ema": {"space", "ema"},
+    "wsm": {"space", "decay"},
     "greedy": {"greedy_tie"},
     "fisher": {"fisher_estimator", "calibration_tokens"},
     "regmean": {"regmean_scale", "calibration_tokens"},
@@ -148,7 +154,9 @@ def test_a_search_takes_eight_versions_at_most(client, name):
     source = client.get_model_version(MODEL, "1").source
     for _ in range(6):
         client.create_model_version(MODEL, source)
-    what, where, fix = refused(client, "--last", "9", "--method", name, "--trials", "20")
+    what, where, fix = refused(
+        client, "--last", "9", "--method", name, "--trials", "20", "--space", "simplex"
+    )
     assert what == f"--method {name} cannot search the weights of 9 versions"
     assert name in where
     assert "at most 8" in fix

@@ -34,6 +34,7 @@ from test_cli import command
 REQUESTS = {
     "pairs": {"versions": "v1,v2,v3", "method": "greedy"},
     "count": {"last": 3, "method": "greedy"},
+    "schedule": {"versions": "v1,v2,v3", "windows": "2,3,6", "powers": "1/2,1,2"},
     "landscape": {"pair": "v1,v2", "points": 9},
     "heldout": {"pair": "v1,v2", "points": 9, "fractions": "1/20,1/4,1"},
     "alpha": {"pair": "v1,v2", "alphas": "0,0.9", "trials": 4},
@@ -220,6 +221,38 @@ def test_the_same_study_again_evaluates_nothing(store, reports, name):
     assert evaluated(store) == before
     assert tables.csv(again.result.table) == tables.csv(reports[name].result.table)
     assert again.result.notes == reports[name].result.notes
+
+
+def test_windows_are_the_merges_by_their_decay(reports):
+    rows = {(int(r["checkpoints"]), r["p"]): r for r in read(reports["schedule"])}
+    assert {*rows} == {(k, p) for k in (2, 3) for p in ("0.5", "1", "2")}  # there are three
+    best = max(float(row["score"]) for row in rows.values())
+    first = read(reports["schedule"])[0]
+    assert float(first["score"]) == best
+    (note, *others) = reports["schedule"].result.notes
+    assert f"window of {first['checkpoints']} checkpoints with p = {first['p']}" in note
+    assert any(words.startswith("Against the best pair (2 checkpoints") for words in others)
+    assert any(words.startswith("Against the best plain average") for words in others)
+
+
+def test_the_windows_scores_are_those_of_these_weights(store, reports):
+    found = {
+        tuple(json.loads(run.data.params["weights"])): run.data.metrics["dev/objective"]
+        for run in children(store, reports["schedule"].run_id)
+    }
+    rows = {(r["checkpoints"], r["p"]): float(r["score"]) for r in read(reports["schedule"])}
+    thirds = (0.3333, 0.3333, 0.3334)
+    for cell, weights in {
+        ("2", "1"): (0.0, 0.5, 0.5),
+        ("2", "2"): (0.0, 0.25, 0.75),
+        ("2", "0.5"): (0.0, 0.7071, 0.2929),
+        ("3", "1"): thirds,
+        ("3", "2"): (0.1111, 0.3333, 0.5556),
+    }.items():
+        assert rows[cell] == found[weights], cell
+    newest = found[0.0, 0.0, 1.0]
+    for row in read(reports["schedule"]):
+        assert float(row["Δ newest version"]) == pytest.approx(float(row["score"]) - newest)
 
 
 def test_nothing_is_ever_scored_twice(store):

@@ -33,7 +33,10 @@ def trajectory(tmp_path_factory, trained, tasks):
     client.create_experiment("soups", artifact_location=f"{root}/artifacts")
     mlflow.set_experiment("soups")
     seeds = range(1, COUNT + 1)
-    folders = [toy.save(toy.noisy(trained, seed, 0.9), root / f"v{seed}") for seed in seeds]
+    # the first ones were saved before the model could do anything
+    noise = {1: 6.0, 2: 5.0, 3: 3.0}
+    models = [toy.noisy(trained, seed, noise.get(seed, 0.9)) for seed in seeds]
+    folders = [toy.save(model, root / f"v{i}") for i, model in enumerate(models, start=1)]
     fill(client, folders, tasks, NAME)
     client.delete_registered_model_tag(NAME, "soup.trials")
     for number in seeds:
@@ -70,7 +73,7 @@ def children(client, run_id, role):
 
 def manifest_of(client, version):
     folder = open_version(client, version).parent.folder
-    return parse_manifest((folder / MANIFEST).read_bytes())
+    return parse_manifest(json.loads((folder / MANIFEST).read_text()))
 
 
 # --- the main job
@@ -110,9 +113,9 @@ def test_the_soup_is_the_merge_of_these_parents_bit_for_bit(client, outcome, tmp
     uris = [parent.version.uri for parent in outcome.soup.parents]
     weights = ",".join(f"{weight:g}" for weight in outcome.soup.lam)
     result = command("merge", *uris, "--weights", weights, "--out", str(tmp_path / "soup"))
-    assert result.exit_code == 0, result.output
+    assert result.returncode == 0, result.stderr
     assert digest(find_checkpoint(tmp_path / "soup", "soup")) == outcome.soup.digest
-    assert command("verify", outcome.soup.version.uri).exit_code == 0
+    assert command("verify", outcome.soup.version.uri).returncode == 0
 
 
 def test_the_gate_compares_a_few_parents_each_and_of_many_the_newest(client, outcome, tmp_path):
@@ -133,10 +136,10 @@ def test_the_gate_compares_a_few_parents_each_and_of_many_the_newest(client, out
 
 def test_every_step_after_the_search_takes_the_soup(client, outcome):
     options = ("--model", NAME, "--version", f"v{outcome.soup.version.number}")
-    assert command("evaluate", *options).exit_code == 0
+    assert command("evaluate", *options).returncode == 0
     gated = command("gate", *options)
-    assert gated.exit_code == (0 if outcome.verdict.passed else 3), gated.output
-    assert command("doctor", "--model", NAME).exit_code == 0
+    assert gated.returncode == (0 if outcome.verdict.passed else 3), gated.stderr
+    assert command("doctor", "--model", NAME).returncode == 0
 
 
 def test_the_same_request_again_evaluates_nothing_and_finds_its_soup(client, outcome, monkeypatch):
@@ -195,7 +198,7 @@ def test_power_one_is_the_plain_average_bit_for_bit(client):
 def test_unequal_times_change_the_weights(client):
     client.set_model_version_tag(NAME, "7", "tokens_seen", str(9 * TOKENS))
     outcome = mlflow_soup.run(Spec(model=NAME, last=5, ood_tasks="", method="wsm"))
-    np.testing.assert_allclose(np.array(outcome.soup.recipe.lam) * 7, [1, 1, 1, 1, 3], atol=1e-3)
+    np.testing.assert_allclose(np.array(outcome.soup.recipe.lam) * 7, [1, 1, 1, 1, 3], atol=2e-3)
 
 
 def test_without_times_the_order_counts_and_the_report_says_so(client):
@@ -206,13 +209,13 @@ def test_without_times_the_order_counts_and_the_report_says_so(client):
     np.testing.assert_allclose(np.array(outcome.soup.recipe.lam) * 25, [1, 3, 5, 7, 9], atol=3e-3)
 
 
-@pytest.mark.parametrize(("tag", "words"), [(None, "is None"), ("many", "'many'"), ("1", "'1'")])
+@pytest.mark.parametrize(("tag", "words"), [(None, "missing"), ("many", "'many'"), ("1", "'1'")])
 def test_times_that_tell_no_order_are_refused(client, tag, words):
     if tag is None:
         client.delete_model_version_tag(NAME, "5", "tokens_seen")
     else:
         client.set_model_version_tag(NAME, "5", "tokens_seen", tag)
-    with pytest.raises(errors.SpecError, match=f"tokens_seen of {NAME} v5 is .*{words[-5:]}"):
+    with pytest.raises(errors.SpecError, match=f"tokens_seen of {NAME} v5 is {words}"):
         mlflow_soup.run(Spec(model=NAME, last=5))
 
 
@@ -315,8 +318,8 @@ def test_track_cut_short_anywhere_continues(client, monkeypatch, after):
 
 def test_the_command_line_tracks_and_writes_copies(client, tmp_path):
     result = command("track", "--model", NAME, "--last", "3", "--out", str(tmp_path / "copies"))
-    assert result.exit_code == 0, result.output
-    assert f"Checkpoints of {NAME}, raw and merged" in result.output
+    assert result.returncode == 0, result.stderr
+    assert f"Checkpoints of {NAME}, raw and merged" in result.stdout
     assert {p.name for p in (tmp_path / "copies").iterdir()} == {
         "track.csv",
         "track.md",
