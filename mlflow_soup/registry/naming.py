@@ -55,6 +55,7 @@ SEARCH_LAMBDA = "search/lambda"  # the newest parent's weight, by step; in the e
 SEARCH_BEST = "search/best"  # the best score so far, by step; in the end, that of the chosen λ
 GAIN = "search/gain"  # the soup's held-out score minus that of its better parent
 GAIN_STDERR = "search/gain_stderr"  # the paired standard error of the gain
+GAIN_LOW, GAIN_HIGH = "search/gain_low", "search/gain_high"  # its 95 % interval, in a track run
 TEST_OBJECTIVE = "test/objective"  # the score on the test set, the mean over tasks
 TEST_GAIN = "test/gain"  # the soup's score on the test set minus that of its better parent
 TEST_GAIN_STDERR = "test/gain_stderr"  # the paired standard error of that gain

@@ -129,7 +129,8 @@ def track(
     *,
     raw: ArrayLike,
     merged: ArrayLike,
-    stderr: ArrayLike,
+    lows: ArrayLike,
+    highs: ArrayLike,
     unit: str,
     label: str,
 ) -> Figure:
@@ -139,18 +140,22 @@ def track(
         steps: when the n checkpoints were saved.
         raw: the scores of the checkpoints alone, shape (n,).
         merged: the scores of the merged windows, shape (n,).
-        stderr: the paired standard errors of merged minus raw, shape (n,).
+        lows: raw plus the lower bound of the 95 % interval of the paired difference, merged minus
+            raw, shape (n,).
+        highs: the same with the upper bound.
         unit: what the steps count.
         label: the name of the score, for the axis.
     """
-    mean, error = np.asarray(merged, float), np.asarray(stderr, float)
     figure = _figure("Each checkpoint, and the merge of the window that ends there")
     axes = figure.subplots()
     axes.plot(steps, raw, "s--", color=GREY, markersize=4, label="checkpoint alone")
-    axes.plot(steps, mean, "o-", color=BLUE, markersize=4, label="merged window")
-    low, high = mean - 1.96 * error, mean + 1.96 * error
+    axes.plot(
+        steps, np.asarray(merged, float), "o-", color=BLUE, markersize=4, label="merged window"
+    )
     words = "95 % paired interval against the checkpoint"
-    axes.fill_between(steps, low, high, color=BLUE, alpha=0.15, lw=0, label=words)
+    axes.fill_between(
+        steps, np.asarray(lows), np.asarray(highs), color=BLUE, alpha=0.15, lw=0, label=words
+    )
     axes.set_xlabel(unit)
     axes.set_ylabel(_short(label))
     axes.ticklabel_format(axis="y", useOffset=False)

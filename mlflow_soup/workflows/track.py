@@ -22,7 +22,7 @@ from mlflow_soup.decision import pairing
 from mlflow_soup.errors import NonFiniteError, SpecError
 from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.files.durable import check_writable
-from mlflow_soup.records import Cell, Difference, Recipe, Score, Table, Version
+from mlflow_soup.records import Cell, Recipe, Score, Table, Version
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import lease, naming, tracking, versions
 from mlflow_soup.registry.alone import alone
@@ -35,7 +35,7 @@ from mlflow_soup.search import schedule
 from mlflow_soup.search.space import Array, Space
 from mlflow_soup.workflows.bench import Opened, load_suites, open_version, set_up
 from mlflow_soup.workflows.job import Job, Session, settle
-from mlflow_soup.workflows.pilots import Result, says, span
+from mlflow_soup.workflows.pilots import Result, span
 from mlflow_soup.workflows.study import Report, tell
 from mlflow_soup.workflows.trials import measure, score_of
 
@@ -43,6 +43,7 @@ logger = logging.getLogger("mlflow_soup")
 
 Point = tuple[int, str]  # a checkpoint's place in the trajectory, and the curve
 RAW, MERGED = "raw", "merged"
+_GAIN = (naming.GAIN, naming.GAIN_LOW, naming.GAIN_HIGH)  # of a point of the merged curve
 WINDOW = 5  # checkpoints, if neither the user nor a search says another number
 
 
@@ -301,16 +302,16 @@ def _score(pool: _Pool, run_id: str, point: Point) -> str:
     job, recipe = pool.job(point)
     version = pool.trajectory.versions[place]
 
-    def gain(score: Score) -> dict[str, float]:
+    def numbers(score: Score) -> dict[str, float]:
         if curve == RAW:
             return {}
         its, alone = pool.job((place, RAW))
-        difference = pairing.paired(score, score_of(its, run_id, alone, its.bench.held_out))
-        return {naming.GAIN: difference.value, naming.GAIN_STDERR: difference.stderr}
+        gain = pairing.paired(score, score_of(its, run_id, alone, its.bench.held_out))
+        return dict(zip(_GAIN, span(gain), strict=True))
 
     words = f"{version}, {curve}"
     tags = {naming.POINT_OF: curve, naming.VERSION: f"{version.name}/{version.number}"}
-    return measure(job, run_id, recipe, job.bench.held_out, name=words, tags=tags, more=gain)[1]
+    return measure(job, run_id, recipe, job.bench.held_out, name=words, tags=tags, more=numbers)[1]
 
 
 def _show(client: Store, run_id: str, trajectory: Trajectory, point: Point, child: Run) -> None:
@@ -329,14 +330,14 @@ def _show(client: Store, run_id: str, trajectory: Trajectory, point: Point, chil
 def _result(session: Session, trajectory: Trajectory, known: Mapping[Point, Run]) -> Result:
     """Table, figure and words of both curves."""
     rows: list[tuple[Cell, ...]] = []
-    gains: dict[int, Difference] = {}
+    gains: dict[int, tuple[float, ...]] = {}
     for place, version in enumerate(trajectory.versions):
         raw, merged = (_metrics(known.get((place, curve))) for curve in (RAW, MERGED))
         row: list[Cell] = [version.short, trajectory.step(place)]
         row += [raw.get(naming.OBJECTIVE), merged.get(naming.OBJECTIVE)]
-        if naming.GAIN in merged:
-            gains[place] = Difference(merged[naming.GAIN], merged[naming.GAIN_STDERR], 0)
-        row += span(gains[place]) if place in gains else (None, None, None)
+        if merged.keys() >= {*_GAIN}:
+            gains[place] = tuple(merged[key] for key in _GAIN)
+        row += gains.get(place, (None, None, None))
         rows.append(tuple(row))
     columns = ("version", trajectory.unit, "raw", "merged", "Δ", "low", "high")
     table = Table(columns, tuple(rows), {"raw": True, "merged": True})
@@ -344,21 +345,23 @@ def _result(session: Session, trajectory: Trajectory, known: Mapping[Point, Run]
         [trajectory.step(place) for place in range(len(rows))],
         raw=[_number(row[2]) for row in rows],
         merged=[_number(row[3]) for row in rows],
-        stderr=[gains[i].stderr if i in gains else math.nan for i in range(len(rows))],
+        lows=[_number(row[2]) + _number(row[5]) for row in rows],
+        highs=[_number(row[2]) + _number(row[6]) for row in rows],
         unit=trajectory.unit,
         label=f"held-out score: {', '.join(map(str, session.bench.suites.held_out.terms))}",
     )
     notes = [f"Merged: {trajectory.window.words}. The band is the 95 % paired interval of Δ."]
-    if not trajectory.tag:
-        notes.append("No version has the tag of --time-tag, so they count as equally spaced.")
     if gains:
         last = max(gains)
-        above = sum(gain.value > pairing.ROUNDING for gain in gains.values())
+        above = sum(gain > pairing.ROUNDING for gain, _, _ in gains.values())
+        gain, low, high = gains[last]
         notes += [
-            f"The newest window, at {trajectory.versions[last]}: {says(gains[last])} against this "
-            "checkpoint alone.",
+            f"The newest window, at {trajectory.versions[last]}: {gain:+z.4f} (95 % interval "
+            f"{low:+z.4f} to {high:+z.4f}) against this checkpoint alone.",
             f"{above} of {len(gains)} windows score above their newest checkpoint.",
         ]
+    if not trajectory.tag:
+        notes.append("No version has the tag of --time-tag, so they count as equally spaced.")
     return Result(f"Checkpoints of {session.name}, raw and merged", table, figure, notes)
 
 

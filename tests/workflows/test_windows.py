@@ -12,6 +12,7 @@ import mlflow_soup
 import toy
 from conftest import fill, use
 from mlflow_soup import Spec, errors
+from mlflow_soup.decision import pairing
 from mlflow_soup.evaluation import evaluator
 from mlflow_soup.records import Version
 from mlflow_soup.registry import naming
@@ -266,7 +267,9 @@ def test_track_scores_each_checkpoint_and_the_window_that_ends_there(client):
     assert raw[steps[-1]] == same.trials[2].held_out.value
     rows = {row[0]: row for row in report.result.table.rows}
     assert rows[f"v{COUNT}"][2:4] == (raw[steps[-1]], merged[steps[-1]])
-    assert rows[f"v{COUNT}"][4] == pytest.approx(merged[steps[-1]] - raw[steps[-1]])
+    difference = pairing.paired(same.soup.held_out, same.trials[2].held_out)
+    told = (difference.value, *pairing.interval(difference, 0.95))
+    assert rows[f"v{COUNT}"][4:] == pytest.approx(told)
     assert len(client.search_model_versions(f"name='{NAME}'")) == COUNT + 1  # that of `run`
 
 
