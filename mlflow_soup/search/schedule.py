@@ -98,7 +98,7 @@ class Schedule(Space):
         return (self.recipe(np.eye(self.count)[-1]),)
 
     def start(self) -> tuple[Recipe, ...]:
-        """The recipes that are evaluated first: the newest checkpoint, and half of all with p = 2."""
+        """The recipes that are evaluated first: the newest checkpoint, and half of all, p = 2."""
         half = weights(self.times, longest(self.times) / 2.0, power(2.0))
         return tuple(dict.fromkeys((*self.alone(), self.recipe(half))))
 

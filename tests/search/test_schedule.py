@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlflow_soup.request import spec
@@ -13,6 +13,7 @@ from mlflow_soup.search.schedule import DECAYS, POWERS, Schedule, decay_of, long
 from mlflow_soup.search.space import Space, distances
 
 TOKENS = 153_600.0
+few = settings(max_examples=25)  # each makes all candidates
 powers = st.floats(0.25, 16.0)
 names = pytest.mark.parametrize("name", [*DECAYS, "0.3", "2", "5.5"])
 
@@ -112,6 +113,7 @@ def test_the_unit_of_time_does_not_matter(times, p, unit):
 # --- the space
 
 
+@few
 @given(times())
 def test_candidates_are_distinct_recipes_and_hold_the_fixed_rules(times):
     space = schedule(times)
@@ -124,6 +126,7 @@ def test_candidates_are_distinct_recipes_and_hold_the_fixed_rules(times):
     assert space.alone()[0] in found
 
 
+@few
 @given(times(), st.floats(0.0, 0.9))
 def test_no_candidate_gives_the_newest_less_than_alpha(times, alpha):
     space = schedule(times, Space.simplex(2, alpha).alpha)
@@ -131,6 +134,7 @@ def test_no_candidate_gives_the_newest_less_than_alpha(times, alpha):
     assert all(map(space.feasible, space.alone()))
 
 
+@few
 @given(times(least=3))
 def test_a_candidate_tells_its_duration_and_power(times):
     space = schedule(times)
@@ -145,6 +149,7 @@ def test_a_candidate_tells_its_duration_and_power(times):
     assert space.shape_of(space.recipe(odd)) is None  # the oldest alone is no schedule
 
 
+@few
 @given(times())
 def test_points_lie_in_a_plane_no_farther_apart_than_the_walk_takes_the_soups(times):
     space = schedule(times)
@@ -162,6 +167,7 @@ def test_points_lie_in_a_plane_no_farther_apart_than_the_walk_takes_the_soups(ti
         assert np.corrcoef(seen.ravel(), walked.ravel())[0, 1] > 0.95
 
 
+@few
 @given(times(), st.integers(0, 99))
 def test_a_mixture_of_soups_lies_between_their_points(times, seed):
     space, random = schedule(times), np.random.default_rng(seed)

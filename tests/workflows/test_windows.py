@@ -1,6 +1,7 @@
 """Windows of a run on a real store: what is searched, what is merged, what is compared, tracked."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -164,6 +165,17 @@ def test_the_report_shows_the_window_and_marks_the_chosen_trial(client, outcome)
     assert run.data.metrics["search/best"] == outcome.soup.held_out.value
     files = {f.path for f in client.list_artifacts(outcome.run_id)}
     assert {"landscape.png", "landscape.svg", "report.md"} <= files
+
+
+def test_without_a_terminal_each_trial_prints_a_line(client):
+    result = command("run", "--model", NAME, "--last", "6", "--ood-tasks", "")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("trial ")]
+    assert lines[0].startswith("trial 1/10: newest alone scores 0.")
+    for line in lines:
+        assert re.search(r"(alone|p = \S+) scores \d\.\d{4}, best \d\.\d{4} at .*; \d+\.\d s", line)
+    assert ", ends by " in lines[0]
+    assert 3 < len(lines) <= 10
 
 
 # --- fixed rules
