@@ -26,16 +26,14 @@ from pathlib import Path
 import numpy as np
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "quickstart"))
 sys.path.append(str(Path(__file__).parent.parent))
 
-import corpus
-import tasks
 from mlflow import MlflowClient
 
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.suite import load_suite
+from mlflow_soup.quickstart import corpus, tasks
 from mlflow_soup.records import Items, Version
 from mlflow_soup.registry.pull import pull
 from mlflow_soup.weights.find import find_checkpoint

@@ -85,7 +85,7 @@ def _share_of_letters(text: str) -> float:
     return sum(c.isalpha() or c == " " for c in text) / len(text)
 
 
-def _hashed(name: str) -> float:
+def hashed(name: str) -> float:
     """`name` as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32
 
@@ -96,7 +96,7 @@ def _topics() -> Iterator[Document]:
 
     for topic, text in topics.items():
         name = f"topic {topic}"
-        use = Use.PROSE_EVAL if _hashed(name) < 0.3 else Use.TRAIN
+        use = Use.PROSE_EVAL if hashed(name) < 0.3 else Use.TRAIN
         yield Document(name, use, tuple(paragraphs(text)))
 
 
@@ -108,18 +108,19 @@ def _modules() -> Iterator[Document]:
             continue
         name = "/".join(parts)
         tree = ast.parse(path.read_bytes())
-        match _hashed(name):
+        match hashed(name):
             case share if share < 0.30:
-                yield Document(name, Use.PROSE_EVAL, prose=_docstrings(tree))
+                yield Document(name, Use.PROSE_EVAL, prose=docstrings(tree))
             case share if share < 0.42:
                 yield Document(name, Use.CODE_EVAL, code=_blocks(tree))
             case share if share < 0.57:
-                yield Document(name, Use.TRAIN, _docstrings(tree), _blocks(tree))
+                yield Document(name, Use.TRAIN, docstrings(tree), _blocks(tree))
             case _:
-                yield Document(name, Use.TRAIN, _docstrings(tree))
+                yield Document(name, Use.TRAIN, docstrings(tree))
 
 
-def _docstrings(tree: ast.Module) -> tuple[str, ...]:
+def docstrings(tree: ast.Module) -> tuple[str, ...]:
+    """The paragraphs of prose in the docstrings of a module."""
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, Documented))
     return tuple(p for docstring in found if docstring for p in paragraphs(docstring))
 

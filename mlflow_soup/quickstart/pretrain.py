@@ -1,15 +1,16 @@
 """A training loop that registers its checkpoints, in the size of a demo.
 
-The loop itself is `train`, plain PyTorch. `pretrain` wraps it in an MLflow run of its own and hands
-a checkpoint every so many steps to `register`: few calls, which any training loop can copy.
+The loop itself is `Training`, plain PyTorch. `pretrain` wraps it in an MLflow run of its own and
+hands a checkpoint every so many steps to `register`: few calls, which any training loop can copy.
 """
 
+import contextlib
+import copy
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 import mlflow
@@ -18,10 +19,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.quickstart import tasks
 from mlflow_soup.quickstart.corpus import Document, Use
 
 END = "<|endoftext|>"
@@ -105,40 +110,76 @@ def new_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> GPTNeoX
     )
 
 
-def train(
-    model: GPTNeoXForCausalLM, tokens: torch.Tensor, settings: Settings, seed: int
-) -> Iterator[tuple[int, float]]:
-    """Train `model` in place; yields (step, loss) after each step, from step 1.
+class Training:
+    """A model in training, at a constant learning rate after a linear warm-up.
+
+    The model stays as noisy as that rate makes it: the noise that averaging two checkpoints takes
+    away.
 
     Args:
-        model: trained with AdamW at constant learning rate after a linear warm-up. It stays as
-            noisy as that rate makes it: the noise that averaging two checkpoints takes away.
+        model: trained in place, with AdamW.
         tokens: all the text as one sequence, shape (n,); a step draws random windows from it.
-        settings: batch size, learning rate, steps.
+        settings: batch size, learning rate, warm-up.
         seed: of the drawing.
+
+    Attributes:
+        model: the model as it is after `step` steps.
+        step: how many steps were made.
     """
-    draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=settings.weight_decay,
-        fused=True,  # a step of 70 ms would spend 6 of them in a loop over the tensors
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / settings.warm_up)
-    )
-    windows = tokens.unfold(0, settings.context, 1)
-    model.train()
-    for step in range(1, settings.steps + 1):
-        batch = windows[torch.randint(len(windows), (settings.batch,), generator=draw)]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        yield step, loss.item()
+
+    def __init__(
+        self, model: PreTrainedModel, tokens: torch.Tensor, settings: Settings, seed: int
+    ) -> None:
+        self.model = model
+        self.step = 0
+        self._settings = settings
+        self._windows = tokens.unfold(0, settings.context, 1)
+        self._draw = torch.Generator().manual_seed(seed)
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+            fused=True,  # a step of 70 ms would spend 6 of them in a loop over the tensors
+        )
+
+    def advance(self, steps: int, *, anneal: bool = False) -> Iterator[float]:
+        """Make so many steps; yields the loss of each after it was made.
+
+        Args:
+            steps: how many.
+            anneal: True lowers the rate in a straight line, so that it is zero after the last step.
+        """
+        self.model.train()
+        for number in range(1, steps + 1):
+            self.step += 1
+            share = min(1.0, self.step / self._settings.warm_up)
+            if anneal:
+                share *= 1.0 - number / (steps + 1)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._settings.learning_rate * share
+            count, size = len(self._windows), (self._settings.batch,)
+            batch = self._windows[torch.randint(count, size, generator=self._draw)]
+            loss = self.model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            yield loss.item()
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on so far."""
+        return self._settings.tokens_seen(self.step)
+
+    def copy(self) -> "Training":
+        """Another training that goes on from here; neither changes the other."""
+        other = copy.copy(self)
+        # in one go, so that the optimizer's copy trains the model's copy
+        other.model, other._optimizer = copy.deepcopy((self.model, self._optimizer))
+        other._draw = torch.Generator()
+        other._draw.set_state(self._draw.get_state())
+        return other
 
 
 def pretrain(
@@ -158,46 +199,74 @@ def pretrain(
         What was done, in a sentence.
 
     Raises:
-        ClickException: `name` has versions that this training did not make.
+        SpecError: `name` has versions that this training did not make.
     """
     client = MlflowClient()
-    there = count_registered(client, name, settings, seed)
+    wanted = [version_tags(settings, n + 1, seed) for n in range(settings.checkpoints)]
+    there = count_registered(client, name, wanted)
     if there == settings.checkpoints:
         return f"{name} has its {there} versions already: not pretrained again"
-    texts = training_texts(documents)
-    tokenizer = train_tokenizer(texts, settings)
-    encoded = tokenizer(texts, verbose=False)["input_ids"]  # longer than the context, on purpose
-    tokens = torch.tensor([token for ids in encoded for token in ids])
+    tokenizer, tokens = encode(training_texts(documents), settings)
     torch.manual_seed(seed)
-    model = new_model(tokenizer, settings)
-    # An explicit run: `mlflow.start_run()` would take the one `mlflow run` made for the main job.
-    run_id = client.create_run(experiment_id, run_name=f"pretrain {name}").info.run_id
-    status = "FAILED"
-    try:
-        params = [Param(key, str(value)) for key, value in vars(settings).items()]
-        client.log_batch(run_id, params=[*params, Param("seed", str(seed))])
-        steps = train(model, tokens, settings, seed)
-        losses: list[float] = []
-        for step, loss in tqdm(steps, "pretraining", settings.steps, disable=None):
-            losses.append(loss)
-            if step % LOG_EVERY == 0:
-                recent = fmean(losses[-LOG_EVERY:])
-                log_progress(client, run_id, step, recent, settings.tokens_seen(step))
+    training = Training(new_model(tokenizer, settings), tokens, settings, seed)
+    with training_run(client, experiment_id, f"pretrain {name}", settings, seed) as run_id:
+        for step in log_steps(client, run_id, training, settings.steps):
             number, between = divmod(step, settings.steps_between)
             if between == 0 and number > there:
-                tags = version_tags(settings, number, seed)
-                register(client, run_id, name, model, tokenizer, tags)
+                register(client, run_id, name, training.model, tokenizer, wanted[number - 1])
+    return f"{name} was pretrained: versions {there + 1} to {settings.checkpoints} are new"
+
+
+def encode(
+    texts: Sequence[str], settings: Settings
+) -> tuple[PreTrainedTokenizerFast, torch.Tensor]:
+    """A tokenizer of the texts, and their tokens as one sequence."""
+    tokenizer = train_tokenizer(texts, settings)
+    encoded = tokenizer(texts, verbose=False)["input_ids"]  # longer than the context, on purpose
+    return tokenizer, torch.tensor([token for ids in encoded for token in ids])
+
+
+@contextlib.contextmanager
+def training_run(
+    client: MlflowClient,
+    experiment_id: str,
+    title: str,
+    settings: Settings,
+    seed: int,
+    more: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """An MLflow run of its own with the settings as params; gives its ID, and ends it."""
+    # An explicit run: `mlflow.start_run()` would take the one `mlflow run` made for the main job.
+    run_id: str = client.create_run(experiment_id, run_name=title).info.run_id
+    status = "FAILED"
+    try:
+        values = {**vars(settings), "seed": seed, **(more or {})}
+        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in values.items()])
+        yield run_id
         status = "FINISHED"
     finally:
         client.set_terminated(run_id, status)
-    return f"{name} was pretrained: versions {there + 1} to {settings.checkpoints} are new"
+
+
+def log_steps(
+    client: MlflowClient, run_id: str, training: Training, steps: int, *, anneal: bool = False
+) -> Iterator[int]:
+    """Make so many steps and log them; yields the number of each step since the very first."""
+    losses: list[float] = []
+    title = "annealing" if anneal else "pretraining"
+    for loss in tqdm(training.advance(steps, anneal=anneal), title, steps, disable=None):
+        losses.append(loss)
+        if training.step % LOG_EVERY == 0:
+            tokens = training.tokens_seen
+            log_progress(client, run_id, training.step, fmean(losses[-LOG_EVERY:]), tokens)
+        yield training.step
 
 
 def register(
     client: MlflowClient,
     run_id: str,
     name: str,
-    model: GPTNeoXForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     tags: dict[str, str],
 ) -> None:
@@ -221,21 +290,28 @@ def version_tags(settings: Settings, number: int, seed: int) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-def count_registered(client: MlflowClient, name: str, settings: Settings, seed: int) -> int:
-    """How many of the checkpoints are versions of `name` already: 1, 2, ... without a gap."""
+def count_registered(client: MlflowClient, name: str, wanted: Sequence[dict[str, str]]) -> int:
+    """How many of the checkpoints are versions of `name` already: 1, 2, ... without a gap.
+
+    Args:
+        client: of the registry.
+        name: the registered model.
+        wanted: the tags of versions 1, 2, ...
+
+    Raises:
+        SpecError: `name` has versions with other tags.
+    """
     alike = re.sub(r"[^\w -]", "_", name)  # MLflow's filters have no escapes
     versions = client.search_model_versions(f"name LIKE '{alike}'")
     found = {int(v.version): v.tags for v in versions if v.name == name}
     there = 0
-    while there < settings.checkpoints:
-        wanted = version_tags(settings, there + 1, seed)
-        if not wanted.items() <= found.get(there + 1, {}).items():
-            break
+    while there < len(wanted) and wanted[there].items() <= found.get(there + 1, {}).items():
         there += 1
-    if there < settings.checkpoints and max(found, default=0) > there:
+    if there < len(wanted) and max(found, default=0) > there:
+        asked = f"seed {wanted[-1]['seed']}, {wanted[-1]['step']} steps"
         raise SpecError(
             f"version {there + 1} of registered model {name!r} is not from this pretraining",
-            where=f"models:/{name}/{there + 1}; asked for seed {seed}, {settings.steps} steps",
+            where=f"models:/{name}/{there + 1}; asked for {asked}",
             fix="choose another --model, or delete that registered model",
         )
     return there
@@ -248,15 +324,13 @@ def log_progress(client: MlflowClient, run_id: str, step: int, loss: float, toke
     client.log_batch(run_id, metrics)
 
 
-def set_policy(name: str, include_path: Path) -> None:
-    """Say with the registered model itself how soups of it are searched and judged."""
-    policy = {
-        "soup.tasks": tasks.HELD_OUT,
-        "soup.ood_tasks": ",".join(tasks.OOD),
-        "soup.test_tasks": tasks.TEST,
-        "soup.margin": str(tasks.MARGIN),
-        "soup.include_path": str(include_path),
-    }
+def set_policy(name: str, policy: Mapping[str, str]) -> None:
+    """Say with the registered model itself how soups of it are searched and judged.
+
+    Args:
+        name: the registered model.
+        policy: tags such as `soup.tasks`; a tag that is there already stays.
+    """
     client = MlflowClient()
     there = client.get_registered_model(name).tags
     for key, value in policy.items():

@@ -29,7 +29,7 @@ def prepare(
     Raises:
         SpecError: the model has versions of another pretraining, or this Python has no sources.
     """
-    _quiet_unless_terminal()
+    quiet_unless_terminal()
     settings, sizes = pretrain.Settings(), tasks.Sizes()
     if steps is not None:
         settings = replace(settings, steps_between=max(1, steps // settings.checkpoints))
@@ -40,10 +40,10 @@ def prepare(
     # `mlflow run` names the experiment that it chose
     experiment = os.environ.get("MLFLOW_EXPERIMENT_ID", "0")
     yield pretrain.pretrain(model, documents, settings, seed=seed, experiment_id=experiment)
-    pretrain.set_policy(model, include_path)
+    pretrain.set_policy(model, tasks.policy(include_path))
 
 
-def _quiet_unless_terminal() -> None:
+def quiet_unless_terminal() -> None:
     """Show no progress bars of the Hugging Face libraries in a log file."""
     if not sys.stderr.isatty():
         import datasets

@@ -69,6 +69,17 @@ class Passage:
     continuation: str
 
 
+def policy(include_path: Path) -> dict[str, str]:
+    """The tags that say how soups of the quickstart's model are searched and judged."""
+    return {
+        "soup.tasks": HELD_OUT,
+        "soup.ood_tasks": ",".join(OOD),
+        "soup.test_tasks": TEST,
+        "soup.margin": str(MARGIN),
+        "soup.include_path": str(include_path),
+    }
+
+
 def write(documents: Sequence[Document], folder: Path, sizes: Sizes = Sizes()) -> Path:
     """Write the five tasks and their items into `folder`; the same Python gives the same bytes.
 
@@ -84,20 +95,18 @@ def write(documents: Sequence[Document], folder: Path, sizes: Sizes = Sizes()) -
         ("quickstart_prose", prose, sizes.prose_words, sizes.items),
         ("quickstart_code", code, sizes.code_words, sizes.code_items),
     ):
-        passages = [
-            p for document, text in texts.items() for p in _passages(document, text, *words)
-        ]
-        chosen = _sample(passages, items)
-        _write_task(folder, name, questions(chosen, sizes.choices, rarity), MULTIPLE_CHOICE)
+        every = [p for document, text in texts.items() for p in passages(document, text, *words)]
+        chosen = sample(every, items)
+        write_task(folder, name, questions(chosen, sizes.choices, rarity), MULTIPLE_CHOICE)
         if texts is prose:
             taken = {p.context for p in chosen}
-            spare = [p for p in passages if p.context not in taken]
-            more = _sample(spare, sizes.test_items, "items for the test set")
+            spare = [p for p in every if p.context not in taken]
+            more = sample(spare, sizes.test_items, "items for the test set")
             asked = questions(more, sizes.choices, rarity)
-            _write_task(folder, f"{name}_test", asked, MULTIPLE_CHOICE)
+            write_task(folder, f"{name}_test", asked, MULTIPLE_CHOICE)
         chunks = [c for text in texts.values() for c in _chunks(text, sizes.bpb_chunk_chars)]
-        rows = [{"text": chunk} for chunk in _sample(chunks, sizes.bpb_chunks)]
-        _write_task(folder, f"{name}_bpb", rows, BITS_PER_BYTE)
+        rows = [{"text": chunk} for chunk in sample(chunks, sizes.bpb_chunks)]
+        write_task(folder, f"{name}_bpb", rows, BITS_PER_BYTE)
     return folder
 
 
@@ -139,7 +148,7 @@ def rarity_in(texts: Iterable[str]) -> Callable[[str], float]:
     return lambda text: sum(bits(word) for word in WORD.findall(text))
 
 
-def _passages(document: str, text: str, before: int, after: int) -> Iterator[Passage]:
+def passages(document: str, text: str, before: int, after: int) -> Iterator[Passage]:
     """Consecutive passages of so many words. Line breaks and indentation stay as they are."""
     starts = [
         i for i, c in enumerate(text) if not c.isspace() and (i == 0 or text[i - 1].isspace())
@@ -157,11 +166,16 @@ def _chunks(text: str, length: int) -> list[str]:
     return [text[start : start + length] for start in range(0, len(text) - length, length)]
 
 
-def _sample(items: Sequence[T], count: int, what: str = "items") -> list[T]:
+def sample(
+    items: Sequence[T],
+    count: int,
+    what: str = "items",
+    source: str = "the standard library of this Python",
+) -> list[T]:
     """`count` of the items, in an order that depends on nothing but what they say."""
     if len(items) < count:
         raise SpecError(
-            f"the standard library of this Python gives only {len(items)} {what}",
+            f"{source} gives only {len(items)} {what}",
             where=f"--items {count}",
             fix=f"ask for {len(items)} items or fewer",
         )
@@ -172,7 +186,8 @@ def _digest(item: object) -> bytes:
     return hashlib.sha256(repr(item).encode()).digest()
 
 
-def _write_task(folder: Path, name: str, rows: list[dict[str, Any]], kind: dict[str, Any]) -> None:
+def write_task(folder: Path, name: str, rows: list[dict[str, Any]], kind: dict[str, Any]) -> None:
+    """Write the rows and the YAML of a task: `MULTIPLE_CHOICE` or `BITS_PER_BYTE`."""
     items = folder / f"{name}.jsonl"
     items.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {
