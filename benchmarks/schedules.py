@@ -1,0 +1,127 @@
+"""Merge weights of windows of checkpoints, and records of how they score.
+
+A run of a constant rate, whose weights are averaged, behaves as if its rate had decayed: with x the
+place of a checkpoint in the window, from 0 (where it begins) to 1 (the newest), the decay
+w(x) = 1 − x^p has the merge weights
+
+    c_j = x_j^p − x_{j−1}^p,    x_j = clip((t_j − (t_n − D)) / D, 0, 1)
+
+(arXiv:2507.17634, theorem 3.1), where t_j is how much version j had trained on, t_n that of the
+newest, and D the duration. p = 1 is the plain mean, p = 2 weights that grow with the version,
+p = 1/2 a decay as minus the square root, and p = ∞ the newest alone.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+DURATIONS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12)  # gaps between versions
+POWERS = (0.5, 0.75, 1, 1.5, 2, 3, 4, 6)
+EMA = 0.7
+STEP = 1e-3  # nats, of the records
+
+
+def places(times: Sequence[float], duration: float) -> tuple[Array, Array]:
+    """The x of each version, and of the version before it, each of shape (n,).
+
+    Args:
+        times: what each version had trained on, ascending. Before the first of them another is
+            thought, as far away as the second.
+        duration: D, in the units of `times`.
+    """
+    t = np.array([2 * times[0] - times[1], *times], float)
+    x = np.clip((t - (t[-1] - duration)) / duration, 0, 1)
+    return x[1:], x[:-1]
+
+
+def decayed(times: Sequence[float], duration: float, power: float) -> Array:
+    """The merge weights of the decay 1 − x^p, shape (n,); they sum to 1 if the window fits."""
+    x, before = places(times, duration)
+    return np.asarray(x**power - before**power)
+
+
+def cosine(times: Sequence[float], duration: float) -> Array:
+    """The merge weights of the decay ½ (1 + cos πx), shape (n,)."""
+    x, before = places(times, duration)
+    return np.asarray((np.cos(np.pi * before) - np.cos(np.pi * x)) / 2)
+
+
+def exponential(times: Sequence[float], duration: float) -> Array:
+    """EMA: the newest weighs most, each version before it `EMA` times as much; shape (n,)."""
+    t = np.array([2 * times[0] - times[1], *times], float)
+    inside = t[:-1] >= t[-1] - duration - 1e-6 * duration
+    age = (t[-1] - t[1:]) / (t[-1] - t[-2])
+    weights = np.where(inside, EMA**age, 0.0)
+    return np.asarray(weights / weights.sum())
+
+
+# what teams do by hand: name → the weights for times and duration
+SCHEMES: dict[str, Callable[[Sequence[float], float], Array]] = {
+    "SMA": lambda times, duration: decayed(times, duration, 1),
+    "WMA": lambda times, duration: decayed(times, duration, 2),
+    "EMA": exponential,
+    "minus-sqrt": lambda times, duration: decayed(times, duration, 0.5),
+    "cosine": cosine,
+}
+
+
+def grid(gaps: float) -> list[tuple[float, float]]:
+    """The cells (duration in gaps, p) of windows no longer than `gaps`.
+
+    Neighbours in the list are neighbours in the grid. A duration of one gap is the newest alone,
+    whatever p.
+    """
+    cells = [(1.0, 1.0)]
+    for row, duration in enumerate(d for d in DURATIONS if 1 < d <= gaps):
+        cells += [(float(duration), float(p)) for p in POWERS[:: 1 if row % 2 else -1]]
+    return cells
+
+
+def save(
+    path: Path,
+    cells: Sequence[tuple[float, float]],
+    weights: Sequence[Sequence[float]],
+    items: dict[str, tuple[Array, NDArray[np.int64]]],
+) -> None:
+    """Write what items said at each cell.
+
+    Args:
+        path: of the file; `load` reads it.
+        cells: G pairs (duration, p), neighbours one after the other.
+        weights: the merge weights of each, shape (G, n).
+        items: name of the items → log-likelihoods (N, C, G) and right choices (N,).
+    """
+    arrays: dict[str, Any] = {
+        "cells": np.array(cells),
+        "weights": np.array(weights),
+        "step": np.array(STEP),
+    }
+    for name, (likelihoods, gold) in items.items():
+        whole = np.round(likelihoods / STEP).astype(np.int64)
+        # cell by cell, low bytes apart from high bytes: so they compress best
+        steps = np.diff(whole, axis=-1, prepend=0)
+        first = steps[..., 0]
+        arrays[f"{name}_first"] = first.astype(np.int32)
+        rest = np.moveaxis(steps[..., 1:], -1, 0).astype(np.int16)
+        arrays[f"{name}_low"] = (rest & 255).astype(np.uint8)
+        arrays[f"{name}_high"] = (rest >> 8).astype(np.int8)
+        arrays[f"{name}_gold"] = np.asarray(gold, np.int8)
+    np.savez_compressed(path, **arrays)
+
+
+def load(path: Path) -> dict[str, Array]:
+    """What `save` wrote: `cells`, `weights`, and for each name `NAME` (N, C, G) and `NAME_gold`."""
+    with np.load(path) as arrays:
+        data = {name: arrays[name] for name in arrays.files}
+    loaded = {"cells": data["cells"], "weights": data["weights"]}
+    for name in (key.removesuffix("_gold") for key in data if key.endswith("_gold")):
+        rest = data[f"{name}_low"].astype(np.int64) | (data[f"{name}_high"].astype(np.int64) << 8)
+        steps = np.concatenate([data[f"{name}_first"][..., None], np.moveaxis(rest, 0, -1)], -1)
+        loaded[name] = steps.cumsum(axis=-1) * float(data["step"])
+        loaded[f"{name}_gold"] = data[f"{name}_gold"]
+    return loaded
