@@ -346,7 +346,8 @@ def main() -> None:
     parser.add_argument("--windows", default="2,3,4,5,6,8,10,12", help="of the schemes by hand")
     parser.add_argument("--fresh", type=int, default=8000, help="fresh items for what is by hand")
     parser.add_argument("--population", type=int, default=4000, help="fresh ones on the grid, or 0")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "recorded")
+    recorded = Path(__file__).parent / "recorded" / "schedules"
+    parser.add_argument("--out", type=Path, default=recorded)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     place = Place(chosen.model, chosen.newest, chosen.longest, chosen.fresh, chosen.population)
