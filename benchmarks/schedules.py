@@ -1,14 +1,7 @@
 """Merge weights of windows of checkpoints, and records of how they score.
 
-A run of a constant rate, whose weights are averaged, behaves as if its rate had decayed: with x the
-place of a checkpoint in the window, from 0 (where it begins) to 1 (the newest), the decay
-w(x) = 1 − x^p has the merge weights
-
-    c_j = x_j^p − x_{j−1}^p,    x_j = clip((t_j − (t_n − D)) / D, 0, 1)
-
-(arXiv:2507.17634, theorem 3.1), where t_j is how much version j had trained on, t_n that of the
-newest, and D the duration. p = 1 is the plain mean, p = 2 weights that grow with the version,
-p = 1/2 a decay as minus the square root, and p = ∞ the newest alone.
+`mlflow_soup.search.schedule` has the formula of the weights. EMA is no decay of two numbers; it is
+here, as teams write it.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlflow_soup.search import schedule
+
 Array = NDArray[np.float64]
 
 DURATIONS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12)  # gaps between versions
@@ -26,29 +21,14 @@ EMA = 0.7
 STEP = 2e-3  # nats, of the records; an item in twenty thousand changes sides
 
 
-def places(times: Sequence[float], duration: float) -> tuple[Array, Array]:
-    """The x of each version, and of the version before it, each of shape (n,).
-
-    Args:
-        times: what each version had trained on, ascending. Before the first of them another is
-            thought, as far away as the second.
-        duration: D, in the units of `times`.
-    """
-    t = np.array([2 * times[0] - times[1], *times], float)
-    x = np.clip((t - (t[-1] - duration)) / duration, 0, 1)
-    return x[1:], x[:-1]
-
-
 def decayed(times: Sequence[float], duration: float, power: float) -> Array:
     """The merge weights of the decay 1 − x^p, shape (n,); they sum to 1 if the window fits."""
-    x, before = places(times, duration)
-    return np.asarray(x**power - before**power)
+    return schedule.weights(times, duration, schedule.power(power))
 
 
 def cosine(times: Sequence[float], duration: float) -> Array:
     """The merge weights of the decay ½ (1 + cos πx), shape (n,)."""
-    x, before = places(times, duration)
-    return np.asarray((np.cos(np.pi * before) - np.cos(np.pi * x)) / 2)
+    return schedule.weights(times, duration, schedule.DECAYS["cosine"])
 
 
 def exponential(times: Sequence[float], duration: float) -> Array:
