@@ -239,6 +239,11 @@ class Manifest:
     search: Mapping[str, Any]
     versions: Mapping[str, str]
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the parents were merged by a schedule; then it names all versions searched."""
+        return "versions" in self.search
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -51,9 +51,12 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def client(trained):
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{trained[0]}/mlflow.db")
+    uri = f"sqlite:///{trained[0]}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
     yield MlflowClient()
     mlflow.set_tracking_uri(before)
+    mlflow.set_registry_uri("")  # that of the runs again
 
 
 def versions(client, name):

@@ -134,8 +134,8 @@ class Training:
         self.step = 0
         self._settings = settings
         self._windows = tokens.unfold(0, settings.context, 1)
-        self._draw = torch.Generator().manual_seed(seed)
-        self._optimizer = torch.optim.AdamW(
+        self.draw = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
@@ -156,15 +156,15 @@ class Training:
             share = min(1.0, self.step / self._settings.warm_up)
             if anneal:
                 share *= 1.0 - number / (steps + 1)
-            for group in self._optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = self._settings.learning_rate * share
             count, size = len(self._windows), (self._settings.batch,)
-            batch = self._windows[torch.randint(count, size, generator=self._draw)]
+            batch = self._windows[torch.randint(count, size, generator=self.draw)]
             loss = self.model(input_ids=batch, labels=batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             yield loss.item()
 
     @property
@@ -176,9 +176,9 @@ class Training:
         """Another training that goes on from here; neither changes the other."""
         other = copy.copy(self)
         # in one go, so that the optimizer's copy trains the model's copy
-        other.model, other._optimizer = copy.deepcopy((self.model, self._optimizer))
-        other._draw = torch.Generator()
-        other._draw.set_state(self._draw.get_state())
+        other.model, other.optimizer = copy.deepcopy((self.model, self.optimizer))
+        other.draw = torch.Generator()
+        other.draw.set_state(self.draw.get_state())
         return other
 
 

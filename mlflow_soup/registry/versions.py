@@ -20,6 +20,7 @@ from mlflow_soup.request.spec import unread
 
 logger = logging.getLogger("mlflow_soup")
 MODEL_ENV = "MLFLOW_SOUP_MODEL"
+LATEST = 2.0**63  # of the times of checkpoints: MLflow's steps end there
 _MODEL_ID = re.compile(r"models:/(m-[0-9a-f]+)")
 
 
@@ -173,7 +174,7 @@ def times(client: Store, versions: Sequence[Version], tag: str) -> tuple[float, 
             value = float(text or "")
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value > (found[-1] if found else -math.inf)):
+        if not (abs(value) < LATEST and value > (found[-1] if found else -math.inf)):
             before = f", after {found[-1]:g} of the version before" if found else ""
             raise SpecError(
                 f"the tag {tag} of {version} is {repr(text) if text else 'missing'}{before}",

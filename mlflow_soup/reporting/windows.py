@@ -6,24 +6,22 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from mlflow_soup.records import Recipe, Soup, listed
 from mlflow_soup.reporting import report
 from mlflow_soup.reporting.report import BLUE, GREY, ORANGE, Story
 from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.recommend import expected
-from mlflow_soup.search.schedule import Schedule, longest
+from mlflow_soup.search.schedule import Schedule, amount, longest
 from mlflow_soup.search.space import Space
 
 
-def shape(space: Schedule, recipe: Recipe, time_tag: str) -> tuple[str, str]:
+def shape(space: Schedule, recipe: Recipe) -> tuple[str, str]:
     """The duration and the power of a recipe in words; empty if it is none of the searched ones.
 
     Args:
         space: the schedules.
         recipe: the recipe.
-        time_tag: the version tag with the times; empty if the versions count as equally spaced.
     """
     found = space.shape_of(recipe)
     if found is None:
@@ -31,7 +29,7 @@ def shape(space: Schedule, recipe: Recipe, time_tag: str) -> tuple[str, str]:
     if max(recipe.lam) == 1.0:
         return "newest alone", ""
     duration, power = found
-    return f"{duration:,.0f}" if time_tag else f"{duration:g}", f"{power:.3g}"
+    return amount(duration), f"{power:.3g}"
 
 
 def words(space: Space, soup: Soup, time_tag: str) -> list[str]:
@@ -40,7 +38,7 @@ def words(space: Space, soup: Soup, time_tag: str) -> list[str]:
     Args:
         space: the space, with times.
         soup: the soup.
-        time_tag: as for `shape`.
+        time_tag: the version tag with the times; empty if the versions count as equally spaced.
     """
     told = []
     if not time_tag:
@@ -50,13 +48,12 @@ def words(space: Space, soup: Soup, time_tag: str) -> list[str]:
     if len(soup.parents) == 1:
         return [*told, "No window is expected to be better than the newest version alone."]
     duration, power = found
-    span = f"{duration:,.0f}" if time_tag else f"{duration:g}"
     how = "as in a plain average"
     if power != 1.0:
         how = f"the {'newer' if power > 1.0 else 'older'} a version, the larger its weight"
     told.append(
-        f"The merged window is {span} {_unit(time_tag)} long and holds {len(soup.parents)} of the "
-        f"{space.count} versions. Its power p is {power:.3g}: {how}."
+        f"The merged window is {amount(duration)} {_unit(time_tag)} long and holds "
+        f"{len(soup.parents)} of the {space.count} versions. Its power p is {power:.3g}: {how}."
     )
     if duration >= longest(space.times) * (1.0 - 1e-9):
         told.append(
@@ -76,7 +73,7 @@ def trials_table(story: Story) -> str:
     assert isinstance(space, Schedule)
     for trial in story.trials:
         score = f"{trial.held_out.value:.4f}" if trial.held_out else "failed"
-        window = shape(space, trial.recipe, story.time_tag)
+        window = shape(space, trial.recipe)
         row = [str(trial.number), *window, str(trial.recipe), score]
         chosen = trial.recipe == story.soup.recipe
         rows.append([f"**{cell}**" if cell else "" for cell in row] if chosen else row)
@@ -106,7 +103,7 @@ def _draw_weights(axes: Axes, story: Story) -> None:
     axes.set_xlabel(_unit(story.time_tag))
     axes.set_ylabel("merge weight λ")
     if story.time_tag:
-        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _draw_map(figure: Figure, axes: Axes, story: Story, space: Schedule) -> None:
@@ -137,5 +134,5 @@ def _draw_map(figure: Figure, axes: Axes, story: Story, space: Schedule) -> None
     axes.set_xlabel(f"length of the window, {_unit(story.time_tag)}")
     axes.set_ylabel("power p")
     if story.time_tag:
-        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="upper left")

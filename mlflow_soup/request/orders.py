@@ -30,6 +30,7 @@ PLACE = "tag soup.on_version of the registered model"
 NEW = "new"  # stands for the version that arrived
 MOST = 8  # lines
 _PIECE = re.compile(r"""(?: "(?:\\.|[^"\\])*" | '[^']*' | \\. | [^;\n] )+""", re.X | re.S)
+_TASKS = ("tasks", "ood_tasks", "test_tasks")  # the command line takes files there, too
 _ANY = 999_999_999  # stands for the version that arrived when a line is checked before
 
 
@@ -149,6 +150,11 @@ def check(order: Order, model: str) -> Order:
         if name != "last" and NEW not in [part.strip() for part in text.split(",")]:
             fix = f"write {NEW} for the version that arrives: --{name} @champion,{NEW}"
             raise _wrong(f"{order.line!r} does not merge the version that arrives", fix)
+    for name in _TASKS:
+        text = str(order.named.get(name) or "")
+        if "/" in text or os.sep in text or re.search(r"\.ya?ml\b", text):
+            what = f"{order.line!r} names a file of tasks: {text}"
+            raise _wrong(what, f"name tasks there, and set tag soup.{name} to the file")
     try:
         spec = order.spec({"model": model}, _ANY)
         target = parse_target(spec.promote) if spec.promote else None

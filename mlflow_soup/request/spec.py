@@ -191,7 +191,7 @@ class Spec:
         SEARCH,
         None,
         "Number of checkpoints that are merged at each place. Default: the schedule that the last "
-        "search for one chose; without such a search, 5.",
+        "search for one chose, or the last 5 if there is none, or --decay is named.",
         "track",
         policy=True,
         range=whole(2, LONGEST),
@@ -633,13 +633,18 @@ class Spec:
             fix = f"name one of {', '.join(DECAYS)}, or give the number p > 0 of 1 − x^p"
             raise knobs.out_of_range(self._knob("decay"), self.decay, fix)
 
-    def check_space(self) -> None:
-        """Refuse a schedule for a method that does not know any.
+    def check_space(self, asked: str) -> None:
+        """Refuse a schedule that a user asked for, if the method does not know any.
+
+        A policy's holds for the methods that do.
+
+        Args:
+            asked: the value of `space` that the user named; empty if none.
 
         Raises:
             SpecError: the method does not know schedules.
         """
-        if self.space == "schedule" and self.method not in SCHEDULED:
+        if asked == "schedule" and self.method not in SCHEDULED:
             raise SpecError(
                 f"the method {self.method} does not know schedules",
                 where=f"--space schedule with --method {self.method}",
@@ -716,9 +721,13 @@ class Spec:
         return knobs.numbers(self._knob("fractions"), self.fractions, 0.001, 1.0)
 
     @property
-    def lengths(self) -> tuple[float, ...]:
+    def lengths(self) -> tuple[int, ...]:
         """The numbers of checkpoints in a window to study, ascending."""
-        return knobs.numbers(self._knob("windows"), self.windows, 2.0, LONGEST)
+        found = knobs.numbers(self._knob("windows"), self.windows, 2.0, LONGEST)
+        if not all(number.is_integer() for number in found):
+            fix = f"give whole numbers from 2 to {LONGEST}, separated by commas: 2,4,8"
+            raise knobs.out_of_range(self._knob("windows"), self.windows, fix)
+        return tuple(map(int, found))
 
     @property
     def exponents(self) -> tuple[float, ...]:

@@ -55,6 +55,11 @@ def decay_of(name: str) -> Decay:
     return DECAYS[name] if name in DECAYS else power(float(name))
 
 
+def amount(duration: float) -> str:
+    """A duration for people: every digit of its whole units, and parts of small ones."""
+    return f"{duration:,.0f}" if duration >= 1000.0 else f"{duration:.4g}"
+
+
 def longest(times: Sequence[float]) -> float:
     """The longest duration D. It begins one interval before the first of two or more times."""
     return times[-1] - (2.0 * times[0] - times[1])
@@ -123,7 +128,11 @@ class Schedule(Space):
             return "newest alone"
         if (found := self.shape_of(recipe)) is None:
             return recipe.label
-        return f"window {found[0]:,g}, p = {found[1]:.3g}"
+        return f"window {amount(found[0])}, p = {found[1]:.3g}"
+
+    def window_of(self, recipe: Recipe) -> tuple[float, float] | None:
+        """As `shape_of`; None also for the newest alone, which has no window."""
+        return None if recipe in self.alone() else self.shape_of(recipe)
 
     def shape_of(self, recipe: Recipe) -> tuple[float, float] | None:
         """Duration D and power p of a recipe; None if it is no candidate."""
@@ -135,7 +144,8 @@ def _candidates(space: Schedule) -> dict[tuple[float, ...], tuple[float, float]]
     """The weights of each schedule → its duration and power; of equal weights, the shortest."""
     at = [space.times[-1] - longest(space.times), *space.times]
     steps = [np.linspace(*step, PARTS, endpoint=False) for step in pairwise(at[:-1])]
-    begins = [*np.concatenate(steps), at[-2]]
+    half = space.times[-1] - longest(space.times) / 2.0  # where the search begins
+    begins = sorted({*np.concatenate(steps), at[-2], half})
     found: dict[tuple[float, ...], tuple[float, float]] = {}
     for duration in (space.times[-1] - begin for begin in reversed(begins)):
         for p in POWERS:

@@ -110,7 +110,8 @@ class Space:
 
     def points_of(self, recipes: Sequence[Recipe]) -> Array:
         """The points of recipes, shape (len(recipes), d)."""
-        return self.points(np.array([r.lam for r in recipes]).reshape(len(recipes), self.count))
+        rows = [recipe.lam for recipe in recipes]
+        return self.points(np.array(rows) if rows else np.empty((0, self.count)))
 
     def fresh(self, taken: Sequence[Recipe], spacing: float = SPACING) -> Array:
         """The candidates that are not taken yet, shape (m, count).

@@ -75,8 +75,8 @@ def parse_manifest(content: Any) -> Manifest:
         )
         for parent in content["parents"]
     )
-    if len(sources) < 2 or not all(0.0 <= source.lam <= 1.0 for source in sources):
-        raise ValueError("it must have at least two parents, with weights from 0 to 1")
+    if not sources or not all(0.0 <= source.lam <= 1.0 for source in sources):
+        raise ValueError("it must have parents, with weights from 0 to 1")
     if not all(source.uri.isprintable() for source in sources):
         raise ValueError("the URI of a parent cannot be printed")
     return Manifest(

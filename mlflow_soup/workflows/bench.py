@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from mlflow_soup.decision.pairing import better
 from mlflow_soup.errors import ParentError, SpecError, StoreError
 from mlflow_soup.evaluation.compatibility import differences
 from mlflow_soup.evaluation.evaluator import Evaluator
@@ -39,7 +38,7 @@ _APART = {
     ("tasks", "test_tasks"): "a test set is unbiased only on items that the search never saw",
     ("ood_tasks", "test_tasks"): "a test set is unbiased only on items that the gate never saw",
 }
-FEW = 4  # parents: the gate compares a soup with each of so many
+FEW = 4  # parents of a schedule: the gate compares the soup with each of so many
 T = TypeVar("T")
 _SETS = {"tasks": "held-out", "ood_tasks": "out-of-domain", "test_tasks": "test"}
 
@@ -294,23 +293,18 @@ def open_rivals(client: Store, name: str, spec: Spec, at_hand: Sequence[Opened])
     return [opened.get(v) or open_version(client, v) for v in rivals(client, name, spec)]
 
 
-def judged(parents: Sequence[T], held_out: Callable[[T], Score | None]) -> list[T]:
-    """The parents that the gate compares a soup with, oldest first.
+def judged(parents: Sequence[T], *, scheduled: bool) -> Sequence[T]:
+    """The parents that the gate compares a soup with, oldest first: all of them.
 
-    Each of a few parents counts. Of more, the newest counts, which would be deployed without the
-    soup, and the best of those whose held-out score is known: each parent costs an evaluation.
+    Of a schedule with more than a few, only the newest, which a soup of a window would replace:
+    each further one costs an evaluation. That a soup is one of a schedule, its manifest says. It
+    gives nobody more than the choice of the parents does, which is his anyway.
 
     Args:
         parents: the parents, oldest first.
-        held_out: parent → its held-out score, if the search has measured it.
+        scheduled: whether they were merged by a schedule.
     """
-    if len(parents) <= FEW:
-        return list(parents)
-    scores = {i: score for i, p in enumerate(parents) if (score := held_out(p)) is not None}
-    chosen = {len(parents) - 1}
-    if scores:
-        chosen.add([*scores][better([*scores.values()])])
-    return [parents[i] for i in sorted(chosen)]
+    return parents[-1:] if scheduled and len(parents) > FEW else parents
 
 
 def contenders(

@@ -28,8 +28,8 @@ from mlflow_soup.workflows.trials import look
 
 def _jobs(session: Session, pair: Sequence[Version]) -> dict[str, Job]:
     """Name of a method → the job that merges the pair by this method."""
-    names = session.spec.compared
-    return {name: session.job(pair, replace(session.spec, method=name)) for name in names}
+    spec = replace(session.spec, space="simplex")  # both are scored alone
+    return {name: session.job(pair, replace(spec, method=name)) for name in spec.compared}
 
 
 def method_jobs(session: Session, pairs: Sequence[Sequence[Version]]) -> list[Job]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from mlflow_soup.decision import pairing
-from mlflow_soup.errors import ObjectiveError
+from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.records import Cell, Difference, Found, Items, Recipe, Score, Table, Trial, Version
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import score_metrics
@@ -122,7 +122,8 @@ def _luck(scores: Sequence[Score]) -> str:
 
 def pair_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
     """One job for each pair, with its versions in order of age."""
-    return [session.job(pair) for pair in combinations(versions, 2)]
+    spec = replace(session.spec, space="simplex")  # both are scored alone
+    return [session.job(pair, spec) for pair in combinations(versions, 2)]
 
 
 def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
@@ -228,6 +229,12 @@ def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
 def schedule_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
     """The job whose space holds all windows of the versions."""
     spec = replace(session.spec, method="wsm", space="schedule", alpha=0.0)
+    if not any(length <= len(versions) for length in spec.lengths):
+        raise SpecError(
+            f"no window fits: there are {len(versions)} versions",
+            where=f"--windows {spec.windows}",
+            fix=f"name windows of 2 to {len(versions)} checkpoints, or more versions",
+        )
     return [session.job(versions, spec)]
 
 
@@ -239,7 +246,7 @@ def schedule(session: Session, versions: Sequence[Version], run_id: str) -> Resu
     (job,) = schedule_jobs(session, versions)
     space, times = job.space, job.times
     begins = (times[-1] - schedules.longest(times), *times)
-    lengths = [int(k) for k in session.spec.lengths if k <= len(versions)]
+    lengths = [k for k in session.spec.lengths if k <= len(versions)]
     durations, powers = [times[-1] - begins[-1 - k] for k in lengths], session.spec.exponents
     recipes = {
         (k, p): space.recipe(schedules.weights(times, duration, schedules.power(p)))
@@ -431,7 +438,7 @@ def heldout(session: Session, versions: Sequence[Version], run_id: str) -> Resul
 def alpha_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
     """One search job for each search space."""
     spec = session.spec
-    specs = [replace(spec, method="bayesopt", alpha=end) for end in spec.ends]
+    specs = [replace(spec, method="bayesopt", space="simplex", alpha=end) for end in spec.ends]
     return [session.job(versions, spec) for spec in specs]
 
 

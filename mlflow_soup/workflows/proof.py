@@ -354,17 +354,12 @@ def decide(
     champions = {}
     for rival in rivals(client, proven.version.name, spec):
         champions[rival] = read.get(rival) or open_version(client, rival, fresh=True).parent.digest
-    # of more than a few parents, only the newest must have been examined
-    required = judged([*proven.parents.items()], lambda parent: None)
+    required = judged([*proven.parents.items()], scheduled=proven.manifest.scheduled)
     needed = {proven.version: proven.digest, **dict(required), **champions}
     found = examinations_of(trust, proven.digest)
     examination = _choose(proven, [examined] if examined else found, needed, standard, trust)
     of = {version: _as(examination, digest, version) for version, digest in needed.items()}
-    parents = [
-        _as(examination, digest, version)
-        for version, digest in proven.parents.items()
-        if examination.of(digest) is not None
-    ]
+    parents = [of[version] for version, _ in required]
     others = [of[version] for version, its in champions.items() if its != proven.digest]
     # a version that the soup has replaced since is no rival any more, but its checks still hold
     others += [e for role, e in examination.roles.items() if role.startswith("champion")]

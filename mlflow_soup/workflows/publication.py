@@ -134,7 +134,7 @@ def _metrics(story: report.Story) -> list[Metric]:
         naming.GAIN_STDERR: gain.stderr,
         naming.CHOSEN_LAMBDA: soup.recipe.lam[-1],
     }
-    if isinstance(story.space, Schedule) and (found := story.space.shape_of(soup.recipe)):
+    if isinstance(story.space, Schedule) and (found := story.space.window_of(soup.recipe)):
         numbers |= dict(zip((naming.DURATION, naming.POWER), found, strict=True))
     if story.distance is not None:
         whole = story.distance.whole

@@ -96,7 +96,7 @@ def examine_once(
     client, bench = job.client, job.bench
     stored = check_stored(client, soup.version, soup.digest, fresh=False)  # `prove` fetched it
     champions = open_rivals(client, job.session.name, job.spec, at_hand)
-    parents = judged(job.mixed(soup.recipe), lambda opened: known.get(opened.parent.digest))
+    parents = judged(job.mixed(soup.recipe), scheduled=job.spec.scheduled)
     models = contenders(stored, parents, champions)
     needed = {opened.parent.digest for opened in models.values()}
     measured: dict[str, Evidence] = {}
@@ -347,8 +347,8 @@ def _evaluate(
         if found is not None:
             known[its] = found.scores.mean
     parents = [
-        check_stored(client, version_of(uri), its)
-        for its, uri in judged([(its, s.uri) for its, s in sources], lambda p: known.get(p[0]))
+        check_stored(client, version_of(source.uri), its)
+        for its, source in judged(sources, scheduled=manifest.scheduled)
     ]
     champions = open_rivals(client, version.name, spec, parents)
     models = contenders(soup, parents, champions)

@@ -98,8 +98,7 @@ def run(spec: Spec) -> Outcome:
             decision, promoted = _decide(job, run_id, soup, proven, found, champions, check)
         tested: dict[str, Unbiased] = {}
         if proven is not None and job.bench.test is not None:  # last: no decision can read it
-            known = dict(zip(found.references, found.alone, strict=True))
-            parents = judged(job.mixed(soup.recipe), lambda o: known.get(o.parent.version))
+            parents = judged(job.mixed(soup.recipe), scheduled=spec.scheduled)
             models = models_of(soup, parents, champions, decision.examination if decision else None)
             at_hand = (*job.opened, *champions)
             tested = score_once(job, trusted(job, run_id), run_id, models, at_hand, check)
@@ -271,8 +270,9 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
     name = find_model(client, spec.model, spec.parents)
     for model in dict.fromkeys((name, owner_of(spec, name))):
         probes.check_model(client, model)
+    asked = spec.space if "space" in spec.named else ""
     spec = settle_rules(client, spec, name)
-    spec.check_space()
+    spec.check_space(asked)
     if spec.promote and not spec.ood_tasks:
         raise SpecError(
             "a promotion needs out-of-domain tasks for the gate",

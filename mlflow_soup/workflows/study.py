@@ -93,7 +93,9 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
         check_writable(Path(spec.out))
     if name in ("pairs", "count") and "method" not in spec.named:
         spec = Spec(**{knob: getattr(spec, knob) for knob in spec.named}, method=PILOT)
+    asked = spec.space if "space" in spec.named else ""
     client, model, spec = settle(spec, [ref for group in groups for ref in group])
+    spec.check_space(asked)
     if name == "ood" and not spec.ood_tasks:
         raise no_ood_tasks()
     if not _needs_ood_tasks(name, spec):

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlflow.entities import Run
@@ -54,52 +55,76 @@ class Window:
     Attributes:
         words: what it is, in words.
         weights: times of all checkpoints so far → their merge weights.
+        params: what another call needs to merge alike.
     """
 
     words: str
     weights: Callable[[Sequence[float]], Array]
+    params: Mapping[str, str]
 
 
-def window_of(client: Store, spec: Spec, name: str, tag: str) -> Window:
-    """The window of the request, or else the one that the last search for a schedule chose.
+def _last(count: int, decay: str) -> Window:
+    """The window of the last checkpoints, by a decay of `schedule.DECAYS`."""
+
+    def weights(times: Sequence[float]) -> Array:
+        last = times[-count:]
+        found = schedule.weights(last, schedule.longest(last), schedule.decay_of(decay))
+        return np.concatenate([np.zeros(len(times) - len(last)), found])
+
+    return Window(f"the last {count} checkpoints, decay {decay}", weights, {})
+
+
+def _as_chosen(duration: float, p: float, tag: str) -> Window:
+    """The schedule that a search chose."""
+
+    def weights(times: Sequence[float]) -> Array:
+        shown = min(duration, schedule.longest(times))
+        return schedule.weights(times, shown, schedule.power(p))
+
+    unit = tag.replace("_", " ") or "checkpoints"
+    words = f"{schedule.amount(duration)} {unit}, p = {p:.3g}, as a search chose"
+    return Window(words, weights, {"duration": repr(duration), "power": repr(p)})
+
+
+def _read_chosen(numbers: Mapping[str, Any], keys: Sequence[str], tag: str) -> Window | None:
+    """The schedule that a run names; None if it names none that a search could choose."""
+    try:
+        duration, p = (float(numbers[key]) for key in keys)
+    except (KeyError, ValueError):
+        return None
+    if not (0.0 < duration < math.inf and schedule.POWERS[0] <= p <= schedule.POWERS[-1]):
+        return None
+    return _as_chosen(duration, p, tag)
+
+
+def window_of(client: Store, spec: Spec, name: str, tag: str, earlier: Sequence[Run]) -> Window:
+    """The window of the request, or that of the curves so far, or else what a search chose last.
 
     Args:
         client: the store's client.
         spec: a settled spec.
         name: the registered model.
         tag: the version tag with the times; empty if the versions count as equally spaced.
+        earlier: the track runs that the request may continue, oldest first.
     """
-    found = None
-    if spec.window is None and not {"decay"} & spec.stated:
-        found = _last_search(client, name, tag, tracking.here(client, spec.experiment))
-    if found is not None:
-        duration, power = found
-        unit = tag.replace("_", " ") or "checkpoints"
-        return Window(
-            f"{duration:,g} {unit}, p = {power:.3g}, as the last search chose",
-            lambda times: schedule.weights(
-                times, min(duration, schedule.longest(times)), schedule.power(power)
-            ),
-        )
-    count, decay = spec.window or WINDOW, schedule.decay_of(spec.decay)
-
-    def weights(times: Sequence[float]) -> Array:
-        last = times[-count:]
-        found = schedule.weights(last, schedule.longest(last), decay)
-        return np.concatenate([np.zeros(len(times) - len(last)), found])
-
-    return Window(f"the last {count} checkpoints, decay {spec.decay}", weights)
-
-
-def _last_search(client: Store, name: str, tag: str, experiment: str) -> tuple[float, float] | None:
-    """Duration and power that the newest search for a schedule chose, in the same unit of time."""
+    if _is_fixed(spec):
+        return _last(spec.window or WINDOW, spec.decay)
+    if earlier:
+        params = earlier[-1].data.params
+        return _read_chosen(params, ("duration", "power"), tag) or _last(WINDOW, spec.decay)
     tags = {naming.ROLE: "search", naming.MODEL: name}
-    for run in reversed(tracking.find_runs(client, tags, experiments=[experiment])):
-        chosen = [run.data.metrics.get(key) for key in (naming.DURATION, naming.POWER)]
-        duration, power = chosen
-        if duration and power and run.data.tags.get(naming.TIME_TAG, "") == tag:
-            return duration, power
-    return None
+    here = [tracking.here(client, spec.experiment)]
+    for run in reversed(tracking.find_runs(client, tags, experiments=here)):
+        if run.data.tags.get(naming.TIME_TAG, "") == tag:
+            found = _read_chosen(run.data.metrics, (naming.DURATION, naming.POWER), tag)
+            if found is not None:
+                return found
+    return _last(WINDOW, spec.decay)
+
+
+def _is_fixed(spec: Spec) -> bool:
+    """Whether the user or the policy named the window."""
+    return spec.window is not None or "decay" in spec.stated
 
 
 @dataclass(frozen=True)
@@ -109,23 +134,28 @@ class Trajectory:
     Attributes:
         versions: the checkpoints, oldest first.
         times: when they were saved, ascending.
-        window: how a window is merged.
         tag: the version tag with the times; empty if the versions count as equally spaced.
+        window: how a window is merged.
     """
 
     versions: tuple[Version, ...]
     times: tuple[float, ...]
-    window: Window
     tag: str
+    window: Window
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the times are whole numbers, as MLflow's steps are."""
+        return bool(self.tag) and all(time.is_integer() for time in self.times)
 
     @property
     def unit(self) -> str:
         """What the steps of the curves count."""
-        return self.tag.replace("_", " ") or "version"
+        return self.tag.replace("_", " ") if self._counts else "version"
 
     def step(self, place: int) -> int:
         """The step of a checkpoint's metrics: the tokens seen, or else the version's number."""
-        return round(self.times[place]) if self.tag else self.versions[place].number
+        return round(self.times[place]) if self._counts else self.versions[place].number
 
     def weights(self, point: Point) -> dict[int, float]:
         """Place → merge weight of a point; of the first checkpoint, nothing can be merged."""
@@ -163,17 +193,18 @@ def track(spec: Spec) -> Report:
     client, name, spec = settle(spec, spec.parents)
     if spec.out:
         check_writable(Path(spec.out))
-    trajectory = _trajectory(client, name, spec)
-    spec = replace(spec, ood_tasks="", test_tasks="", method="wsm", space="simplex")
+    found, times, tag = _checkpoints(client, name, spec)
+    fixed = _is_fixed(spec)
     suites = load_suites(spec)
-    newest = open_version(client, trajectory.versions[-1])
-    bench = set_up(spec, newest.checkpoint, suites)
-    session = Session(client, spec, name, {trajectory.versions[-1]: newest}, bench)
+    newest = open_version(client, found[-1])
+    settled = replace(spec, ood_tasks="", test_tasks="", method="wsm", space="simplex")
+    bench = set_up(settled, newest.checkpoint, suites)
+    session = Session(client, settled, name, {found[-1]: newest}, bench)
     request = {
         "track": name,
         "evaluator": bench.held_out.fingerprint,
-        "window": trajectory.window.words,
-        "times": trajectory.tag,
+        "times": tag,
+        "window": [spec.window or WINDOW, spec.decay] if fixed else [],
     }
     tags = {
         "mlflow.runName": naming.run_name(f"track {name}"),
@@ -183,17 +214,23 @@ def track(spec: Spec) -> Report:
     }
     with lease.hold(client, name, tags[naming.KEY], lease_folder()) as check:
         ours = {key: tags[key] for key in (naming.ROLE, naming.KEY)}
-        earlier = [run for run in tracking.find_runs(client, ours) if tracking.is_ours(run)]
+        here = [tracking.here(client, spec.experiment)]
+        earlier = tracking.find_runs(client, ours, experiments=here)
+        earlier = [run for run in earlier if tracking.is_ours(run)]
+        window = window_of(client, spec, name, tag, earlier)
+        trajectory = Trajectory(found, times, tag, window)
         with tracking.open_run(client, spec.experiment, tags, resumable=earlier) as run_id:
-            _log_request(client, run_id, spec, trajectory.window)
+            _log_request(client, run_id, spec, window)
             _extend(session, trajectory, run_id, check)
             scored = _scored(client, run_id, trajectory)
             result = _result(session, trajectory, scored)
             return Report(result, run_id, tell(session, run_id, "track", result))
 
 
-def _trajectory(client: Store, name: str, spec: Spec) -> Trajectory:
-    """The checkpoints of the request.
+def _checkpoints(
+    client: Store, name: str, spec: Spec
+) -> tuple[tuple[Version, ...], tuple[float, ...], str]:
+    """The checkpoints of the request, when they were saved, and the tag that says so.
 
     Raises:
         SpecError: there are fewer than two, or they have no times in ascending order.
@@ -209,10 +246,8 @@ def _trajectory(client: Store, name: str, spec: Spec) -> Trajectory:
             fix="register the checkpoints of a run, each as a version",
         )
     times = versions.times(client, found, spec.time_tag)
-    tag = spec.time_tag if times else ""
-    window = window_of(client, spec, name, tag)
     order = tuple(float(place) for place in range(1, len(found) + 1))
-    return Trajectory(tuple(found), times or order, window, tag)
+    return tuple(found), times or order, spec.time_tag if times else ""
 
 
 def _log_request(client: Store, run_id: str, spec: Spec, window: Window) -> None:
@@ -220,7 +255,7 @@ def _log_request(client: Store, run_id: str, spec: Spec, window: Window) -> None
     if not client.get_run(run_id).data.params:
         said = {f"cfg.{f.name}": getattr(spec, f.name) for f in fields(Spec)}
         params = {k: v for k, v in said.items() if v not in ("", None) and v is not False}
-        tracking.log(client, run_id, params={**params, "window": window.words})
+        tracking.log(client, run_id, params={**params, **window.params, "window": window.words})
 
 
 def _scored(client: Store, run_id: str, trajectory: Trajectory) -> dict[Point, Run]:

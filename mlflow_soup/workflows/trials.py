@@ -364,7 +364,7 @@ def _publish(
     child = tracking.begin_child(client, parent, name, known, evaluation.began)
     weights = json.dumps(recipe.lam)
     params = {"lambda": str(recipe), "method": recipe.method, "weights": weights}
-    if isinstance(job.space, Schedule) and (found := job.space.shape_of(recipe)):
+    if isinstance(job.space, Schedule) and (found := job.space.window_of(recipe)):
         params |= dict(zip(("duration", "power"), map(str, found), strict=True))
     metrics, more = [], dict(evaluation.tags)
     if scores is not None:

@@ -286,13 +286,13 @@ def test_a_tokenizer_that_reads_otherwise_beside_the_config_is_refused(
 
 
 def test_a_version_on_a_server_is_exported_too(server_client, checkpoints, tmp_path):
-    server_client.create_registered_model("remote")
+    server_client.create_registered_model("exported")
     for folder in checkpoints[:2]:
-        register(server_client, folder, "remote")
-    parents = ["models:/remote/1", "models:/remote/2"]
+        register(server_client, folder, "exported")
+    parents = ["models:/exported/1", "models:/exported/2"]
     mlflow_soup.merge_checkpoints(parents, [0.5, 0.5], tmp_path / "soup")
-    register(server_client, tmp_path / "soup", "remote")
-    done = export("models:/remote/3", "--out", tmp_path / "out")
+    register(server_client, tmp_path / "soup", "exported")
+    done = export("models:/exported/3", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "merged again, and gave exactly these weights" in done.output
     assert "NOT checked: Its manifest records no digests" in done.output

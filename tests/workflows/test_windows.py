@@ -11,7 +11,7 @@ import pytest
 
 import mlflow_soup
 import toy
-from conftest import fill, use
+from conftest import fill, register, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.decision import pairing
 from mlflow_soup.evaluation import evaluator
@@ -21,6 +21,7 @@ from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.manifest import MANIFEST, parse_manifest
 from mlflow_soup.workflows.bench import open_version
+from mlflow_soup.workflows.study import run_study
 from test_cli import command
 
 NAME, COUNT, TOKENS = "run-llm", 7, 1000
@@ -237,6 +238,61 @@ def test_a_schedule_is_refused_where_the_method_knows_none(client):
         mlflow_soup.run(Spec(model=NAME, last=5, method="greedy", space="schedule"))
 
 
+def test_the_policy_asks_for_schedules_only_where_a_method_knows_them(client):
+    client.set_registered_model_tag(NAME, "soup.space", "schedule")
+    outcome = mlflow_soup.run(Spec(model=NAME, last=3, method="uniform", ood_tasks=""))
+    assert len(outcome.trials) == 4  # with each parent alone
+    report = run_study("methods", Spec(model=NAME, pairs="v6,v7", methods="bayesopt,wma,uniform"))
+    assert {row[1] for row in report.result.table.rows} >= {"bayesopt", "wma", "uniform"}
+    pairs = run_study("pairs", Spec(model=NAME, last=3, method="bayesopt", trials=4))
+    assert len(pairs.result.table.rows) == 3
+
+
+@pytest.mark.parametrize("said", [{"windows": "4,6"}, {"windows": "2,2.5"}])
+def test_a_study_of_windows_that_do_not_fit_is_refused(client, said):
+    with pytest.raises(errors.SpecError, match="window"):
+        run_study("schedule", Spec(model=NAME, last=3, **said))
+
+
+def test_a_schedule_that_keeps_the_newest_alone_can_be_registered_as_a_copy(
+    client, trained, tmp_path
+):
+    for number, noise in ((8, 900.0), (9, 0.5)):  # each merge with v8 knows nothing
+        model = toy.noisy(trained, number, noise)
+        register(client, toy.save(model, tmp_path / f"v{number}"), NAME)
+    said = {"versions": "v8,v9", "space": "schedule", "time_tag": "none", "ood_tasks": ""}
+    outcome = mlflow_soup.run(Spec(model=NAME, trials=4, **said))
+    assert outcome.soup.version == Version(NAME, 9)
+    assert not outcome.soup.registered
+    copied = mlflow_soup.run(Spec(model=NAME, trials=4, register_copies=True, **said))
+    assert copied.soup.registered
+    assert copied.soup.lam == (1.0,)
+    assert [s.uri for s in manifest_of(client, copied.soup.version).sources] == [
+        f"models:/{NAME}/9"
+    ]
+    assert command("verify", copied.soup.version.uri).returncode == 0
+    again = mlflow_soup.run(Spec(model=NAME, trials=4, register_copies=True, **said))
+    assert again.soup.version == copied.soup.version
+
+
+def test_every_parent_of_a_soup_without_a_schedule_is_a_rival_whatever_is_stored(client):
+    outcome = mlflow_soup.run(Spec(model=NAME, last=5, method="uniform"))
+    options = ("--model", NAME, "--version", f"v{outcome.soup.version.number}")
+    elsewhere = ("--experiment", "soups", "--evidence", "own")
+    assert command("evaluate", *options).returncode == 0
+    gated = command("gate", *options, *elsewhere)
+    assert gated.returncode == (0 if outcome.verdict.passed else 3), gated.stderr
+    runs = client.search_runs(
+        [e.experiment_id for e in client.search_experiments()],
+        "tags.`soup.role` = 'ood'",
+        order_by=["attributes.start_time DESC"],
+    )
+    for run in runs[:2]:
+        path = client.download_artifacts(run.info.run_id, "evidence.json")
+        roles = json.loads(Path(path).read_text())["roles"]
+        assert len([role for role in roles if role.startswith("parent")]) == 5
+
+
 def test_the_simplex_of_many_versions_can_still_be_asked_for(client):
     spec = Spec(model=NAME, last=5, ood_tasks="", space="simplex", trials=7)
     outcome = mlflow_soup.run(spec)
@@ -289,8 +345,6 @@ def test_track_again_evaluates_only_what_is_new(client, tmp_path, trained, monke
     first, count = track(window=3), counted(monkeypatch)
     assert track(window=3).run_id == first.run_id
     assert count == [0]
-    from conftest import register
-
     register(client, toy.save(toy.noisy(trained, 8, 0.9), tmp_path / "v8"), NAME)
     client.set_model_version_tag(NAME, "8", "tokens_seen", str(8 * TOKENS))
     report = track(window=3)
@@ -302,10 +356,38 @@ def test_track_again_evaluates_only_what_is_new(client, tmp_path, trained, monke
 def test_track_takes_over_what_searches_have_scored(client, outcome, monkeypatch):
     count = counted(monkeypatch)
     report = track()  # the schedule that the search chose
-    assert "as the last search chose" in report.summary
+    assert "as a search chose" in report.summary
     merged = curve(client, report.run_id, "merged/objective")
     assert merged[COUNT * TOKENS] == outcome.soup.held_out.value
     assert count == [2 * COUNT - 1 - 2]  # the newest alone and its window are known
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"power": -1.0, "duration": 3e3}, {"power": 1.0, "duration": -5.0}, {"power": 1.0}]
+)
+def test_track_passes_over_a_schedule_that_no_search_could_choose(client, numbers):
+    with mlflow.start_run(tags={"soup.role": "search", "soup.model": NAME}):
+        mlflow.set_tag("soup.time_tag", "tokens_seen")
+        mlflow.log_metrics({f"search/{key}": value for key, value in numbers.items()})
+    assert "the last 5 checkpoints, decay linear" in track(last=3).summary
+
+
+def test_track_keeps_its_window_when_a_later_search_chooses_another(client, outcome, monkeypatch):
+    first = track()
+    with mlflow.start_run(tags={"soup.role": "search", "soup.model": NAME}):
+        mlflow.set_tag("soup.time_tag", "tokens_seen")
+        mlflow.log_metrics({"search/duration": 2.0 * TOKENS, "search/power": 1.0})
+    count = counted(monkeypatch)
+    again = track()
+    assert again.run_id == first.run_id
+    assert count == [0]
+
+
+def test_times_that_are_no_steps_leave_the_versions_as_steps(client):
+    for number in range(1, COUNT + 1):
+        client.set_model_version_tag(NAME, str(number), "epoch", str(number / 10))
+    report = track(time_tag="epoch", window=2, last=3)
+    assert [*curve(client, report.run_id, "raw/objective")] == [5, 6, 7]
 
 
 @pytest.mark.parametrize("after", [1, 4])
