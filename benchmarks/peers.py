@@ -30,6 +30,11 @@ class Box(Started):
         super().__init__(landscape, seed)
         self.begin = sum(weights[-1] >= self.alpha for weights in self.queue)
 
+    @property
+    def dimensions(self) -> int:
+        """Of the cube."""
+        return self.parents - 1
+
     def tell(self, weights: Weights, score: Score) -> None:
         """Tell the peer what its box holds."""
         super().tell(weights, score)
@@ -87,7 +92,7 @@ class Skopt(Box):
 
         super().__init__(landscape, seed)
         self.optimizer = Optimizer(
-            [(0.0, 1.0)] * (self.parents - 1),
+            [(0.0, 1.0)] * self.dimensions,
             "GP",
             acq_func="gp_hedge",
             n_initial_points=self.begin,
@@ -123,7 +128,7 @@ class Optuna(Box):
             direction="maximize",
             sampler=getattr(optuna.samplers, sampler)(seed=seed, n_startup_trials=self.begin),
         )
-        self.names = [f"x{i}" for i in range(self.parents - 1)]
+        self.names = [f"x{i}" for i in range(self.dimensions)]
         self.distributions = {
             name: optuna.distributions.FloatDistribution(0, 1) for name in self.names
         }
@@ -156,7 +161,7 @@ class BayesOpt(Box):
         from bayes_opt import BayesianOptimization, acquisition
 
         super().__init__(landscape, seed)
-        self.names = [f"x{i}" for i in range(self.parents - 1)]
+        self.names = [f"x{i}" for i in range(self.dimensions)]
         bases = [
             acquisition.ExpectedImprovement(xi=0.01),
             acquisition.ProbabilityOfImprovement(xi=0.01),
@@ -185,12 +190,31 @@ class BayesOpt(Box):
 class BoTorch(Started):
     """BoTorch's default GP with one of its acquisitions, over the simplex."""
 
+    sums = True  # whether the coordinates of a point must sum to at most 1
+
     def __init__(self, landscape: Landscape, seed: int, acquisition: str) -> None:
         import torch
 
         super().__init__(landscape, seed)
         torch.manual_seed(seed)
         self.acquisition = acquisition
+
+    @property
+    def dimensions(self) -> int:
+        """Of a point."""
+        return self.parents - 1
+
+    def points(self, weights: Sequence[Weights]) -> Array:
+        """All weights but the oldest's, scaled by α, shape (n, K − 1)."""
+        points = np.array(weights)[:, 1:] / (1 - self.alpha)
+        points[:, -1] -= self.alpha / (1 - self.alpha)
+        return np.asarray(points)
+
+    def weights(self, point: Array) -> Weights:
+        """Weights at a point; the inverse of `points`."""
+        rest = (1 - self.alpha) * point
+        rest[-1] += self.alpha
+        return rounded(np.array([0.0, *rest]))
 
     def propose(self) -> Weights:
         """The maximum of the acquisition."""
@@ -211,16 +235,13 @@ class BoTorch(Started):
         return self._maximise(PosteriorMean(self._fit()[0]))
 
     def _fit(self) -> tuple[Any, Any, Any]:
-        """The model, the points (all weights but the oldest's, scaled by α) and the scores."""
+        """The model, the points and the scores."""
         import torch
         from botorch.fit import fit_gpytorch_mll
         from botorch.models import SingleTaskGP
         from gpytorch.mlls import ExactMarginalLogLikelihood
 
-        weights = np.array([weights for weights, _ in self.told])[:, 1:]
-        points = weights / (1 - self.alpha)
-        points[:, -1] -= self.alpha / (1 - self.alpha)
-        x = torch.tensor(points, dtype=torch.float64)
+        x = torch.tensor(self.points([weights for weights, _ in self.told]), dtype=torch.float64)
         y = torch.tensor([[value] for _, value in self.told], dtype=torch.float64)
         model = SingleTaskGP(x, y)
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
@@ -230,7 +251,7 @@ class BoTorch(Started):
         import torch
         from botorch.optim import optimize_acqf
 
-        free = self.parents - 1
+        free = self.dimensions
         below_one = (torch.arange(free), -torch.ones(free, dtype=torch.float64), -1.0)
         best, _ = optimize_acqf(
             utility,
@@ -238,23 +259,33 @@ class BoTorch(Started):
             q=1,
             num_restarts=5,
             raw_samples=128,
-            inequality_constraints=[below_one] if free > 1 else None,
+            inequality_constraints=[below_one] if self.sums and free > 1 else None,
         )
-        rest = (1 - self.alpha) * best[0].numpy()
-        rest[-1] += self.alpha
-        return rounded(np.array([0.0, *rest]))
+        return self.weights(best[0].numpy())
 
 
-PEERS: dict[str, tuple[str, Callable[[Landscape, int], Started]]] = {
-    "scikit-optimize gp_hedge": ("skopt", Skopt),
-    "Optuna GPSampler": ("optuna", lambda landscape, seed: Optuna(landscape, seed, "GPSampler")),
-    "Optuna TPE": ("optuna", lambda landscape, seed: Optuna(landscape, seed, "TPESampler")),
-    "BoTorch LogEI": ("botorch", lambda landscape, seed: BoTorch(landscape, seed, "LogEI")),
-    "BoTorch qLogNEI": ("botorch", lambda landscape, seed: BoTorch(landscape, seed, "qLogNEI")),
-    "bayesian-optimization hedge": ("bayes_opt", BayesOpt),
+# name → the module that must be there, the class and what else it is made of
+PEERS: dict[str, tuple[str, type[Started], tuple[str, ...]]] = {
+    "scikit-optimize gp_hedge": ("skopt", Skopt, ()),
+    "Optuna GPSampler": ("optuna", Optuna, ("GPSampler",)),
+    "Optuna TPE": ("optuna", Optuna, ("TPESampler",)),
+    "BoTorch LogEI": ("botorch", BoTorch, ("LogEI",)),
+    "BoTorch qLogNEI": ("botorch", BoTorch, ("qLogNEI",)),
+    "bayesian-optimization hedge": ("bayes_opt", BayesOpt, ()),
 }
 
 
-def installed() -> dict[str, Callable[[Landscape, int], Started]]:
-    """The peers that can be imported here, by name."""
-    return {name: make for name, (module, make) in PEERS.items() if find_spec(module)}
+def installed(*over: type[Started]) -> dict[str, Callable[[Landscape, int], Started]]:
+    """The peers that can be imported here, by name.
+
+    Args:
+        over: classes with coordinates of their own, which go before those of the peers.
+    """
+
+    def maker(kind: type[Started], rest: tuple[str, ...]) -> Callable[[Landscape, int], Started]:
+        made = type(kind.__name__, (*over, kind), {})
+        return lambda landscape, seed: made(landscape, seed, *rest)
+
+    return {
+        name: maker(kind, rest) for name, (module, kind, rest) in PEERS.items() if find_spec(module)
+    }

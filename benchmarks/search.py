@@ -118,6 +118,10 @@ class Ours:
             trials.append(Trial(len(trials), recipe, landscape.score(recipe.lam)))
         return trials, method.choose(self.space, trials, spec)
 
+    def end(self, landscape: Landscape) -> dict[str, float]:
+        """What became of a whole search."""
+        return end(*self.finish(landscape), landscape)
+
 
 def searchers() -> dict[str, Any]:
     """Name → function of a landscape and a seed; peers that are not installed are left out."""
@@ -128,16 +132,18 @@ def searchers() -> dict[str, Any]:
     return table | {"random": Random, "grid": Grid} | peers.installed()
 
 
-def measure(searcher: Searcher, landscape: Landscape, batch: int) -> dict[str, Any]:
+def measure(
+    searcher: Searcher, landscape: Landscape, batch: int, budget: int = BUDGET
+) -> dict[str, Any]:
     """Regret after every evaluation, true regret of recommendations, and seconds per ask."""
     feasible = landscape.feasible(landscape.grid)
     best = landscape.held_out_values[feasible].max()
     truth = landscape.population_values[feasible].max()
     record: dict[str, Any] = {"asked": [], "regret": [], "true": {}, "seconds": []}
     found = -np.inf
-    while len(record["asked"]) < BUDGET:
+    while len(record["asked"]) < budget:
         pending: list[Weights] = []
-        for _ in range(min(batch, BUDGET - len(record["asked"]))):
+        for _ in range(min(batch, budget - len(record["asked"]))):
             begin = time.process_time()
             pending.append(searcher.ask(pending))
             record["seconds"].append(time.process_time() - begin)
@@ -158,7 +164,7 @@ def measure(searcher: Searcher, landscape: Landscape, batch: int) -> dict[str, A
             record["true"][str(count)] = round(float(regret), 4)
     record["seconds"] = [round(seconds, 4) for seconds in record["seconds"]]
     if isinstance(searcher, Ours) and batch == 1:
-        record["end"] = end(*searcher.finish(landscape), landscape)
+        record["end"] = searcher.end(landscape)
     return record
 
 
@@ -186,9 +192,11 @@ def run(
     seeds: int,
     batches: Sequence[int],
     out: Path,
+    table: dict[str, Any] | None = None,
+    budget: int = BUDGET,
 ) -> None:
     """Append what `out` lacks; all families of one seed before the next seed."""
-    table = searchers()
+    table = table or searchers()
     done = {key(record) for record in read(out)} if out.is_file() else set()
     for name in sorted({*names} - {*table}):
         print(f"skipped: {name} is not installed here or not known", file=sys.stderr)
@@ -207,7 +215,9 @@ def run(
                 searcher = table[name](landscape, seed)
                 head = {"searcher": name, "batch": batch, "family": family, "seed": seed}
                 with out.open("a") as file:
-                    file.write(json.dumps(head | measure(searcher, landscape, batch)) + "\n")
+                    file.write(
+                        json.dumps(head | measure(searcher, landscape, batch, budget)) + "\n"
+                    )
         print(f"seed {seed} done", file=sys.stderr)
 
 
@@ -233,10 +243,10 @@ def needed(record: dict[str, Any], close: float) -> float:
     return next(hits, np.inf)
 
 
-def quantile(values: list[float], q: float) -> str:
+def quantile(values: list[float], q: float, budget: int = BUDGET) -> str:
     """A quantile that was reached, `>20` when it is infinite."""
     value = np.quantile(values, q, method="inverted_cdf")
-    return f">{BUDGET}" if np.isinf(value) else f"{value:g}"
+    return f">{budget}" if np.isinf(value) else f"{value:g}"
 
 
 def row(records: list[dict[str, Any]], batch: int) -> list[str]:

@@ -17,10 +17,14 @@ class Started:
     def __init__(self, landscape: Landscape, seed: int) -> None:
         self.parents, self.alpha, self.seed = landscape.parents, landscape.alpha, seed
         self.rng = np.random.default_rng([seed, 1])
+        self.queue = self.start()
+        self.told: list[tuple[Weights, float]] = []
+
+    def start(self) -> list[Weights]:
+        """What is evaluated first."""
         lam = (1 + self.alpha) / 2 if self.parents == 2 else 1 / self.parents
         middle = np.array([*[(1 - lam) / (self.parents - 1)] * (self.parents - 1), lam])
-        self.queue = [*map(tuple, np.eye(self.parents)), rounded(middle)]
-        self.told: list[tuple[Weights, float]] = []
+        return [*map(tuple, np.eye(self.parents)), rounded(middle)]
 
     def ask(self, pending: Sequence[Weights]) -> Weights:
         """The start, then proposals."""
