@@ -35,8 +35,9 @@ def text():
 def trained(tmp_path_factory):
     """A folder in which the example has run in a tiny size; and how to run it again."""
     folder = tmp_path_factory.mktemp("trajectory")
-    env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    env.pop("MLFLOW_EXPERIMENT_ID", None)
+    left = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    uri = f"sqlite:///{folder}/mlflow.db"
+    env = left | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_SOUP_CACHE": str(folder / "cache")}
 
     def run(*words):
         done = forked.play(str(EXAMPLE), *TINY, *words, cwd=folder, env=env)
