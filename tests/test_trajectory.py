@@ -58,6 +58,7 @@ def client(trained):
     yield MlflowClient()
     mlflow.set_tracking_uri(before)
     mlflow.set_registry_uri("")  # that of the runs again
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)  # where MLflow leaves it
 
 
 def versions(client, name):
