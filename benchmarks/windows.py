@@ -22,7 +22,6 @@ sys.path.append(str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from merge import SIZES
 from mlflow_soup.evaluation.live import LiveModel
@@ -67,7 +66,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SIZES["160M"]["num_hidden_layers"])
     parser.add_argument("--rounds", type=int, default=7)
     chosen = parser.parse_args()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as temporary:
         parents = make_parents(Path(temporary), chosen.layers)
         live = LiveModel(parents[0], "cpu")
