@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mlflow_soup.decision.pairing import ROUNDING
 from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE, literally
 
+Grid = NDArray[np.float64]
 WIDTH, HEIGHT = 7.5, 4.5  # inches; larger where the content needs it
 ROW = 0.3  # inches, height of one line in a panel
 LEGIBLE = 14  # most versions for which a heat map prints the score in each cell
@@ -50,13 +51,9 @@ def pairs(names: Sequence[str], scores: Mapping[tuple[int, int], float], label: 
     image = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis")
     bar = figure.colorbar(image, shrink=0.9, label=_short(label))
     bar.ax.ticklabel_format(useOffset=False)
-    # above a relative luminance of 0.18, black text has the better contrast (WCAG 2.2)
-    luminance = image.to_rgba(grid)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
-    inks = np.where(luminance > 0.18, "black", "white")
+    inks = _inks(image.to_rgba(grid))
     if n <= LEGIBLE:
-        for i, j in np.argwhere(np.isfinite(grid)):
-            text = f"{grid[i, j]:.4f}"
-            axes.text(j, i, text, color=inks[i, j], ha="center", va="center", size=8)
+        _print_scores(axes, grid, inks)
     rows, columns = np.array(above, int).reshape(-1, 2).T
     axes.scatter(columns + 0.35, rows - 0.33, 14, inks[rows, columns], marker="^")
     handles: list[Artist] = [
@@ -192,10 +189,7 @@ def schedule(
     bar = figure.colorbar(image, label=_short(label))
     bar.ax.ticklabel_format(useOffset=False)
     bar.ax.axhline(newest, color=ORANGE, lw=2)
-    luminance = image.to_rgba(grid)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
-    for i, j in np.argwhere(np.isfinite(grid)):
-        ink = "black" if luminance[i, j] > 0.18 else "white"
-        axes.text(j, i, f"{grid[i, j]:.4f}", color=ink, ha="center", va="center", size=8)
+    _print_scores(axes, grid, _inks(image.to_rgba(grid)))
     handles: list[Artist] = [Line2D([], [], color=ORANGE, lw=2, label="newest version alone")]
     if np.isfinite(grid).any():
         i, j = divmod(int(np.nanargmax(grid)), len(durations))
@@ -437,6 +431,22 @@ def _legend(figure: Figure, handles: Iterable[Artist] = ()) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     figure.legend(handles=list(found.values()), loc="outside lower center", ncols=3, frameon=False)
+
+
+def _inks(colours: ArrayLike) -> NDArray[np.str_]:
+    """The colour of the text in each cell of a heat map, for contrast with the cell's RGBA.
+
+    Above a relative luminance of 0.18, black text has the better contrast (WCAG 2.2).
+    """
+    luminance = np.asarray(colours)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    return np.where(luminance > 0.18, "black", "white")
+
+
+def _print_scores(axes: Axes, grid: Grid, inks: NDArray[np.str_]) -> None:
+    """Print each score of a heat map in its cell."""
+    for i, j in np.argwhere(np.isfinite(grid)):
+        text = f"{grid[i, j]:.4f}"
+        axes.text(j, i, text, color=inks[i, j], ha="center", va="center", size=8)
 
 
 def _outline(axes: Axes, row: int, column: int, **style: Any) -> Artist:

@@ -15,6 +15,8 @@ from mlflow_soup.search.recommend import expected
 from mlflow_soup.search.schedule import Schedule, amount, longest
 from mlflow_soup.search.space import Space
 
+UNTIMED = "No version has the tag of --time-tag, so they count as equally spaced."
+
 
 def shape(space: Schedule, recipe: Recipe) -> tuple[str, str]:
     """The duration and the power of a recipe in words; empty if it is none of the searched ones.
@@ -42,7 +44,7 @@ def words(space: Space, soup: Soup, time_tag: str) -> list[str]:
     """
     told = []
     if not time_tag:
-        told.append("No version has the tag of --time-tag, so they count as equally spaced.")
+        told.append(UNTIMED)
     if not isinstance(space, Schedule) or (found := space.shape_of(soup.recipe)) is None:
         return told
     if len(soup.parents) == 1:
@@ -52,7 +54,7 @@ def words(space: Space, soup: Soup, time_tag: str) -> list[str]:
     if power != 1.0:
         how = f"the {'newer' if power > 1.0 else 'older'} a version, the larger its weight"
     told.append(
-        f"The merged window is {amount(duration)} {_unit(time_tag)} long and holds "
+        f"The merged window is {amount(duration)} {unit(time_tag)} long and holds "
         f"{len(soup.parents)} of the {space.count} versions. Its power p is {power:.3g}: {how}."
     )
     if duration >= longest(space.times) * (1.0 - 1e-9):
@@ -62,7 +64,7 @@ def words(space: Space, soup: Soup, time_tag: str) -> list[str]:
     return told
 
 
-def _unit(time_tag: str) -> str:
+def unit(time_tag: str) -> str:
     """What times are counted in."""
     return (time_tag or "checkpoints").replace("_", " ")
 
@@ -77,7 +79,7 @@ def trials_table(story: Story) -> str:
         row = [str(trial.number), *window, str(trial.recipe), score]
         chosen = trial.recipe == story.soup.recipe
         rows.append([f"**{cell}**" if cell else "" for cell in row] if chosen else row)
-    head = ["trial", f"length of the window, {_unit(story.time_tag)}", "p", "λ", "held-out"]
+    head = ["trial", f"length of the window, {unit(story.time_tag)}", "p", "λ", "held-out"]
     table = report.rows_table(head, rows)
     return f"\n## Trials\n\nThe chosen one is bold.\n\n{table}\n"
 
@@ -100,7 +102,7 @@ def _draw_weights(axes: Axes, story: Story) -> None:
     """Draw the merge weight of each checkpoint as a bar over its time."""
     times = np.array(story.space.times)
     axes.bar(times, story.soup.recipe.lam, 0.7 * np.diff(times).min(), color=BLUE)
-    axes.set_xlabel(_unit(story.time_tag))
+    axes.set_xlabel(unit(story.time_tag))
     axes.set_ylabel("merge weight λ")
     if story.time_tag:
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -131,7 +133,7 @@ def _draw_map(figure: Figure, axes: Axes, story: Story, space: Schedule) -> None
             label="chosen",
         )
     axes.set_yticks(range(-1, 4), ["1/2", "1", "2", "4", "8"])
-    axes.set_xlabel(f"length of the window, {_unit(story.time_tag)}")
+    axes.set_xlabel(f"length of the window, {unit(story.time_tag)}")
     axes.set_ylabel("power p")
     if story.time_tag:
         axes.xaxis.set_major_formatter("{x:,.0f}")

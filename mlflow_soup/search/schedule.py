@@ -55,6 +55,11 @@ def decay_of(name: str) -> Decay:
     return DECAYS[name] if name in DECAYS else power(float(name))
 
 
+def evenly(count: int) -> tuple[float, ...]:
+    """The times of checkpoints that are only known by their order, 1, 2, 3 and so on."""
+    return tuple(map(float, range(1, count + 1)))
+
+
 def amount(duration: float) -> str:
     """A duration for people: every digit of its whole units, and parts of small ones."""
     return f"{duration:,.0f}" if duration >= 1000.0 else f"{duration:.4g}"
@@ -113,7 +118,7 @@ class Schedule(Space):
 
     def candidates(self) -> Array:
         """Schedules of all durations and powers, shape (m, count), distinct, read-only."""
-        return np.array([*_candidates(self)])
+        return _rows(self)
 
     def points(self, weights: Sequence[Sequence[float]] | Array) -> Array:
         """Where the surrogates see merge weights of shape (m, count): in a plane, shape (m, 3).
@@ -153,6 +158,14 @@ def _candidates(space: Schedule) -> dict[tuple[float, ...], tuple[float, float]]
             if space.feasible(recipe):
                 found.setdefault(recipe.lam, (float(duration), float(p)))
     return found
+
+
+@lru_cache(maxsize=32)
+def _rows(space: Schedule) -> Array:
+    """The weights of the candidates as one array, which nobody may change."""
+    rows = np.array([*_candidates(space)])
+    rows.flags.writeable = False
+    return rows
 
 
 @lru_cache(maxsize=32)

@@ -19,7 +19,7 @@ from mlflow_soup.registry.versions import find_model, last, policy, resolve, tag
 from mlflow_soup.request.names import VersionRef
 from mlflow_soup.request.spec import LONGEST, MOST, WINDOWS, Spec
 from mlflow_soup.search.methods import METHODS, Method, lattice
-from mlflow_soup.search.schedule import Schedule
+from mlflow_soup.search.schedule import Schedule, evenly
 from mlflow_soup.search.space import Space
 from mlflow_soup.statistics.calibration import Calibration, calibrate, read_texts
 from mlflow_soup.statistics.measure import Statistics, blend, measure
@@ -165,7 +165,7 @@ class Job:
     @property
     def times(self) -> tuple[float, ...]:
         """When the parents were saved; without a tag, they are equally spaced."""
-        return self.tagged or tuple(map(float, range(1, len(self.opened) + 1)))
+        return self.tagged or evenly(len(self.opened))
 
     @property
     def time_tag(self) -> str:

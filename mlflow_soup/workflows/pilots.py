@@ -19,7 +19,7 @@ from mlflow_soup.errors import ObjectiveError, SpecError
 from mlflow_soup.records import Cell, Difference, Found, Items, Recipe, Score, Table, Trial, Version
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import score_metrics
-from mlflow_soup.reporting import charts
+from mlflow_soup.reporting import charts, windows
 from mlflow_soup.search import schedule as schedules
 from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Space
@@ -282,7 +282,7 @@ def schedule(session: Session, versions: Sequence[Version], run_id: str) -> Resu
         notes.append(compare("the best plain average", averages))
     notes.append(_luck([scores[recipe] for recipe in wanted]))
     if not job.time_tag:
-        notes.append("No version has the tag of --time-tag, so they count as equally spaced.")
+        notes.append(windows.UNTIMED)
     figure = charts.schedule(
         lengths,
         powers,

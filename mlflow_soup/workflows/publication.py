@@ -73,9 +73,8 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance | None)
     if apart is not None:
         names = [parent.version.short for parent in soup.parents]
         distances.append(geometry.words(apart, names))
-        if (
-            not spec.scheduled
-        ):  # the search has compared the windows, so how far they reach is known
+        # a search for a window has compared how far it may reach
+        if not spec.scheduled:
             distances += [geometry.caution(apart, names), geometry.barrier(job.space, trials)]
         if soup.recipe.method == "linear":
             distances.append(geometry.theory(apart, soup.lam))

@@ -30,7 +30,7 @@ from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import Store
-from mlflow_soup.reporting import charts
+from mlflow_soup.reporting import charts, windows
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.search import schedule
 from mlflow_soup.search.space import Array, Space
@@ -81,8 +81,7 @@ def _as_chosen(duration: float, p: float, tag: str) -> Window:
         shown = min(duration, schedule.longest(times))
         return schedule.weights(times, shown, schedule.power(p))
 
-    unit = tag.replace("_", " ") or "checkpoints"
-    words = f"{schedule.amount(duration)} {unit}, p = {p:.3g}, as a search chose"
+    words = f"{schedule.amount(duration)} {windows.unit(tag)}, p = {p:.3g}, as a search chose"
     return Window(words, weights, {"duration": repr(duration), "power": repr(p)})
 
 
@@ -151,7 +150,7 @@ class Trajectory:
     @property
     def unit(self) -> str:
         """What the steps of the curves count."""
-        return self.tag.replace("_", " ") if self._counts else "version"
+        return windows.unit(self.tag) if self._counts else "version"
 
     def step(self, place: int) -> int:
         """The step of a checkpoint's metrics: the tokens seen, or else the version's number."""
@@ -237,17 +236,18 @@ def _checkpoints(
     """
     if spec.parents:
         found = [versions.resolve(client, name, ref) for ref in spec.parents]
+    elif spec.last:
+        found = versions.last(client, name, spec.last)
     else:
-        found = versions.checkpoints(client, name)[-(spec.last or 0) :]
-    if len(found) < max(spec.last or 2, 2):
+        found = versions.checkpoints(client, name)
+    if len(found) < 2:
         raise SpecError(
             f"{name} has only {len(found)} versions that are not soups",
-            where="--model, or --last",
+            where="--model",
             fix="register the checkpoints of a run, each as a version",
         )
     times = versions.times(client, found, spec.time_tag)
-    order = tuple(float(place) for place in range(1, len(found) + 1))
-    return tuple(found), times or order, spec.time_tag if times else ""
+    return tuple(found), times or schedule.evenly(len(found)), spec.time_tag if times else ""
 
 
 def _log_request(client: Store, run_id: str, spec: Spec, window: Window) -> None:
@@ -396,7 +396,7 @@ def _result(session: Session, trajectory: Trajectory, known: Mapping[Point, Run]
             f"{above} of {len(gains)} windows score above their newest checkpoint.",
         ]
     if not trajectory.tag:
-        notes.append("No version has the tag of --time-tag, so they count as equally spaced.")
+        notes.append(windows.UNTIMED)
     return Result(f"Checkpoints of {session.name}, raw and merged", table, figure, notes)
 
 

@@ -418,18 +418,13 @@ def measure(
     Raises:
         NonFiniteError: the score is not finite.
     """
-    links = job.bench.live.link([o.checkpoint for o in job.opened])
-    evaluation = _evaluate(job, recipe, links, evaluator, trusted(job, run_id))
+    evaluation = _evaluate_once(job, run_id, recipe, evaluator)
     tags = {naming.ROLE: "look", naming.EVALUATOR: evaluator.fingerprint, **tags}
     if (scores := evaluation.scores) is not None:
         about = {**scores.about, **more(scores.mean)}
         evaluation = replace(evaluation, scores=replace(scores, about=about))
     child = _publish(job, job.client, run_id, name, tags, evaluation)
-    if evaluation.scores is None:
-        raise NonFiniteError(
-            evaluation.tags[naming.FAILED], where=recipe.label, fix="leave this recipe out"
-        )
-    return evaluation.scores.mean, child
+    return _finite(evaluation), child
 
 
 def score_of(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Score:
@@ -438,13 +433,28 @@ def score_of(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Sco
     Raises:
         NonFiniteError: the score is not finite.
     """
+    return _finite(_evaluate_once(job, run_id, recipe, evaluator))
+
+
+def _evaluate_once(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Evaluation:
+    """Score one recipe of a job, outside of a search."""
     links = job.bench.live.link([o.checkpoint for o in job.opened])
-    evaluation = _evaluate(job, recipe, links, evaluator, trusted(job, run_id))
-    if evaluation.scores is None:
+    return _evaluate(job, recipe, links, evaluator, trusted(job, run_id))
+
+
+def _finite(evaluation: Evaluation) -> Score:
+    """The score of an evaluation.
+
+    Raises:
+        NonFiniteError: it is not finite.
+    """
+    if evaluation.score is None:
         raise NonFiniteError(
-            evaluation.tags[naming.FAILED], where=recipe.label, fix="leave this recipe out"
+            evaluation.tags[naming.FAILED],
+            where=evaluation.recipe.label,
+            fix="leave this recipe out",
         )
-    return evaluation.scores.mean
+    return evaluation.score
 
 
 def scored(trials: Sequence[Trial], recipe: Recipe, what: str) -> Score:
