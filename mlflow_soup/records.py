@@ -304,6 +304,23 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """The items of a task, as MLflow shows them beside the scores of a model.
+
+    Attributes:
+        task: lm-eval's name of the task or group.
+        digest: of the items' documents and prompts; no setting of the evaluator changes it.
+        count: how many items there are.
+        source: what loads them again: the task, and the folders with its YAML.
+    """
+
+    task: str
+    digest: str
+    count: int
+    source: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Metric:
     """One number as lm-eval prints it."""
 

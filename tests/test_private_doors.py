@@ -42,6 +42,7 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from mlflow import MlflowClient, environment_variables
 from mlflow.store.artifact import artifact_repository_registry, models_artifact_repo
 from mlflow.store.db import utils as db_utils
+from mlflow.tracking.context.registry import resolve_tags
 from mlflow.tracking.fluent import _get_experiment_id
 from mlflow.utils import autologging_utils, mlflow_tags
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -137,6 +138,14 @@ def _(client: mlflow.MlflowClient) -> None:
     assert _get_experiment_id() == client.get_experiment_by_name("soups").experiment_id
 
 
+@door("mlflow.tracking.context.registry.resolve_tags", "give our runs the tags of any run")
+def _(client: mlflow.MlflowClient) -> None:
+    with mlflow.start_run() as run:
+        tags = client.get_run(run.info.run_id).data.tags
+    assert resolve_tags({"a": "b"}).items() <= tags.items() | {("a", "b")}
+    assert {"mlflow.user", "mlflow.source.name", "mlflow.source.type"} <= resolve_tags().keys()
+
+
 @door("mlflow.utils.autologging_utils", "pause the caller's autologging")
 def _(client: MlflowClient) -> None:
     assert autologging_utils._AUTOLOGGING_GLOBALLY_DISABLED is False
@@ -199,6 +208,11 @@ def _() -> None:
 @door("mlflow.modelVersions", "show the version on the page of its logged model")
 def _() -> None:
     assert mlflow_tags.MLFLOW_MODEL_VERSIONS == "mlflow.modelVersions"
+
+
+@door("mlflow.utils.mlflow_tags.MLFLOW_DATASET_CONTEXT", "say what a run used a dataset for")
+def _() -> None:
+    assert mlflow_tags.MLFLOW_DATASET_CONTEXT == "mlflow.data.context"
 
 
 @door("mlflow: registered_model_meta", "leave out the file that MLflow adds to a download")

@@ -33,6 +33,7 @@ from mlflow_soup.evaluation.items import (
     Asking,
     asked,
     asked_of,
+    datasets_of,
     freeze,
     is_of,
     items_of,
@@ -50,7 +51,7 @@ from mlflow_soup.evaluation.suite import (
     right_choice,
 )
 from mlflow_soup.evaluation.task_folders import broken
-from mlflow_soup.records import Items, Metric, Score
+from mlflow_soup.records import Dataset, Items, Metric, Score
 
 # what a metric, a template or an odd item makes lm-eval raise; a device raises RuntimeError
 _FAULTS_OF_TASKS = (
@@ -150,6 +151,11 @@ class Evaluator:
     def items(self) -> Asking:
         """The items that are scored."""
         return items_of(self._suite)
+
+    @functools.cached_property
+    def datasets(self) -> dict[str, Dataset]:
+        """Task or group → its items, as MLflow shows them."""
+        return datasets_of(self._suite)
 
     @functools.cached_property
     def asked(self) -> dict[str, str]:

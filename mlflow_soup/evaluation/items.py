@@ -24,7 +24,7 @@ from mlflow_soup.evaluation.suite import Suite
 from mlflow_soup.evaluation.task_data import Reader
 from mlflow_soup.evaluation.task_folders import broken
 from mlflow_soup.evaluation.templates import RENDERER
-from mlflow_soup.records import Score
+from mlflow_soup.records import Dataset, Score
 
 # the seeds of the lm_eval command for random, numpy, torch and few-shot sampling
 SEEDS = (0, 1234, 1234, 1234)
@@ -174,6 +174,28 @@ def items_of(suite: Suite) -> dict[str, tuple[Part, ...]]:
         )
         for term in suite.terms
     }
+
+
+def datasets_of(suite: Suite) -> dict[str, Dataset]:
+    """Task or group → its items; the tasks are frozen.
+
+    The metric is no part of a dataset, nor are the passages that `--cluster` names.
+    """
+    found = {}
+    for term, parts in zip(suite.terms, items_of(suite).values(), strict=True):
+        items = [[task, [_without_cluster(name) for name in names]] for task, _, names in parts]
+        source = {"tasks": term.name, "include_path": suite.include_path}
+        found[term.name] = Dataset(
+            term.name,
+            _hash(json.dumps(items))[:8],  # as long as MLflow's own
+            sum(len(names) for *_, names in parts),
+            {key: value for key, value in source.items() if value},
+        )
+    return found
+
+
+def _without_cluster(name: str) -> str:
+    return ":".join(name.split(":")[:2])
 
 
 def asked(suite: Suite) -> dict[str, str]:

@@ -46,10 +46,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Suite:
-    """Loaded tasks, and the terms to score on them."""
+    """Loaded tasks, and the terms to score on them.
+
+    Attributes:
+        terms: the terms.
+        loaded: lm-eval's `TaskDict`.
+        include_path: the folders with more task YAMLs that were searched, separated as in PATH.
+    """
 
     terms: tuple[Asked, ...]
-    loaded: Mapping[str, Any]  # lm_eval.tasks.TaskDict
+    loaded: Mapping[str, Any]
+    include_path: str = ""
 
     def leaves(self, term: Asked) -> list[Any]:
         """The lm-eval tasks of a term that have its metric; a group has several."""
@@ -372,7 +379,7 @@ def load_suite(
     RENDERER.start()
     manager, asked = _find(text, include_path, allowed, where)
     loaded = _load(manager, list(dict.fromkeys(name for name, _, _ in asked)), where)
-    suite = Suite((), loaded)
+    suite = Suite((), loaded, include_path)
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise SpecError(

@@ -20,7 +20,16 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_soup.files.signing import sha256_of
 from mlflow_soup.files.untrusted import LARGEST_JSON, parse_json, read_regular
-from mlflow_soup.records import Evidence, Examination, Recipe, Score, Trial, Unbiased, Version
+from mlflow_soup.records import (
+    Dataset,
+    Evidence,
+    Examination,
+    Recipe,
+    Score,
+    Trial,
+    Unbiased,
+    Version,
+)
 from mlflow_soup.registry import naming, scores
 from mlflow_soup.registry.outages import is_forbidden
 from mlflow_soup.registry.scores import Scores
@@ -35,11 +44,40 @@ _HELD_OUT = "held-out"
 _EARLIER = "earlier"  # in `evidence.json`: the examinations of the soup that were there before
 
 
-def score_metrics(score: Score, prefix: str, **about: Any) -> list[MlflowMetric]:
-    """A score as metrics under a prefix: its mean, and each task's metric as lm-eval prints it."""
+def score_metrics(score: Score, prefix: str) -> list[MlflowMetric]:
+    """A score as metrics of a run: its mean, and each task's metric as lm-eval prints it."""
     numbers = {f"{prefix}/objective": score.value}
     numbers |= {f"{prefix}/{m.key}": m.value for m in score.metrics}
-    return [metric(key, value, **about) for key, value in numbers.items()]
+    return [metric(key, value) for key, value in numbers.items()]
+
+
+def _metrics_of_model(
+    score: Score,
+    prefix: str,
+    model_id: str | None,
+    datasets: Mapping[str, Dataset],
+    step: int = 0,
+) -> list[MlflowMetric]:
+    """Each task's metric, of a logged model and of the dataset of the task.
+
+    Args:
+        score: the score.
+        prefix: what the metrics' names begin with.
+        model_id: the logged model; None if there is none.
+        datasets: task → its items.
+        step: the metrics' step.
+    """
+    return [
+        metric(
+            f"{prefix}/{m.key}",
+            m.value,
+            step,
+            model_id=model_id,
+            dataset_name=datasets[m.task].task,
+            dataset_digest=datasets[m.task].digest,
+        )
+        for m in score.metrics
+    ]
 
 
 def log_scores(
@@ -168,18 +206,18 @@ def log_examination(
     client: Store,
     examination: Examination,
     model_ids: Mapping[str, str | None],
-    datasets: Mapping[str, str],
+    datasets: Mapping[str, Mapping[str, Dataset]],
 ) -> None:
     """Log the evidence that the gate reads, and show it on MLflow's Models page.
 
-    Each model has one Parquet file, and metrics that name its logged model and the dataset.
+    Each model has one Parquet file, and metrics that name its logged model and their dataset.
 
     Args:
         client: the store's client.
         examination: the OOD run's evidence.
         model_ids: role → logged model; a parent without one gets no metrics, since the run would
             show them as the soup's.
-        datasets: `dev` and `ood` → digest of the items.
+        datasets: `dev` and `ood` → task → its items.
     """
     run_id, index = examination.run_id, {}
     metrics: dict[str, list[MlflowMetric]] = {}
@@ -190,17 +228,9 @@ def log_examination(
         for position, score in enumerate(of.values()):
             prefix = naming.OOD if position else naming.HELD_OUT
             if model_ids[role] is not None or role == "soup":
-                metrics.setdefault(role, []).extend(
-                    metric(
-                        f"{prefix}/{m.key}",
-                        m.value,
-                        step=int(role == "soup"),  # a run shows its last step: the soup
-                        model_id=model_ids[role],
-                        dataset_name="out-of-domain" if position else "held-out",
-                        dataset_digest=datasets[prefix][:12],
-                    )
-                    for m in score.metrics
-                )
+                last = int(role == "soup")  # a run shows its last step: the soup
+                at = (prefix, model_ids[role], datasets[prefix], last)
+                metrics.setdefault(role, []).extend(_metrics_of_model(score, *at))
         index[role] = {
             "model": evidence.version.name,
             "version": evidence.version.number,
@@ -228,7 +258,7 @@ def log_test(
     *,
     measured: str,
     model_id: str | None,
-    dataset: str,
+    datasets: Mapping[str, Dataset],
 ) -> None:
     """Log a version's score on the test set, and show it on MLflow's Models page.
 
@@ -238,14 +268,14 @@ def log_test(
         tested: the version and its score.
         measured: digest of the weights and of how they were scored.
         model_id: the logged model; None if there is none.
-        dataset: digest of the items.
+        datasets: task → its items.
     """
     score = tested.score
     log_scores(client, run_id, Scores({"": score}), naming.ITEMS, {"measured": measured})
-    about = {"dataset_name": "test set", "dataset_digest": dataset[:12], "model_id": model_id}
     shown = str(tested.version)
-    metrics = {shown: score_metrics(score, naming.TEST, **about)}
-    _log_metrics(client, run_id, metrics, shown)
+    metrics = [metric(naming.TEST_OBJECTIVE, score.value, model_id=model_id)]
+    metrics += _metrics_of_model(score, naming.TEST, model_id, datasets)
+    _log_metrics(client, run_id, {shown: metrics}, shown)
 
 
 def _of_soup(digest: str) -> dict[str, str]:

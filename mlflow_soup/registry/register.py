@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput, LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.utils.file_utils import local_file_uri_to_path  # private door
@@ -17,8 +17,8 @@ from mlflow_soup.errors import StoreError
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Version
 from mlflow_soup.redaction import redact
-from mlflow_soup.registry import naming
-from mlflow_soup.registry.outages import NOT_FOUND, asking, is_forbidden
+from mlflow_soup.registry import inputs, naming
+from mlflow_soup.registry.outages import NOT_FOUND, asking
 from mlflow_soup.registry.pull import download_tree
 from mlflow_soup.registry.store import Store, equals, pages
 from mlflow_soup.registry.versions import (
@@ -40,6 +40,7 @@ def register_soup(
     run_id: str,
     parents: Sequence[Version],
     tags: Mapping[str, str],
+    params: Mapping[str, str],
     description: str,
     check: Callable[[Path], None],
     fits: Callable[[Version], bool] = lambda _: True,
@@ -56,6 +57,7 @@ def register_soup(
         run_id: the search run; the parents become its input models, the soup its output model.
         parents: the versions that the soup was made of.
         tags: the version's tags, with `soup.request`; one transaction writes them and it.
+        params: more params of the logged model than parents and λ.
         description: Markdown for the version's page.
         check: raises an error if the files that the store returns are not the uploaded ones.
         fits: whether a version whose tags name the request is its result; the others are left
@@ -70,25 +72,25 @@ def register_soup(
             if left.status == LoggedModelStatus.PENDING:  # an earlier upload that was cut short
                 client.finalize_logged_model(left.model_id, LoggedModelStatus.FAILED)
         shown = {k: v for k, v in tags.items() if k in (naming.PARENTS, naming.LAMBDA)}
-        params = {k.removeprefix("soup."): v for k, v in shown.items()}
+        made = {k.removeprefix("soup."): v for k, v in shown.items()}
         attempt = {naming.ATTEMPT: uuid.uuid4().hex}
         logged = client.once(
             lambda: next(iter(uploads(client, experiment, attempt)), None),
             lambda: client.create_logged_model(
                 *(experiment, "soup", run_id),
                 {**tags, **attempt, naming.MODEL: name},
-                *(params, "causal-lm"),
+                *({**made, **params}, "causal-lm"),
             ),
             "create a logged model",
         )
         if (folder / "MLmodel").is_file():
-            _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, params)
+            _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, made)
         _check_upload(folder)
         client.log_model_artifacts(logged.model_id, str(folder))
         with scratch() as temporary:
             check(_read_back(client, logged, temporary))
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-        _link_inputs(client, run_id, parents)
+        inputs.link(client, run_id, {}, [model_id(client, version) for version in parents])
         _link_output(client, run_id, logged.model_id)
         version = _register_once(client, name, logged.model_id, run_id, tags, description, fits)
         if model_id(client, version) == logged.model_id:
@@ -106,20 +108,6 @@ def _settle_upload(client: Store, logged_id: str, version: Version) -> None:
     if "mlflow.modelVersions" not in found.tags:
         shown_at = json.dumps([{"name": version.name, "version": version.number}])
         client.set_logged_model_tags(logged_id, {"mlflow.modelVersions": shown_at})
-
-
-def _link_inputs(client: Store, run_id: str, parents: Sequence[Version]) -> None:
-    """Make the parents inputs of a run, for MLflow's own pages; tags and manifest name them too."""
-    inputs = [LoggedModelInput(i) for v in parents if (i := model_id(client, v))]
-    try:
-        client.log_inputs(run_id, models=inputs)
-    except MlflowException as error:
-        if not is_forbidden(error):
-            raise
-        logger.warning(
-            "the run is not linked to the logged models of %s: that needs EDIT on their experiment",
-            " and ".join(map(str, parents)),
-        )
 
 
 def _link_output(client: Store, run_id: str, logged_id: str) -> None:
@@ -153,12 +141,6 @@ def find_upload(client: Store, logged_id: str) -> LoggedModel | None:
             if error.error_code == NOT_FOUND:
                 return None
             raise
-
-
-def is_registered(client: Store, logged_id: str) -> bool:
-    """Whether a logged model is the source of a version of any registered model."""
-    with asking(f"look for versions of {logged_id}"):
-        return bool(pages(client.search_model_versions, f"source_path = 'models:/{logged_id}'"))
 
 
 def _read_back(client: Store, logged: LoggedModel, temporary: Path) -> Path:

@@ -15,6 +15,7 @@ from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact import artifact_repository_registry  # private door
+from mlflow.tracking.context.registry import resolve_tags  # private door
 from mlflow.tracking.fluent import _get_experiment_id  # private door
 
 from mlflow_soup.errors import OvertakenError, SoupError, SpecError
@@ -167,9 +168,11 @@ def open_child(client: Store, parent: str, name: str, tags: Mapping[str, str]) -
 def begin_child(
     client: Store, parent: str, name: str, tags: Mapping[str, str], start_time: int | None = None
 ) -> str:
-    """Create a child run and return its id."""
+    """Create a child run and return its id. It has the tags that MLflow gives any run of a user."""
     experiment = client.get_run(parent).info.experiment_id
-    return client.begin_run(experiment, name, {"mlflow.parentRunId": parent, **tags}, start_time)
+    context = {key: redact(str(value)) for key, value in resolve_tags().items()}
+    every = {**context, "mlflow.parentRunId": parent, **tags}
+    return client.begin_run(experiment, name, every, start_time)
 
 
 @contextlib.contextmanager

@@ -256,6 +256,13 @@ def model_id(client: Store, version: Version) -> str | None:
     return str(match[1]) if match else None
 
 
+def registered_as(client: Store, logged_id: str) -> list[Version]:
+    """The versions of any registered model that have a logged model as their source."""
+    with asking(f"look for versions of {logged_id}"):
+        found = pages(client.search_model_versions, f"source_path = 'models:/{logged_id}'")
+    return sorted(Version(version.name, int(version.version)) for version in found)
+
+
 def origin_of(client: Store, version: Version) -> tuple[str, str]:
     """The id of the run that logged a version, and the location of its files."""
     with asking(f"look up {version}"):

@@ -403,6 +403,11 @@ def _entries(bench: Bench, its: str) -> tuple[str, str]:
     return held_out, ood
 
 
+def evaluator_params(evaluator: Evaluator) -> dict[str, str]:
+    """The settings of an evaluator as params of a run, below `cfg.evaluator.`."""
+    return {f"cfg.evaluator.{key}": str(value) for key, value in evaluator.settings().items()}
+
+
 def measured_key(evaluator: Evaluator, parts: Sequence[tuple[str, float]]) -> str:
     """Digest of the weights and of how they are scored; an equal digest is not scored twice.
 

@@ -23,13 +23,14 @@ from mlflow_soup.registry import family, lease, naming, promotion, tracking
 from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.ledger import Entry, Ledger, find_ledger, leftovers
 from mlflow_soup.registry.outages import asking, is_full, is_transient
-from mlflow_soup.registry.register import find_upload, is_registered, uploads
+from mlflow_soup.registry.register import find_upload, uploads
 from mlflow_soup.registry.store import Store, connect, pages
 from mlflow_soup.registry.trust import Trust, trust_of
 from mlflow_soup.registry.versions import (
     find_model,
     look_up,
     model_id,
+    registered_as,
     unregister,
     version_at,
     versions_of,
@@ -421,7 +422,7 @@ def _uploads(model: _Registered) -> Iterator[tuple[str, Complaint]]:
     }
     for experiment in sorted({search.info.experiment_id for search in model.searches}):
         for logged in uploads(client, experiment, {naming.MODEL: model.name}):
-            if logged.status not in remedies or is_registered(client, logged.model_id):
+            if logged.status not in remedies or registered_as(client, logged.model_id):
                 continue
             complaint = Complaint(
                 f"logged model {logged.model_id} of run {logged.source_run_id} is {logged.status}, "
@@ -436,7 +437,7 @@ def _uploads(model: _Registered) -> Iterator[tuple[str, Complaint]]:
 def _discard(client: Store, logged_id: str) -> None:
     """Mark an incomplete upload as FAILED, delete a complete one, keep a registered one."""
     logged = find_upload(client, logged_id)
-    if logged is None or is_registered(client, logged_id):
+    if logged is None or registered_as(client, logged_id):
         return
     if logged.status == LoggedModelStatus.PENDING:
         client.finalize_logged_model(logged_id, LoggedModelStatus.FAILED)

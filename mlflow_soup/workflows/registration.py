@@ -7,6 +7,7 @@ from mlflow_soup.errors import MismatchError, ObjectiveError, ParentError, SpecE
 from mlflow_soup.evaluation.compatibility import check_compatible
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Manifest, Recipe, Trial, Version, listed
+from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.register import register_soup
 from mlflow_soup.registry.store import Store
@@ -99,10 +100,22 @@ def register(
             run_id=run_id,
             parents=versions,
             tags=tags,
+            params=_params(job, merged),
             description=f"Soup of {listed(versions)}, {merged.label}.",
             check=lambda tree: check_digest(tree, "the uploaded soup", digest),
             fits=fits,
         )
+
+
+def _params(job: Job, merged: Recipe) -> dict[str, str]:
+    """What MLflow's pages show of a soup, and search by, besides its parents and λ."""
+    params = {
+        "method": job.spec.method,
+        "weights": naming.format_weights(merged.lam),
+        "tasks": redact(job.spec.tasks),
+        "ood_tasks": redact(job.spec.ood_tasks),
+    }
+    return {key: value for key, value in params.items() if value}
 
 
 def recipe_of(job: Job, manifest: Manifest) -> Recipe:

@@ -12,7 +12,7 @@ from mlflow_soup.errors import DeniedError, SpecError
 from mlflow_soup.files.signing import open_verifier
 from mlflow_soup.records import Evidence, Examination, Manifest, Score, Soup, Verdict, Version
 from mlflow_soup.redaction import redact
-from mlflow_soup.registry import naming, probes, promotion, tracking
+from mlflow_soup.registry import inputs, naming, probes, promotion, tracking
 from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
@@ -40,6 +40,7 @@ from mlflow_soup.workflows.bench import (
     check_stored,
     conditions,
     contenders,
+    evaluator_params,
     examine,
     forget,
     judged,
@@ -146,14 +147,19 @@ def _examine(
 
     The evidence counts once the run has ended. Until then the journal must keep the scores.
     """
-    roles = examine(bench, models, known, measured, journal, check)
-    examination = Examination(run_id, roles, settings(bench, manifest))
     assert bench.ood is not None
     model_ids = {role: opened.parent.model_id for role, opened in models.items()}
-    datasets = {
-        naming.HELD_OUT: bench.held_out.fingerprint,
-        naming.OOD: bench.ood.fingerprint,
-    }
+    used = {inputs.HELD_OUT: bench.held_out, inputs.OOD: bench.ood}
+    inputs.link(
+        client,
+        run_id,
+        {context: [*evaluator.datasets.values()] for context, evaluator in used.items()},
+        [*model_ids.values()],
+    )
+    tracking.log(client, run_id, params=evaluator_params(bench.held_out))
+    roles = examine(bench, models, known, measured, journal, check)
+    examination = Examination(run_id, roles, settings(bench, manifest))
+    datasets = {naming.HELD_OUT: bench.held_out.datasets, naming.OOD: bench.ood.datasets}
     log_examination(client, examination, model_ids, datasets)
     return examination
 
@@ -354,7 +360,8 @@ def _evaluate(
     models = contenders(soup, parents, champions)
     ood_tags = _tags(version, soup.parent.digest, conditions(bench))
     journal = open_journal(fresh=not trust.stored)
-    with tracking.open_run(client, spec.experiment, ood_tags) as run_id:
+    params = evaluator_params(bench.held_out)
+    with tracking.open_run(client, spec.experiment, ood_tags, params=params) as run_id:
         at = (client, run_id, bench, manifest)
         examination = _examine(*at, models, known, {}, journal)
         tracking.note(client, run_id, report.ood_table(examination.roles))

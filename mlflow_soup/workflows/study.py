@@ -12,7 +12,7 @@ from typing import Any
 from mlflow_soup.errors import SpecError
 from mlflow_soup.files.durable import check_writable, on_disk
 from mlflow_soup.redaction import redact, redacting
-from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry import inputs, naming, tracking
 from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.links import how_to_look, link, run_path
 from mlflow_soup.registry.outages import asking
@@ -173,6 +173,7 @@ def tell(session: Session, run_id: str, name: str, result: Result) -> str:
         client.log_text(run_id, content, file)
     client.log_figure(run_id, result.figure, f"{name}.png")
     tracking.note(client, run_id, text)
+    inputs.link(client, run_id, {inputs.HELD_OUT: [*session.bench.held_out.datasets.values()]})
     look = [f"run: {link(run_path(client, run_id))}"]
     if command := how_to_look():
         look.append(f"to open it, run: {command}")

@@ -10,11 +10,18 @@ from tqdm import tqdm
 
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.records import Examination, Score, Soup, Unbiased, Version
-from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry import inputs, naming, tracking
 from mlflow_soup.registry.evaluations import find_score, log_test
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.trust import Trust
-from mlflow_soup.workflows.bench import Bench, Opened, bench_for, check_stored, measured_key
+from mlflow_soup.workflows.bench import (
+    Bench,
+    Opened,
+    bench_for,
+    check_stored,
+    evaluator_params,
+    measured_key,
+)
 from mlflow_soup.workflows.job import Job
 
 Models = Mapping[str, tuple[Version, str]]  # role → version, and the digest of its tensors
@@ -118,14 +125,18 @@ def _score(job: Job, trust: Trust, run_id: str, version: Version, opened: Opened
         naming.EVALUATOR: evaluator.fingerprint,
         naming.MEASURED: measured,
     }
+    datasets = evaluator.datasets
     with tracking.open_child(client, run_id, name, tags) as test_run:
+        tracking.log(client, test_run, params=evaluator_params(evaluator))
+        used = {inputs.TEST: [*datasets.values()]}
+        inputs.link(client, test_run, used, [opened.parent.model_id])
         log_test(
             client,
             test_run,
             Unbiased(version, score),
             measured=measured,
             model_id=opened.parent.model_id,
-            dataset=evaluator.fingerprint,
+            datasets=datasets,
         )
     job.journal.drop(measured)  # only now: a run counts once it has ended
     return score

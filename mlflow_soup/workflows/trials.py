@@ -24,9 +24,9 @@ from mlflow_soup.errors import DeniedError, NonFiniteError, ObjectiveError, Stor
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import Link
 from mlflow_soup.files.durable import scratch
-from mlflow_soup.records import Found, Recipe, Score, Trial, listed
+from mlflow_soup.records import Dataset, Found, Recipe, Score, Trial, listed
 from mlflow_soup.redaction import redact
-from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry import inputs, naming, tracking
 from mlflow_soup.registry.evaluations import find_score, log_scores, read_trials, score_metrics
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
@@ -35,7 +35,7 @@ from mlflow_soup.reporting import geometry
 from mlflow_soup.search.schedule import Schedule
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.digests import digest
-from mlflow_soup.workflows.bench import measured_key
+from mlflow_soup.workflows.bench import evaluator_params, measured_key
 from mlflow_soup.workflows.job import Job
 
 logger = logging.getLogger("mlflow_soup")
@@ -90,12 +90,18 @@ def request_params(job: Job) -> dict[str, str]:
     said |= {"cfg.alpha": job.space.alpha, "cfg.trials": job.spec.budget}
     del said["cfg.store_patience"]  # a later attempt may set another patience
     params = {k: v for k, v in said.items() if v not in ("", None) and v is not False}
-    params |= {f"cfg.evaluator.{k}": v for k, v in job.bench.held_out.settings().items()}
+    params |= evaluator_params(job.bench.held_out)
     return {k: redact(str(v)) for k, v in params.items()}
 
 
 def _log_request(job: Job, run_id: str) -> None:
     tracking.log(job.client, run_id, params=request_params(job))
+    inputs.link(job.client, run_id, _used(job.bench.held_out))
+
+
+def _used(evaluator: Evaluator) -> dict[str, list[Dataset]]:
+    """What a search reads of its evaluator, for MLflow's own pages."""
+    return {inputs.HELD_OUT: [*evaluator.datasets.values()]}
 
 
 @dataclass
@@ -124,10 +130,10 @@ class _Outbox:
                 naming.KEY: self.job.key,
                 naming.ROLE: "trial",
                 naming.NUMBER: str(number),
-                naming.EVALUATOR: self.job.bench.held_out.fingerprint,
             }
             label = self.job.space.label(evaluation.recipe)
-            self.runs[number] = _publish(self.job, client, self.run_id, label, tags, evaluation)
+            at = (self.job, client, self.run_id, label, tags)
+            self.runs[number] = _publish(*at, evaluation, self.job.bench.held_out)
             self.waiting.pop(0)
         if self.metrics:
             tracking.log(client, self.run_id, metrics=self.metrics)
@@ -357,13 +363,16 @@ def _publish(
     name: str,
     tags: Mapping[str, str],
     evaluation: Evaluation,
+    evaluator: Evaluator,
 ) -> str:
     """Write an evaluation as a separate run, ended once everything is stored; the id of the run."""
     recipe, scores = evaluation.recipe, evaluation.scores
-    known = {**tags, naming.ATTEMPT: evaluation.attempt}
+    known = {naming.EVALUATOR: evaluator.fingerprint, naming.ATTEMPT: evaluation.attempt, **tags}
     child = tracking.begin_child(client, parent, name, known, evaluation.began)
     weights = json.dumps(recipe.lam)
+    inputs.link(client, child, _used(evaluator))
     params = {"lambda": str(recipe), "method": recipe.method, "weights": weights}
+    params |= evaluator_params(evaluator)
     if isinstance(job.space, Schedule) and (found := job.space.window_of(recipe)):
         params |= dict(zip(("duration", "power"), map(str, found), strict=True))
     metrics, more = [], dict(evaluation.tags)
@@ -419,11 +428,11 @@ def measure(
         NonFiniteError: the score is not finite.
     """
     evaluation = _evaluate_once(job, run_id, recipe, evaluator)
-    tags = {naming.ROLE: "look", naming.EVALUATOR: evaluator.fingerprint, **tags}
+    tags = {naming.ROLE: "look", **tags}
     if (scores := evaluation.scores) is not None:
         about = {**scores.about, **more(scores.mean)}
         evaluation = replace(evaluation, scores=replace(scores, about=about))
-    child = _publish(job, job.client, run_id, name, tags, evaluation)
+    child = _publish(job, job.client, run_id, name, tags, evaluation, evaluator)
     return _finite(evaluation), child
 
 

@@ -82,6 +82,7 @@ def test_who_races_through_lost_answers_has_one_version(served, place, figures):
                 run_id=runs[number],
                 parents=[],
                 tags={naming.REQUEST: f"request {round_}"},
+                params={},
                 description="",
                 check=lambda tree: None,
             )

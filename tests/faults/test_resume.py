@@ -261,6 +261,7 @@ def test_of_two_that_registered_the_lower_number_stays(
         run_id=first.run_id,
         parents=[],
         tags=tags,
+        params={},
         description="",
         check=lambda tree: None,
     )

@@ -23,7 +23,7 @@ from conftest import MODEL, _run, folder_of, make_keys, register, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.files import signing
 from mlflow_soup.files.cache import cache_folder
-from mlflow_soup.records import Examination, Version
+from mlflow_soup.records import Dataset, Examination, Version
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.evaluations import log_examination, log_scores, read_examination
 from mlflow_soup.registry.journal import Journal
@@ -101,7 +101,9 @@ def write_examination(client, experiment, change, start_time=None, **settings):
     run_id = client.begin_run(where, "OOD toy-llm v4", tags, start_time)
     roles = {role: change(role, evidence, true) for role, evidence in true.roles.items()}
     forged = Examination(run_id, roles, {**true.settings, **settings})
-    names = dict.fromkeys(roles), {"dev": "d", "ood": "o"}
+    scored = [s for e in roles.values() for s in (e.held_out, *dict(e.ood).values())]
+    datasets = {m.task: Dataset(m.task, "12345678", 1, {}) for s in scored for m in s.metrics}
+    names = dict.fromkeys(roles), {"dev": datasets, "ood": datasets}
     log_examination(client, forged, *names)
     client.set_terminated(run_id)
     return run_id

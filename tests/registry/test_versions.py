@@ -272,6 +272,7 @@ def test_only_plain_files_are_uploaded(client, checkpoints, tmp_path, put):
             run_id=run.info.run_id,
             parents=[Version(MODEL, 1)],
             tags={"soup.request": "r"},
+            params={},
             description="",
             check=lambda tree: None,
         )
@@ -312,6 +313,7 @@ def soup_of(client, folder, request):
         "run_id": client.create_run(experiment).info.run_id,
         "parents": [],
         "tags": {"soup.request": request},
+        "params": {},
         "description": "",
         "check": lambda tree: None,
     }
