@@ -5,14 +5,13 @@ outcome = mlflow_soup.run(mlflow_soup.Spec(model="my-llm", pair="v12,v13"))
 """
 
 import logging
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlflow_soup.errors import SoupError
-from mlflow_soup.records import Outcome
-from mlflow_soup.redaction import redact_record
-from mlflow_soup.request.spec import Spec
-
 if TYPE_CHECKING:
+    from mlflow_soup.errors import SoupError
+    from mlflow_soup.records import Outcome
+    from mlflow_soup.request.spec import Spec
     from mlflow_soup.workflows.export import export
     from mlflow_soup.workflows.merge import merge_checkpoints
     from mlflow_soup.workflows.run import run
@@ -29,30 +28,31 @@ __all__ = [
     "run_study",
     "verify",
 ]
+# imported when they are first asked for: mlflow and torch take seconds, and `import mlflow` itself
+# imports this package, for its plugins
+_HOMES = {
+    "Outcome": "records",
+    "SoupError": "errors",
+    "Spec": "request.spec",
+    "export": "workflows.export",
+    "merge_checkpoints": "workflows.merge",
+    "run": "workflows.run",
+    "run_study": "workflows.study",
+    "verify": "workflows.verify",
+}
 
-logging.getLogger("mlflow_soup").addFilter(redact_record)
+
+def _redact(record: logging.LogRecord) -> bool:
+    from mlflow_soup.redaction import redact_record
+
+    return redact_record(record)
+
+
+logging.getLogger("mlflow_soup").addFilter(_redact)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what works when it is first asked for: mlflow and torch take seconds."""
-    if name == "run":
-        from mlflow_soup.workflows import run
-
-        return run.run
-    if name == "run_study":
-        from mlflow_soup.workflows import study
-
-        return study.run_study
-    if name == "merge_checkpoints":
-        from mlflow_soup.workflows.merge import merge_checkpoints
-
-        return merge_checkpoints
-    if name == "export":
-        from mlflow_soup.workflows import export
-
-        return export.export
-    if name == "verify":
-        from mlflow_soup.workflows import verify
-
-        return verify.verify
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"mlflow_soup.{_HOMES[name]}"), name)

@@ -40,6 +40,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from mlflow import MlflowClient, environment_variables
+from mlflow.data.evaluation_dataset import EvaluationDataset
+from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
+from mlflow.models import evaluation
+from mlflow.models.evaluation.artifacts import ParquetEvaluationArtifact
 from mlflow.store.artifact import artifact_repository_registry, models_artifact_repo
 from mlflow.store.db import utils as db_utils
 from mlflow.tracking.context.registry import resolve_tags
@@ -54,6 +58,7 @@ from transformers.pytorch_utils import Conv1D
 
 import toy
 from mlflow_soup.evaluation.template_process import environment
+from mlflow_soup.plugin.evaluator import LmEvalEvaluator
 from mlflow_soup.registry import outages
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +69,8 @@ COMMENT = re.compile(r"# private door: (.+)$", re.M)
 IMPORT = re.compile(r"^(?:from (\S+) )?import (\S+).*# private door(?:;|$)", re.M)
 # their documentation describes these modules; what else is imported from a library is a door
 PUBLIC = {
-    *("mlflow", "mlflow.artifacts", "mlflow.entities", "mlflow.entities.model_registry"),
+    *("mlflow", "mlflow.artifacts", "mlflow.data.dataset", "mlflow.data.dataset_source"),
+    *("mlflow.entities", "mlflow.entities.model_registry"),
     *("mlflow.exceptions", "mlflow.models"),
     *("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks"),
     *("cryptography.exceptions", "cryptography.hazmat.primitives"),
@@ -94,6 +100,7 @@ DOCUMENTED = {
     *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"),
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
     *("MLFLOW_REGISTRY_URI", "MLFLOW_WORKSPACE"),
+    *("mlflow.data", "mlflow.models", "mlflow.register_model"),
     *("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"),
 }
 
@@ -213,6 +220,41 @@ def _() -> None:
 @door("mlflow.utils.mlflow_tags.MLFLOW_DATASET_CONTEXT", "say what a run used a dataset for")
 def _() -> None:
     assert mlflow_tags.MLFLOW_DATASET_CONTEXT == "mlflow.data.context"
+
+
+@door("mlflow.data.evaluation_dataset.EvaluationDataset", "hand a dataset to our evaluator")
+@door("mlflow.data.pyfunc_dataset_mixin.PyFuncConvertibleDatasetMixin", "offer our dataset")
+@door("mlflow.data.pyfunc_dataset_mixin.PyFuncInputsOutputs", "say what our dataset is not")
+@door("mlflow.data.dataset.Dataset._compute_digest", "give the digest of the items")
+@door("mlflow.data.dataset_source.DatasetSource._get_source_type", "name the source lm_eval")
+@door("mlflow.data.dataset_source.DatasetSource._can_resolve", "leave other sources alone")
+@door("mlflow.data.dataset_source.DatasetSource._resolve", "leave other sources alone")
+def _(tasks: Path) -> None:
+    made = mlflow.data.from_lm_eval("toy_letters", include_path=str(tasks), limit=3)
+    assert isinstance(made, PyFuncConvertibleDatasetMixin)
+    assert PyFuncInputsOutputs in inspect.signature(made.to_pyfunc).return_annotation.__mro__
+    carried = made.to_evaluation_dataset()
+    assert isinstance(carried, EvaluationDataset)
+    assert (carried.name, carried.digest) == (made.name, made.digest)
+    sources = {source._get_source_type() for source in mlflow.data.get_registered_sources()}
+    assert "lm_eval" in sources
+    with pytest.raises(mlflow.MlflowException, match="Could not find a source information"):
+        mlflow.data.dataset_source_registry.resolve_dataset_source(object())
+
+
+@door("mlflow.models.evaluation.base.ModelEvaluator", "be found by mlflow.models.evaluate")
+@door("mlflow.models.evaluation.base.EvaluationResult", "answer it")
+@door("mlflow.models.evaluation.base.EvaluationArtifact", "hand out the answers to all items")
+@door(
+    "mlflow.models.evaluation.artifacts.ParquetEvaluationArtifact", "hand out the rows of all items"
+)
+def _() -> None:
+    assert "lm-eval" in mlflow.models.list_evaluators()
+    assert issubclass(LmEvalEvaluator, evaluation.ModelEvaluator)
+    assert evaluation.EvaluationResult is mlflow.models.EvaluationResult
+    kept = ParquetEvaluationArtifact("a", [1])
+    assert isinstance(kept, evaluation.EvaluationArtifact)
+    assert (kept.uri, kept.content) == ("a", [1])
 
 
 @door("mlflow: registered_model_meta", "leave out the file that MLflow adds to a download")

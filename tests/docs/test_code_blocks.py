@@ -97,6 +97,7 @@ def test_the_code_blocks_of_a_page_run(page, stores, programs, tasks, tmp_path):
     own_tasks = f"--include-path {tasks} --tasks toy_letters"
     instead = {
         # no network, no data sets of the hub
+        'from_lm_eval("arc_easy,piqa"': f'from_lm_eval("toy_letters", include_path="{tasks}"',
         "arc_easy,piqa": "toy_letters",
         "lambada_openai": "toy_digits_bpb:bits_per_byte",
         '"soup.margin": "0.01"': f'"soup.margin": "0.05", "soup.include_path": "{tasks}"',
