@@ -10,42 +10,60 @@ from dataclasses import Field, fields
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import cloup
 
-from mlflow_soup.errors import SoupError, SpecError
+from mlflow_soup import output
+from mlflow_soup.errors import GateError, SoupError, SpecError
 from mlflow_soup.files.untrusted import parse_yaml
-from mlflow_soup.redaction import guard_process, purge, redact, redact_line
-from mlflow_soup.registry.family import FORMATS
+from mlflow_soup.output import Answer, Answering
+from mlflow_soup.redaction import guard_process, purge, redact_line
 from mlflow_soup.request import orders
 from mlflow_soup.request.knobs import as_written, kind, option
 from mlflow_soup.request.names import check_name, parse_uri
 from mlflow_soup.request.spec import NAMINGS, STUDIES, Spec
+
+if TYPE_CHECKING:
+    from mlflow_soup.workflows.study import Report
 
 
 class SoupGroup(cloup.Group):
     """The one place where a SoupError becomes words. Any other exception is a bug."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command, and turn our errors into words and exit codes."""
+        """Run a command, and turn our errors into words, documents and exit codes."""
+        answer = ctx.obj = Answer()
         try:
             return super().invoke(ctx)
         except SoupError as error:
             click.echo(f"error: {error}", err=True)
+            answer.fail(output.failure(error), error.exit_code, _refusal(error))
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, Terminated) as stop:
             signum = stop.signum if isinstance(stop, Terminated) else signal.SIGINT
             click.echo("interrupted; the same command continues where it stopped", err=True)
+            answer.fail(output.interrupted(signum), 128 + signum)
             ctx.exit(128 + signum)
         except click.ClickException as error:
             purge(error)  # it quotes the command line
+            answer.fail(output.failure(error), error.exit_code)
+            raise
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            answer.fail(output.failure(error), 1)
             raise
 
 
-def _say(words: str) -> None:
-    click.echo(redact(words))
+def _refusal(error: SoupError) -> dict[str, Any]:
+    """The verdict of a gate that refuses a promotion; nothing for other errors."""
+    if not isinstance(error, GateError) or error.verdict is None:
+        return {}
+    from mlflow_soup.reporting import document
+
+    return {"verdict": document.verdict(error.verdict)}
 
 
 class Terminated(SystemExit):
@@ -217,26 +235,30 @@ def main() -> None:
         signal.signal(signum, _terminate)
 
 
-@main.command(section=MAIN, epilog=EXIT_CODES)
+@main.command(section=MAIN, epilog=EXIT_CODES, cls=Answering)
 @_knobs("run")
-@click.pass_context
-def run(ctx: click.Context, /, **said: Any) -> None:
+@output.options()
+@click.pass_obj
+def run(answer: Answer, /, **said: Any) -> None:
     """Search λ, register the soup, judge it, promote it.
 
     The gate compares the soup with its parents and the champion on out-of-domain tasks.
     """
     spec = _spec(said)
     with _heavy_imports():
+        from mlflow_soup.reporting import document
         from mlflow_soup.workflows import run as workflow
 
     outcome = workflow.run(spec)
-    _say(outcome.summary)
-    ctx.exit(outcome.exit_code)
+    answer.say(outcome.summary)
+    answer.give(document.run(outcome), outcome.exit_code)
 
 
-@main.command(section=MAIN)
+@main.command(section=MAIN, cls=Answering)
 @_knobs("track")
-def track(**said: Any) -> None:
+@output.options()
+@click.pass_obj
+def track(answer: Answer, /, **said: Any) -> None:
     """Score each checkpoint, and the merge of the window that ends there.
 
     Two curves over the tokens seen, in one run: the merged one is less noisy, and tells earlier how
@@ -247,7 +269,16 @@ def track(**said: Any) -> None:
     with _heavy_imports():
         from mlflow_soup.workflows.track import track as workflow
 
-    _say(workflow(spec).summary)
+    _report(answer, workflow(spec))
+
+
+def _report(answer: Answer, report: "Report") -> None:
+    """End a command whose result is a table."""
+    from mlflow_soup.reporting import document
+
+    result = report.result
+    answer.say(report.summary)
+    answer.give(document.study(result.title, result.table, result.notes, report.run_id))
 
 
 @main.command(section=MAIN)
@@ -339,8 +370,9 @@ def _read_line(words: Sequence[str]) -> dict[str, Any]:
     try:
         params = bare.make_context(words[0], list(words[1:])).params
     except click.NoSuchOption as error:
-        taken = next((p.name for p in command.params if error.option_name in p.opts), "")
-        raise orders.misread(line, error.message, taken or "") from error
+        taken = any(error.option_name in param.opts for param in command.params)
+        name = error.option_name.removeprefix("--").replace("-", "_") if taken else ""
+        raise orders.misread(line, error.message, name) from error
     except click.ClickException as error:
         raise orders.misread(line, error.format_message()) from error
     return {name: value for name, value in params.items() if value not in (None, "")}
@@ -356,36 +388,43 @@ def study() -> None:
 
 
 def _add_study(name: str, words: str) -> None:
-    @study.command(name, help=words, short_help=words.partition("?")[0] + "?")
+    @study.command(name, help=words, short_help=words.partition("?")[0] + "?", cls=Answering)
     @_knobs(name)
-    def command(**said: Any) -> None:
+    @output.options()
+    @click.pass_obj
+    def command(answer: Answer, /, **said: Any) -> None:
         spec = _spec(said)
         with _heavy_imports():
             from mlflow_soup.workflows.study import run_study
 
-        _say(run_study(name, spec).summary)
+        _report(answer, run_study(name, spec))
 
 
 for _name, _words in STUDIES.items():
     _add_study(_name, _words)
 
 
-@main.command(section=STEPS, epilog=EXIT_CODES)
+@main.command(section=STEPS, epilog=EXIT_CODES, cls=Answering)
 @_knobs("evaluate")
-def evaluate(**said: Any) -> None:
+@output.options()
+@click.pass_obj
+def evaluate(answer: Answer, /, **said: Any) -> None:
     """Score a soup, its parents and the champion out of domain."""
     spec = _spec(said)
     with _heavy_imports():
-        from mlflow_soup.reporting import report
+        from mlflow_soup.reporting import document, report
         from mlflow_soup.workflows import release
 
-    _say(report.ood_table(release.evaluate(spec)))
+    examination = release.evaluate(spec)
+    answer.say(report.ood_table(examination.roles))
+    answer.give(document.evaluate(examination))
 
 
-@main.command(section=STEPS, epilog=EXIT_CODES)
+@main.command(section=STEPS, epilog=EXIT_CODES, cls=Answering)
 @_knobs("gate")
-@click.pass_context
-def gate(ctx: click.Context, /, **said: Any) -> None:
+@output.options()
+@click.pass_obj
+def gate(answer: Answer, /, **said: Any) -> None:
     """Judge a soup by its newest evaluation, and write the verdict.
 
     The verdict is computed from the scores each time, by the rules of the model that owns the
@@ -395,26 +434,32 @@ def gate(ctx: click.Context, /, **said: Any) -> None:
     spec = _spec(said)
     if spec.power:
         with _heavy_imports():
+            from mlflow_soup.reporting import document, report
             from mlflow_soup.workflows.power import power
 
-        _say(power(spec))
-        return
+        designs, unknown = power(spec)
+        answer.say(report.power_words(designs, unknown))
+        answer.give(document.power(designs, unknown))
     with _heavy_imports():
-        from mlflow_soup.reporting import report
+        from mlflow_soup.reporting import document, report
         from mlflow_soup.workflows import release
 
-    version, verdict = release.gate(spec)
-    _say(f"{version}: {report.verdict_line(verdict)}")
+    decision = release.gate(spec)
+    version, verdict = decision.proven.version, decision.verdict
+    answer.say(f"{version}: {report.verdict_line(verdict)}")
     for check in verdict.checks:
-        _say(f"  {report.format_check(check)}")
+        answer.say(f"  {report.format_check(check)}")
     if words := report.luckless(verdict):
-        _say(words)
-    ctx.exit(0 if verdict.passed else 3)
+        answer.say(words)
+    told = document.gate(version, verdict, decision.examination)
+    answer.give(told, 0 if verdict.passed else 3)
 
 
-@main.command(section=STEPS, epilog=EXIT_CODES)
+@main.command(section=STEPS, epilog=EXIT_CODES, cls=Answering)
 @_knobs("sign")
-def sign(**said: Any) -> None:
+@output.options()
+@click.pass_obj
+def sign(answer: Answer, /, **said: Any) -> None:
     """Sign the files of a soup that passes the gate.
 
     The verdict is computed as for promote; --promote only says whose rules hold. The environment
@@ -423,15 +468,19 @@ def sign(**said: Any) -> None:
     """
     spec = _spec(said)
     with _heavy_imports():
+        from mlflow_soup.reporting import document
         from mlflow_soup.workflows import release
 
     version, key = release.sign(spec)
-    _say(f"{version}: signed by the key {key}")
+    answer.say(f"{version}: signed by the key {key}")
+    answer.give(document.sign(version, key))
 
 
-@main.command(section=STEPS, epilog=EXIT_CODES)
+@main.command(section=STEPS, epilog=EXIT_CODES, cls=Answering)
 @_knobs("promote")
-def promote(**said: Any) -> None:
+@output.options()
+@click.pass_obj
+def promote(answer: Answer, /, **said: Any) -> None:
     """Point an alias or a stage at a soup.
 
     The soup's bytes are compared with its manifest, its parents are merged again, and the gate's
@@ -440,13 +489,16 @@ def promote(**said: Any) -> None:
     """
     spec = _spec(said)
     with _heavy_imports():
+        from mlflow_soup.reporting import document
         from mlflow_soup.workflows import release
 
-    version, target = release.promote(spec)
-    _say(f"{target} → {version}")
+    decision, made = release.promote(spec)
+    answer.say(str(made))
+    version, verdict = decision.proven.version, decision.verdict
+    answer.give(document.promote(version, verdict, decision.examination, made))
 
 
-@main.command(section=OTHER)
+@main.command(section=OTHER, cls=Answering)
 @click.option("--model", default="quickstart-llm", show_default=True, help="Registered model.")
 @click.option(
     "--folder",
@@ -462,8 +514,9 @@ def promote(**said: Any) -> None:
 @click.option(
     "--promote", default="alias:champion", show_default=True, help="Target if the gate passes."
 )
-@click.pass_context
-def quickstart(ctx: click.Context, /, promote: str, trials: int | None, **options: Any) -> None:
+@output.options()
+@click.pass_obj
+def quickstart(answer: Answer, /, promote: str, trials: int | None, **options: Any) -> None:
     """Pretrain a small model, merge two checkpoints.
 
     The command registers 13 checkpoints, does the main job on the last two, and promotes the
@@ -475,30 +528,25 @@ def quickstart(ctx: click.Context, /, promote: str, trials: int | None, **option
     check_name(options["model"])
     with _heavy_imports():
         from mlflow_soup.quickstart import steps
+        from mlflow_soup.reporting import document
         from mlflow_soup.workflows import run as workflow
 
     for words in steps.prepare(**options):
-        _say(words)
+        answer.say(words)
     spec = _spec(
         {"model": options["model"], "pair": "v12,v13", "promote": promote, "trials": trials}
     )
     outcome = workflow.run(spec)
-    _say(outcome.summary)
-    _say(f"to serve it, run: mlflow-soup export {outcome.soup.version.uri} --out served")
-    ctx.exit(outcome.exit_code)
+    answer.say(outcome.summary)
+    answer.say(f"to serve it, run: mlflow-soup export {outcome.soup.version.uri} --out served")
+    answer.give(document.run(outcome), outcome.exit_code)
 
 
-@main.command(section=SOUPS)
+@main.command(section=SOUPS, cls=Answering)
 @click.argument("uri")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(list(FORMATS)),
-    default="text",
-    show_default=True,
-    help="text: a tree for people; json: a graph for programs; mermaid: a drawing for Markdown.",
-)
-def lineage(uri: str, form: str) -> None:
+@output.options(mermaid="a drawing for Markdown")
+@click.pass_obj
+def lineage(answer: Answer, /, uri: str) -> None:
     """Print the family tree of a version.
 
     Name it as models:/my-llm/14 or models:/my-llm@champion. The tree ends at the trained
@@ -506,15 +554,17 @@ def lineage(uri: str, form: str) -> None:
     """
     name, ref = parse_uri(uri)
     with _heavy_imports():
-        from mlflow_soup.registry import store
+        from mlflow_soup.registry import family, store
         from mlflow_soup.registry.versions import find_model, resolve, trace
 
     client = store.connect()
     version = resolve(client, find_model(client, name, [ref]), ref)
-    _say(FORMATS[form](trace(client, version)))
+    found = trace(client, version)
+    answer.say(family.mermaid(found) if answer.form == "mermaid" else family.text(found))
+    answer.give(family.graph(found))
 
 
-@main.command(section=SOUPS)
+@main.command(section=SOUPS, cls=Answering)
 @click.argument("parents", nargs=-1, required=True, metavar="PARENT PARENT [PARENT]...")
 @click.option(
     "--weights",
@@ -534,7 +584,11 @@ def lineage(uri: str, form: str) -> None:
     metavar="YES|NO",
     help="Record the SHA-256 of all files and tensors; slower than the merge.  [default: no]",
 )
-def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> None:
+@output.options()
+@click.pass_obj
+def merge(
+    answer: Answer, /, parents: tuple[str, ...], weights: str, out: Path, digests: bool
+) -> None:
     """Merge checkpoints with given weights.
 
     A parent is a folder or a version, models:/my-llm/12. The soup has the files, names and
@@ -550,14 +604,16 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
         ) from error
     _use_one_thread()
     with _heavy_imports():
+        from mlflow_soup.reporting import document
         from mlflow_soup.workflows.merge import merge_checkpoints
 
     manifest = merge_checkpoints(parents, lam, out, digests=digests)
     shares = " + ".join(f"{source.lam:g} × {source.uri}" for source in manifest.sources)
-    _say(f"{out} = {shares}")
+    answer.say(f"{out} = {shares}")
+    answer.give(document.merge(str(out), manifest))
 
 
-@main.command(section=SOUPS)
+@main.command(section=SOUPS, cls=Answering)
 @click.argument("uri")
 @click.option(
     "--out",
@@ -593,8 +649,17 @@ def merge(parents: tuple[str, ...], weights: str, out: Path, digests: bool) -> N
     help="Export a soup whose parents are gone; its card says that they were not merged again.  "
     "[default: no]",
 )
+@output.options()
+@click.pass_obj
 def export(
-    uri: str, out: Path, base_model: str, experiment: str, public_key: str, allow_missing: bool
+    answer: Answer,
+    /,
+    uri: str,
+    out: Path,
+    base_model: str,
+    experiment: str,
+    public_key: str,
+    allow_missing: bool,
 ) -> None:
     """Write a version as one flat Hugging Face folder.
 
@@ -604,6 +669,7 @@ def export(
     """
     _use_one_thread()
     with _heavy_imports():
+        from mlflow_soup.reporting import document
         from mlflow_soup.workflows.export import export as write
 
     named = [name.strip() for name in base_model.split(",") if name.strip()]
@@ -615,13 +681,14 @@ def export(
         public_key=public_key,
         allow_missing=allow_missing,
     )
-    _say(f"{out} = {told.name}")
+    answer.say(f"{out} = {told.name}")
     for words in told.checked:
-        _say(redact_line(f"  checked: {words}"))
+        answer.say(redact_line(f"  checked: {words}"))
     for words in told.unchecked:
-        _say(redact_line(f"  NOT checked: {words}"))
-    _say(f"  scores in the card: {', '.join(told.scores) or f'none, {told.unscored}'}")
-    _say(f"to serve it: {_how_to_serve(out)}")
+        answer.say(redact_line(f"  NOT checked: {words}"))
+    answer.say(f"  scores in the card: {', '.join(told.scores) or f'none, {told.unscored}'}")
+    answer.say(f"to serve it: {_how_to_serve(out)}")
+    answer.give(document.export(str(out), told))
 
 
 def _how_to_serve(folder: str | Path) -> str:
@@ -631,7 +698,7 @@ def _how_to_serve(folder: str | Path) -> str:
     return f"transformers serve {where}    {needs}"
 
 
-@main.command(section=OTHER)
+@main.command(section=OTHER, cls=Answering)
 @click.option("--model", default="", help="Registered model. Default: as for run.")
 @click.option(
     "--fix",
@@ -656,8 +723,9 @@ def _how_to_serve(folder: str | Path) -> str:
     help="MLflow experiment whose scores count. Default: as for gate.",
 )
 @click.option("--public-key", default="", help="As for gate: only what this key signed counts.")
-@click.pass_context
-def doctor(ctx: click.Context, /, fix: bool, digests: bool, **said: Any) -> None:
+@output.options()
+@click.pass_obj
+def doctor(answer: Answer, /, fix: bool, digests: bool, **said: Any) -> None:
     """Find contradictions in a model's records.
 
     The command compares the ledger, aliases, versions, runs and files of a registered model, and
@@ -670,20 +738,24 @@ def doctor(ctx: click.Context, /, fix: bool, digests: bool, **said: Any) -> None
         from mlflow_soup.workflows import doctor as doctors
 
     name, complaints = doctors.examine(_spec(said), digests=digests)
-    left = 0
+    told: list[dict[str, Any]] = []
     for complaint in complaints:
-        _say(redact_line(complaint.what))
-        _say(redact_line(f"    why: {complaint.why}"))
-        if fix and doctors.mend(complaint):
-            _say(redact_line(f"    done: {complaint.remedy.removeprefix('--fix ')}"))
+        answer.say(redact_line(complaint.what))
+        answer.say(redact_line(f"    why: {complaint.why}"))
+        mended = fix and doctors.mend(complaint)
+        if mended:
+            answer.say(redact_line(f"    done: {complaint.remedy.removeprefix('--fix ')}"))
         else:
-            _say(redact_line(f"    fix: {complaint.remedy}"))
-            left += 1
-    _say(f"{name}: {left or 'no'} complaint{'' if left == 1 else 's'}")
-    ctx.exit(3 if left else 0)
+            answer.say(redact_line(f"    fix: {complaint.remedy}"))
+        about = {"what": complaint.what, "why": complaint.why, "remedy": complaint.remedy}
+        able = complaint.repair is not None
+        told.append({**about, "repairable": able, "repaired": mended})
+    left = sum(not one["repaired"] for one in told)
+    answer.say(f"{name}: {left or 'no'} complaint{'' if left == 1 else 's'}")
+    answer.give({"model": name, "complaints": told, "left": left}, 3 if left else 0)
 
 
-@main.command(section=SOUPS)
+@main.command(section=SOUPS, cls=Answering)
 @click.argument("soup", metavar="SOUP")
 @click.option(
     "--public-key",
@@ -691,8 +763,9 @@ def doctor(ctx: click.Context, /, fix: bool, digests: bool, **said: Any) -> None
     metavar="FILE[,FILE]",
     help="PEM files with public keys, one of which must have signed all files of the soup.",
 )
-@click.pass_context
-def verify(ctx: click.Context, soup: str, public_key: str) -> None:
+@output.options()
+@click.pass_obj
+def verify(answer: Answer, /, soup: str, public_key: str) -> None:
     """Check a soup against its manifest.
 
     SOUP is a version, models:/my-llm/14, or a folder. The command downloads the soup and
@@ -703,27 +776,28 @@ def verify(ctx: click.Context, soup: str, public_key: str) -> None:
     """
     _use_one_thread()
     with _heavy_imports():
+        from mlflow_soup.reporting import document
         from mlflow_soup.workflows import verify as checks
 
-    verdicts, again, unsigned = set(), False, False
-    for finding in checks.verify(soup, public_key=public_key):
+    origin, manifest, findings = checks.open_soup(soup, public_key=public_key)
+    found = []
+    for finding in findings:
         first, *others = finding.details
-        _say(redact_line(f"{finding.verdict:<8}  {finding.what}: {first}"))
+        answer.say(redact_line(f"{finding.verdict:<8}  {finding.what}: {first}"))
         for line in others:
-            _say(redact_line(f"{'':<10}{line}"))
-        verdicts.add(finding.verdict)
-        unsigned |= finding.what == "signature" and finding.verdict != "ok"
-        again = (finding.what, finding.verdict) == ("merged again", "ok")  # the last finding
-    if unsigned:
-        _say(f"{soup}: NOT signed as a whole by a key of --public-key")
-        ctx.exit(3)
-    if "MISMATCH" in verdicts:
-        _say(f"{soup}: NOT what its manifest says")
-        ctx.exit(3)
-    if "missing" in verdicts:
-        _say(f"{soup}: not verified, a parent is missing")
-        ctx.exit(4)
-    if not again:
-        _say(f"{soup}: files, tags and parents are as recorded; the parents were not merged again")
-    else:
-        _say(f"{soup}: verified")
+            answer.say(redact_line(f"{'':<10}{line}"))
+        found.append(finding)
+    status = checks.status(found)
+    words, code = _STATUS[status]
+    answer.say(f"{soup}: {words}")
+    answer.give(document.verify(origin.uri, status, found, manifest), code)
+
+
+# status of a soup → words, exit code
+_STATUS = {
+    "unsigned": ("NOT signed as a whole by a key of --public-key", 3),
+    "mismatch": ("NOT what its manifest says", 3),
+    "missing": ("not verified, a parent is missing", 4),
+    "recorded": ("files, tags and parents are as recorded; the parents were not merged again", 0),
+    "verified": ("verified", 0),
+}

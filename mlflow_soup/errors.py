@@ -63,9 +63,14 @@ class SpecError(SoupError, ValueError):
 
 
 class GateError(SoupError):
-    """The user asked for a promotion that no passed gate supports."""
+    """The user asked for a promotion that no passed gate supports.
+
+    Attributes:
+        verdict: the `records.Verdict` that refuses it; None if there is no verdict that counts.
+    """
 
     exit_code = 3
+    verdict: Any = None
 
 
 class MismatchError(SoupError):

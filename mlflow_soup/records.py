@@ -578,6 +578,24 @@ class Verdict:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
 
+@dataclass(frozen=True)
+class Promotion:
+    """A promotion that was made.
+
+    Attributes:
+        target: what was moved, in words: `alias champion`, `stage Production`, `prod-llm@champion`.
+        version: what it points to now: the soup, or its copy in another registered model.
+        previous: what it pointed to before this version was promoted; None for nothing.
+    """
+
+    target: str
+    version: Version
+    previous: Version | None
+
+    def __str__(self) -> str:
+        return f"{self.target} → {self.version}"
+
+
 Cell = str | float | int | None  # None: there is no number, for example a failed evaluation
 
 
@@ -606,29 +624,54 @@ class Outcome:
 
     Attributes:
         soup: the soup, and its version.
+        method: the name of the method that found the soup.
+        versions: the versions of the request, oldest first.
         trials: all trials of the search, in order.
-        gain: the paired held-out difference between the soup and the better parent.
+        alone: parent → its held-out score; those that were scored alone, oldest first.
+        gains: the same parents → the paired held-out difference between the soup and the parent;
+            the better parent first.
         verdict: the gate's decision; None if no OOD tasks were given, or no soup was registered.
         target: where the request promotes the soup to; empty for nowhere.
-        promoted: what was moved to the soup, e.g. `alias champion`; empty if nothing was.
+        promotion: the promotion; None if nothing was promoted.
         run_id: the search run.
         summary: the text that the command prints, with links.
+        examination: the OOD scores that the verdict was computed from; None without a verdict.
         tested: `soup`, `parent 0`, `parent 1` …, `champion 0` … → score on the test set; empty
             without test tasks, and if no soup was registered.
-        test_gain: the paired difference on the test set between the soup and the better parent, as
-            the held-out items rank the parents; None without scores.
+        test_gains: parents, then champions → the paired difference on the test set between the soup
+            and that version. The first is the better parent, as the held-out items rank the
+            parents.
     """
 
     soup: Soup
+    method: str
+    versions: tuple[Version, ...]
     trials: Sequence[Trial]
-    gain: Difference
+    alone: Mapping[Version, Score]
+    gains: Mapping[Version, Difference]
     verdict: Verdict | None
     target: str
-    promoted: str
+    promotion: Promotion | None
     run_id: str
     summary: str
+    examination: Examination | None = None
     tested: Mapping[str, Unbiased] = field(default_factory=dict)
-    test_gain: Difference | None = None
+    test_gains: Mapping[Version, Difference] = field(default_factory=dict)
+
+    @property
+    def gain(self) -> Difference:
+        """The paired held-out difference between the soup and the better parent."""
+        return next(iter(self.gains.values()))
+
+    @property
+    def test_gain(self) -> Difference | None:
+        """The paired difference on the test set to the same parent; None without test scores."""
+        return next(iter(self.test_gains.values()), None)
+
+    @property
+    def promoted(self) -> str:
+        """What was moved to the soup, `alias champion → my-llm v14`; empty if nothing was."""
+        return str(self.promotion or "")
 
     @property
     def exit_code(self) -> int:

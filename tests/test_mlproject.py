@@ -1,4 +1,5 @@
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -76,12 +77,15 @@ def mlflow_run(manager, *words, programs=Path(sys.executable).parent):
 
 
 def test_the_main_job_as_a_project_finds_its_model_and_logs_to_the_run_mlflow_made(
-    client, programs
+    client, programs, tmp_path
 ):
     words = ("-P", "pair=v1,v2", "-P", "trials=4", "-P", "promote=champion")
+    words += ("-P", f"output={tmp_path}/out.json")
     done = mlflow_run("local", *words, programs=programs)
     assert done.returncode == 0, done.stderr
     version = client.get_model_version_by_alias(MODEL, "champion")
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["version"]["version"] == int(version.version)
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["soup.gate"] == "passed"

@@ -10,12 +10,12 @@ Anyone may write the registry's tags. They are shown, never trusted: an unreadab
 that is made of itself, becomes a problem of its member and does not raise an error.
 """
 
-import json
 import re
 import reprlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mlflow_soup.records import Version
 from mlflow_soup.registry import naming
@@ -176,8 +176,8 @@ def text(family: Family) -> str:
     return "\n".join(lines)
 
 
-def as_json(family: Family) -> str:
-    """A JSON graph for programs; each version is one node, named by its MLflow URI."""
+def graph(family: Family) -> dict[str, Any]:
+    """A graph for programs; each version is one node, named by its MLflow URI."""
     nodes = [
         {
             "uri": version.uri,
@@ -197,7 +197,7 @@ def as_json(family: Family) -> str:
         for soup, member in family.members.items()
         for parent, weight in member.parents
     ]
-    return json.dumps({"root": family.root.uri, "nodes": nodes, "edges": edges}, indent=2)
+    return {"root": family.root.uri, "nodes": nodes, "edges": edges}
 
 
 def mermaid(family: Family) -> str:
@@ -217,6 +217,3 @@ def mermaid(family: Family) -> str:
 def _entities(label: str) -> str:
     """The label; characters that Mermaid, Markdown or HTML read as syntax become `#code;`."""
     return re.sub(r"[^\w .,:@/=-]", lambda match: f"#{ord(match[0])};", label)
-
-
-FORMATS = {"text": text, "json": as_json, "mermaid": mermaid}

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_soup.errors import DeniedError, GateError, OvertakenError
 from mlflow_soup.files.signing import Verifier, open_signer, sha256_of
-from mlflow_soup.records import Version
+from mlflow_soup.records import Promotion, Version
 from mlflow_soup.registry import family, naming
 from mlflow_soup.registry.ledger import Entry, Ledger, open_ledger
 from mlflow_soup.registry.links import version_link
@@ -68,8 +68,8 @@ def promote(
     target: Target,
     told: Mapping[str, Any],
     covers: Callable[[Version], bool] = lambda _: True,
-) -> Version:
-    """Point the target at a version, and return what it then points to.
+) -> Promotion:
+    """Point the target at a version.
 
     The order of the last three steps survives a crash: the ledger's entry, the move, the mark.
 
@@ -81,7 +81,8 @@ def promote(
         covers: whether the verdict covers a version, so that the soup may replace it.
 
     Returns:
-        `version`, or its copy in the other model.
+        The promotion: of `version`, or of its copy in the other model. If it was made before, the
+        one that was made then.
 
     Raises:
         GateError: someone put a version at the target that the verdict does not cover.
@@ -109,7 +110,7 @@ def _promote(
     target: Target,
     told: Mapping[str, Any],
     covered: Version | None,
-) -> Version:
+) -> Promotion:
     """Append the entry, move the target, mark the entry.
 
     Args:
@@ -121,8 +122,10 @@ def _promote(
     """
     entries = _settle_last(ledger, target, version)
     previous = version_at(ledger.client, ledger.name, target)
-    if previous == version and _was_made(entries, version):
-        return version
+    if previous == version and (made := _made(entries, version)):
+        before = made.told.get("from")
+        replaced = Version(ledger.name, before) if isinstance(before, int) else None
+        return Promotion(str(target), version, replaced)
     if previous not in (covered, version):
         raise _overtaken(target, version, previous)
     number = entries[-1].number + 1 if entries else 1
@@ -135,7 +138,7 @@ def _promote(
     ledger.mark(series, ours.number, MADE if found == version else VOID)
     if found != version:
         raise _overtaken(target, version, found)
-    return version
+    return Promotion(str(target), version, previous)
 
 
 def _discard_copy(ledger: Ledger, copy: Version) -> None:
@@ -183,7 +186,7 @@ def _check_previous(
     """
     if previous is None or previous == version or covers(previous):
         return
-    if _was_made(ledger.read(series_of(target)), previous):
+    if _made(ledger.read(series_of(target)), previous):
         raise _overtaken(target, version, previous)
     raise GateError(
         f"{version} would replace {previous}, but the two were not scored out of domain together",
@@ -193,10 +196,10 @@ def _check_previous(
     )
 
 
-def _was_made(entries: Sequence[Entry], version: Version) -> bool:
-    """Whether the last promotion that was made moved the target to this version."""
+def _made(entries: Sequence[Entry], version: Version) -> Entry | None:
+    """The last promotion that was made, if it moved the target to this version."""
     last = last_made(entries)
-    return last is not None and last.told.get("to") == version.number
+    return last if last is not None and last.told.get("to") == version.number else None
 
 
 def _announcement(

@@ -259,34 +259,44 @@ class Story:
     notes: tuple[str, ...] = ()
 
 
-def gains(story: Story) -> list[tuple[str, Difference]]:
-    """The gain over each reference, the better one first; each with the name of the parent."""
+def gains(story: Story) -> dict[Version, Difference]:
+    """The gain over each reference, the better one first."""
     order = sorted(range(len(story.gains)), key=lambda i: (i != story.better, i))
-    names = [str(version) for version in story.references]
-    best = "the better parent" if len(names) > 1 else "the newest parent"
-    names[story.better] = f"{best}, {names[story.better]}"
-    return [(names[i], story.gains[i]) for i in order]
+    return {story.references[i]: story.gains[i] for i in order}
 
 
-def test_gains(story: Story) -> list[tuple[str, Difference]]:
+def test_gains(story: Story) -> dict[Version, Difference]:
     """The gain on the test set: over each parent, the better one first, and over the champions.
 
     Which parent is the better one, the held-out items say: the test set chooses nothing.
     """
-    soup, others = story.tested["soup"].score, story.tested
-    better = story.references[story.better]
-    own = [tested for role, tested in others.items() if role.startswith("parent")]
-    own.sort(key=lambda tested: tested.version != better)  # a stable sort
-    named = [(str(tested.version), tested) for tested in own]
+    soup, better = story.tested["soup"].score, story.references[story.better]
+    rivals = {
+        tested.version: tested.score
+        for kind in ("parent", "champion")
+        for role, tested in story.tested.items()
+        if role.startswith(kind)
+    }
+    order = sorted(rivals, key=lambda version: version != better)  # a stable sort
+    return {version: pairing.paired(soup, rivals[version]) for version in order}
+
+
+def _named_gains(story: Story) -> list[tuple[str, Difference]]:
+    """The gains, each with the name of the parent."""
+    best = "the better parent" if len(story.references) > 1 else "the newest parent"
+    (first, gain), *others = gains(story).items()
+    return [(f"{best}, {first}", gain), *((str(version), gain) for version, gain in others)]
+
+
+def _named_test_gains(story: Story) -> list[tuple[str, Difference]]:
+    """The gains on the test set, each with the name of the version."""
     which = "better parent on the held-out items" if len(story.references) > 1 else "newest parent"
-    named[0] = (f"{own[0].version}, the {which}", own[0])
-    parents = {tested.version for tested in own}
-    named += [
-        (f"{tested.version}, the champion", tested)
-        for role, tested in others.items()
-        if role.startswith("champion") and tested.version not in parents
+    parents = {t.version for role, t in story.tested.items() if role.startswith("parent")}
+    (first, gain), *others = test_gains(story).items()
+    return [
+        (f"{first}, the {which}", gain),
+        *((f"{v}{'' if v in parents else ', the champion'}", gain) for v, gain in others),
     ]
-    return [(name, pairing.paired(soup, tested.score)) for name, tested in named]
 
 
 def _tested_rows(story: Story) -> list[tuple[str, Score]]:
@@ -320,7 +330,8 @@ def test_section(story: Story) -> str:
             f"## Test set: {_metrics_of(story.tested['soup'].score)}",
             rows_table(["model", "score", "standard error"], rows),
             "\n".join(
-                f"- Against {name}: **{format_difference(d)}**" for name, d in test_gains(story)
+                f"- Against {name}: **{format_difference(d)}**"
+                for name, d in _named_test_gains(story)
             ),
             f"{_unbiased(story)}.",
         ]
@@ -403,7 +414,9 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
         f"([run]({links['run']}), [all λ]({links['trials']})).",
         f"## Held-out: {_metrics_of(soup.held_out)}",
         rows_table(["model", "score", "standard error"], rows),
-        "\n".join(f"- Against {name}: **{format_difference(d)}**" for name, d in gains(story)),
+        "\n".join(
+            f"- Against {name}: **{format_difference(d)}**" for name, d in _named_gains(story)
+        ),
         "The soup was chosen on these items, so its gains are somewhat optimistic. The OOD items "
         "did not influence the choice."
         if METHODS[story.method].chooses
@@ -510,7 +523,9 @@ def _tested_lines(story: Story) -> list[str]:
     rows = _tested_rows(story)
     width = max(len(name) for name, _ in rows)
     lines = ["score on the test set", *(f"  {name:<{width}}  {s.value:.4f}" for name, s in rows)]
-    lines += [f"soup against {name}: {format_difference(d)}" for name, d in test_gains(story)]
+    lines += [
+        f"soup against {name}: {format_difference(d)}" for name, d in _named_test_gains(story)
+    ]
     return [*lines, f"{_unbiased(story)}."]
 
 
@@ -527,7 +542,9 @@ def summary(story: Story, look: Sequence[str]) -> str:
     for label, trial in baselines(story):
         assert trial.held_out is not None
         lines.append(f"  {label:<{width}}  {trial.held_out.value:.4f}")
-    lines += [f"soup against {name}: {format_difference(gain)}" for name, gain in gains(story)]
+    lines += [
+        f"soup against {name}: {format_difference(gain)}" for name, gain in _named_gains(story)
+    ]
     if story.tested:
         lines += _tested_lines(story)
     done = "an earlier run registered it as" if story.existed else "registered as"

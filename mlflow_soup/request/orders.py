@@ -116,18 +116,19 @@ def misread(line: str, why: str, name: str = "") -> SpecError:
     Args:
         line: the line.
         why: what click says.
-        name: the name of the option that the command does not have here; empty for another reason.
+        name: the name of the option that the command does not have here, with underscores; empty
+            for another reason.
     """
     knob_ = next((f for f in fields(Spec) if f.name == name), None)
-    if knob_ is None and name != "spec":
+    if not name:
         return _wrong(f"{line!r}: {why}", "correct the tag; it takes the options of the command")
-    fix = f"remove --{name.replace('_', '-')} from the tag; "
+    fix = f"remove --{name.replace('_', '-')} from the tag"
     if knob_ is not None and knob_.metadata["policy"]:
-        fix += f"set tag soup.{name} instead, or give it to mlflow-soup watch"
+        fix += f"; set tag soup.{name} instead, or give it to mlflow-soup watch"
     elif knob_ is not None and "watch" in knob_.metadata["commands"]:
-        fix += "give it to mlflow-soup watch, if it shall hold"
-    else:
-        fix += "name all options in the tag"
+        fix += "; give it to mlflow-soup watch, if it shall hold"
+    elif name == "spec":
+        fix += "; name all options in the tag"
     return _wrong(f"{line!r}: no tag can set --{name.replace('_', '-')}", fix)
 
 

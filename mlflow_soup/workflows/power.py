@@ -1,7 +1,7 @@
 """Say how likely the gate passes a soup that is as good as its rivals, before it is scored."""
 
-import logging
 import math
+from collections.abc import Mapping, Sequence
 
 from mlflow_soup.decision.power import Design, Measure
 from mlflow_soup.evaluation.suite import Suite
@@ -9,22 +9,20 @@ from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import connect
 from mlflow_soup.registry.versions import find_model
-from mlflow_soup.reporting import report
 from mlflow_soup.request.margins import parse_margins
 from mlflow_soup.request.names import parse_version
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.workflows.bench import Suites, load_suites, no_ood_tasks, rivals
 from mlflow_soup.workflows.proof import settle_rules, would_replace
 
-logger = logging.getLogger("mlflow_soup")
 # shares of the answers that differ between two neighbouring checkpoints
 DISCORDANCES = (0.02, 0.05, 0.10)
 
 
 @asking("judge the power of the gate")
 @alone()
-def power(spec: Spec) -> str:
-    """How likely the gate passes a soup that is as good as its rivals, in words.
+def power(spec: Spec) -> tuple[Mapping[float, Design], Sequence[str]]:
+    """What the gate will judge on, for several shares of the answers that differ; see `foresee`.
 
     Nothing is evaluated, and nothing is written.
 
@@ -43,13 +41,19 @@ def power(spec: Spec) -> str:
     return foresee(spec, load_suites(spec), replaced=replaced)
 
 
-def foresee(spec: Spec, suites: Suites, *, replaced: int) -> str:
-    """How likely an equal soup passes, by how much its answers differ from those of its rivals.
+def foresee(
+    spec: Spec, suites: Suites, *, replaced: int
+) -> tuple[Mapping[float, Design], Sequence[str]]:
+    """What the gate will judge on, by how much a soup's answers differ from those of its rivals.
 
     Args:
         spec: a settled spec.
         suites: the held-out and the OOD tasks, the latter not None.
         replaced: the number of versions that the soup would replace.
+
+    Returns:
+        Share of the answers that differ → design; and the tasks whose errors nobody knows yet,
+        which count as passed.
     """
     ood = suites.ood
     assert ood is not None
@@ -69,8 +73,7 @@ def foresee(spec: Spec, suites: Suites, *, replaced: int) -> str:
             *(measures, parse_margins(spec.margin), spec.confidence, replaced),
         )
 
-    designs = {share: design(share) for share in DISCORDANCES}
-    return report.power_words(designs, unknown)
+    return {share: design(share) for share in DISCORDANCES}, unknown
 
 
 def _counts(suite: Suite, limit: int | None) -> dict[str, int]:

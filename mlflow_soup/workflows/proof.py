@@ -465,11 +465,13 @@ def require_passed(decision: Decision, words: Sequence[str]) -> None:
     """
     version, method = decision.proven.version, decision.proven.manifest.method
     if not decision.verdict.passed:
-        raise GateError(
+        refusal = GateError(
             f"the gate refuses {version}: {'; '.join(words)}",
             where=f"run {decision.examination.run_id}, {decision.verdict.rules}",
             fix="keep the version that stands at the target; train on, or merge other versions",
         )
+        refusal.verdict = decision.verdict
+        raise refusal
     if decision.examination.settings.get("limit") is not None:
         raise GateError(
             f"{version} was judged on the first items of each task only",

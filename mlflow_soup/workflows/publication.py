@@ -152,7 +152,7 @@ def _metrics(story: report.Story) -> list[Metric]:
     for _, score in story.roles["soup"].ood if story.roles else ():
         metrics += [tracking.metric(f"{naming.OOD}/{m.key}", m.value) for m in score.metrics]
     if story.tested:
-        tested = report.test_gains(story)[0][1]
+        tested = next(iter(report.test_gains(story).values()))
         metrics += score_metrics(story.tested["soup"].score, naming.TEST)
         metrics.append(tracking.metric(naming.TEST_GAIN, tested.value))
         metrics.append(tracking.metric(naming.TEST_GAIN_STDERR, tested.stderr))

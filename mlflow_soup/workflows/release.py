@@ -10,7 +10,15 @@ from dataclasses import asdict, fields, replace
 
 from mlflow_soup.errors import DeniedError, SpecError
 from mlflow_soup.files.signing import open_verifier
-from mlflow_soup.records import Evidence, Examination, Manifest, Score, Soup, Verdict, Version
+from mlflow_soup.records import (
+    Evidence,
+    Examination,
+    Manifest,
+    Promotion,
+    Score,
+    Soup,
+    Version,
+)
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import inputs, naming, probes, promotion, tracking
 from mlflow_soup.registry.alone import alone
@@ -262,15 +270,14 @@ def _open_request(
 
 @asking("evaluate the soup")
 @alone()
-def evaluate(spec: Spec) -> Mapping[str, Evidence]:
+def evaluate(spec: Spec) -> Examination:
     """Score a registered soup, its parents and the champion out of domain, in a separate run.
 
     Args:
         spec: `version` names the soup.
 
     Returns:
-        Role (`soup`, `parent 0`, `parent 1` …, `champion 0` …) → evidence. `gate` reads the
-        evidence from MLflow.
+        The evidence about each of them, and the run. `gate` reads the evidence from MLflow.
 
     Raises:
         SpecError: the version is not a soup, or there are no tasks.
@@ -283,7 +290,7 @@ def evaluate(spec: Spec) -> Mapping[str, Evidence]:
     if not (spec.tasks and spec.ood_tasks):
         manifest = _fetch_manifest(client, version)
         spec = _as_searched(client, spec, manifest)
-    return _evaluate(client, version, spec, manifest).roles
+    return _evaluate(client, version, spec, manifest)
 
 
 def _fetch_manifest(client: Store, version: Version) -> Manifest:
@@ -371,7 +378,7 @@ def _evaluate(
 
 @asking("judge the soup")
 @alone()
-def gate(spec: Spec) -> tuple[Version, Verdict]:
+def gate(spec: Spec) -> Decision:
     """Judge a soup by its newest evidence that counts, and write the verdict for people to read.
 
     Args:
@@ -387,7 +394,7 @@ def gate(spec: Spec) -> tuple[Version, Verdict]:
     decision = _decide(client, version, spec)
     if record(client, decision):
         describe_verdict(client, decision)
-    return version, decision.verdict
+    return decision
 
 
 def _decide(client: Store, version: Version, spec: Spec) -> Decision:
@@ -415,7 +422,7 @@ def _require_passed(decision: Decision) -> None:
     )
 
 
-def point(client: Store, decision: Decision, target: Target) -> Version:
+def point(client: Store, decision: Decision, target: Target) -> Promotion:
     """Promote a soup, after a check that the verdict allows it and still applies."""
     _require_passed(decision)
     version = decision.proven.version
@@ -461,14 +468,14 @@ def sign(spec: Spec) -> tuple[Version, str]:
 
 @asking("promote the soup")
 @alone()
-def promote(spec: Spec) -> tuple[Version, str]:
+def promote(spec: Spec) -> tuple[Decision, Promotion]:
     """Point an alias, a stage or another model's alias to a soup, after its verdict is computed.
 
     Args:
         spec: `version` names the soup, `promote` the target.
 
     Returns:
-        The version that the target points to now, and the target in words.
+        The decision that supports the promotion, and the promotion.
 
     Raises:
         SpecError: the version is not a soup, or the command line is looser than the policy.
@@ -492,4 +499,4 @@ def promote(spec: Spec) -> tuple[Version, str]:
     _require_passed(decision)
     if verifier is not None:
         require_signature(client, decision, verifier)
-    return point(client, decision, target), str(target)
+    return decision, point(client, decision, target)

@@ -15,7 +15,7 @@ from mlflow_soup.decision import pairing
 from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.durable import check_space, scratch
-from mlflow_soup.records import Found, Outcome, Soup, Unbiased, Version, listed
+from mlflow_soup.records import Found, Outcome, Promotion, Soup, Unbiased, Version, listed
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import lease, naming, probes, tracking
 from mlflow_soup.registry.alone import alone
@@ -81,7 +81,7 @@ def run(spec: Spec) -> Outcome:
     client, spec, name = job.client, job.spec, job.session.name
     if job.bench.ood is not None:
         replaced = sum(would_replace(spec, name, rival.parent.version) for rival in champions)
-        logger.warning(foresee(spec, job.bench.suites, replaced=replaced))
+        logger.warning(report.power_words(*foresee(spec, job.bench.suites, replaced=replaced)))
     apart = None
     if not spec.scheduled:  # the ends of a window are always far apart
         apart = distance.measure([opened.checkpoint for opened in job.opened])
@@ -93,9 +93,9 @@ def run(spec: Spec) -> Outcome:
     ):
         found = find_recipe(job, run_id, check=check)
         soup, proven, existed = _find_or_register(job, run_id, found, check)
-        decision, promoted = None, ""
+        decision, promotion = None, None
         if proven is not None and job.bench.ood is not None:
-            decision, promoted = _decide(job, run_id, soup, proven, found, champions, check)
+            decision, promotion = _decide(job, run_id, soup, proven, found, champions, check)
         tested: dict[str, Unbiased] = {}
         if proven is not None and job.bench.test is not None:  # last: no decision can read it
             parents = judged(job.mixed(soup.recipe), scheduled=spec.scheduled)
@@ -118,16 +118,26 @@ def run(spec: Spec) -> Outcome:
             tested=tested,
             time_tag=job.time_tag,
             target=spec.promote,
-            promoted=promoted,
+            promoted=str(promotion or ""),
             distance=apart,
             notes=tuple(notes(job, found.trials, soup, apart)),
         )
         summary = publish(client, run_id, story)
     return Outcome(
-        *(soup, story.trials, story.gains[story.better], story.verdict),
-        *(spec.promote, promoted, run_id, summary),
+        soup,
+        method=spec.method,
+        versions=found.versions,
+        trials=story.trials,
+        alone=dict(zip(found.references, found.alone, strict=True)),
+        gains=report.gains(story),
+        verdict=story.verdict,
+        target=spec.promote,
+        promotion=promotion,
+        run_id=run_id,
+        summary=summary,
+        examination=decision.examination if decision is not None else None,
         tested=tested,
-        test_gain=report.test_gains(story)[0][1] if tested else None,
+        test_gains=report.test_gains(story) if tested else {},
     )
 
 
@@ -187,7 +197,7 @@ def _decide(
     found: Found,
     champions: Sequence[Opened],
     check: Callable[[], None],
-) -> tuple[Decision, str]:
+) -> tuple[Decision, Promotion | None]:
     """Examine the soup out of domain, judge it, and promote it if the request says so.
 
     Args:
@@ -200,7 +210,7 @@ def _decide(
         check: raises if another process took over.
 
     Returns:
-        The decision, and where the soup was promoted to; empty if it was not promoted.
+        The decision, and the promotion; None if the soup was not promoted.
     """
     assert job.bench.ood is not None
     client, spec = job.client, job.spec
@@ -218,9 +228,8 @@ def _decide(
     decision = decide(client, proven, spec, standard, trust, examined=examined, at_hand=at_hand)
     record(client, decision, run_id)
     if not (spec.promote and decision.verdict.passed):
-        return decision, ""
-    target = parse_target(spec.promote)
-    return decision, f"{target} → {point(client, decision, target)}"
+        return decision, None
+    return decision, point(client, decision, parse_target(spec.promote))
 
 
 @contextlib.contextmanager

@@ -57,19 +57,52 @@ def verify(
         MismatchError: the soup's manifest cannot be read.
         ParentError: the version or folder does not exist.
     """
-    with redacting():
-        files = Spec(public_key=public_key).public_keys
-        yield from _verify(os.fspath(text), open_verifier(files) if files else None)
+    _, _, findings = open_soup(text, public_key=public_key)
+    yield from findings
 
 
-def _verify(name: str, verifier: Verifier | None) -> Iterator[Finding]:
+@redacting()
+def open_soup(
+    text: str | os.PathLike[str],
+    *,
+    public_key: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = "",
+) -> tuple[Origin, Manifest, Iterator[Finding]]:
+    """Pull a soup, and read its manifest; arguments and errors are those of `verify`.
+
+    Returns:
+        Where the soup came from, with an alias resolved; its manifest; and the findings of
+        `verify`, which are made one after the other.
+    """
+    files = Spec(public_key=public_key).public_keys
+    verifier = open_verifier(files) if files else None
     if verifier is not None:
         check_library()
-    origin = fetch(name, "SOUP", fresh=True)
+    origin = fetch(os.fspath(text), "SOUP", fresh=True)
     manifest = read_manifest(origin)
-    if verifier is not None:
-        yield signature_finding(check_tree(origin.folder, verifier))
-    yield from inspect(origin, manifest)
+    return origin, manifest, _findings(origin, manifest, verifier)
+
+
+def _findings(origin: Origin, manifest: Manifest, verifier: Verifier | None) -> Iterator[Finding]:
+    with redacting():
+        if verifier is not None:
+            yield signature_finding(check_tree(origin.folder, verifier))
+        yield from inspect(origin, manifest)
+
+
+def status(findings: Sequence[Finding]) -> str:
+    """What all findings come to: the worst of them, in one word.
+
+    Returns:
+        `unsigned`, `mismatch`, `missing` (a parent), `recorded` (nothing is wrong, but the parents
+        were not merged again) or `verified`.
+    """
+    verdicts = {finding.verdict for finding in findings}
+    if any(finding.what == "signature" and finding.verdict != "ok" for finding in findings):
+        return "unsigned"
+    if not verdicts.isdisjoint({"MISMATCH", "missing"}):
+        return "mismatch" if "MISMATCH" in verdicts else "missing"
+    last = findings[-1]  # about the mixture
+    return "verified" if (last.what, last.verdict) == ("merged again", "ok") else "recorded"
 
 
 def signature_finding(checked: Checked | None) -> Finding:

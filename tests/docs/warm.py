@@ -6,7 +6,7 @@ environment, input and output.
 
     mlflow-soup …           a stub, written by `stubs`: asks the server for a fork
     warm-mlflow …           the same for MLflow's command
-    python - < CODE         the same for a block of Python
+    python - < CODE         the same for a block of Python, or for python -c CODE
 """
 
 import contextlib
@@ -47,15 +47,16 @@ def stubs(folder: Path, path: Path) -> Path:
 
 
 def run(program: str, words: list[str]) -> int:
-    """Run the command, or the Python program on standard input; its exit code."""
+    """Run the command, or the Python program that is given; its exit code."""
     from mlflow.cli import cli
 
     from mlflow_soup.cli import main
 
     try:
         if program == "python":
-            assert words == ["-"], words
-            code = sys.stdin.read()
+            option, *given = words
+            assert option == "-c" if given else option == "-", words
+            code = given[0] if given else sys.stdin.read()
             assert code.strip()  # which would pass whatever the page says
             exec(compile(code, "<stdin>", "exec"), {"__name__": "__main__"})
         elif program == "warm-mlflow":

@@ -476,7 +476,7 @@ def test_with_a_public_key_only_what_it_signed_counts(
     edit(folder_of(client, SOUP) / "model.sig", b"")
     release.sign(Spec(version="v4"))
     monkeypatch.delenv(signing.KEY_ENV)
-    version, _ = release.promote(Spec(**request))
+    version = release.promote(Spec(**request))[1].version
     assert version == SOUP
 
 
@@ -549,7 +549,7 @@ def test_a_copy_of_what_had_the_name_before_is_not_the_soup(client, merged, task
         was = client.get_model_version("old", number)
         its = was.source.removeprefix("models:/")
         client.create_model_version(MODEL, was.source, tags=dict(was.tags), model_id=its)
-    version, _ = release.promote(Spec(model=MODEL, version="v3", promote="model:prod@live"))
+    version = release.promote(Spec(model=MODEL, version="v3", promote="model:prod@live"))[1].version
     assert version == Version("prod", 2)
 
 
@@ -620,7 +620,7 @@ def gate_run(client):
 
 
 def test_examinations_that_are_malformed_or_inconsistent_are_passed_over(client, merged):
-    honest_verdict, honest_run = release.gate(Spec(version="v4"))[1], honest(client).run_id
+    honest_verdict, honest_run = release.gate(Spec(version="v4")).verdict, honest(client).run_id
     forged = {
         write_examination(client, "soups", spoil(change)): name
         for name, change in MALFORMED.items()
@@ -629,7 +629,7 @@ def test_examinations_that_are_malformed_or_inconsistent_are_passed_over(client,
         run_id = write_examination(client, "soups", spoil(lambda e: e))
         client.log_text(run_id, text, "evidence.json")
         forged[run_id] = name
-    assert release.gate(Spec(version="v4"))[1] == honest_verdict
+    assert release.gate(Spec(version="v4")).verdict == honest_verdict
     read = gate_run(client)
     assert read == honest_run, forged[read]
     assert run_soup(Spec(pair="v1,v2")).verdict == honest_verdict
@@ -730,7 +730,7 @@ def test_a_command_line_gives_no_name_of_the_policy_to_another_task(client, task
                 step(Spec(version="v4", promote="live", **said))
     # folders of the policy come last, so that its tasks stay
     for said in ({}, {"include_path": str(easy)}):
-        assert not release.gate(Spec(version="v4", promote="live", **said))[1].passed
+        assert not release.gate(Spec(version="v4", promote="live", **said)).verdict.passed
     with pytest.raises(errors.GateError, match="the gate refuses"):
         release.promote(Spec(version="v4", promote="live", include_path=str(easy)))
     assert pointers(client) == {}

@@ -330,13 +330,13 @@ def promote(**more):
 
 
 def judge(**more):
-    _, verdict = release.gate(
+    decision = release.gate(
         Spec(
             **{"model": MODEL, "version": "v4", "experiment": "gate", "ood_tasks": forged.DIGITS},
             **{"promote": "model:prod@champion", **more},
         )
     )
-    if not verdict.passed:
+    if not decision.verdict.passed:
         raise errors.GateError("refused", where="here", fix="none")
 
 

@@ -73,7 +73,7 @@ def test_a_stage_is_moved_and_what_it_replaces_is_archived(on_postgres):
     assert outcome.promoted == "stage Production → toy-llm v4"
     stages = {int(v.version): v.current_stage for v in client.search_model_versions()}
     assert (stages[1], stages[4]) == ("Archived", "Production")
-    version, _ = release.promote(Spec(version="v4", promote="alias:champion"))
+    version = release.promote(Spec(version="v4", promote="alias:champion"))[1].version
     assert client.get_model_version_by_alias(MODEL, "champion").version == str(version.number)
     tags = client.get_model_version(MODEL, "4").tags
     assert [part.rpartition(" ")[0] for part in tags["soup.promotions"].split("; ")] == [

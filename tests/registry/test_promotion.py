@@ -59,7 +59,7 @@ def test_promoting_the_current_version_writes_no_entry(client, outcome):
 def promote(client, version, target, covers=lambda standing: True):
     """Promote a version whose verdict somebody has computed."""
     told = {"digest": "sha256:x", "gate_run": "run", "verdict": "passed", "rules": {"tasks": {}}}
-    return promotion.promote(client, version, target, told, covers)
+    return promotion.promote(client, version, target, told, covers).version
 
 
 def soup(client, **tags):

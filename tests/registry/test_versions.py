@@ -227,14 +227,14 @@ def test_a_family_is_traced_across_models_gaps_and_cycles(request, store):
 def test_a_copy_in_another_model_names_its_parents_with_their_model(client, outcome):
     target = Target("model", "champion", "prod")
     told = {"digest": outcome.soup.digest, "rules": {"tasks": {}}}
-    copy = promotion.promote(client, outcome.soup.version, target, told)
+    copy = promotion.promote(client, outcome.soup.version, target, told).version
     assert copy == Version("prod", 1)
     assert tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"
     assert tags_of(client, outcome.soup.version)["soup.parents"] == "1,2"
     copied, original = (trace(client, v) for v in (copy, outcome.soup.version))
     assert copied.members[copy].parents == original.members[outcome.soup.version].parents
     client.set_model_version_tag("prod", "1", "soup.parents", "1,2")
-    assert promotion.promote(client, outcome.soup.version, target, told) == copy
+    assert promotion.promote(client, outcome.soup.version, target, told).version == copy
     assert tags_of(client, copy)["soup.parents"] == f"{MODEL}/1,{MODEL}/2"  # repaired
 
 
@@ -244,7 +244,7 @@ def test_a_copy_among_its_parents_names_them_by_their_numbers(client, outcome):
         add(client, "prod")
     soup = add(client, MODEL, "prod/1,prod/2", **{"soup.gate": "passed", "soup.digest": "sha256:x"})
     told = {"digest": "sha256:x", "rules": {"tasks": {}}}
-    copy = promotion.promote(client, soup, Target("model", "champion", "prod"), told)
+    copy = promotion.promote(client, soup, Target("model", "champion", "prod"), told).version
     assert tags_of(client, copy)["soup.parents"] == "1,2"
 
 

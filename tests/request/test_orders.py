@@ -74,6 +74,8 @@ def test_a_tag_that_cannot_be_followed_is_named_in_the_error(text, said):
     "words",
     [
         "--spec /etc/passwd",
+        "--output /etc/passwd",
+        "--format json",
         "--model other",
         "--include-path /",
         "--include_path=/",

@@ -180,16 +180,16 @@ def test_a_gate_that_refuses_moves_no_alias(client):
 
 def test_the_stages_can_be_run_one_by_one(client, merged):
     client.delete_model_version_tag(MODEL, "4", "soup.gate")
-    roles = release.evaluate(Spec(version="v4"))
+    roles = release.evaluate(Spec(version="v4")).roles
     assert set(roles) == {"soup", "parent 0", "parent 1"}
     assert roles["soup"].held_out == merged.soup.held_out
-    _, verdict = release.gate(Spec(version="v4"))
+    verdict = release.gate(Spec(version="v4")).verdict
     assert verdict == merged.verdict
     strict = Spec(version="v4", margin=0.0, confidence=0.999999, promote="champion")
-    assert not release.gate(strict)[1].passed
+    assert not release.gate(strict).verdict.passed
     with pytest.raises(errors.GateError, match=r"the gate refuses toy-llm v4: .* REFUSED"):
         release.promote(strict)
-    version, _ = release.promote(Spec(version="v4", promote="champion"))
+    version = release.promote(Spec(version="v4", promote="champion"))[1].version
     assert version.number == 4
 
 
@@ -202,7 +202,7 @@ def test_an_evaluation_takes_the_tasks_from_the_search(client, tasks, caplog):
     outcome = run_soup(Spec(pair="v1,v2", ood_tasks="", trials=4, **said))
     with pytest.raises(errors.SpecError, match="no out-of-domain tasks"):
         release.evaluate(Spec(version="v4"))
-    roles = release.evaluate(Spec(version="v4", ood_tasks="toy_digits"))
+    roles = release.evaluate(Spec(version="v4", ood_tasks="toy_digits")).roles
     assert roles["soup"].held_out == outcome.soup.held_out
     assert "--tasks toy_letters:acc_norm" in caplog.text
     run_id = outcome.run_id
@@ -233,11 +233,11 @@ def test_conversations_are_searched_examined_and_judged_alike(client, checkpoint
     said = {"apply_chat_template": True, "system_instruction": "Spell."}
     outcome = run_soup(Spec(pair="v4,v5", trials=4, **said))
     assert outcome.soup.version.number == 6
-    assert release.gate(Spec(version="v6", **said))[1] == outcome.verdict
+    assert release.gate(Spec(version="v6", **said)).verdict == outcome.verdict
     for other in ({}, said | {"system_instruction": "Say."}):
         with pytest.raises(errors.GateError, match=r"asked something else|not scored"):
             release.gate(Spec(version="v6", **other))
-    roles = release.evaluate(Spec(version="v6", **said))
+    roles = release.evaluate(Spec(version="v6", **said)).roles
     assert roles["soup"].held_out == outcome.soup.held_out
     with pytest.raises(errors.SpecError, match="has no chat template"):
         run_soup(Spec(pair="v1,v2", **said))
@@ -250,7 +250,7 @@ def test_a_verdict_is_void_once_the_champion_has_moved(client):
         with pytest.raises(errors.GateError, match="toy-llm v3 was not scored together with it"):
             step(Spec(version="v4", promote="champion"))
     assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 3
-    assert "champion 0" in release.evaluate(Spec(version="v4"))
+    assert "champion 0" in release.evaluate(Spec(version="v4")).roles
     release.gate(Spec(version="v4"))
     release.promote(Spec(version="v4", promote="champion"))
     assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 4
@@ -277,7 +277,7 @@ def test_a_soup_that_was_deleted_is_registered_and_examined_under_its_new_number
     again = run_soup(Spec(pair="v1,v2"))
     assert again.soup.version.number == 5
     assert "| soup (toy-llm v5) |" in client.get_model_version(MODEL, "5").description
-    assert release.gate(Spec(version="v5"))[1].passed
+    assert release.gate(Spec(version="v5")).verdict.passed
 
 
 def test_the_ood_run_shows_the_soups_numbers(client, outcome):
@@ -350,7 +350,7 @@ def test_a_soup_of_three_is_searched_registered_and_verified(client):
     assert naming.parse_weights(version.tags["soup.weights"]) == lam
     assert [p.version.number for p in outcome.soup.parents] == [1, 2, 3]
     assert all(finding.holds for finding in verify("models:/toy-llm/4"))
-    known = release.evaluate(Spec(version="v4"))
+    known = release.evaluate(Spec(version="v4")).roles
     assert known["soup"].held_out == outcome.soup.held_out
     assert run_soup(Spec(versions="v1,v2,v3", trials=7)).soup.version.number == 4
 
@@ -404,10 +404,10 @@ def test_promotion_to_a_stage_and_to_another_model(client, outcome, tasks):
         release.promote(Spec(version="v4", promote="model:prod-llm@live"))
     own = {"tasks": "toy_letters", "ood_tasks": "toy_digits", "include_path": str(tasks)}
     elsewhere = {"promote": "model:prod-llm@live", **own}
-    version, _ = release.promote(Spec(version="@champion", **elsewhere))
+    version = release.promote(Spec(version="@champion", **elsewhere))[1].version
     assert str(version) == "prod-llm v1"
     assert client.get_model_version_by_alias("prod-llm", "live").source == "models:/toy-llm/4"
-    again, _ = release.promote(Spec(model=MODEL, version="v4", **elsewhere))
+    again = release.promote(Spec(model=MODEL, version="v4", **elsewhere))[1].version
     assert again == version
 
 

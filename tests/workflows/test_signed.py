@@ -15,7 +15,7 @@ import mlflow_soup
 from conftest import MODEL, folder_of, make_keys, use
 from mlflow_soup import Spec, errors
 from mlflow_soup.cli import main
-from mlflow_soup.records import Version
+from mlflow_soup.records import Promotion, Version
 from mlflow_soup.registry import trees
 from mlflow_soup.registry.trees import Tree, tree_of
 from mlflow_soup.registry.versions import find_registered, model_id
@@ -60,7 +60,8 @@ def sign(**more):
 
 
 def promote(public, **more):
-    return release.promote(Spec(version="v4", promote="alias:live", public_key=str(public), **more))
+    key = str(public)
+    return release.promote(Spec(version="v4", promote="alias:live", public_key=key, **more))[1]
 
 
 def aliases(client):
@@ -96,7 +97,7 @@ def test_a_signed_soup_is_verified_by_us_and_by_anybody_and_promoted(
     assert {finding.verdict for finding in mlflow_soup.verify(SOUP.uri)} == {"ok"}
     download = mlflow.artifacts.download_artifacts(SOUP.uri, dst_path=str(tmp_path / "copy"))
     assert anybodys_check(key, download)
-    assert promote(key) == (SOUP, "alias live")
+    assert promote(key) == Promotion("alias live", SOUP, None)
     assert aliases(measured) == {"live": 4}
 
 
@@ -131,7 +132,7 @@ def test_another_key_refuses_and_a_second_signature_replaces_the_first(
     assert signature_of(f"{public}, {key}").verdict == "ok"
     # a tag cannot name the key
     measured.set_registered_model_tag(MODEL, "soup.public_key", str(public))
-    assert promote(key)[0] == SOUP
+    assert promote(key).version == SOUP
 
 
 def test_the_commands_say_what_they_found(measured, key):

@@ -154,14 +154,14 @@ def test_a_finished_request_is_only_tested_when_test_tasks_are_added(
     assert again.test_gain == tested.test_gain
     assert len(runs(client, "test")) == 3
     # the gate does not look at it either, nor does a later evaluation
-    assert release.gate(Spec(version="v4"))[1] == outcome.verdict
+    assert release.gate(Spec(version="v4")).verdict == outcome.verdict
     client.set_registered_model_tag(MODEL, "soup.test_tasks", FRESH)
     policy = client.get_registered_model(MODEL).tags["soup.include_path"]
     both = os.pathsep.join([policy, str(asked["include_path"])])
     client.set_registered_model_tag(MODEL, "soup.include_path", both)
     release.evaluate(Spec(version="v4"))
     assert scored.count(FRESH) == 3
-    assert release.gate(Spec(version="v4"))[1] == outcome.verdict
+    assert release.gate(Spec(version="v4")).verdict == outcome.verdict
     assert run_soup(Spec(pair="v1,v2")).tested == tested.tested  # the tag asks for it
 
 
