@@ -98,7 +98,7 @@ def test_one_task_is_the_dataset_that_the_gate_used(client, outcome, tasks):
 def test_with_a_baseline_mlflows_validation_is_the_gate_of_a_task_alone(client, outcome, data):
     config = {"baseline": f"models:/{MODEL}/2", "margin": "0.05"}
     found = evaluate(data, model_id=model_id_of(client, 4), evaluator_config=config)
-    _, verdict = gate(Spec(version="v4", margin="0.05,acc=alone", champion="nobody"))
+    verdict = gate(Spec(version="v4", margin="0.05,acc=alone", champion="nobody")).verdict
     (check,) = (
         c
         for c in verdict.checks
