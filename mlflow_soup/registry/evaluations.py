@@ -96,7 +96,7 @@ def log_scores(
         path = Path(folder, PurePosixPath(file).name)
         scores.write(measured, path)
         parent = str(PurePosixPath(file).parent)
-        client.log_artifact(run_id, str(path), None if parent == "." else parent)
+        client.put(run_id, str(path), "" if parent == "." else parent)
         sign_file(client, run_id, file, path, "scores", about)
         return sha256_of(path)
 
@@ -109,15 +109,36 @@ class Known:
     scores: Scores
 
 
-def find_score(trust: Trust, measured: str, fits: Callable[[Score], bool]) -> Known | None:
+Stored = Mapping[str, Sequence[Run]]  # digest of the weights and of how they are scored → runs
+
+
+def stored_scores(trust: Trust, evaluator: str) -> Stored:
+    """All runs with a score of an evaluator, oldest first, found by one search.
+
+    Args:
+        trust: which runs count.
+        evaluator: the evaluator's fingerprint.
+    """
+    found: dict[str, list[Run]] = {}
+    for run in trust.runs({naming.EVALUATOR: evaluator}):
+        if measured := run.data.tags.get(naming.MEASURED):
+            found.setdefault(measured, []).append(run)
+    return found
+
+
+def find_score(
+    trust: Trust, measured: str, fits: Callable[[Score], bool], stored: Stored | None = None
+) -> Known | None:
     """The scores of any trial that evaluated the same weights in the same way, or None.
 
     Args:
         trust: which runs count.
         measured: the digest of the weights and of the way they are scored.
         fits: whether a score is one of the items that are scored now.
+        stored: the runs, from `stored_scores`; None to search for them.
     """
-    for run in trust.runs({naming.MEASURED: measured}):
+    runs = trust.runs({naming.MEASURED: measured}) if stored is None else stored.get(measured, ())
+    for run in runs:
         score = _read_items(trust, run, measured, fits)
         if score is not None:
             source = run.data.tags.get(naming.ITEMS_RUN, run.info.run_id)

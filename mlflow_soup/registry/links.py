@@ -48,7 +48,7 @@ def _here(path: str) -> str:
 
 def run_path(client: Store, run_id: str) -> str:
     """The path of a run's page, in the mode that shows models and metrics."""
-    experiment = client.get_run(run_id).info.experiment_id
+    experiment = client.experiment_of(run_id)
     return _here(f"/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning")
 
 

@@ -19,7 +19,7 @@ from mlflow_soup.files.untrusted import read_hex
 from mlflow_soup.records import Version
 from mlflow_soup.registry.outages import denied, is_forbidden, where
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.versions import model_id
+from mlflow_soup.registry.versions import model_id, place_of
 
 
 def _tree_digest(folder: Path) -> str:
@@ -58,7 +58,7 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
                     where=f"{where()}, {logged_id}",
                     fix="register the checkpoint again",
                 )
-        source = client.get_model_version_download_uri(version.name, str(version.number))
+        source = place_of(client, version)
         if is_local_uri(source):
             folder = Path(local_file_uri_to_path(source))
             if not folder.is_dir():

@@ -67,7 +67,7 @@ def register_soup(
         The version of the request: ours, or the one that another process registered first.
     """
     with asking(f"register a soup of {name}"):
-        experiment = client.get_run(run_id).info.experiment_id
+        experiment = client.experiment_of(run_id)
         for left in uploads(client, experiment, {naming.REQUEST: tags[naming.REQUEST]}):
             if left.status == LoggedModelStatus.PENDING:  # an earlier upload that was cut short
                 client.finalize_logged_model(left.model_id, LoggedModelStatus.FAILED)
@@ -82,6 +82,7 @@ def register_soup(
                 *({**made, **params}, "causal-lm"),
             ),
             "create a logged model",
+            tried=False,
         )
         if (folder / "MLmodel").is_file():
             _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, made)

@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, wraps
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cached_property, partial, wraps
 from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact import artifact_repository_registry  # private door
 from requests import ConnectionError as ConnectionFailed
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -93,11 +94,49 @@ class Store(MlflowClient):
     def __init__(self, patience_s: float = 0.0, tracking_uri: str | None = None) -> None:
         super().__init__(tracking_uri)
         self.patience_s = patience_s
+        self._known: dict[Hashable, Any] = {}
 
     @cached_property
     def hasty(self) -> "Store":
         """The same store without patience, for calls that may fail."""
-        return Store(tracking_uri=self.tracking_uri)
+        hasty = Store(tracking_uri=self.tracking_uri)
+        hasty._known = self._known
+        return hasty
+
+    def remember(self, what: Hashable, ask: Callable[[], T]) -> T:
+        """What `ask` returns; it is asked once. Only for what nobody can change in the store."""
+        if what not in self._known:
+            self._known[what] = ask()
+        known: T = self._known[what]
+        return known
+
+    def experiment_of(self, run_id: str) -> str:
+        """The id of the experiment of a run."""
+        return self._where(run_id)[0]
+
+    def _where(self, run_id: str) -> tuple[str, str]:
+        """The experiment of a run, and the URI of its artifacts."""
+
+        def ask() -> tuple[str, str]:
+            info = self.get_run(run_id).info
+            return str(info.experiment_id), str(info.artifact_uri)
+
+        return self.remember(("run", run_id), ask)
+
+    def put(self, run_id: str, file: str, folder: str) -> None:
+        """Log a file as an artifact of a run, as `log_artifact` does with one more request.
+
+        Args:
+            run_id: the run.
+            file: the file on this machine.
+            folder: the folder among the run's artifacts; empty for none.
+        """
+        with _noting(MlflowClient.log_artifact, run_id, file, folder):
+            artifacts = artifact_repository_registry.get_artifact_repository(
+                self._where(run_id)[1], tracking_uri=self.tracking_uri
+            )
+            put = partial(artifacts.log_artifact, file, folder or None)
+            self.persist(put, "call log_artifact")
 
     def persist(self, call: Callable[[], T], what: str) -> T:
         """Repeat a call while the store is away, and return its result.
@@ -137,20 +176,30 @@ class Store(MlflowClient):
         broken = "too many 500 error" in str(error)
         return min(self.patience_s, _BROKEN_S) if broken else self.patience_s
 
-    def once(self, look: Callable[[], T | None], create: Callable[[], T], what: str) -> T:
+    def once(
+        self,
+        look: Callable[[], T | None],
+        create: Callable[[], T],
+        what: str,
+        *,
+        tried: bool = True,
+    ) -> T:
         """What `look` finds, or else what `create` makes; each attempt looks before it creates.
 
         Args:
             look: finds the result of an earlier attempt, by a tag that it was created with.
             create: one attempt; it writes that tag in the same transaction.
             what: completes "while trying to …" in errors.
+            tried: whether there may be an earlier attempt; if not, the first one does not look.
 
         Raises:
             StoreError: the store was away for longer than patience lasts.
         """
 
         def attempt() -> T:
-            found = look()
+            nonlocal tried
+            found = look() if tried else None
+            tried = True
             return create() if found is None else found
 
         return self.persist(attempt, what)
@@ -190,11 +239,18 @@ class Store(MlflowClient):
         return self.persist(attempt, what)
 
     def begin_run(
-        self, experiment_id: str, name: str, tags: Mapping[str, str], start_time: int | None = None
+        self,
+        experiment_id: str,
+        name: str,
+        tags: Mapping[str, str],
+        start_time: int | None = None,
+        *,
+        tried: bool = False,
     ) -> str:
         """Create exactly one run, even if an answer is lost, and return its id.
 
-        A caller that may repeat this call names the attempt in the tags.
+        A caller that may repeat this call names the attempt in the tags, and says in `tried`
+        whether it has called before.
         """
         all_tags = {naming.ATTEMPT: uuid.uuid4().hex, **tags}
         query = f"tags.`{naming.ATTEMPT}` = '{all_tags[naming.ATTEMPT]}'"
@@ -205,7 +261,10 @@ class Store(MlflowClient):
         def create() -> Run:
             return self.create_run(experiment_id, start_time, all_tags, naming.run_name(name))
 
-        return str(self.once(look, create, "create a run").info.run_id)
+        info = self.once(look, create, "create a run", tried=tried).info
+        where = str(info.experiment_id), str(info.artifact_uri)
+        self.remember(("run", str(info.run_id)), lambda: where)
+        return str(info.run_id)
 
 
 def _patient(name: str) -> Any:

@@ -81,7 +81,8 @@ def open_run(
     def nested() -> bool:
         return mlflow.active_run() is not None
 
-    run_id = str(client.once(look, create, "create a run").info.run_id)
+    made = client.once(look, create, "create a run", tried=bool(run_id))
+    run_id = str(made.info.run_id)
     with _ending(client, run_id, mlflow.end_run):
         yield run_id
 
@@ -166,13 +167,28 @@ def open_child(client: Store, parent: str, name: str, tags: Mapping[str, str]) -
 
 
 def begin_child(
-    client: Store, parent: str, name: str, tags: Mapping[str, str], start_time: int | None = None
+    client: Store,
+    parent: str,
+    name: str,
+    tags: Mapping[str, str],
+    start_time: int | None = None,
+    *,
+    tried: bool = False,
 ) -> str:
-    """Create a child run and return its id. It has the tags that MLflow gives any run of a user."""
-    experiment = client.get_run(parent).info.experiment_id
+    """Create a child run and return its id. It has the tags that MLflow gives any run of a user.
+
+    Args:
+        client: the store's client.
+        parent: the run that it is a child of.
+        name: its name.
+        tags: its tags.
+        start_time: in milliseconds since 1970; None for now.
+        tried: whether a call with the same attempt in the tags may have made it already.
+    """
+    experiment = client.experiment_of(parent)
     context = {key: redact(str(value)) for key, value in resolve_tags().items()}
     every = {**context, "mlflow.parentRunId": parent, **tags}
-    return client.begin_run(experiment, name, every, start_time)
+    return client.begin_run(experiment, name, every, start_time, tried=tried)
 
 
 @contextlib.contextmanager

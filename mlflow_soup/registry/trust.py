@@ -99,7 +99,7 @@ class Trust:
         if self.mode == "own":
             raise Unbelieved("only what is measured anew counts")
         if self.mode == "experiment":
-            if self.client.get_run(run_id).info.experiment_id != self.experiment:
+            if self.client.experiment_of(run_id) != self.experiment:
                 raise Unbelieved("the run is in another experiment")
             return fetch(self.client, run_id, file, folder)
         path = fetch(self.client, run_id, file, folder)

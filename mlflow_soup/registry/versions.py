@@ -250,10 +250,28 @@ def set_tags(client: Store, version: Version, tags: Mapping[str, str]) -> None:
 
 def model_id(client: Store, version: Version) -> str | None:
     """The id of the logged model that is a version's source; None if the source is another."""
-    with asking(f"look up {version}"):
-        source = client.get_model_version(version.name, str(version.number)).source
-    match = _MODEL_ID.fullmatch(source or "")
+    match = _MODEL_ID.fullmatch(_made(client, version)[0])
     return str(match[1]) if match else None
+
+
+def _made(client: Store, version: Version) -> tuple[str, str]:
+    """Source and run of a version, which never change."""
+
+    def ask() -> tuple[str, str]:
+        with asking(f"look up {version}"):
+            found = client.get_model_version(version.name, str(version.number))
+        return found.source or "", found.run_id or ""
+
+    return client.remember(("made", version), ask)
+
+
+def place_of(client: Store, version: Version) -> str:
+    """The URI of a version's files, as the version was created."""
+
+    def ask() -> str:
+        return str(client.get_model_version_download_uri(version.name, str(version.number)))
+
+    return client.remember(("place", version), ask)
 
 
 def registered_as(client: Store, logged_id: str) -> list[Version]:
@@ -266,9 +284,7 @@ def registered_as(client: Store, logged_id: str) -> list[Version]:
 def origin_of(client: Store, version: Version) -> tuple[str, str]:
     """The id of the run that logged a version, and the location of its files."""
     with asking(f"look up {version}"):
-        run_id = client.get_model_version(version.name, str(version.number)).run_id
-        location = client.get_model_version_download_uri(version.name, str(version.number))
-    return run_id or "", redact(location)
+        return _made(client, version)[1], redact(place_of(client, version))
 
 
 def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Version]:

@@ -279,12 +279,17 @@ def _compare(found: str, expected: str, what: str, folder: Path) -> None:
 
 def rivals(client: Store, name: str, spec: Spec) -> list[Version]:
     """The versions that the soup would replace: the champions, and the one at `promote`."""
-    found = [holder(client, name, spec.champion)]
+    aliases, found = {(name, spec.champion): None}, list[Version]()
     if spec.promote:
         target = parse_target(spec.promote)
         owner = target.model or name
-        found += [holder(client, owner, spec.champion), *versions_at(client, owner, target)]
-    return list(dict.fromkeys(version for version in found if version is not None))
+        aliases[owner, spec.champion] = None
+        if target.kind == "stage":
+            found = versions_at(client, owner, target)
+        else:
+            aliases[owner, target.name] = None
+    at = (holder(client, *alias) for alias in aliases)
+    return list(dict.fromkeys([*(version for version in at if version is not None), *found]))
 
 
 def open_rivals(client: Store, name: str, spec: Spec, at_hand: Sequence[Opened]) -> list[Opened]:

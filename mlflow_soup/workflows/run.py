@@ -152,7 +152,7 @@ def _find_or_register(
     only point at it: what the version holds must be a result of this request.
     """
     client, name = job.client, job.session.name
-    experiment = client.get_run(run_id).info.experiment_id
+    experiment = client.experiment_of(run_id)
 
     @functools.cache
     def recognise(version: Version) -> Proven | None:

@@ -27,7 +27,14 @@ from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Dataset, Found, Recipe, Score, Trial, listed
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import inputs, naming, tracking
-from mlflow_soup.registry.evaluations import find_score, log_scores, read_trials, score_metrics
+from mlflow_soup.registry.evaluations import (
+    Stored,
+    find_score,
+    log_scores,
+    read_trials,
+    score_metrics,
+    stored_scores,
+)
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import Trust, trust_of
@@ -113,6 +120,7 @@ class _Outbox:
     waiting: list[tuple[int, Evaluation]] = field(default_factory=list)
     metrics: list[Metric] = field(default_factory=list)
     runs: dict[int, str] = field(default_factory=dict)  # number of a trial → its run
+    tried: set[str] = field(default_factory=set)  # attempts that may have made a run
 
     def flush(self, *, patiently: bool) -> None:
         """Send everything to MLflow.
@@ -132,8 +140,11 @@ class _Outbox:
                 naming.NUMBER: str(number),
             }
             label = self.job.space.label(evaluation.recipe)
+            tried = evaluation.attempt in self.tried
+            self.tried.add(evaluation.attempt)
             at = (self.job, client, self.run_id, label, tags)
-            self.runs[number] = _publish(*at, evaluation, self.job.bench.held_out)
+            evaluator = self.job.bench.held_out
+            self.runs[number] = _publish(*at, evaluation, evaluator, tried=tried)
             self.waiting.pop(0)
         if self.metrics:
             tracking.log(client, self.run_id, metrics=self.metrics)
@@ -162,6 +173,7 @@ def explore(
     trials: list[Trial] = []
     trust = trusted(job, run_id)
     history = _history(job, trust)
+    stored = stored_scores(trust, job.bench.held_out.fingerprint)
     outbox = _Outbox(job, run_id)
     best, at, away, took = float("-inf"), "", False, list[float]()
     total = spec.budget if job.method.searches else None
@@ -177,7 +189,7 @@ def explore(
                 trials.append(history[number])
             else:
                 check()
-                evaluation = _evaluate(job, recipe, links, job.bench.held_out, trust)
+                evaluation = _evaluate(job, recipe, links, job.bench.held_out, trust, stored)
                 check()  # the evaluation took long: another process may have recorded this trial
                 outbox.waiting.append((number, evaluation))
                 trials.append(Trial(number, recipe, evaluation.score))
@@ -282,7 +294,7 @@ def _mark(job: Job, run_id: str, trials: Sequence[Trial], recipe: Recipe, score:
 
 def trusted(job: Job, run_id: str) -> Trust:
     """Which stored scores count for a job whose run is open."""
-    return trust_of(job.client, job.spec, job.client.get_run(run_id).info.experiment_id).to_sign
+    return trust_of(job.client, job.spec, job.client.experiment_of(run_id)).to_sign
 
 
 def _history(job: Job, trust: Trust) -> dict[int, Trial]:
@@ -307,9 +319,23 @@ def _now() -> int:
 
 
 def _evaluate(
-    job: Job, recipe: Recipe, links: Sequence[Link], evaluator: Evaluator, trust: Trust
+    job: Job,
+    recipe: Recipe,
+    links: Sequence[Link],
+    evaluator: Evaluator,
+    trust: Trust,
+    stored: Stored | None = None,
 ) -> Evaluation:
-    """Score a recipe, or take its score over from an earlier evaluation."""
+    """Score a recipe, or take its score over from an earlier evaluation.
+
+    Args:
+        job: the parents, and the live model.
+        recipe: what to score.
+        links: the parents, linked to the live model.
+        evaluator: what scores it.
+        trust: which earlier runs count.
+        stored: those that were there when the search began; None to search for them now.
+    """
     bench, began = job.bench, _now()
     tags: dict[str, str] = {}
     if recipe.method == "linear":
@@ -326,7 +352,7 @@ def _evaluate(
     scores, source = job.journal.read(measured), ""
     if scores is None:
         with contextlib.suppress(StoreError):  # if the store is unreachable, score the recipe again
-            known = find_score(trust.hasty, measured, evaluator.fits)
+            known = find_score(trust.hasty, measured, evaluator.fits, stored)
             if known is not None:
                 scores, source = known.scores, known.run_id
 
@@ -364,11 +390,13 @@ def _publish(
     tags: Mapping[str, str],
     evaluation: Evaluation,
     evaluator: Evaluator,
+    *,
+    tried: bool = False,
 ) -> str:
     """Write an evaluation as a separate run, ended once everything is stored; the id of the run."""
     recipe, scores = evaluation.recipe, evaluation.scores
     known = {naming.EVALUATOR: evaluator.fingerprint, naming.ATTEMPT: evaluation.attempt, **tags}
-    child = tracking.begin_child(client, parent, name, known, evaluation.began)
+    child = tracking.begin_child(client, parent, name, known, evaluation.began, tried=tried)
     weights = json.dumps(recipe.lam)
     inputs.link(client, child, _used(evaluator))
     params = {"lambda": str(recipe), "method": recipe.method, "weights": weights}
