@@ -10,6 +10,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from mlflow.models import MetricThreshold
 from mlflow.models.evaluation.validation import ModelValidationFailedException
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import MODEL
 from mlflow_soup import SoupError, Spec
@@ -229,3 +230,21 @@ def test_models_of_other_types_are_not_offered_to_it():
     offered = {"causal-lm", "classifier", "regressor", "question-answering", "text", None}
     can = {t for t in offered if LmEvalEvaluator.can_evaluate(model_type=t, evaluator_config={})}
     assert can == {"causal-lm"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_layout_of_the_registry_makes_no_difference(client, outcome, data, checkpoints):
+    """MLflow's own flavour keeps the tokenizer in a folder apart."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints[0])
+    model.config._name_or_path = model.name_or_path = ""
+    parts = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(checkpoints[0])}
+    with mlflow.start_run():
+        logged = mlflow.transformers.log_model(
+            parts,
+            name="model",
+            task="text-generation",
+            registered_model_name="flavoured",
+            pip_requirements=["transformers"],
+        )
+    flavoured = evaluate(data, model_id=logged.model_id).metrics
+    assert flavoured == evaluate(data, model_id=model_id_of(client, 1)).metrics
