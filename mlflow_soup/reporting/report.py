@@ -371,11 +371,19 @@ def luck(
         return [words]
     chosen = space.label(soup.recipe)
     here, there = expected(space, trials, np.array([soup.recipe.lam, top.lam]))
+    why = (
+        f"expects {chosen} to be better by {here - there:.4f} on new items, so the higher score "
+        "counts as luck."
+    )
+    if there > here:
+        why = (
+            f"expects it to be better by only {there - here:.4f} on new items, too little to "
+            "prefer it to the plain average."
+        )
     return [
         words,
         f"{space.label(top)} scored {score.value:.4f}, more than the chosen {chosen} with "
-        f"{soup.held_out.value:.4f}. The curve through all scores expects {chosen} to be better by "
-        f"{here - there:.4f} on new items, so the higher score counts as luck.",
+        f"{soup.held_out.value:.4f}. The curve through all scores {why}",
     ]
 
 

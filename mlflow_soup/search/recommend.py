@@ -1,6 +1,6 @@
 """Which merge weights λ are chosen at the end of a search."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,13 +11,15 @@ from mlflow_soup.search.belief import Array, believe, scored
 from mlflow_soup.search.space import Space
 
 CONFIDENCE = 0.95  # that a recipe is worse than a parent
+TIE = 0.5  # paired standard errors: an expected gain below this is a tie
 
 
 def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) -> Recipe:
     """The feasible recipe with the largest expected score, not the luckiest trial.
 
     `expected` gives the expected score. A recipe that scored worse than a feasible parent is left
-    out.
+    out. In a tie of a pair's λ with the plain average, the plain average is chosen: where a curve
+    is flat, luck places its highest point.
 
     Args:
         space: the feasible merge weights.
@@ -41,7 +43,31 @@ def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) 
     if not measured:
         fresh = space.fresh([trial.recipe for trial in trials])
         options = np.concatenate([options, fresh])
-    return space.recipe(options[np.argmax(expected(space, trials, options))])
+    best = space.recipe(options[np.argmax(expected(space, trials, options))])
+    plain = space.uniform()
+    if measured and space.count == 2 and plain in space.start() and plain.lam in kept:
+        scores = dict(feasible)
+        if best not in space.alone() and _is_tie(space, trials, scores, best, plain):
+            return plain
+    return best
+
+
+def _is_tie(
+    space: Space,
+    trials: Sequence[Trial],
+    scores: Mapping[Recipe, Score],
+    best: Recipe,
+    plain: Recipe,
+) -> bool:
+    """Whether the best recipe is expected to gain too little over the plain average.
+
+    Without items, nobody knows how well the two can be told apart, and the best one counts.
+    """
+    ours, theirs = scores[best], scores[plain]
+    if not (ours.items and theirs.items):
+        return False
+    high, low = expected(space, trials, np.array([best.lam, plain.lam]))
+    return bool(high - low < TIE * paired(ours, theirs).stderr)
 
 
 def _lags(score: Score, parent: Score) -> bool:
