@@ -34,13 +34,14 @@ def shape(space: Schedule, recipe: Recipe) -> tuple[str, str]:
     return amount(duration), f"{power:.3g}"
 
 
-def words(space: Space, soup: Soup, time_tag: str) -> list[str]:
+def words(space: Space, soup: Soup, time_tag: str, *, searched: bool) -> list[str]:
     """Sentences about the window that was merged.
 
     Args:
         space: the space, with times.
         soup: the soup.
         time_tag: the version tag with the times; empty if the versions count as equally spaced.
+        searched: whether the window was searched, and not named.
     """
     told = []
     if not time_tag:
@@ -50,14 +51,17 @@ def words(space: Space, soup: Soup, time_tag: str) -> list[str]:
     if len(soup.parents) == 1:
         return [*told, "No window is expected to be better than the newest version alone."]
     duration, power = found
-    how = "as in a plain average"
-    if power != 1.0:
-        how = f"the {'newer' if power > 1.0 else 'older'} a version, the larger its weight"
+    steps = np.diff([weight for weight in soup.recipe.lam if weight])
+    how = ""  # the oldest version may be at the end of the window, and have less than its share
+    if power == 1.0:
+        how = ": as in a plain average"
+    elif (steps > 0.0).all() or (steps < 0.0).all():
+        how = f": the {'newer' if steps[0] > 0.0 else 'older'} a version, the larger its weight"
     told.append(
         f"The merged window is {amount(duration)} {unit(time_tag)} long and holds "
-        f"{len(soup.parents)} of the {space.count} versions. Its power p is {power:.3g}: {how}."
+        f"{len(soup.parents)} of the {space.count} versions. Its power p is {power:.3g}{how}."
     )
-    if duration >= longest(space.times) * (1.0 - 1e-9):
+    if searched and duration >= longest(space.times) * (1.0 - 1e-9):
         told.append(
             "No longer window was searched: with more versions, a longer one may be better."
         )

@@ -110,7 +110,8 @@ class Spec:
     last: int | None = knob(
         MERGE,
         None,
-        "Merge the newest k versions that are not soups, instead of naming them.",
+        "Take the newest k versions that are not soups, instead of naming them. track scores "
+        "these; without it, all.",
         "run pairs count schedule track",
         range=whole(2),
     )

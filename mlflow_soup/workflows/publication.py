@@ -50,7 +50,7 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance | None)
         if spec.acquisition == LANDSCAPE and belief.landscape is None:
             notes.append(f"The curve was not reconstructed from the items: {belief.why}.")
     if job.space.times:
-        notes += windows.words(job.space, soup, job.time_tag)
+        notes += windows.words(job.space, soup, job.time_tag, searched=job.method.searches)
     measured = [(t.recipe, t.held_out) for t in trials if t.held_out is not None]
     if job.method.searches:
         notes += [

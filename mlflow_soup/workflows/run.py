@@ -22,7 +22,7 @@ from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import connect
-from mlflow_soup.registry.versions import find_model, find_soups
+from mlflow_soup.registry.versions import find_model, find_soups, times
 from mlflow_soup.reporting import geometry, report
 from mlflow_soup.request.names import parse_target
 from mlflow_soup.request.spec import MOST, Spec
@@ -268,36 +268,27 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
             fix="name the older version, then the newer: --pair v12,v13; for more than two: "
             "--versions v11,v12,v13 or --last 3",
         )
-    if spec.promote and spec.public_key:
-        raise SpecError(
-            "a soup that is yet to be made cannot be signed already",
-            where="--promote together with --public-key",
-            fix="take the steps one by one: run without --promote, then gate, sign and promote, "
-            "these with --public-key",
-        )
+    check_promotion(spec)
     client = connect(60.0 * spec.store_patience)
     name = find_model(client, spec.model, spec.parents)
     for model in dict.fromkeys((name, owner_of(spec, name))):
         probes.check_model(client, model)
-    asked = spec.space if "space" in spec.named else ""
+    asked, tagged = spec.space if "space" in spec.named else "", "time_tag" in spec.named
     spec = settle_rules(client, spec, name)
     spec.check_space(asked)
+    check_promotion(spec)
     if spec.promote and not spec.ood_tasks:
         raise SpecError(
             "a promotion needs out-of-domain tasks for the gate",
             where="--promote without --ood-tasks; the model has no tag soup.ood_tasks either",
             fix="name tasks from another domain: --ood-tasks lambada_openai",
         )
-    if spec.promote and spec.limit:
-        raise SpecError(
-            f"the gate does not judge on the first {spec.limit} items of each task",
-            where="--limit together with --promote",
-            fix="drop one of the two options",
-        )
     probes.check_experiment(client, spec.experiment)
     where = "--pair" if spec.pair else "--versions"
     session, (versions,) = open_session(client, name, spec, [spec.parents], where)
     job = session.job(versions)
+    if job.space.times and tagged:
+        times(client, versions, spec.time_tag, named=True)
     _check_room(job)
     return job, open_rivals(client, name, spec, job.opened)
 
@@ -323,3 +314,24 @@ def _check_room(job: Job) -> None:
         needed[device] = (folder, needed.get(device, (folder, 0.0))[1] + 1.2 * size)
     for folder, amount in needed.values():
         check_space(folder, int(amount))
+
+
+def check_promotion(spec: Spec) -> None:
+    """Refuse a request to promote that cannot be followed, whatever its soup is.
+
+    Raises:
+        SpecError: it asks for a signature, or judges on some of the items only.
+    """
+    if spec.promote and spec.public_key:
+        raise SpecError(
+            "a soup that is yet to be made cannot be signed already",
+            where="--promote together with --public-key",
+            fix="take the steps one by one: run without --promote, then gate, sign and promote, "
+            "these with --public-key",
+        )
+    if spec.promote and spec.limit:
+        raise SpecError(
+            f"the gate does not judge on the first {spec.limit} items of each task",
+            where="--limit together with --promote",
+            fix="drop one of the two options",
+        )

@@ -34,7 +34,7 @@ from mlflow_soup.reporting import charts, windows
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.search import schedule
 from mlflow_soup.search.space import Array, Space
-from mlflow_soup.workflows.bench import Opened, load_suites, open_version, set_up
+from mlflow_soup.workflows.bench import Opened, Suites, load_suites, open_version, set_up
 from mlflow_soup.workflows.job import Job, Session, settle
 from mlflow_soup.workflows.pilots import Result, span
 from mlflow_soup.workflows.study import Report, tell
@@ -135,12 +135,14 @@ class Trajectory:
         times: when they were saved, ascending.
         tag: the version tag with the times; empty if the versions count as equally spaced.
         window: how a window is merged.
+        first: the place of the first checkpoint that is scored; windows reach back past it.
     """
 
     versions: tuple[Version, ...]
     times: tuple[float, ...]
     tag: str
     window: Window
+    first: int = 0
 
     @property
     def _counts(self) -> bool:
@@ -170,7 +172,8 @@ class Trajectory:
     @property
     def points(self) -> list[Point]:
         """All points of both curves, in the order of the checkpoints."""
-        both = [(place, curve) for place in range(len(self.versions)) for curve in (RAW, MERGED)]
+        places = range(self.first, len(self.versions))
+        both = [(place, curve) for place in places for curve in (RAW, MERGED)]
         return [point for point in both if self.weights(point)]
 
 
@@ -189,12 +192,13 @@ def track(spec: Spec) -> Report:
         ParentError: a version is missing, damaged, or does not match another.
         StoreError: a store did not answer for too long; the same command continues.
     """
+    tagged = "time_tag" in spec.named
     client, name, spec = settle(spec, spec.parents)
     if spec.out:
         check_writable(Path(spec.out))
-    found, times, tag = _checkpoints(client, name, spec)
+    found, first, times, tag = _checkpoints(client, name, spec, tagged=tagged)
     fixed = _is_fixed(spec)
-    suites = load_suites(spec)
+    suites = Suites(load_suites(spec).held_out)
     newest = open_version(client, found[-1])
     settled = replace(spec, ood_tasks="", test_tasks="", method="wsm", space="simplex")
     bench = set_up(settled, newest.checkpoint, suites)
@@ -217,7 +221,7 @@ def track(spec: Spec) -> Report:
         earlier = tracking.find_runs(client, ours, experiments=here)
         earlier = [run for run in earlier if tracking.is_ours(run)]
         window = window_of(client, spec, name, tag, earlier)
-        trajectory = Trajectory(found, times, tag, window)
+        trajectory = Trajectory(found, times, tag, window, first)
         with tracking.open_run(client, spec.experiment, tags, resumable=earlier) as run_id:
             _log_request(client, run_id, spec, window)
             _extend(session, trajectory, run_id, check)
@@ -227,27 +231,38 @@ def track(spec: Spec) -> Report:
 
 
 def _checkpoints(
-    client: Store, name: str, spec: Spec
-) -> tuple[tuple[Version, ...], tuple[float, ...], str]:
-    """The checkpoints of the request, when they were saved, and the tag that says so.
+    client: Store, name: str, spec: Spec, *, tagged: bool
+) -> tuple[tuple[Version, ...], int, tuple[float, ...], str]:
+    """The checkpoints of the run, which is the first to be scored, when they were saved, the tag.
+
+    The newest k have windows that reach back to older ones, so all belong to the run. Versions
+    that the user names are the run.
+
+    Args:
+        client: the store's client.
+        name: the registered model.
+        spec: a settled spec.
+        tagged: whether the user named the tag with the times.
 
     Raises:
         SpecError: there are fewer than two, or they have no times in ascending order.
     """
     if spec.parents:
         found = [versions.resolve(client, name, ref) for ref in spec.parents]
-    elif spec.last:
-        found = versions.last(client, name, spec.last)
     else:
         found = versions.checkpoints(client, name)
+    first = 0
+    if spec.last:
+        first = found.index(versions.last(client, name, spec.last)[0])
     if len(found) < 2:
         raise SpecError(
             f"{name} has only {len(found)} versions that are not soups",
             where="--model",
             fix="register the checkpoints of a run, each as a version",
         )
-    times = versions.times(client, found, spec.time_tag)
-    return tuple(found), times or schedule.evenly(len(found)), spec.time_tag if times else ""
+    times = versions.times(client, found, spec.time_tag, named=tagged)
+    named = spec.time_tag if times else ""
+    return tuple(found), first, times or schedule.evenly(len(found)), named
 
 
 def _log_request(client: Store, run_id: str, spec: Spec, window: Window) -> None:
@@ -367,6 +382,8 @@ def _result(session: Session, trajectory: Trajectory, known: Mapping[Point, Run]
     rows: list[tuple[Cell, ...]] = []
     gains: dict[int, tuple[float, ...]] = {}
     for place, version in enumerate(trajectory.versions):
+        if place < trajectory.first:
+            continue
         raw, merged = (_metrics(known.get((place, curve))) for curve in (RAW, MERGED))
         row: list[Cell] = [version.short, trajectory.step(place)]
         row += [raw.get(naming.OBJECTIVE), merged.get(naming.OBJECTIVE)]
@@ -377,7 +394,7 @@ def _result(session: Session, trajectory: Trajectory, known: Mapping[Point, Run]
     columns = ("version", trajectory.unit, "raw", "merged", "Δ", "low", "high")
     table = Table(columns, tuple(rows), {"raw": True, "merged": True})
     figure = charts.track(
-        [trajectory.step(place) for place in range(len(rows))],
+        [int(row[1] or 0) for row in rows],
         raw=[_number(row[2]) for row in rows],
         merged=[_number(row[3]) for row in rows],
         lows=[_number(row[2]) + _number(row[5]) for row in rows],

@@ -31,7 +31,7 @@ from mlflow_soup.registry.versions import find_model, find_registered, resolve
 from mlflow_soup.request.names import parse_version
 from mlflow_soup.request.orders import Order
 from mlflow_soup.request.spec import Spec
-from mlflow_soup.workflows.run import run
+from mlflow_soup.workflows.run import check_promotion, run
 from mlflow_soup.workflows.track import track
 
 logger = logging.getLogger("mlflow_soup")
@@ -115,14 +115,16 @@ def watch(
     client = connect(60.0 * spec.store_patience)
     name = find_model(client, spec.model, [])
     text = arrivals.watched(client, name).tags.get(naming.ON_VERSION, "")
-    read(text, name)
+    own = {knob: getattr(spec, knob) for knob in spec.named} | {"model": name}
+    for order in read(text, name):
+        if order.command == "run":
+            check_promotion(Spec(**{**own, **order.named}))
     first = resolve(client, name, parse_version(since, "--since")).number if since else 0
     wake = threading.Event()
 
     def tell(words: str) -> None:
         say(redact_line(words))
 
-    own = {knob: getattr(spec, knob) for knob in spec.named} | {"model": name}
     key = naming.key_of({"watch": name})
     with contextlib.ExitStack() as stack:
         stack.enter_context(_saying_once())

@@ -57,21 +57,39 @@ def story(recipe, time_tag="tokens_seen"):
     ],
 )
 def test_the_window_is_told_in_words(recipe, said):
-    told = " ".join(windows.words(SPACE, story(recipe).soup, "tokens_seen"))
+    told = " ".join(windows.words(SPACE, story(recipe).soup, "tokens_seen", searched=True))
     for words in said:
         assert words in told
     assert "equally spaced" not in told
 
 
+def test_a_window_that_ends_between_two_versions_is_told_by_its_weights():
+    # the older of two versions is only half in the window, and weighs less in spite of p < 1
+    recipes = map(SPACE.recipe, SPACE.candidates())
+    recipe = next(
+        r
+        for r in recipes
+        if r.lam[-3] == 0.0 < r.lam[-2] < r.lam[-1] and SPACE.shape_of(r)[1] < 1.0
+    )
+    told = " ".join(windows.words(SPACE, story(recipe).soup, "tokens_seen", searched=True))
+    assert ": the newer a version, the larger its weight" in told
+
+
+def test_a_window_that_was_named_does_not_ask_for_a_longer_one():
+    told = windows.words(SPACE, story(of(longest(TIMES), 2)).soup, "tokens_seen", searched=False)
+    assert "No longer window" not in " ".join(told)
+
+
 def test_where_versions_have_no_times_the_words_say_so():
-    told = windows.words(SPACE, story(of(3000, 1)).soup, "")
+    told = windows.words(SPACE, story(of(3000, 1)).soup, "", searched=True)
     assert "so they count as equally spaced" in told[0]
     assert "checkpoints long" in told[1]
 
 
 def test_a_recipe_that_is_no_schedule_is_told_by_its_weights():
     odd = SPACE.recipe([0.5, 0, 0, 0, 0, 0.5])
-    assert windows.words(SPACE, replace(story(of(3000, 1)).soup, recipe=odd), "tokens_seen") == []
+    soup = replace(story(of(3000, 1)).soup, recipe=odd)
+    assert windows.words(SPACE, soup, "tokens_seen", searched=True) == []
     assert SPACE.label(odd) == odd.label
     assert SPACE.label(of(4000, 2)) == "window 4,000, p = 2"
     assert SPACE.label(SPACE.alone()[0]) == "newest alone"

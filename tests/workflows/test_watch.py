@@ -135,6 +135,13 @@ def test_a_tag_that_cannot_be_followed_ends_the_start(client, tag, said):
     assert not runs(client)
 
 
+def test_a_promotion_on_some_of_the_items_ends_the_start(client):
+    client.set_registered_model_tag(MODEL, naming.ON_VERSION, "run --last 2 --promote champion")
+    with pytest.raises(SpecError, match="does not judge on the first 20 items"):
+        once(limit=20)
+    assert not runs(client)
+
+
 @contextlib.contextmanager
 def in_a_thread(**named):
     """A watch in a thread; what it says, and what ended it."""

@@ -353,6 +353,22 @@ def test_track_again_evaluates_only_what_is_new(client, tmp_path, trained, monke
     assert [*curve(client, report.run_id, "raw/objective")][-1] == 8 * TOKENS
 
 
+def test_the_windows_of_the_last_checkpoints_reach_back_to_older_ones(client, monkeypatch):
+    count = counted(monkeypatch)
+    few = track(window=3, last=2)
+    assert [row[0] for row in few.result.table.rows] == [f"v{COUNT - 1}", f"v{COUNT}"]
+    assert count == [4]
+    every = {row[0]: row for row in track(window=3).result.table.rows}
+    assert [*few.result.table.rows] == [every[f"v{COUNT - 1}"], every[f"v{COUNT}"]]
+
+
+def test_a_tag_that_the_user_names_and_no_version_has_is_told_at_once(client, caplog):
+    track(window=2, last=2, time_tag="nosuch")
+    mlflow_soup.run(Spec(model=NAME, last=2, method="wma", ood_tasks="", time_tag="nosuch"))
+    words = "no version has the tag nosuch, so they count as equally spaced"
+    assert [r.getMessage() for r in caplog.records].count(words) == 2
+
+
 def test_track_takes_over_what_searches_have_scored(client, outcome, monkeypatch):
     count = counted(monkeypatch)
     report = track()  # the schedule that the search chose
