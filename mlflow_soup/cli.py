@@ -763,23 +763,34 @@ def doctor(answer: Answer, /, fix: bool, digests: bool, **said: Any) -> None:
     metavar="FILE[,FILE]",
     help="PEM files with public keys, one of which must have signed all files of the soup.",
 )
+@click.option(
+    "--promoted",
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    metavar="[YES|NO]",
+    help="Also ask whether mlflow-soup promoted the soup to the alias that SOUP names, or somebody "
+    "moved the alias by hand; with --public-key, whether one of the keys signed that.  "
+    "[default: no]",
+)
 @output.options()
 @click.pass_obj
-def verify(answer: Answer, /, soup: str, public_key: str) -> None:
+def verify(answer: Answer, /, soup: str, public_key: str, promoted: bool) -> None:
     """Check a soup against its manifest.
 
     SOUP is a version, models:/my-llm/14, or a folder. The command downloads the soup and
     its parents, compares files and digests with the manifest, and merges the parents again.
 
     Exit codes: 0 the soup is what its manifest says, 3 it is not, or is not signed by
-    --public-key, 4 the soup or a parent is missing.
+    --public-key, or was not promoted, 4 the soup or a parent is missing.
     """
     _use_one_thread()
     with _heavy_imports():
         from mlflow_soup.reporting import document
         from mlflow_soup.workflows import verify as checks
 
-    origin, manifest, findings = checks.open_soup(soup, public_key=public_key)
+    origin, manifest, findings = checks.open_soup(soup, public_key=public_key, promoted=promoted)
     found = []
     for finding in findings:
         first, *others = finding.details
@@ -798,6 +809,7 @@ _STATUS = {
     "unsigned": ("NOT signed as a whole by a key of --public-key", 3),
     "mismatch": ("NOT what its manifest says", 3),
     "missing": ("not verified, a parent is missing", 4),
+    "unpromoted": ("NOT where a promotion put it", 3),
     "recorded": ("files, tags and parents are as recorded; the parents were not merged again", 0),
     "verified": ("verified", 0),
 }

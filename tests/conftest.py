@@ -58,7 +58,7 @@ MODEL = "toy-llm"
 # they take minutes each: begun first, so that no worker is left with one when all else is done
 COSTLY = (
     *("docs/test_code_blocks.py", "workflows/test_run.py", "workflows/test_study.py"),
-    "workflows/test_watch.py",
+    *("workflows/test_watch.py", "examples/test_actions.py", "examples/test_receiver.py"),
     *("workflows/test_trials.py", "faults/test_resume.py", "hostile/test_forged.py"),
     *("faults/test_faults.py", "hostile/test_secrets.py", "test_quickstart.py", "test_cli.py"),
     *("workflows/test_signed.py", "search/test_ask.py", "hostile/test_hostile.py"),
@@ -70,6 +70,7 @@ COSTLY = (
         "registry/test_versions.py",
     ),
 )
+DRIVERS = ("postgresql", "postgresql+psycopg2")  # with SQLAlchemy 2.1 the first is psycopg 3
 FIGURES = pytest.StashKey[dict[str, object]]()
 
 
@@ -328,6 +329,36 @@ def stop_server(process: subprocess.Popen[bytes], how: int = signal.SIGTERM) -> 
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, how)
     process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL on loopback, with a database for each test; it refuses to run as root.
+
+    Yields:
+        `mlflow@127.0.0.1:PORT`.
+    """
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found:
+        pytest.skip("this test needs PostgreSQL: apt-get install postgresql")
+    data, port = Path(tempfile.mkdtemp(prefix="postgres-")), free_port()
+    shutil.chown(data, "postgres", "postgres")
+    be = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+
+    def call(program: str, *words: object) -> None:
+        command = [*be, str(found[0] / program), *map(str, words)]
+        subprocess.run(command, check=True, cwd=data, stdout=subprocess.DEVNULL)
+
+    call("initdb", "-D", data / "data", "-U", "mlflow", "--auth=trust", "-E", "UTF8")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data}"
+    control = ("-D", data / "data", "-w", "-l", data / "log")
+    call("pg_ctl", *control, "-o", f"{options} -c fsync=off", "start")
+    at = f"mlflow@127.0.0.1:{port}"
+    for name in (*(driver[-8:] for driver in DRIVERS), "receiver"):
+        call("createdb", "-h", "127.0.0.1", "-p", port, "-U", "mlflow", name)
+    yield at
+    call("pg_ctl", *control, "-m", "immediate", "stop")
+    shutil.rmtree(data)
 
 
 @pytest.fixture(scope="session")

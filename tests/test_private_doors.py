@@ -69,6 +69,7 @@ COMMENT = re.compile(r"# private door: (.+)$", re.M)
 IMPORT = re.compile(r"^(?:from (\S+) )?import (\S+).*# private door(?:;|$)", re.M)
 # their documentation describes these modules; what else is imported from a library is a door
 PUBLIC = {
+    *("fastapi", "fastapi.concurrency", "uvicorn"),
     *("mlflow", "mlflow.artifacts", "mlflow.data.dataset", "mlflow.data.dataset_source"),
     *("mlflow.entities", "mlflow.entities.model_registry"),
     *("mlflow.exceptions", "mlflow.models"),

@@ -25,7 +25,7 @@ from mlflow_soup.errors import DeniedError, GateError, OvertakenError
 from mlflow_soup.files.signing import Verifier, open_signer, sha256_of
 from mlflow_soup.records import Promotion, Version
 from mlflow_soup.registry import family, naming
-from mlflow_soup.registry.ledger import Entry, Ledger, open_ledger
+from mlflow_soup.registry.ledger import Entry, Ledger, find_ledger, open_ledger
 from mlflow_soup.registry.links import version_link
 from mlflow_soup.registry.outages import asking, where
 from mlflow_soup.registry.store import Store
@@ -259,6 +259,36 @@ def _move_unless_overtaken(
 def last_made(entries: Sequence[Entry]) -> Entry | None:
     """The last entry that is marked as made, or None."""
     return next((entry for entry in reversed(entries) if entry.mark == MADE), None)
+
+
+def objection(
+    client: Store, version: Version, alias: str, digest: str, verifier: Verifier | None = None
+) -> str:
+    """Why the ledger does not say that a promotion put an alias where it stands; empty if it does.
+
+    The entry comes before the move and its mark after, so an entry that has no mark yet counts.
+
+    Args:
+        client: the store's client.
+        version: what the alias points to.
+        alias: an alias of the version's model.
+        digest: of the version's tensors.
+        verifier: keys, one of which must have signed the entry.
+    """
+    ledger, series = find_ledger(client, version.name), series_of(Target("alias", alias))
+    entries = ledger.read(series) if ledger is not None else []
+    entry = last_made(entries)
+    if entries and not entries[-1].mark and entries[-1].told.get("to") == version.number:
+        entry = entries[-1]
+    if entry is None:
+        return f"no promotion to @{alias} was ever made"
+    if entry.told.get("to") != version.number:
+        return f"the last promotion to @{alias}, {entry.number}, is of v{entry.told.get('to')}"
+    if entry.told.get("verdict") != naming.PASSED or entry.told.get("digest") != digest:
+        return f"entry {entry.number} of the ledger records no verdict about these weights"
+    if verifier is not None and not is_signed(verifier, version.name, series, entry):
+        return f"entry {entry.number} of the ledger is signed by none of the keys"
+    return ""
 
 
 def is_under_way(entry: Entry) -> bool:

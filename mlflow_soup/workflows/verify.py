@@ -16,9 +16,10 @@ from mlflow_soup.files.untrusted import (
     parse_yaml,
     read_regular,
 )
-from mlflow_soup.records import Digests, Finding, Manifest, Mismatch
+from mlflow_soup.records import Digests, Finding, Manifest, Mismatch, Version
 from mlflow_soup.redaction import redacting
 from mlflow_soup.registry import naming
+from mlflow_soup.request.names import parse_uri
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.checkpoint import Checkpoint, shorten
@@ -40,12 +41,15 @@ def verify(
     text: str | os.PathLike[str],
     *,
     public_key: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = "",
+    promoted: bool = False,
 ) -> Iterator[Finding]:
     """Pull a soup and its parents, merge them again, and compare all with the manifest.
 
     Args:
         text: `models:/my-llm/14`, or a folder that `merge_checkpoints` wrote.
         public_key: PEM files, as in a `Spec`; one of these keys must have signed all files.
+        promoted: also ask whether `mlflow-soup` promoted the soup to the alias that `text` names;
+            with public keys, one of them must have signed the ledger's entry.
 
     Yields:
         One finding for each check. The soup matches its manifest if no finding is a mismatch. With
@@ -53,11 +57,11 @@ def verify(
 
     Raises:
         SpecError: the version or folder is not a soup; or a public key cannot be read, or the
-            extra `sign` is not installed.
+            extra `sign` is not installed; or `promoted` is asked of what is no alias.
         MismatchError: the soup's manifest cannot be read.
         ParentError: the version or folder does not exist.
     """
-    _, _, findings = open_soup(text, public_key=public_key)
+    _, _, findings = open_soup(text, public_key=public_key, promoted=promoted)
     yield from findings
 
 
@@ -66,6 +70,7 @@ def open_soup(
     text: str | os.PathLike[str],
     *,
     public_key: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = "",
+    promoted: bool = False,
 ) -> tuple[Origin, Manifest, Iterator[Finding]]:
     """Pull a soup, and read its manifest; arguments and errors are those of `verify`.
 
@@ -77,30 +82,63 @@ def open_soup(
     verifier = open_verifier(files) if files else None
     if verifier is not None:
         check_library()
-    origin = fetch(os.fspath(text), "SOUP", fresh=True)
+    name = os.fspath(text)
+    alias = _alias_of(name) if promoted else ""
+    origin = fetch(name, "SOUP", fresh=True)
     manifest = read_manifest(origin)
-    return origin, manifest, _findings(origin, manifest, verifier)
+    return origin, manifest, _findings(origin, manifest, verifier, alias)
 
 
-def _findings(origin: Origin, manifest: Manifest, verifier: Verifier | None) -> Iterator[Finding]:
+def _alias_of(text: str) -> str:
+    alias = parse_uri(text, "SOUP")[1].alias if text.startswith("models:") else None
+    if not alias:
+        raise SpecError(
+            f"{text} names no alias, so no promotion can be asked for",
+            where="--promoted",
+            fix="name the alias: mlflow-soup verify models:/my-llm@champion --promoted",
+        )
+    return alias
+
+
+def _findings(
+    origin: Origin, manifest: Manifest, verifier: Verifier | None, alias: str
+) -> Iterator[Finding]:
     with redacting():
         if verifier is not None:
             yield signature_finding(check_tree(origin.folder, verifier))
+        if alias:
+            yield _check_promotion(origin, manifest, verifier, alias)
         yield from inspect(origin, manifest)
+
+
+def _check_promotion(
+    origin: Origin, manifest: Manifest, verifier: Verifier | None, alias: str
+) -> Finding:
+    """Compare where an alias points with the ledger: somebody may have moved it by hand."""
+    from mlflow_soup.registry import promotion, store  # only here: importing mlflow takes seconds
+
+    name, ref = parse_uri(origin.uri)
+    version = Version(name, ref.number or 0)
+    digest = manifest.digests.canonical if manifest.digests else ""
+    wrong = promotion.objection(store.connect(), version, alias, digest, verifier)
+    return _finding("promotion", [wrong] if wrong else [], f"{version} was promoted to @{alias}")
 
 
 def status(findings: Sequence[Finding]) -> str:
     """What all findings come to: the worst of them, in one word.
 
     Returns:
-        `unsigned`, `mismatch`, `missing` (a parent), `recorded` (nothing is wrong, but the parents
-        were not merged again) or `verified`.
+        `unsigned`, `mismatch`, `missing` (a parent), `unpromoted` (nothing else is wrong),
+        `recorded` (nothing is wrong, but the parents were not merged again) or `verified`.
     """
-    verdicts = {finding.verdict for finding in findings}
+    about_it = [finding for finding in findings if finding.what != "promotion"]
+    verdicts = {finding.verdict for finding in about_it}
     if any(finding.what == "signature" and finding.verdict != "ok" for finding in findings):
         return "unsigned"
     if not verdicts.isdisjoint({"MISMATCH", "missing"}):
         return "mismatch" if "MISMATCH" in verdicts else "missing"
+    if not all(finding.holds for finding in findings):
+        return "unpromoted"
     last = findings[-1]  # about the mixture
     return "verified" if (last.what, last.verdict) == ("merged again", "ok") else "recorded"
 

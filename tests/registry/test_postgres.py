@@ -1,50 +1,18 @@
 """Promotions on a real MLflow server over a real PostgreSQL, with both of its drivers."""
 
 import contextlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlflow
 import pytest
 
-from conftest import MODEL, fill, free_port, start_server, stop_server
+from conftest import DRIVERS, MODEL, fill, free_port, start_server, stop_server
 from mlflow_soup import Spec
 from mlflow_soup.registry.store import Store
 from mlflow_soup.workflows import release
 from mlflow_soup.workflows.run import run as run_soup
 
 pytestmark = pytest.mark.slow
-BIN = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None)
-DRIVERS = ("postgresql", "postgresql+psycopg2")  # with SQLAlchemy 2.1 the first is psycopg 3
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """A PostgreSQL on loopback; `mlflow@127.0.0.1:PORT`. It refuses to run as root."""
-    if BIN is None:
-        pytest.skip("this test needs PostgreSQL: apt-get install postgresql")
-    data, port = Path(tempfile.mkdtemp(prefix="postgres-")), free_port()
-    shutil.chown(data, "postgres", "postgres")
-    be = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-
-    def call(program, *words):
-        command = [*be, str(BIN / program), *map(str, words)]
-        subprocess.run(command, check=True, cwd=data, stdout=subprocess.DEVNULL)
-
-    call("initdb", "-D", data / "data", "-U", "mlflow", "--auth=trust", "-E", "UTF8")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data}"
-    control = ("-D", data / "data", "-w", "-l", data / "log")
-    call("pg_ctl", *control, "-o", f"{options} -c fsync=off", "start")
-    at = f"mlflow@127.0.0.1:{port}"
-    for driver in DRIVERS:
-        call("createdb", "-h", "127.0.0.1", "-p", port, "-U", "mlflow", driver[-8:])
-    yield at
-    call("pg_ctl", *control, "-m", "immediate", "stop")
-    shutil.rmtree(data)
 
 
 @pytest.fixture(params=DRIVERS)

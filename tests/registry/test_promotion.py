@@ -1,14 +1,17 @@
 """Promotions: simultaneous ones, interrupted ones, and targets that someone moved by hand."""
 
+import json
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
 
 from conftest import MODEL, make_keys
 from mlflow_soup import Spec, errors
+from mlflow_soup.cli import main
 from mlflow_soup.decision import gate
 from mlflow_soup.files.signing import KEY_ENV, open_verifier
 from mlflow_soup.records import Version
@@ -19,7 +22,7 @@ from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import trust_of
 from mlflow_soup.registry.versions import holder, tags_of
 from mlflow_soup.request.names import Target, parse_target
-from mlflow_soup.workflows import release
+from mlflow_soup.workflows import doctor, release
 
 CHAMPION = Target("alias", "champion")
 SERIES = "promotion/alias champion"
@@ -377,3 +380,103 @@ def test_entries_are_signed_for_their_place(client, outcome, tmp_path, monkeypat
     )
     mallory = open_verifier([make_keys(tmp_path, "mallory")[1]])
     assert not promotion.is_signed(mallory, MODEL, SERIES, entry)
+
+
+def by_hand(client):
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    client.set_model_version_tag(MODEL, "1", "soup.gate", "passed")
+
+
+def another_alias(client):
+    client.delete_registered_model_alias(MODEL, "champion")
+    client.set_registered_model_alias(MODEL, "champion", "4")  # where it was promoted to: no matter
+    client.set_registered_model_alias(MODEL, "live", "4")
+
+
+def another_is_begun(client):
+    begun(client, 5, 0)  # and has not moved the alias yet
+
+
+def moved_and_not_marked_yet(client):
+    entry = {**told(client)[-1].told, "target": "alias live", "nonce": "another"}
+    assert open_ledger(client, MODEL).append("promotion/alias live", 1, entry)
+    client.set_registered_model_alias(MODEL, "live", "4")
+
+
+def recorded_by_doctor(client):
+    by_hand(client)
+    _, complaints = doctor.examine(Spec(), digests=False)
+    assert [doctor.mend(one) for one in complaints if "points to v1" in one.what] == [True]
+
+
+def another_digest(client):
+    entry = {**told(client)[-1].told, "nonce": "another", "digest": "sha256:x"}
+    assert open_ledger(client, MODEL).append(SERIES, 2, entry)
+    open_ledger(client, MODEL).mark(SERIES, 2, promotion.MADE)
+
+
+@pytest.mark.parametrize(
+    ("does", "alias", "said"),
+    [
+        (lambda client: None, "champion", ""),
+        (another_is_begun, "champion", ""),
+        (another_alias, "champion", ""),
+        (another_alias, "live", "no promotion to @live was ever made"),
+        (by_hand, "champion", "the last promotion to @champion, 1, is of v4"),
+        (recorded_by_doctor, "champion", "entry 2 of the ledger records no verdict about these"),
+        (moved_and_not_marked_yet, "live", ""),
+        (another_digest, "champion", "entry 2 of the ledger records no verdict about these"),
+    ],
+)
+def test_the_ledger_says_whether_a_promotion_put_an_alias_there(client, outcome, does, alias, said):
+    does(client)
+    version, digest = holder(client, MODEL, alias), outcome.soup.digest
+    objection = promotion.objection(client, version, alias, digest)
+    assert objection.startswith(said)
+    assert bool(objection) == bool(said)
+
+
+def test_a_promotion_that_was_never_made_is_told_where_there_is_no_ledger(client):
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    said = promotion.objection(client, Version(MODEL, 1), "champion", "sha256:x")
+    assert said == "no promotion to @champion was ever made"
+
+
+def test_a_copy_in_another_model_stands_by_the_ledger_of_that_model(client, outcome):
+    digest, target = outcome.soup.digest, parse_target("model:prod@live")
+    told = {"digest": digest, "gate_run": "run", "verdict": "passed", "rules": {"tasks": {}}}
+    copy = promotion.promote(client, outcome.soup.version, target, told).version
+    assert promotion.objection(client, copy, "live", digest) == ""
+    assert "no promotion to @live" in promotion.objection(
+        client, outcome.soup.version, "live", digest
+    )
+
+
+def test_with_a_key_only_an_entry_that_it_signed_counts(client, outcome, keys, monkeypatch):
+    private, public = keys
+    verifier = open_verifier([public])
+    at_champion = (client, outcome.soup.version, "champion", outcome.soup.digest, verifier)
+    assert "is signed by none of the keys" in promotion.objection(*at_champion)
+    monkeypatch.setenv(KEY_ENV, str(private))
+    client.delete_registered_model_alias(MODEL, "champion")
+    release.promote(Spec(version="v4", promote="alias:champion", evidence="own"))
+    assert promotion.objection(*at_champion) == ""
+
+
+def test_verify_tells_of_an_alias_that_was_moved_by_hand(client, outcome):
+    uri = f"models:/{MODEL}@champion"
+
+    def ask(*words):
+        done = CliRunner().invoke(main, ["verify", *words, "--format", "json"])
+        return done.exit_code, json.loads(done.stdout)
+
+    code, document = ask(uri, "--promoted")
+    assert (code, document["status"]) == (0, "verified")
+    assert {"promotion", "merged again"} <= {its["what"] for its in document["findings"]}
+    client.set_registered_model_alias(MODEL, "live", "4")
+    code, document = ask(f"models:/{MODEL}@live", "--promoted")
+    assert (code, document["status"]) == (3, "unpromoted")
+    assert ask(f"models:/{MODEL}@live")[0] == 0
+    for no_alias in (f"models:/{MODEL}/4", "folder"):
+        code, document = ask(no_alias, "--promoted")
+        assert (code, document["error"]["where"]) == (2, "--promoted")

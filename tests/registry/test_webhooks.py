@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from mlflow.webhooks.delivery import _generate_hmac_signature  # what MLflow itself signs with
 
+import relay
 from mlflow_soup.errors import SpecError
 from mlflow_soup.registry import webhooks
 
@@ -17,12 +17,7 @@ BODY = '{"entity": "model_version", "action": "created", "data": {"name": "toy-Î
 
 
 def signed(body=BODY, at=None, secret=SECRET, name="an-id"):
-    at = str(int(time.time() if at is None else at))
-    return {
-        "X-MLflow-Delivery-Id": name,
-        "X-MLflow-Timestamp": at,
-        "X-MLflow-Signature": _generate_hmac_signature(secret, name, at, body),
-    }
+    return relay.signed(secret, name, body.encode(), time.time() if at is None else at)
 
 
 class Receiver:

@@ -1,7 +1,6 @@
 """Do what the policy says when a checkpoint arrives: each one once, and in order."""
 
 import contextlib
-import http.client
 import itertools
 import logging
 import random
@@ -9,13 +8,10 @@ import re
 import signal
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import mlflow
 import pytest
-from cryptography.fernet import Fernet
 from mlflow.entities.webhook import WebhookEvent
-from mlflow.webhooks.delivery import _generate_hmac_signature
 
 import forked
 import toy
@@ -27,6 +23,7 @@ from mlflow_soup.registry import arrivals, naming
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.webhooks import SECRET_ENV
 from mlflow_soup.workflows import watch as watching
+from relay import FORGED, Relay, eventually, signed, webhooks_of_server
 
 CHEAP = "run --last 2 --method uniform"
 SECRET = "the secret of a webhook"
@@ -170,13 +167,6 @@ def in_a_thread(**named):
         if not ended:
             register_again(Store())  # which it reads the tag for
         thread.join(60)
-
-
-def eventually(holds, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_tag_that_breaks_later_holds_the_order_up_until_it_is_mended(client, checkpoints):
@@ -377,8 +367,8 @@ def test_a_wrong_request_is_refused_in_words(client, words, said):
     assert "fix:" in done.stderr
 
 
-class Relay:
-    """Stands between MLflow and the watch; it loses, delays and repeats deliveries.
+class Disturbing(Relay):
+    """Loses, delays and repeats deliveries.
 
     Args:
         port: of the watch.
@@ -386,31 +376,10 @@ class Relay:
     """
 
     def __init__(self, port, seed=0):
-        self.port, self.chance = port, random.Random(seed)
-        self.genuine, self.codes, self.lost, self.posted = [], [], 0, 0
-        relay = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                relay.receive(dict(self.headers), body)
-                self.send_response(204)
-                self.end_headers()
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def uri(self):
-        return f"http://127.0.0.1:{self.server.server_port}/"
+        super().__init__(f"http://127.0.0.1:{port}/")
+        self.chance, self.lost = random.Random(seed), 0
 
     def receive(self, headers, body):
-        kept = {name: value for name, value in headers.items() if name.startswith("X-")}
-        self.genuine.append((kept, body))
         what = self.chance.choice(["lose", "delay", "pass", "repeat"])
         if what == "lose":
             self.lost += 1
@@ -418,27 +387,16 @@ class Relay:
         if what == "delay":
             time.sleep(3.0)
         for _ in range(3 if what == "repeat" else 1):
-            self.post(kept, body)
-
-    def post(self, headers, body):
-        self.posted += 1
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        with contextlib.suppress(OSError):  # the watch is away
-            connection.request("POST", "/", body, headers)
-            self.codes.append(connection.getresponse().status)
-        connection.close()
+            self.post(headers, body)
 
     def disturb(self):
         """Post one delivery that is repeated, late or forged."""
         headers, body = self.chance.choice(self.genuine)
         kind = self.chance.choice(["repeat", "late", "forge", "change"])
         if kind == "late":
-            at = str(int(time.time()) - 3600)
-            name = headers["X-MLflow-Delivery-Id"]
-            signature = _generate_hmac_signature(SECRET, name, at, body.decode())
-            headers = {**headers, "X-MLflow-Timestamp": at, "X-MLflow-Signature": signature}
+            headers = signed(SECRET, headers["X-MLflow-Delivery-Id"], body, time.time() - 3600)
         elif kind == "forge":
-            headers = {**headers, "X-MLflow-Signature": "v1,Zm9yZ2Vk"}
+            headers = {**headers, "X-MLflow-Signature": FORGED}
         elif kind == "change":
             body = body.replace(b'"version"', b'"Version"')
         self.post(headers, body)
@@ -452,11 +410,8 @@ def test_checkpoints_of_a_training_loop_are_handled_once_over_restarts_of_watch_
     environment = {
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}",
         "MLFLOW_SOUP_CACHE": str(tmp_path / "cache"),
-        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
-        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": Fernet.generate_key().decode(),
-        "MLFLOW_WEBHOOK_CACHE_TTL": "1",
         SECRET_ENV: SECRET,
+        **webhooks_of_server(),
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -464,7 +419,7 @@ def test_checkpoints_of_a_training_loop_are_handled_once_over_restarts_of_watch_
     artifacts = ("--artifacts-destination", str(tmp_path / "artifacts"))
     servers = [start_server(tmp_path / "mlflow.db", port, *artifacts)]
     watches = []
-    relay = Relay(listen)
+    relay = Disturbing(listen)
 
     def start_watch(poll, patience=30.0):
         words = ("--poll", str(poll), "--listen", f"127.0.0.1:{listen}", "--since", "v2")
@@ -482,7 +437,7 @@ def test_checkpoints_of_a_training_loop_are_handled_once_over_restarts_of_watch_
     done: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: stop_server(servers[-1]))
-        stack.callback(relay.server.shutdown)
+        stack.callback(relay.close)
         mlflow.set_tracking_uri(environment["MLFLOW_TRACKING_URI"])
         mlflow.set_experiment("soups")
         client = Store(patience_s=120.0)
