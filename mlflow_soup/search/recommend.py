@@ -47,7 +47,7 @@ def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) 
     plain = space.uniform()
     if measured and space.count == 2 and plain in space.start() and plain.lam in kept:
         scores = dict(feasible)
-        if best not in space.alone() and _is_tie(space, trials, scores, best, plain):
+        if _is_tie(space, trials, scores, best, plain):
             return plain
     return best
 
