@@ -206,6 +206,7 @@ def _() -> None:
     pages = (Path(mlflow.__file__).parent / "server" / "js" / "build").rglob("*.js")
     words = {"mlflow.sharedViewState", "viewStateShareKey", "compareRunsMode"}
     words |= {"compareRunCharts", "compareRunSections", "runsCountToCompare", "selectedColumns"}
+    words |= {"runsHiddenMode", "isAccordionReordered", "cardHeight", "SHOWALL"}
     for page in pages:
         text = page.read_text(encoding="utf-8")
         words = {word for word in words if word not in text}
