@@ -54,6 +54,13 @@ def run_path(client: Store, run_id: str) -> str:
     return _here(f"/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning")
 
 
+def artifact_path(client: Store, run_id: str, file: str) -> str:
+    """The path of the page that shows an artifact of a run."""
+    experiment = client.get_run(run_id).info.experiment_id
+    page = f"/experiments/{experiment}/runs/{run_id}/artifacts/{quote(file)}"
+    return _here(f"{page}?workflowType=machine_learning")
+
+
 def share_view(client: Store, run_id: str, chosen: str, axes: Sequence[str]) -> tuple[str, str]:
     """Prepare the UI's comparison of a search's trials; the paths of its table and of its plot.
 

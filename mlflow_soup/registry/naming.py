@@ -75,6 +75,7 @@ SECONDS_EVALUATE = "seconds/evaluate"  # time of a trial to score them
 ITEMS = "items.parquet"
 EVIDENCE = "evidence.json"
 REPORT = "report.md"
+INTERACTIVE = "report.html"  # the landscape to explore: scores of every task, items that flip
 LANDSCAPE = "landscape"  # .png and .svg
 DISTANCES = "distances.png"  # between the parents, by layer
 PASSED, REFUSED = "passed", "refused"

@@ -2,25 +2,18 @@
 
 MLflow shows only the first lines of a run's description, and the first words of a version's.
 
-    Chosen: λ = 0.57, +0.0140 over my-llm v13, the better parent (95 % interval +0.0007 to …)
-    Gate: passed (margin 0.01, confidence 0.95), each of 3 checks holds: held-out +0.0140, …
+    Chosen: λ = 0.5705, +0.0140 over v13, the better parent (95 %: +0.0007 to +0.0273)
+    Gate: passed (margin 0.01, confidence 0.95); closest of 3 checks: piqa +0.0053 against v13
     Promoted: alias champion → my-llm v14, 2026-11-29 08:55 UTC
 """
 
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from mlflow_soup.records import Check, Promotion, Verdict
-from mlflow_soup.reporting.report import (
-    Story,
-    format_check,
-    format_interval,
-    gains,
-    luckless,
-)
+from mlflow_soup.decision import pairing
+from mlflow_soup.records import Promotion, Verdict, Version
+from mlflow_soup.reporting.report import Story, gains, luckless
 
-_MOST = 3  # checks that are told in the line on the gate
 _BREAK = "  \n"  # Markdown's line break
 
 
@@ -32,51 +25,51 @@ def first_lines(story: Story) -> str:
 def chosen(story: Story) -> str:
     """Which λ won, by how much, and over what."""
     soup = story.soup
-    version, gain = next(iter(gains(story).items()))
+    parent, gain = next(iter(gains(story).items()))
+    version = _short(parent, soup.version.name)
     which = "better" if len(story.references) > 1 else "newest"
     what = story.space.label(soup.recipe)
     if soup.original is not None:
         what += f", which is {soup.original} itself"
     if not gain.value and not gain.stderr:
         return f"Chosen: {what}, no better than {version}, the {which} parent"
+    low, high = pairing.interval(gain, 0.95)
     over = f"{gain.value:+.4f} over {version}, the {which} parent"
-    return f"Chosen: {what}, {over} ({format_interval(gain)})"
+    return f"Chosen: {what}, {over} (95 %: {low:+.4f} to {high:+.4f})"
 
 
 def gate(story: Story) -> str:
     """Whether the gate passed, and why."""
     if story.verdict is not None:
-        return verdict_line(story.verdict)
+        return verdict_line(story.verdict, story.soup.version.name)
     registered = story.soup.registered
     why = "no OOD tasks were given (--ood-tasks)" if registered else "there is no new version"
     return f"Gate: did not run, {why}"
 
 
-def verdict_line(verdict: Verdict) -> str:
-    """A verdict in one line, with the checks that decided it."""
-    checks = verdict.checks
+def verdict_line(verdict: Verdict, model: str) -> str:
+    """A verdict in one line, with the check that has the least room, or lacks most.
+
+    Args:
+        verdict: the verdict.
+        model: the registered model of the page; its versions are told without its name.
+    """
+    checks, failed = verdict.checks, [check for check in verdict.checks if not check.passed]
+    if not checks:
+        return f"Gate: refused ({verdict.rules}), nothing was checked"
+    check = min(failed or checks, key=lambda check: check.bound - check.required)
+    told = f"{check.name} {check.difference.value:+.4f} against {_short(check.against, model)}"
     if verdict.passed:
-        told = "; ".join(_short(checks))
-        each = f"each of {len(checks)} checks holds" if len(checks) > 1 else "its check holds"
-        return f"Gate: passed ({verdict.rules}), {each}: {told}"
-    failed = [check for check in checks if not check.passed]
-    told = "; ".join(format_check(c).removesuffix(": REFUSED") for c in failed[:_MOST])
-    more = f"; and {len(failed) - _MOST} more" if len(failed) > _MOST else ""
-    luck = ". This may be bad luck" if luckless(verdict) else ""
+        which = f"closest of {len(checks)} checks" if len(checks) > 1 else "its check"
+        return f"Gate: passed ({verdict.rules}); {which}: {told}"
+    luck = ", which may be bad luck" if luckless(verdict) else ""
     count = f"{len(failed)} of {len(checks)} checks fail{'s' * (len(failed) == 1)}"
-    return f"Gate: refused ({verdict.rules}), {count}: {told}{more}{luck}"
+    return f"Gate: refused ({verdict.rules}); {count}: {told}{luck}"
 
 
-def _short(checks: Sequence[Check]) -> list[str]:
-    """The checks with the least room, each as `held-out +0.0140 over my-llm v13`."""
-    tightest = sorted(checks, key=lambda check: check.bound - check.required)[:_MOST]
-    told = [check for check in checks if check in tightest]
-    words = [f"{check.name} {check.difference.value:+.4f}" for check in told]
-    if len({check.against for check in told}) == 1:
-        words[-1] += f" against {told[-1].against}"
-    else:
-        words = [f"{w} against {c.against}" for w, c in zip(words, told, strict=True)]
-    return [*words, "…"] if len(told) < len(checks) else words
+def _short(version: Version, model: str) -> str:
+    """A version on a page of a model."""
+    return version.short if version.name == model else str(version)
 
 
 def promoted(story: Story) -> str:

@@ -42,7 +42,7 @@ from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.recommend import expected
 from mlflow_soup.search.space import Space
 
-PAGES = ("run", "all λ", "plot")  # the links of a report to other pages
+PAGES = ("run", "all λ", "plot", "interactive")  # the links of a report to other pages
 _SECTION = "## Out of domain"  # the heading of a report's last section
 # colour-blind safe (Okabe & Ito 2008)
 literally = rc_context({"text.parse_math": False})  # decorates figures: a name may hold a $
@@ -57,20 +57,15 @@ def format_difference(difference: Difference, confidence: float = 0.95) -> str:
     """A difference as text: `+0.0142 (95 % interval +0.0021 to +0.0263, 1500 paired items)`."""
     if not difference.value and not difference.stderr:
         return f"no difference, in each of the {difference.count} items"
+    low, high = pairing.interval(difference, confidence)
     clusters = ""
     if difference.clusters:
         number = f"{difference.clusters} cluster{'s' * (difference.clusters > 1)}"
         clusters = f" in {number}, design effect {difference.effect:.1f}"
     return (
-        f"{difference.value:+.4f} ({format_interval(difference, confidence)}, "
+        f"{difference.value:+.4f} ({confidence:.0%} interval {low:+.4f} to {high:+.4f}, "
         f"{difference.count} paired items{clusters})"
-    )
-
-
-def format_interval(difference: Difference, confidence: float = 0.95) -> str:
-    """Where a difference lies: `95 % interval +0.0021 to +0.0263`."""
-    low, high = pairing.interval(difference, confidence)
-    return f"{confidence:.0%} interval {low:+.4f} to {high:+.4f}".replace("%", " %")
+    ).replace("%", " %")
 
 
 def rows_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.descriptions import describe
 from mlflow_soup.registry.evaluations import score_metrics
 from mlflow_soup.registry.links import (
+    artifact_path,
     how_to_look,
     link,
     run_path,
@@ -19,7 +20,7 @@ from mlflow_soup.registry.links import (
     version_path,
 )
 from mlflow_soup.registry.store import Store
-from mlflow_soup.reporting import answers, geometry, report, tables, windows
+from mlflow_soup.reporting import answers, geometry, interactive, report, tables, windows
 from mlflow_soup.search.belief import LANDSCAPE, believe
 from mlflow_soup.search.schedule import Schedule
 from mlflow_soup.workflows.job import Job
@@ -91,6 +92,7 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     run_page = run_path(client, run_id)
     view, plot = share_view(client, run_id, chosen.run_id, axes)
     links = {"run": target(run_page), "all λ": target(view), "plot": target(plot)}
+    links["interactive"] = target(artifact_path(client, run_id, naming.INTERACTIVE))
     links |= {str(parent.version): version_link(parent.version) for parent in soup.parents}
     text = redact(f"{answers.first_lines(story)}\n\n{report.markdown(story, links)}")
     space = story.space
@@ -108,6 +110,7 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     tracking.log(client, run_id, metrics=_metrics(story), tags=tags)
     tracking.note(client, run_id, whole)
     client.log_text(run_id, whole, naming.REPORT)
+    client.log_text(run_id, interactive.page(story), naming.INTERACTIVE)
     figure = windows.figure(story) if space.times else report.landscape(story)
     for suffix in ("png", "svg"):
         client.log_figure(run_id, figure, f"{naming.LANDSCAPE}.{suffix}")

@@ -191,7 +191,7 @@ def record(client: Store, decision: Decision, *runs: str) -> bool:
     word = naming.PASSED if verdict.passed else naming.REFUSED
     rules = json.dumps(rules_told(decision), sort_keys=True)
     scores = report.ood_table(decision.examination.roles)
-    parts = [answers.verdict_line(verdict), scores, report.checks_table(verdict)]
+    parts = [answers.verdict_line(verdict, version.name), scores, report.checks_table(verdict)]
     table = redact("\n\n".join([*parts, report.luckless(verdict)]).rstrip() + "\n")
     about = {"soup": decision.proven.digest, "verdict": word, "rules": rules_told(decision)}
     told = {naming.GATE: word, naming.GATE_RULES: rules}
@@ -416,7 +416,7 @@ def describe_verdict(client: Store, decision: Decision) -> None:
     version = decision.proven.version
     text = description_of(client, version)
     section = report.verdict_section(decision.verdict, decision.examination.roles)
-    text = answers.renew(text, answers.verdict_line(decision.verdict))
+    text = answers.renew(text, answers.verdict_line(decision.verdict, version.name))
     describe(client, version, report.renew(text, section))
 
 

@@ -72,6 +72,7 @@ def test_the_report_has_every_number_a_reader_needs(story):
         "run": "#/run",
         "all λ": "#/trials",
         "plot": "#/plot",
+        "interactive": "#/html",
         str(OLD): f"[{OLD}](#/old)",
     }
     links[str(NEW)] = f"[{NEW}](#/new)"
@@ -79,7 +80,7 @@ def test_the_report_has_every_number_a_reader_needs(story):
     for words in (
         "Soup of [llm v12](#/old) and [llm v13](#/new): 0.8 × llm v13 + 0.2 × llm v12. bayesopt: "
         "weights searched by Bayesian optimisation",
-        "5 evaluations ([run](#/run), [all λ](#/trials), [plot](#/plot)).",
+        "5 evaluations ([run](#/run), [all λ](#/trials), [plot](#/plot), [interactive](#/html)).",
         "| chosen soup (λ = 0.8) | 0.5600 | 0.0100 |",
         "- Against the better parent, llm v13: **+0.0400",
         "## Out of domain: refused",
@@ -168,6 +169,7 @@ def test_the_lines_and_the_report_tell_both_gains_and_which_one_is_unbiased(stor
         "run": "#/run",
         "all λ": "#/trials",
         "plot": "#/plot",
+        "interactive": "#/html",
         str(OLD): "[o](#/o)",
         str(NEW): "[n](#/n)",
     }
@@ -222,6 +224,7 @@ def test_a_soup_of_three_is_told_with_all_its_weights(story, tmp_path):
         "run": "#/run",
         "all λ": "#/trials",
         "plot": "#/plot",
+        "interactive": "#/html",
         **{name: f"[{name}](#/x)" for name in names},
     }
     text = report.markdown(three(story, tmp_path), links)
