@@ -24,6 +24,7 @@ from mlflow_soup.redaction import redact
 from mlflow_soup.reporting import answers
 from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE, Story
 from mlflow_soup.search.belief import Array, believe
+from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.schedule import Schedule
 
 _GRID = np.linspace(0.0, 1.0, 201)
@@ -98,7 +99,7 @@ def page(story: Story) -> str:
     rival, version = _rival(story, trials), str(story.references[story.better])
     tasks = [_name(items) for items in rival.items]
     at = {trial.number: flips(_score(trial), rival) for trial in trials}
-    curves = _task_curves(story, trials) if story.space.count == 2 else []
+    curves = _task_curves(story, trials) if _has_curve(story) else []
     plots = [_main(story, trials, tasks, curves)]
     if story.space.count == 2 and tasks:
         plots.append(_tasks(story, trials, rival, tasks, curves))
@@ -132,6 +133,11 @@ def page(story: Story) -> str:
             "rows": rows,
         },
     )
+
+
+def _has_curve(story: Story) -> bool:
+    """Whether the search estimated a curve over λ, as for `report.landscape`."""
+    return story.space.count == 2 and METHODS[story.method].searches
 
 
 def _score(trial: Trial) -> Score:
@@ -194,7 +200,8 @@ def _main(
         parents = story.soup.parents
         older, newer = (redact(str(parents[end].version)) for end in (0, -1))
         plot = _figure("Held-out score over λ", f"λ, weight of {newer} (rest: {older})", "score")
-        _curve(plot, story, tasks, curves)
+        if _has_curve(story):
+            _curve(plot, story, tasks, curves)
     elif isinstance(space, Schedule):
         plot = _figure(
             "Held-out score of each window", "length of the window", "power p", y_axis_type="log"

@@ -134,3 +134,9 @@ def test_scores_without_items_have_a_page_too():
     story = quiz_story(Space.pair(0.0), PAIR)
     bare = tuple(replace(t, held_out=replace(t.held_out, items=())) for t in story.trials)
     assert "0.5" in Tags(interactive.page(replace(story, trials=bare))).text
+
+
+def test_a_method_that_does_not_search_has_a_page_without_a_curve():
+    story = quiz_story(Space.pair(0.0), PAIR)
+    assert "expected score" in interactive.page(story)
+    assert "expected score" not in interactive.page(replace(story, method="uniform"))
