@@ -88,6 +88,8 @@ PUBLIC = {
     "sklearn.gaussian_process.kernels",
     *("matplotlib", "matplotlib.artist", "matplotlib.axes", "matplotlib.figure"),
     *("matplotlib.lines", "matplotlib.patches"),
+    *("bokeh.embed", "bokeh.layouts", "bokeh.models", "bokeh.palettes", "bokeh.plotting"),
+    *("bokeh.resources", "bokeh.transform"),
 }
 OURS = {"mlflow_soup", "toy", *(path.stem for path in SOURCES)}
 # benchmarks compare with them, and nothing else needs them

@@ -101,7 +101,7 @@ def page(story: Story) -> str:
     at = {trial.number: flips(_score(trial), rival) for trial in trials}
     curves = _task_curves(story, trials) if _has_curve(story) else []
     plots = [_main(story, trials, tasks, curves)]
-    if story.space.count == 2 and tasks:
+    if _is_pair(story) and tasks:
         plots.append(_tasks(story, trials, rival, tasks, curves))
     if any(f.right or f.wrong for f in at.values()):
         plots.append(_bars(story, trials, at, version))
@@ -137,7 +137,12 @@ def page(story: Story) -> str:
 
 def _has_curve(story: Story) -> bool:
     """Whether the search estimated a curve over λ, as for `report.landscape`."""
-    return story.space.count == 2 and METHODS[story.method].searches
+    return _is_pair(story) and METHODS[story.method].searches
+
+
+def _is_pair(story: Story) -> bool:
+    """Whether λ is one number; also of two versions, a schedule has two."""
+    return story.space.count == 2 and not isinstance(story.space, Schedule)
 
 
 def _score(trial: Trial) -> Score:
@@ -185,7 +190,7 @@ def _source(story: Story, trials: Sequence[Trial]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {
         "label": [story.space.label(trial.recipe) for trial in trials],
         "score": [_score(trial).value for trial in trials],
-        "x": [trial.recipe.lam[-1] if story.space.count == 2 else trial.number for trial in trials],
+        "x": [trial.recipe.lam[-1] if _is_pair(story) else trial.number for trial in trials],
     }
     return columns | {f"t{i}": list(task) for i, task in enumerate(zip(*values, strict=True))}
 
@@ -196,9 +201,8 @@ def _main(
     """The score over λ of a pair, over duration and power of a schedule, or else trial by trial."""
     columns, space = _source(story, trials), story.space
     y, dots = "score", dict[str, Any]()
-    if space.count == 2:
-        parents = story.soup.parents
-        older, newer = (redact(str(parents[end].version)) for end in (0, -1))
+    if _is_pair(story):
+        older, newer = (redact(str(story.references[end])) for end in (0, -1))
         plot = _figure("Held-out score over λ", f"λ, weight of {newer} (rest: {older})", "score")
         if _has_curve(story):
             _curve(plot, story, tasks, curves)
@@ -328,6 +332,6 @@ def _bars(story: Story, trials: Sequence[Trial], at: Mapping[int, Flips], versio
 
 def _in_order(story: Story, trials: Sequence[Trial]) -> list[Trial]:
     """The trials by λ for a pair, else as they came."""
-    if story.space.count != 2:
+    if not _is_pair(story):
         return list(trials)
     return sorted(trials, key=lambda trial: trial.recipe.lam[-1])

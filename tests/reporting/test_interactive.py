@@ -119,6 +119,7 @@ TIMES = tuple(1000.0 * i for i in range(1, 5))
 @pytest.mark.parametrize(
     ("space", "points"),
     [
+        (Schedule(2, 0.0, TIMES[:2]), [(0, 1), (0.5, 0.5), (0.25, 0.75)]),
         (Schedule(4, 0.0, TIMES), [(0, 0, 0, 1), (0, 0, 0.5, 0.5), (0.25,) * 4]),
         (Space.simplex(3, 0.0), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.2, 0.3, 0.5)]),
     ],
