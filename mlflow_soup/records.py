@@ -586,11 +586,13 @@ class Promotion:
         target: what was moved, in words: `alias champion`, `stage Production`, `prod-llm@champion`.
         version: what it points to now: the soup, or its copy in another registered model.
         previous: what it pointed to before this version was promoted; None for nothing.
+        at: when, UTC in ISO 8601; empty if the ledger does not say it.
     """
 
     target: str
     version: Version
     previous: Version | None
+    at: str = ""
 
     def __str__(self) -> str:
         return f"{self.target} → {self.version}"

@@ -55,6 +55,7 @@ HOMES = {
     "torch": {"files.writer", "weights", "evaluation", "statistics", "quickstart"},
     "huggingface_hub": {"reporting.card"},
     "model_signing": {"weights.signature"},
+    "bokeh": {"reporting.interactive"},
     "click": {"cli", "output"},
     "cloup": {"cli", "output"},
     "detect_secrets": {"redaction"},

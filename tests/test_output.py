@@ -152,8 +152,8 @@ def test_the_main_job_tells_what_the_store_holds(client):
     assert found["promotion"]["previous"]["uri"] == "models:/toy-llm/1"
     assert found["digest"] == version.tags["soup.digest"]
     metrics = client.get_run(found["run_id"]).data.metrics
-    assert found["gains"][0]["value"] == metrics["search/gain"]
-    assert found["gains"][0]["stderr"] == metrics["search/gain_stderr"]
+    assert round(found["gains"][0]["value"], 6) == metrics["search/gain"]
+    assert round(found["gains"][0]["stderr"], 6) == metrics["search/gain_stderr"]
     assert found["held_out"]["value"] == metrics["dev/objective"]
     assert found["lambda"] == found["parents"][1]["weight"] == metrics["search/chosen_lambda"]
     assert [parent["version"]["version"] for parent in found["parents"]] == [1, 2]

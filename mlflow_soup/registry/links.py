@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote
 
 from mlflow.exceptions import MlflowException
@@ -52,50 +54,82 @@ def run_path(client: Store, run_id: str) -> str:
     return _here(f"/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning")
 
 
-def share_view(client: Store, run_id: str) -> str:
-    """Prepare the UI's comparison of a search's trials, and return its path.
+def artifact_path(client: Store, run_id: str, file: str) -> str:
+    """The path of the page that shows an artifact of a run."""
+    experiment = client.get_run(run_id).info.experiment_id
+    page = f"/experiments/{experiment}/runs/{run_id}/artifacts/{quote(file)}"
+    return _here(f"{page}?workflowType=machine_learning")
 
-    It shows a table of λ and scores, a scatter plot of the score over λ, and parallel coordinates.
-    MLflow does not document how it stores a shared view. A UI that does not know the view shows the
-    plain list of runs.
+
+def share_view(client: Store, run_id: str, chosen: str, axes: Sequence[str]) -> tuple[str, str]:
+    """Prepare the UI's comparison of a search's trials; the paths of its table and of its plot.
+
+    The rows of a pair are in the order of the curve, not of luck. MLflow does not document how it
+    stores a shared view. A UI that does not know the view shows the plain list of runs.
+
+    Args:
+        client: the store's client.
+        run_id: the search run.
+        chosen: the run of the chosen trial.
+        axes: the params of the trials to plot the score over.
     """
     run = client.get_run(run_id)
     key, experiment = run.data.tags[naming.KEY], run.info.experiment_id
-    lam = {"key": "lambda", "type": "PARAM"}
     score = {"key": naming.OBJECTIVE, "type": "METRIC"}
     chart = {"runsCountToCompare": 100, "metricSectionId": "soup", "deleted": False}
+    plots: list[dict[str, Any]] = [
+        {
+            **chart,
+            "type": "SCATTER",
+            "uuid": axis,
+            "xaxis": {"key": axis, "type": "PARAM"},
+            "yaxis": score,
+        }
+        for axis in axes
+    ]
+    # the UI draws a bar chart of each metric that no chart is of, also of a deleted one
+    plots += [
+        {
+            **chart,
+            "type": "BAR",
+            "uuid": f"no {metric}",
+            "metricKey": metric,
+            "isGenerated": True,
+            "deleted": True,
+        }
+        for metric in client.get_run(chosen).data.metrics
+    ]
     state = {
         "searchFilter": f"tags.`{naming.KEY}` = '{key}' and tags.`{naming.ROLE}` = 'trial'",
-        "orderByKey": f"metrics.`{naming.OBJECTIVE}`",
-        "orderByAsc": False,
+        "orderByKey": "params.`lambda`" if len(axes) == 1 else "attributes.start_time",
+        "orderByAsc": True,
+        "runsHiddenMode": "SHOWALL",
         "selectedColumns": [
-            "params.`lambda`",
+            *(f"params.`{axis}`" for axis in dict.fromkeys(("lambda", *axes))),
             f"metrics.`{naming.OBJECTIVE}`",
             f"tags.`{naming.CHOSEN}`",
         ],
         "compareRunSections": [
-            {"uuid": "soup", "name": "0 Soup", "display": True, "isReordered": False}
-        ],
-        "compareRunCharts": [
-            {**chart, "type": "SCATTER", "uuid": "scatter", "xaxis": lam, "yaxis": score},
             {
-                **chart,
-                "type": "PARALLEL",
-                "uuid": "parallel",
-                "selectedParams": ["lambda"],
-                "selectedMetrics": [naming.OBJECTIVE],
-                "showAllRuns": False,
-            },
+                "uuid": "soup",
+                "name": "The score of each trial",
+                "display": True,
+                "isReordered": True,
+                "columns": len(axes),
+                "cardHeight": 520,
+            }
         ],
+        "isAccordionReordered": True,
+        "compareRunCharts": plots,
     }
     share = key[:16]
     # private door: mlflow.sharedViewState
     with contextlib.suppress(MlflowException):  # a user who may not tag the experiment gets no view
         client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{share}", json.dumps(state))
-    return _here(
-        f"/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-        f"&viewStateShareKey={share}"
+    table = (
+        f"/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={share}"
     )
+    return _here(table), _here(f"{table}&compareRunsMode=CHART")
 
 
 def version_path(version: Version) -> str:

@@ -20,14 +20,11 @@ KEY = "soup.key"  # digest of parents, method and settings; also on search and t
 REQUEST = "soup.request"  # digest of that and of the search's end: one request, one version
 DIGEST = "soup.digest"  # canonical digest of the soup's tensors
 GATE = "soup.gate"  # passed or refused; also on search runs
-GATE_RULES = "soup.gate_rules"  # JSON: margin, confidence, OOD tasks, items; also on search runs
-RUN_ID = "soup.run_id"  # the search run
 GATE_RUN = "soup.gate_run_id"  # the OOD run whose evidence the gate read
-PROMOTED_TO = "soup.promoted_to"  # "alias champion"
-PROMOTED_AT = "soup.promoted_at"  # UTC, ISO 8601
-PROMOTIONS = "soup.promotions"  # "alias champion 2026-…; stage Production 2026-…": all targets
-PREVIOUS = "soup.previous"  # the version that the target pointed to before
+PROMOTED_TO = "soup.promoted_to"  # "alias champion": the last target
+PROMOTIONS = "soup.promotions"  # "alias champion 2026-…; stage Production 2026-…": all, and when
 # tags of runs
+GATE_RULES = "soup.gate_rules"  # JSON: margin, confidence, OOD tasks, items; on search and OOD runs
 ROLE = "soup.role"  # search, trial, ood, test, study, track, look or ledger
 NUMBER = "soup.number"  # the trial's number, from 0
 FAILED = "soup.failed"  # the reason why a trial has no score
@@ -43,7 +40,7 @@ CONDITIONS = "soup.conditions"  # digest of all that OOD evidence depends on exc
 MODEL = "soup.model"  # the registered model of a search, a study or an upload
 STUDY = "soup.study"  # the study run that a search belongs to
 ATTEMPT = "soup.attempt"  # names one attempt to create something; it finds what a lost answer made
-NOTE = "soup.note"  # SHA-256 of the description that mlflow-soup wrote; others' words are kept
+NOTE = "soup.note"  # digest of our description, also on registered models; others' words are kept
 ORPHANED_BY = "soup.orphaned_by"  # the run that continues this one, which was cut short
 # tag of registered models; the policy has one for each knob besides
 ON_VERSION = "soup.on_version"  # what `watch` does when a checkpoint arrives: "run --last 2"
@@ -78,11 +75,12 @@ SECONDS_EVALUATE = "seconds/evaluate"  # time of a trial to score them
 ITEMS = "items.parquet"
 EVIDENCE = "evidence.json"
 REPORT = "report.md"
+INTERACTIVE = "report.html"  # the landscape to explore: scores of every task, items that flip
 LANDSCAPE = "landscape"  # .png and .svg
 DISTANCES = "distances.png"  # between the parents, by layer
 PASSED, REFUSED = "passed", "refused"
 # the tags of a version that its copy in another registered model gets too
-COPIED = (LAMBDA, WEIGHTS, METHOD, KEY, REQUEST, RUN_ID, EVALUATOR)
+COPIED = (LAMBDA, WEIGHTS, METHOD, KEY, REQUEST)
 
 
 def format_parents(name: str, versions: tuple[Version, ...]) -> str:
@@ -140,15 +138,18 @@ def key_of(request: Mapping[str, Any]) -> str:
 
 
 def version_tags(
-    soup_parents: str, recipe: Recipe, key: str, request: str, run_id: str, digest: str
+    soup_parents: str, recipe: Recipe, method: str, key: str, request: str, digest: str
 ) -> dict[str, str]:
-    """The tags that a soup's version is created with, in one transaction."""
+    """The tags that a soup's version is created with, in one transaction.
+
+    They are what people read and what finds the version again; the manifest holds the rest.
+    """
     return {
         PARENTS: soup_parents,
         LAMBDA: f"{recipe.lam[-1]:g}",
         WEIGHTS: format_weights(recipe.lam),
+        METHOD: method,
         KEY: key,
         REQUEST: request,
-        RUN_ID: run_id,
         DIGEST: digest,
     }

@@ -125,7 +125,7 @@ def _promote(
     if previous == version and (made := _made(entries, version)):
         before = made.told.get("from")
         replaced = Version(ledger.name, before) if isinstance(before, int) else None
-        return Promotion(str(target), version, replaced)
+        return Promotion(str(target), version, replaced, str(made.told.get("at", "")))
     if previous not in (covered, version):
         raise _overtaken(target, version, previous)
     number = entries[-1].number + 1 if entries else 1
@@ -138,7 +138,7 @@ def _promote(
     ledger.mark(series, ours.number, MADE if found == version else VOID)
     if found != version:
         raise _overtaken(target, version, found)
-    return Promotion(str(target), version, previous)
+    return Promotion(str(target), version, previous, str(content["at"]))
 
 
 def _discard_copy(ledger: Ledger, copy: Version) -> None:
@@ -365,8 +365,6 @@ def _promotion_tags(client: Store, version: Version, told: Mapping[str, Any]) ->
     others = [line for line in earlier.split("; ") if line and not line.startswith(f"{target} ")]
     return {
         naming.PROMOTED_TO: target,
-        naming.PROMOTED_AT: at,
-        naming.PREVIOUS: str(told["from"] or ""),
         naming.PROMOTIONS: "; ".join([*others, f"{target} {at}"]),
     }
 
@@ -410,7 +408,6 @@ def _copy(
         }
         tags |= {
             naming.GATE: str(told.get("verdict")),
-            naming.GATE_RULES: json.dumps(told["rules"], sort_keys=True),
             naming.GATE_RUN: str(told.get("gate_run")),
         }
         if found := find_copies(client, version, model):
@@ -425,7 +422,7 @@ def _copy(
                 source=version.uri,
                 run_id=source.run_id,
                 tags={**tags, **attempt},
-                description=f"Copy of {version_link(version)}.",
+                description=f"Copy of {version_link(version)}.\n\nPromoted: not yet",
                 await_creation_for=0,
             )
             return Version(model, int(made.version))

@@ -306,18 +306,6 @@ def unregister(client: Store, version: Version) -> None:
     client.discard(lambda: client.delete_model_version(name, number), f"delete {version}")
 
 
-def describe(client: Store, version: Version, description: str) -> None:
-    """Replace a version's description."""
-    with asking(f"describe {version}"):
-        client.update_model_version(version.name, str(version.number), redact(description))
-
-
-def description_of(client: Store, version: Version) -> str:
-    """A version's description."""
-    with asking(f"read the description of {version}"):
-        return str(client.get_model_version(version.name, str(version.number)).description or "")
-
-
 def version_at(client: Store, name: str, target: Target) -> Version | None:
     """The version that a target points to now, or None; of several in a stage the newest."""
     return next(reversed(versions_at(client, name, target)), None)

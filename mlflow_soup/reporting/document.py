@@ -133,6 +133,7 @@ def promotion(of: Promotion) -> Document:
         "target": of.target,
         "version": version(of.version),
         "previous": version(of.previous) if of.previous is not None else None,
+        "at": of.at,
     }
 
 

@@ -27,6 +27,7 @@ from mlflow_soup.records import (
     Difference,
     Distance,
     Evidence,
+    Promotion,
     Recipe,
     Score,
     Soup,
@@ -41,6 +42,7 @@ from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.recommend import expected
 from mlflow_soup.search.space import Space
 
+PAGES = ("run", "all λ", "plot", "interactive")  # the links of a report to other pages
 _SECTION = "## Out of domain"  # the heading of a report's last section
 # colour-blind safe (Okabe & Ito 2008)
 literally = rc_context({"text.parse_math": False})  # decorates figures: a name may hold a $
@@ -185,7 +187,7 @@ def luckless(verdict: Verdict) -> str:
     return words.replace("%", " %")
 
 
-def verdict_section(verdict: Verdict, roles: Mapping[str, Evidence], promoted: str = "") -> str:
+def verdict_section(verdict: Verdict, roles: Mapping[str, Evidence]) -> str:
     """The last section of a report: the verdict, its evidence and its checks."""
     parts = [
         f"{_SECTION}: {'passed' if verdict.passed else 'refused'}",
@@ -195,8 +197,6 @@ def verdict_section(verdict: Verdict, roles: Mapping[str, Evidence], promoted: s
     ]
     if words := luckless(verdict):
         parts.append(words)
-    if promoted:
-        parts.append(f"Promoted: **{promoted}**.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -234,7 +234,7 @@ class Story:
         roles: role → evidence of the OOD stage; empty when there was no OOD stage.
         verdict: the verdict of the gate, or None when there was no OOD stage.
         target: where the request promotes the soup to; empty for nowhere.
-        promoted: where the soup was promoted to; empty when it was not.
+        promotion: the promotion; None when there was none.
         distance: the distance of the parents; None of a soup of one parent, or of many.
         tested: role → score on the test set; empty without one.
         time_tag: the version tag with the times of the space; empty if they are only an order.
@@ -252,7 +252,7 @@ class Story:
     roles: Mapping[str, Evidence]
     verdict: Verdict | None
     target: str
-    promoted: str
+    promotion: Promotion | None
     distance: Distance | None
     tested: Mapping[str, Unbiased] = field(default_factory=dict)
     time_tag: str = ""
@@ -400,11 +400,11 @@ def baselines(story: Story) -> list[tuple[str, Trial]]:
 
 
 def markdown(story: Story, links: Mapping[str, str]) -> str:
-    """The report in Markdown, for the note of the run and the page of the version.
+    """The report in Markdown, below the first lines of `answers`.
 
     Args:
         story: what the report shows.
-        links: the targets for `run` and `trials`; each parent's name → its link in Markdown.
+        links: the targets for `PAGES`; each parent's name → its link in Markdown.
     """
     soup, trials = story.soup, story.trials
     parents = listed([links[str(p.version)] for p in soup.parents])
@@ -416,10 +416,10 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
     mixture = " + ".join(f"{weight:g} × {parent.version}" for weight, parent in shares)
     if soup.recipe.method != "linear":
         mixture = listed([parent.version for parent in soup.parents])
+    pages = ", ".join(f"[{name}]({links[name]})" for name in PAGES)
     parts = [
-        f"# Soup of {parents}, {story.space.label(soup.recipe)}",
-        f"{mixture}, {story.method}: {METHODS[story.method].words}; {len(trials)} evaluations "
-        f"([run]({links['run']}), [all λ]({links['trials']})).",
+        f"Soup of {parents}: {mixture}. {story.method}: {METHODS[story.method].words}; "
+        f"{len(trials)} evaluations ({pages}).",
         f"## Held-out: {_metrics_of(soup.held_out)}",
         rows_table(["model", "score", "standard error"], rows),
         "\n".join(
@@ -434,7 +434,7 @@ def markdown(story: Story, links: Mapping[str, str]) -> str:
     if story.tested:
         parts.append(test_section(story))
     if story.verdict is not None:
-        parts.append(verdict_section(story.verdict, story.roles, story.promoted).rstrip())
+        parts.append(verdict_section(story.verdict, story.roles).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -572,8 +572,8 @@ def summary(story: Story, look: Sequence[str]) -> str:
             else "there is no new version"
         )
         lines.append(f"gate not run: {why}")
-    if story.promoted:
-        lines.append(f"promoted: {story.promoted}")
+    if story.promotion is not None:
+        lines.append(f"promoted: {story.promotion}")
     elif story.target:
         lines.append(f"nothing was promoted to {story.target}")
     return "\n".join([*lines, *story.notes, *look])

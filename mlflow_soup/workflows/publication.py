@@ -7,8 +7,10 @@ from mlflow.entities import Metric
 from mlflow_soup.records import Distance, Soup, Trial
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, tracking
+from mlflow_soup.registry.descriptions import describe
 from mlflow_soup.registry.evaluations import score_metrics
 from mlflow_soup.registry.links import (
+    artifact_path,
     how_to_look,
     link,
     run_path,
@@ -18,14 +20,11 @@ from mlflow_soup.registry.links import (
     version_path,
 )
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.versions import describe
-from mlflow_soup.reporting import geometry, report, tables, windows
+from mlflow_soup.reporting import answers, geometry, interactive, report, tables, windows
 from mlflow_soup.search.belief import LANDSCAPE, believe
 from mlflow_soup.search.schedule import Schedule
 from mlflow_soup.workflows.job import Job
-
-# MLflow's limit of a version's description, on databases that enforce it
-DESCRIPTION_LIMIT = 5000
+from mlflow_soup.workflows.portrait import portray
 
 
 def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance | None) -> list[str]:
@@ -88,10 +87,14 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance | None)
 def publish(client: Store, run_id: str, story: report.Story) -> str:
     """Write metrics, report, figures and the version's description. Returns the summary."""
     soup = story.soup
-    run_page, view = run_path(client, run_id), share_view(client, run_id)
-    links = {"run": target(run_page), "trials": target(view)}
+    chosen = next(trial for trial in story.trials if trial.recipe == soup.recipe)
+    axes = ("duration", "power") if isinstance(story.space, Schedule) else ("lambda",)
+    run_page = run_path(client, run_id)
+    view, plot = share_view(client, run_id, chosen.run_id, axes)
+    links = {"run": target(run_page), "all λ": target(view), "plot": target(plot)}
+    links["interactive"] = target(artifact_path(client, run_id, naming.INTERACTIVE))
     links |= {str(parent.version): version_link(parent.version) for parent in soup.parents}
-    text = redact(report.markdown(story, links))
+    text = redact(f"{answers.first_lines(story)}\n\n{report.markdown(story, links)}")
     space = story.space
     names = [parent.version.short for parent in soup.parents]
     history = windows.trials_table if isinstance(space, Schedule) else report.trials_table
@@ -107,13 +110,16 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     tracking.log(client, run_id, metrics=_metrics(story), tags=tags)
     tracking.note(client, run_id, whole)
     client.log_text(run_id, whole, naming.REPORT)
+    client.log_text(run_id, interactive.page(story), naming.INTERACTIVE)
     figure = windows.figure(story) if space.times else report.landscape(story)
     for suffix in ("png", "svg"):
         client.log_figure(run_id, figure, f"{naming.LANDSCAPE}.{suffix}")
     if story.distance is not None:
         client.log_figure(run_id, geometry.distances(story.distance, names), naming.DISTANCES)
     if soup.registered:
-        describe(client, soup.version, text[:DESCRIPTION_LIMIT])
+        describe(client, soup.version, text)
+        if story.promotion is None:  # else it was done when the alias moved
+            portray(client, soup.version.name)
     pages = [
         f"version: {link(version_path(soup.version))}",
         f"run: {link(run_page)}",
@@ -143,7 +149,7 @@ def _metrics(story: report.Story) -> list[Metric]:
             naming.COSINE: whole.cosine(0, -1),
         }
     metrics = score_metrics(soup.held_out, naming.HELD_OUT)
-    metrics += [tracking.metric(key, value) for key, value in numbers.items()]
+    metrics += [tracking.metric(key, _rounded(value)) for key, value in numbers.items()]
     metrics += [
         tracking.metric(naming.CURVE, t.held_out.value, round(1000 * t.recipe.lam[-1]))
         for t in story.trials
@@ -154,6 +160,11 @@ def _metrics(story: report.Story) -> list[Metric]:
     if story.tested:
         tested = next(iter(report.test_gains(story).values()))
         metrics += score_metrics(story.tested["soup"].score, naming.TEST)
-        metrics.append(tracking.metric(naming.TEST_GAIN, tested.value))
-        metrics.append(tracking.metric(naming.TEST_GAIN_STDERR, tested.stderr))
+        metrics.append(tracking.metric(naming.TEST_GAIN, _rounded(tested.value)))
+        metrics.append(tracking.metric(naming.TEST_GAIN_STDERR, _rounded(tested.stderr)))
     return metrics
+
+
+def _rounded(value: float) -> float:
+    """A number that we computed, for people; scores keep every digit, as lm-eval prints them."""
+    return round(value, 6)

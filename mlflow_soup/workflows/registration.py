@@ -88,11 +88,8 @@ def register(
         if same and not job.spec.register_copies:
             return same[-1]
         parents = naming.format_parents(job.session.name, versions)
-        tags = naming.version_tags(parents, merged, job.key, job.request, run_id, digest)
-        tags |= {
-            naming.METHOD: job.spec.method,
-            naming.EVALUATOR: job.bench.held_out.fingerprint,
-        }
+        method = job.spec.method
+        tags = naming.version_tags(parents, merged, method, job.key, job.request, digest)
         return register_soup(
             client,
             folder,

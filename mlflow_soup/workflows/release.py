@@ -22,6 +22,7 @@ from mlflow_soup.records import (
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import inputs, naming, probes, promotion, tracking
 from mlflow_soup.registry.alone import alone
+from mlflow_soup.registry.descriptions import describe, description_of
 from mlflow_soup.registry.evaluations import find_examinations, find_score, log_examination
 from mlflow_soup.registry.journal import Journal
 from mlflow_soup.registry.outages import asking
@@ -30,13 +31,11 @@ from mlflow_soup.registry.store import Store, connect
 from mlflow_soup.registry.trees import tree_of
 from mlflow_soup.registry.trust import Trust, sign_file, trust_of
 from mlflow_soup.registry.versions import (
-    describe,
-    description_of,
     find_model,
     resolve,
     set_tags,
 )
-from mlflow_soup.reporting import report
+from mlflow_soup.reporting import answers, report
 from mlflow_soup.request import knobs
 from mlflow_soup.request.names import Target, parse_target, parse_version
 from mlflow_soup.request.spec import SCORE, Spec
@@ -63,6 +62,7 @@ from mlflow_soup.workflows.bench import (
 )
 from mlflow_soup.workflows.job import Job
 from mlflow_soup.workflows.merge import fetch
+from mlflow_soup.workflows.portrait import portray
 from mlflow_soup.workflows.proof import (
     Decision,
     check_tags,
@@ -190,7 +190,9 @@ def record(client: Store, decision: Decision, *runs: str) -> bool:
     ood_run = decision.examination.run_id
     word = naming.PASSED if verdict.passed else naming.REFUSED
     rules = json.dumps(rules_told(decision), sort_keys=True)
-    table = redact(f"{report.verdict_words(verdict)}\n\n{report.checks_table(verdict)}\n")
+    scores = report.ood_table(decision.examination.roles)
+    parts = [answers.verdict_line(verdict, version.name), scores, report.checks_table(verdict)]
+    table = redact("\n\n".join([*parts, report.luckless(verdict)]).rstrip() + "\n")
     about = {"soup": decision.proven.digest, "verdict": word, "rules": rules_told(decision)}
     told = {naming.GATE: word, naming.GATE_RULES: rules}
     for run_id in runs:
@@ -199,12 +201,13 @@ def record(client: Store, decision: Decision, *runs: str) -> bool:
         # before the files: an artifact store without permissions of its own would take these
         with asking("write to its OOD run"):
             tracking.log(client, ood_run, tags=told)
+            tracking.note(client, ood_run, table)
             client.log_text(ood_run, table, "gate.md")
             sign_file(client, ood_run, "gate.md", table, "verdict", about)
     except DeniedError as error:
         logger.warning("this verdict is not recorded: %s", error.what)
         return False
-    tags = {naming.GATE_RUN: ood_run, naming.GATE_RULES: rules, naming.GATE: word}
+    tags = {naming.GATE_RUN: ood_run, naming.GATE: word}
     try:
         set_tags(client, version, tags)
     except DeniedError:
@@ -409,10 +412,11 @@ def _decide(client: Store, version: Version, spec: Spec) -> Decision:
 
 
 def describe_verdict(client: Store, decision: Decision) -> None:
-    """Renew the part of the version's description that tells the verdict."""
+    """Renew what the version's description tells of the verdict."""
     version = decision.proven.version
     text = description_of(client, version)
     section = report.verdict_section(decision.verdict, decision.examination.roles)
+    text = answers.renew(text, answers.verdict_line(decision.verdict, version.name))
     describe(client, version, report.renew(text, section))
 
 
@@ -437,7 +441,21 @@ def point(client: Store, decision: Decision, target: Target) -> Promotion:
         "verdict": naming.PASSED,
         "rules": rules_told(decision),
     }
-    return promotion.promote(client, version, target, told, covers)
+    made = promotion.promote(client, version, target, told, covers)
+    _tell(client, made)
+    return made
+
+
+def _tell(client: Store, made: Promotion) -> None:
+    """Tell a promotion in the descriptions of the version and its model, where the user may."""
+    try:
+        text = description_of(client, made.version)
+        line = answers.promotion_line(made)
+        describe(client, made.version, answers.renew(text, line))
+        portray(client, made.version.name)
+    except DeniedError:
+        words = "you may not write the description of %s, which does not tell the promotion"
+        logger.warning(words, made.version)
 
 
 @asking("sign the soup")

@@ -118,7 +118,7 @@ def run(spec: Spec) -> Outcome:
             tested=tested,
             time_tag=job.time_tag,
             target=spec.promote,
-            promoted=str(promotion or ""),
+            promotion=promotion,
             distance=apart,
             notes=tuple(notes(job, found.trials, soup, apart)),
         )

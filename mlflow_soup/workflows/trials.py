@@ -281,6 +281,8 @@ def _mark(job: Job, run_id: str, trials: Sequence[Trial], recipe: Recipe, score:
     chosen = next(trial for trial in trials if trial.recipe == recipe)
     try:
         tracking.log(job.client, chosen.run_id, tags={naming.CHOSEN: "yes"})
+        name = naming.run_name(f"{job.space.label(recipe)} (chosen)")
+        job.client.update_run(chosen.run_id, name=name)
     except DeniedError:  # the run of another user, whose score this search took over
         logger.warning("you may not mark run %s as the chosen trial", chosen.run_id)
     numbers = {

@@ -140,7 +140,6 @@ def the_tag_and_its_run(client, edit):
     the_tag(client, edit)
     run_id = client.begin_run(in_experiment(client, "mine"), "gate", {"soup.gate": "passed"})
     client.set_model_version_tag(MODEL, "4", "soup.gate_run_id", run_id)
-    client.set_model_version_tag(MODEL, "4", "soup.run_id", run_id)
 
 
 def the_digest_of_the_champion(client, edit):

@@ -19,7 +19,7 @@ from conftest import MODEL
 from mlflow_soup.errors import SpecError
 from mlflow_soup.records import Version
 from mlflow_soup.redaction import redact, redact_line
-from mlflow_soup.registry import tracking, versions
+from mlflow_soup.registry import descriptions, tracking
 
 NAMES = {
     "colours": "a\x1b[31mb",
@@ -146,11 +146,11 @@ def test_what_is_seen_stays(text):
 def test_what_mlflow_shows(client):
     version, text = Version(MODEL, 1), "".join(NAMES.values())
     run_id = client.begin_run("0", "run", {})
-    versions.describe(client, version, text)
+    descriptions.describe(client, version, text)
     tracking.note(client, run_id, text)
     tracking.log(client, run_id, params={"cfg.x": text}, tags={"soup.x": text})
     data = client.get_run(run_id).data
     shown = [data.params["cfg.x"], data.tags["soup.x"], data.tags["mlflow.note.content"]]
-    for written in (*shown, versions.description_of(client, version)):
+    for written in (*shown, descriptions.description_of(client, version)):
         assert written.startswith("a\\x1b[31mb")
         assert not unseen(written)

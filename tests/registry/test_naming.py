@@ -92,14 +92,14 @@ def test_other_content_is_not_read_as_a_manifest(content):
 
 @given(recipe=s.recipes())
 def test_the_tags_of_a_version_say_what_it_is_made_of(recipe):
-    tags = version_tags("12,13", recipe, "key", "request", "run", "sha256:soup")
+    tags = version_tags("12,13", recipe, "bayesopt", "key", "request", "sha256:soup")
     assert float(tags.pop("soup.lambda")) == recipe.lam[-1]
     assert parse_weights(tags.pop("soup.weights")) == recipe.lam
     assert tags == {
         "soup.parents": "12,13",
         "soup.key": "key",
         "soup.request": "request",
-        "soup.run_id": "run",
+        "soup.method": "bayesopt",
         "soup.digest": "sha256:soup",
     }
 

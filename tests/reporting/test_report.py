@@ -61,19 +61,26 @@ def story(tmp_path):
         roles=roles,
         verdict=Verdict((held_out, ood), Rules("0.05", 0.95)),
         target="",
-        promoted="",
+        promotion=None,
         distance=Distance((LayerDistance("layer 0", (1.0, 1.0), ((0.0, 0.25), (0.25, 0.0))),)),
         notes=("A note.",),
     )
 
 
 def test_the_report_has_every_number_a_reader_needs(story):
-    links = {"run": "#/run", "trials": "#/trials", str(OLD): f"[{OLD}](#/old)"}
+    links = {
+        "run": "#/run",
+        "all λ": "#/trials",
+        "plot": "#/plot",
+        "interactive": "#/html",
+        str(OLD): f"[{OLD}](#/old)",
+    }
     links[str(NEW)] = f"[{NEW}](#/new)"
     text = report.markdown(story, links) + report.trials_table(story)
     for words in (
-        "# Soup of [llm v12](#/old) and [llm v13](#/new), λ = 0.8",
-        "0.8 × llm v13 + 0.2 × llm v12, bayesopt: weights searched by Bayesian optimisation",
+        "Soup of [llm v12](#/old) and [llm v13](#/new): 0.8 × llm v13 + 0.2 × llm v12. bayesopt: "
+        "weights searched by Bayesian optimisation",
+        "5 evaluations ([run](#/run), [all λ](#/trials), [plot](#/plot), [interactive](#/html)).",
         "| chosen soup (λ = 0.8) | 0.5600 | 0.0100 |",
         "- Against the better parent, llm v13: **+0.0400",
         "## Out of domain: refused",
@@ -158,7 +165,14 @@ def test_the_lines_and_the_report_tell_both_gains_and_which_one_is_unbiased(stor
         "unbiased; those on the held-out items are somewhat optimistic."
     )
     assert lines[first + 8] == said
-    links = {"run": "#/run", "trials": "#/trials", str(OLD): "[o](#/o)", str(NEW): "[n](#/n)"}
+    links = {
+        "run": "#/run",
+        "all λ": "#/trials",
+        "plot": "#/plot",
+        "interactive": "#/html",
+        str(OLD): "[o](#/o)",
+        str(NEW): "[n](#/n)",
+    }
     page = report.markdown(tested, links)
     for words in (
         "## Test set: boolq acc",
@@ -206,9 +220,15 @@ def three(story, tmp_path):
 
 def test_a_soup_of_three_is_told_with_all_its_weights(story, tmp_path):
     names = [f"llm v{number}" for number in (11, 12, 13)]
-    links = {"run": "#/run", "trials": "#/trials", **{name: f"[{name}](#/x)" for name in names}}
+    links = {
+        "run": "#/run",
+        "all λ": "#/trials",
+        "plot": "#/plot",
+        "interactive": "#/html",
+        **{name: f"[{name}](#/x)" for name in names},
+    }
     text = report.markdown(three(story, tmp_path), links)
-    assert "0.7 × llm v13 + 0.2 × llm v12 + 0.1 × llm v11, bayesopt: " in text
+    assert "0.7 × llm v13 + 0.2 × llm v12 + 0.1 × llm v11. bayesopt: " in text
     assert "| uniform soup (λ = 0.3333, 0.3333, 0.3334) | 0.5300 | 0.0100 |" in text
 
 

@@ -37,7 +37,7 @@ def story(recipe, time_tag="tokens_seen"):
         roles={},
         verdict=None,
         target="",
-        promoted="",
+        promotion=None,
         distance=None,
         time_tag=time_tag,
     )

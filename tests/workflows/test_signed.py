@@ -97,7 +97,8 @@ def test_a_signed_soup_is_verified_by_us_and_by_anybody_and_promoted(
     assert {finding.verdict for finding in mlflow_soup.verify(SOUP.uri)} == {"ok"}
     download = mlflow.artifacts.download_artifacts(SOUP.uri, dst_path=str(tmp_path / "copy"))
     assert anybodys_check(key, download)
-    assert promote(key) == Promotion("alias live", SOUP, None)
+    made = promote(key)
+    assert made == Promotion("alias live", SOUP, None, made.at)
     assert aliases(measured) == {"live": 4}
 
 

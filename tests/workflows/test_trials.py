@@ -43,7 +43,7 @@ def trial_runs(client, outcome):
 def evaluated(client, outcome):
     """The labels of what this very call evaluated."""
     return [
-        run.info.run_name
+        run.info.run_name.removesuffix(" (chosen)")
         for run in trial_runs(client, outcome)
         if naming.ITEMS_RUN not in run.data.tags
     ]
