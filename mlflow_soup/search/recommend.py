@@ -1,5 +1,6 @@
 """Which merge weights λ are chosen at the end of a search."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -59,15 +60,14 @@ def _is_tie(
     best: Recipe,
     plain: Recipe,
 ) -> bool:
-    """Whether the best recipe is expected to gain too little over the plain average.
-
-    Without items, nobody knows how well the two can be told apart, and the best one counts.
-    """
-    ours, theirs = scores[best], scores[plain]
-    if not (ours.items and theirs.items):
-        return False
+    """Whether the best recipe is expected to gain too little over the plain average."""
     high, low = expected(space, trials, np.array([best.lam, plain.lam]))
-    return bool(high - low < TIE * paired(ours, theirs).stderr)
+    ours, theirs = scores[best], scores[plain]
+    if ours.items and theirs.items:
+        error = paired(ours, theirs).stderr
+    else:
+        error = math.hypot(ours.stderr, theirs.stderr)  # without items, the most that it can be
+    return bool(high - low < TIE * error)
 
 
 def _lags(score: Score, parent: Score) -> bool:
