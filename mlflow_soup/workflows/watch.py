@@ -118,7 +118,7 @@ def watch(
     own = {knob: getattr(spec, knob) for knob in spec.named} | {"model": name}
     for order in read(text, name):
         if order.command == "run":
-            check_promotion(Spec(**{**own, **order.named}))
+            check_promotion(order.spec(own, 1))
     first = resolve(client, name, parse_version(since, "--since")).number if since else 0
     wake = threading.Event()
 
