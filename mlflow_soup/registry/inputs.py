@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT  # private door
 
 from mlflow_soup.records import Dataset
+from mlflow_soup.redaction import redact
 from mlflow_soup.registry.outages import is_forbidden
 from mlflow_soup.registry.store import Store
 
@@ -66,9 +67,9 @@ def link(
 
 def _entity(dataset: Dataset) -> MlflowDataset:
     return MlflowDataset(
-        name=dataset.task[:500],  # MLflow's column
+        name=redact(dataset.task)[:500],  # MLflow's column
         digest=dataset.digest,
         source_type=SOURCE_TYPE,
-        source=json.dumps(dataset.source),
+        source=json.dumps({key: redact(value) for key, value in dataset.source.items()}),
         profile=json.dumps({"num_rows": dataset.count}),
     )

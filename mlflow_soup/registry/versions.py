@@ -255,19 +255,14 @@ def set_tags(client: Store, version: Version, tags: Mapping[str, str]) -> None:
 
 def model_id(client: Store, version: Version) -> str | None:
     """The id of the logged model that is a version's source; None if the source is another."""
-    match = _MODEL_ID.fullmatch(_made(client, version)[0])
-    return str(match[1]) if match else None
 
-
-def _made(client: Store, version: Version) -> tuple[str, str]:
-    """Source and run of a version, which never change."""
-
-    def ask() -> tuple[str, str]:
+    def ask() -> str:  # a version keeps its source
         with asking(f"look up {version}"):
             found = client.get_model_version(version.name, str(version.number))
-        return found.source or "", found.run_id or ""
+        return found.source or ""
 
-    return client.remember(("made", version), ask)
+    match = _MODEL_ID.fullmatch(client.remember(("source", version), ask))
+    return str(match[1]) if match else None
 
 
 def place_of(client: Store, version: Version) -> str:
@@ -288,8 +283,9 @@ def registered_as(client: Store, logged_id: str) -> list[Version]:
 
 def origin_of(client: Store, version: Version) -> tuple[str, str]:
     """The id of the run that logged a version, and the location of its files."""
-    with asking(f"look up {version}"):
-        return _made(client, version)[1], redact(place_of(client, version))
+    with asking(f"look up {version}"):  # each time: somebody may have deleted the version
+        found = client.get_model_version(version.name, str(version.number))
+        return found.run_id or "", redact(place_of(client, version))
 
 
 def find_soups(client: Store, name: str, tags: Mapping[str, str]) -> list[Version]:
