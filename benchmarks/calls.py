@@ -43,7 +43,7 @@ def count(folder: Path) -> dict[int, Counter[str]]:
 
     port = free_port()
     artifacts = ("--artifacts-destination", str(folder / "artifacts"))
-    server = start_server(folder / "mlflow.db", port, *artifacts)
+    server = start_server(folder / "store.db", port, *artifacts)
     proxy = Proxy(port)
     try:
         trained = toy.train()

@@ -92,7 +92,7 @@ PUBLIC = {
     *("bokeh.embed", "bokeh.layouts", "bokeh.models", "bokeh.palettes", "bokeh.plotting"),
     *("bokeh.resources", "bokeh.transform"),
 }
-OURS = {"mlflow_soup", "toy", *(path.stem for path in SOURCES)}
+OURS = {"mlflow_soup", "toy", "conftest", "proxy", *(path.stem for path in SOURCES)}
 # benchmarks compare with them, and nothing else needs them
 PEERS = {"bayes_opt", "botorch", "gpytorch", "mergekit", "optuna", "skopt"}
 # beginnings of MLflow's tags and variables, in our strings

@@ -86,22 +86,26 @@ class Store(MlflowClient):
     Args:
         patience_s: how long the store may be away, in seconds; 0 allows one quick attempt.
         tracking_uri: the store's URI; MLflow's current one by default.
+        known: what another client remembers of this store, see `remember`; the two share it.
 
     All calls raise:
         StoreError: the store was away for longer.
     """
 
-    def __init__(self, patience_s: float = 0.0, tracking_uri: str | None = None) -> None:
+    def __init__(
+        self,
+        patience_s: float = 0.0,
+        tracking_uri: str | None = None,
+        known: dict[Hashable, Any] | None = None,
+    ) -> None:
         super().__init__(tracking_uri)
         self.patience_s = patience_s
-        self._known: dict[Hashable, Any] = {}
+        self._known = {} if known is None else known
 
     @cached_property
     def hasty(self) -> "Store":
         """The same store without patience, for calls that may fail."""
-        hasty = Store(tracking_uri=self.tracking_uri)
-        hasty._known = self._known
-        return hasty
+        return Store(tracking_uri=self.tracking_uri, known=self._known)
 
     def remember(self, what: Hashable, ask: Callable[[], T]) -> T:
         """What `ask` returns; it is asked once. Only for what nobody can change in the store."""
