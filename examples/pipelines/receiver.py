@@ -141,6 +141,8 @@ class Deployment:
         """Verify and export a version, start its server, and send all requests there."""
         keys = ("--public-key", self.public_key) if self.public_key else ()
         checked = ask("verify", uri, *asked, *keys)
+        if checked["status"] != "verified" and not keys:
+            raise RuntimeError(f"{checked['uri']} was not merged again: it needs --public-key")
         version = checked["version"]["version"]  # the one that was checked: an alias moves
         folder = Path(tempfile.mkdtemp(dir=self.state / "exports")) / f"v{version}"
         ask("export", checked["uri"], "--out", str(folder), *keys)

@@ -33,14 +33,21 @@ class LmEvalSource(DatasetSource):
     def __init__(self, asked: Mapping[str, Any]) -> None:
         self.asked = {key: value for key, value in asked.items() if value not in ("", None)}
 
+    _STORED = ("tasks", "include_path", "num_fewshot", "limit")  # no leave for code: see `load`
+
     # private door: mlflow.data.dataset_source.DatasetSource._get_source_type
     @staticmethod
     def _get_source_type() -> str:
         return SOURCE_TYPE
 
-    def load(self, **_: Any) -> "LmEvalDataset":
-        """The dataset, made of the tasks as they are now."""
-        return from_lm_eval(**self.asked)
+    def load(self, *, allow_task_code: str = "", **_: Any) -> "LmEvalDataset":
+        """The dataset, made of the tasks as they are now.
+
+        Args:
+            allow_task_code: as for `from_lm_eval`. Whoever loads gives the leave: anybody may have
+                written what MLflow stores.
+        """
+        return from_lm_eval(**{**self.asked, "allow_task_code": allow_task_code})
 
     # private door: mlflow.data.dataset_source.DatasetSource._can_resolve
     @staticmethod
@@ -53,13 +60,16 @@ class LmEvalSource(DatasetSource):
         raise NotImplementedError("mlflow.data.from_lm_eval makes this source")
 
     def to_dict(self) -> dict[Any, Any]:
-        """What the source was made of."""
-        return dict(self.asked)
+        """What the source was made of, without secrets."""
+        from mlflow_soup.redaction import redact
+
+        stored = {key: self.asked[key] for key in self._STORED if key in self.asked}
+        return {k: redact(v) if isinstance(v, str) else v for k, v in stored.items()}
 
     @classmethod
     def from_dict(cls, source_dict: dict[Any, Any]) -> "LmEvalSource":
         """The inverse of `to_dict`."""
-        return cls(source_dict)
+        return cls({key: source_dict[key] for key in cls._STORED if key in source_dict})
 
 
 class LmEvalDataset(Dataset, PyFuncConvertibleDatasetMixin):

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.data.evaluation_dataset import EvaluationDataset  # private door
-from mlflow.entities import LoggedModelInput
 
 # from this module: `mlflow.models` is still being imported when it imports this one
 # private door: mlflow.models.evaluation.base.EvaluationArtifact
@@ -106,13 +104,10 @@ class LmEvalEvaluator(ModelEvaluator):
         spec = _spec(dataset.dataset, wanted)
         scored = score_registered(uri or str(model_id), baseline, spec)
         metrics = metrics_of(scored, spec)
+        items = _log_items(run_id, scored)
         if model_id is None:  # otherwise MLflow logs them itself
-            about: dict[str, Any] = {"dataset": dataset.dataset, "model_id": scored.model_id}
-            mlflow.log_metrics(metrics, run_id=run_id, **about)
-            if scored.model_id:
-                read = [LoggedModelInput(scored.model_id)]
-                MlflowClient().log_inputs(run_id, models=read)
-        return EvaluationResult(metrics, {"items": _log_items(run_id, scored)})
+            _log_metrics(run_id, metrics, scored.model_id, dataset.dataset)
+        return EvaluationResult(metrics, {"items": items})
 
 
 def _spec(dataset: LmEvalDataset, settings: Mapping[str, Any]) -> "Spec":
@@ -133,6 +128,22 @@ def _spec(dataset: LmEvalDataset, settings: Mapping[str, Any]) -> "Spec":
             else f"choose from model, baseline, {', '.join(_OF_EVALUATOR)}",
         )
     return Spec(**dataset.asked, **settings)
+
+
+def _log_metrics(
+    run_id: str, metrics: Mapping[str, float], model_id: str | None, dataset: LmEvalDataset
+) -> None:
+    """Log metrics to the run, and where the user may, to the page of the logged model."""
+    from mlflow_soup.registry.evaluations import log_of_models
+    from mlflow_soup.registry.inputs import link
+    from mlflow_soup.registry.store import connect
+    from mlflow_soup.registry.tracking import metric
+
+    about: dict[str, Any] = {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
+    told = [metric(key, value, model_id=model_id, **about) for key, value in metrics.items()]
+    client = connect()
+    log_of_models(client, run_id, {"model": told}, "model")
+    link(client, run_id, {}, [model_id])
 
 
 def _log_items(run_id: str, scored: "Scored") -> EvaluationArtifact:

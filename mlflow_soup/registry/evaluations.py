@@ -109,36 +109,15 @@ class Known:
     scores: Scores
 
 
-Stored = Mapping[str, Sequence[Run]]  # digest of the weights and of how they are scored → runs
-
-
-def stored_scores(trust: Trust, evaluator: str) -> Stored:
-    """All runs with a score of an evaluator, oldest first, found by one search.
-
-    Args:
-        trust: which runs count.
-        evaluator: the evaluator's fingerprint.
-    """
-    found: dict[str, list[Run]] = {}
-    for run in trust.runs({naming.EVALUATOR: evaluator}):
-        if measured := run.data.tags.get(naming.MEASURED):
-            found.setdefault(measured, []).append(run)
-    return found
-
-
-def find_score(
-    trust: Trust, measured: str, fits: Callable[[Score], bool], stored: Stored | None = None
-) -> Known | None:
+def find_score(trust: Trust, measured: str, fits: Callable[[Score], bool]) -> Known | None:
     """The scores of any trial that evaluated the same weights in the same way, or None.
 
     Args:
         trust: which runs count.
         measured: the digest of the weights and of the way they are scored.
         fits: whether a score is one of the items that are scored now.
-        stored: the runs, from `stored_scores`; None to search for them.
     """
-    runs = trust.runs({naming.MEASURED: measured}) if stored is None else stored.get(measured, ())
-    for run in runs:
+    for run in trust.runs({naming.MEASURED: measured}):
         score = _read_items(trust, run, measured, fits)
         if score is not None:
             source = run.data.tags.get(naming.ITEMS_RUN, run.info.run_id)
@@ -259,7 +238,7 @@ def log_examination(
             "scores": file,
             "sha256": sha256,
         }
-    _log_metrics(client, run_id, metrics, "soup")
+    log_of_models(client, run_id, metrics, "soup")
     there = find_runs(client, _of_soup(examination.roles["soup"].digest), status="FINISHED")
     content = {
         "schema": SCHEMA,
@@ -296,7 +275,7 @@ def log_test(
     shown = str(tested.version)
     metrics = [metric(naming.TEST_OBJECTIVE, score.value, model_id=model_id)]
     metrics += _metrics_of_model(score, naming.TEST, model_id, datasets)
-    _log_metrics(client, run_id, {shown: metrics}, shown)
+    log_of_models(client, run_id, {shown: metrics}, shown)
 
 
 def _of_soup(digest: str) -> dict[str, str]:
@@ -304,7 +283,7 @@ def _of_soup(digest: str) -> dict[str, str]:
     return {naming.ROLE: "ood", naming.DIGEST: digest}
 
 
-def _log_metrics(
+def log_of_models(
     client: Store, run_id: str, of: Mapping[str, Sequence[MlflowMetric]], shown: str
 ) -> None:
     """Log the metrics of each role; those of models that the user may not write to only on the run.

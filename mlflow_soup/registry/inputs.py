@@ -45,12 +45,12 @@ def link(
     ]
     read = [LoggedModelInput(model_id) for model_id in dict.fromkeys(models) if model_id]
     try:
-        client.log_inputs(run_id, models=read, datasets=data)
+        _log(client, run_id, data, read)
         return
     except MlflowException as error:
         if not read or not is_forbidden(error):
             raise
-    client.log_inputs(run_id, datasets=data)
+    _log(client, run_id, data)
     left = []
     for model in read:
         try:
@@ -63,6 +63,21 @@ def link(
         "run %s is not linked to the logged models %s: that needs EDIT on their experiment",
         *(run_id, ", ".join(left)),
     )
+
+
+def _log(
+    client: Store,
+    run_id: str,
+    datasets: Sequence[DatasetInput],
+    models: Sequence[LoggedModelInput] = (),
+) -> None:
+    """Log inputs; once more if another process made one of the datasets at the same moment."""
+    try:
+        client.log_inputs(run_id, datasets=list(datasets), models=list(models))
+    except MlflowException as error:
+        if is_forbidden(error):
+            raise
+        client.log_inputs(run_id, datasets=list(datasets), models=list(models))
 
 
 def _entity(dataset: Dataset) -> MlflowDataset:

@@ -84,19 +84,19 @@ def promoted(story: Story) -> str:
 def promotion_line(promotion: Promotion) -> str:
     """A promotion in one line: target, version, when, and what was there before."""
     line = f"Promoted: {promotion}"
-    if promotion.at:
-        line += f", {when(promotion.at)}"
+    if told := when(promotion.at):
+        line += f", {told}"
     if promotion.previous is not None:
         line += f", in place of {promotion.previous}"
     return line
 
 
 def when(at: str) -> str:
-    """A time in ISO 8601 for people: `2026-11-29 08:55 UTC`; other text stays as it is."""
+    """A time in ISO 8601 for people: `2026-11-29 08:55 UTC`; empty for other text."""
     try:
         return f"{datetime.fromisoformat(at).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-    except ValueError:
-        return at
+    except (ValueError, OverflowError):
+        return ""
 
 
 def renew(text: str, line: str) -> str:

@@ -55,8 +55,8 @@ def _alias(client: Store, name: str, alias: str, version: Version) -> str:
         words += f", a soup of {listed([parent for parent, _ in parents])}"
     for told in tags.get(naming.PROMOTIONS, "").split("; "):
         target, _, at = told.rpartition(" ")
-        if target in (f"alias {alias}", f"{name}@{alias}"):
-            words += f", since {answers.when(at)}"
+        if target in (f"alias {alias}", f"{name}@{alias}") and (since := answers.when(at)):
+            words += f", since {since}"
     return words
 
 

@@ -260,9 +260,33 @@ def _checkpoints(
             where="--model",
             fix="register the checkpoints of a run, each as a version",
         )
+    if first and (start := _same_run(client, found, first, spec.time_tag)):
+        found, first = found[start:], first - start
     times = versions.times(client, found, spec.time_tag, named=tagged)
     named = spec.time_tag if times else ""
     return tuple(found), first, times or schedule.evenly(len(found)), named
+
+
+def _same_run(client: Store, found: Sequence[Version], first: int, tag: str) -> int:
+    """The place of the oldest checkpoint before `first` that is of the same run, by its time.
+
+    Older versions may have no time, or those of a run before.
+    """
+    texts = [versions.tags_of(client, version).get(tag) for version in found[: first + 1]]
+    if not texts[-1]:
+        return 0  # nothing has a time: the versions count as equally spaced
+    place = first
+    while place and _number_of(texts[place - 1]) < _number_of(texts[place]):
+        place -= 1
+    return place
+
+
+def _number_of(text: str | None) -> float:
+    """A time as its tag has it; infinite if it is none."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return math.inf
 
 
 def _log_request(client: Store, run_id: str, spec: Spec, window: Window) -> None:

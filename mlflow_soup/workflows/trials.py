@@ -28,12 +28,10 @@ from mlflow_soup.records import Dataset, Found, Recipe, Score, Trial, listed
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import inputs, naming, tracking
 from mlflow_soup.registry.evaluations import (
-    Stored,
     find_score,
     log_scores,
     read_trials,
     score_metrics,
-    stored_scores,
 )
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
@@ -173,7 +171,6 @@ def explore(
     trials: list[Trial] = []
     trust = trusted(job, run_id)
     history = _history(job, trust)
-    stored = stored_scores(trust, job.bench.held_out.fingerprint)
     outbox = _Outbox(job, run_id)
     best, at, away, took = float("-inf"), "", False, list[float]()
     total = spec.budget if job.method.searches else None
@@ -189,7 +186,7 @@ def explore(
                 trials.append(history[number])
             else:
                 check()
-                evaluation = _evaluate(job, recipe, links, job.bench.held_out, trust, stored)
+                evaluation = _evaluate(job, recipe, links, job.bench.held_out, trust)
                 check()  # the evaluation took long: another process may have recorded this trial
                 outbox.waiting.append((number, evaluation))
                 trials.append(Trial(number, recipe, evaluation.score))
@@ -326,18 +323,8 @@ def _evaluate(
     links: Sequence[Link],
     evaluator: Evaluator,
     trust: Trust,
-    stored: Stored | None = None,
 ) -> Evaluation:
-    """Score a recipe, or take its score over from an earlier evaluation.
-
-    Args:
-        job: the parents, and the live model.
-        recipe: what to score.
-        links: the parents, linked to the live model.
-        evaluator: what scores it.
-        trust: which earlier runs count.
-        stored: those that were there when the search began; None to search for them now.
-    """
+    """Score a recipe, or take its score over from an earlier evaluation."""
     bench, began = job.bench, _now()
     tags: dict[str, str] = {}
     if recipe.method == "linear":
@@ -354,7 +341,7 @@ def _evaluate(
     scores, source = job.journal.read(measured), ""
     if scores is None:
         with contextlib.suppress(StoreError):  # if the store is unreachable, score the recipe again
-            known = find_score(trust.hasty, measured, evaluator.fits, stored)
+            known = find_score(trust.hasty, measured, evaluator.fits)
             if known is not None:
                 scores, source = known.scores, known.run_id
 

@@ -74,6 +74,9 @@ def test_the_words_of_others_are_not_renewed():
     assert answers.renew(text, answers.promotion_line(MADE)) == text
 
 
-@pytest.mark.parametrize("at", ["", "yesterday"])
-def test_a_time_that_nobody_can_read_stays_as_it_is(at):
-    assert answers.when(at) == at
+@pytest.mark.parametrize(
+    "at", ["", "yesterday", "![x](http://evil/p.png)", "0001-01-01T00:00:00+14:00"]
+)
+def test_a_time_that_is_none_is_not_told(at):
+    assert answers.when(at) == ""
+    assert answers.promotion_line(replace(MADE, at=at)).count(",") == 1

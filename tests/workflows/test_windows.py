@@ -362,6 +362,13 @@ def test_the_windows_of_the_last_checkpoints_reach_back_to_older_ones(client, mo
     assert [*few.result.table.rows] == [every[f"v{COUNT - 1}"], every[f"v{COUNT}"]]
 
 
+def test_the_last_checkpoints_are_tracked_though_older_ones_are_of_another_run(client):
+    client.set_model_version_tag(NAME, "1", "tokens_seen", str(9 * TOKENS))  # of the run before
+    client.delete_model_version_tag(NAME, "2", "tokens_seen")
+    rows = track(window=5, last=2).result.table.rows
+    assert [row[1] for row in rows] == [(COUNT - 1) * TOKENS, COUNT * TOKENS]
+
+
 def test_a_tag_that_the_user_names_and_no_version_has_is_told_at_once(client, caplog):
     track(window=2, last=2, time_tag="nosuch")
     mlflow_soup.run(Spec(model=NAME, last=2, method="wma", ood_tasks="", time_tag="nosuch"))
