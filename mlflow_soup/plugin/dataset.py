@@ -21,6 +21,9 @@ HOW = (
     "call evaluate(data=mlflow.data.from_lm_eval(TASKS), model_id=ID, model_type='causal-lm'), or "
     "give evaluator_config={'model': 'models:/NAME/3'} in place of model_id"
 )
+# what decides the items, as MLflow stores it; the leave for code is given by whoever loads
+_STORED = ("tasks", "include_path", "num_fewshot", "limit")
+OF_DATASET = (*_STORED, "allow_task_code")
 
 
 class LmEvalSource(DatasetSource):
@@ -32,8 +35,6 @@ class LmEvalSource(DatasetSource):
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         self.asked = {key: value for key, value in asked.items() if value not in ("", None)}
-
-    _STORED = ("tasks", "include_path", "num_fewshot", "limit")  # no leave for code: see `load`
 
     # private door: mlflow.data.dataset_source.DatasetSource._get_source_type
     @staticmethod
@@ -63,13 +64,13 @@ class LmEvalSource(DatasetSource):
         """What the source was made of, without secrets."""
         from mlflow_soup.redaction import redact
 
-        stored = {key: self.asked[key] for key in self._STORED if key in self.asked}
+        stored = {key: self.asked[key] for key in _STORED if key in self.asked}
         return {k: redact(v) if isinstance(v, str) else v for k, v in stored.items()}
 
     @classmethod
     def from_dict(cls, source_dict: dict[Any, Any]) -> "LmEvalSource":
         """The inverse of `to_dict`."""
-        return cls({key: source_dict[key] for key in cls._STORED if key in source_dict})
+        return cls({key: source_dict[key] for key in _STORED if key in source_dict})
 
 
 class LmEvalDataset(Dataset, PyFuncConvertibleDatasetMixin):

@@ -15,15 +15,13 @@ from mlflow.data.evaluation_dataset import EvaluationDataset  # private door
 from mlflow.models.evaluation.base import EvaluationArtifact, EvaluationResult, ModelEvaluator
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.plugin.dataset import HOW, SOURCE_TYPE, Carried, LmEvalDataset
+from mlflow_soup.plugin.dataset import HOW, OF_DATASET, SOURCE_TYPE, Carried, LmEvalDataset
 
 if TYPE_CHECKING:
     from mlflow_soup.request.spec import Spec
     from mlflow_soup.workflows.scoring import Scored
 
 MODEL_TYPE = "causal-lm"
-# what decides the items belongs to the dataset
-_OF_DATASET = ("tasks", "include_path", "allow_task_code", "num_fewshot", "limit")
 _OF_EVALUATOR = (
     *("evaluator", "batch_size", "max_length", "device"),
     *("apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs"),
@@ -119,7 +117,7 @@ def _spec(dataset: LmEvalDataset, settings: Mapping[str, Any]) -> "Spec":
     from mlflow_soup.request.spec import Spec
 
     if unknown := sorted(settings.keys() - {*_OF_EVALUATOR}):
-        of_dataset = [key for key in unknown if key in _OF_DATASET]
+        of_dataset = [key for key in unknown if key in OF_DATASET]
         raise SpecError(
             f"there is no setting {', '.join(unknown)}",
             where="evaluator_config",

@@ -59,10 +59,11 @@ def link(
             if not is_forbidden(error):
                 raise
             left.append(model.model_id)
-    logger.warning(
-        "run %s is not linked to the logged models %s: that needs EDIT on their experiment",
-        *(run_id, ", ".join(left)),
-    )
+    if left:
+        logger.warning(
+            "run %s is not linked to the logged models %s: that needs EDIT on their experiment",
+            *(run_id, ", ".join(left)),
+        )
 
 
 def _log(

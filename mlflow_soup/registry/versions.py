@@ -154,24 +154,24 @@ def checkpoints(client: Store, name: str) -> list[Version]:
     return [Version(name, number) for number in numbers]
 
 
-def times(
-    client: Store, versions: Sequence[Version], tag: str, *, named: bool = False
-) -> tuple[float, ...] | None:
+def tell_untimed(tag: str) -> None:
+    """Warn that no version has the tag that the user named for `times`."""
+    logger.warning("no version has the tag %s, so they count as equally spaced", tag)
+
+
+def times(client: Store, versions: Sequence[Version], tag: str) -> tuple[float, ...] | None:
     """When checkpoints were saved, by a tag of their versions; None if no version has it.
 
     Args:
         client: the store's client.
         versions: the versions, oldest first.
         tag: the name of the tag, such as `tokens_seen`.
-        named: whether the user named the tag; then a warning says that no version has it.
 
     Raises:
         SpecError: only some versions have the tag, or its values are no ascending numbers.
     """
     texts = [tags_of(client, version).get(tag) for version in versions]
     if not any(texts):
-        if named:
-            logger.warning("no version has the tag %s, so they count as equally spaced", tag)
         return None
     found: list[float] = []
     for version, text in zip(versions, texts, strict=True):

@@ -22,7 +22,7 @@ from bokeh.transform import linear_cmap
 from mlflow_soup.records import Items, Score, Trial
 from mlflow_soup.redaction import redact
 from mlflow_soup.reporting import answers
-from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE, Story
+from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE, Story, estimate
 from mlflow_soup.search.belief import Array, believe
 from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.schedule import Schedule
@@ -241,19 +241,16 @@ def _main(
 
 def _curve(plot: Any, story: Story, tasks: Sequence[str], curves: Sequence[Array]) -> None:
     """Draw the estimated curve with its 95 % band; its hover shows every task at that λ."""
-    belief = believe(story.space, story.trials)
-    mean, std = belief.posterior.predict(_POINTS)
+    mean, half, smooth = estimate(story, _POINTS)
     columns: dict[str, Any] = {"x": _GRID, "score": mean, "label": [f"λ = {x:g}" for x in _GRID]}
-    columns |= {"low": mean - 1.96 * std, "high": mean + 1.96 * std}
+    columns |= {"low": mean - half, "high": mean + half}
     columns |= {f"t{i}": curve for i, curve in enumerate(curves)}
     source = ColumnDataSource(columns)
     plot.varea("x", "low", "high", source=source, fill_color=BLUE, fill_alpha=0.15)
     line = plot.line(
         "x", "score", source=source, color=BLUE, line_width=2, legend_label="expected, 95 % band"
     )
-    if belief.landscape is not None:
-        smooth = belief.landscape.population(_POINTS)
-        smooth += np.mean(mean - smooth)  # only the shape of this curve matters
+    if smooth is not None:
         label = "smoothed, chooses λ"
         plot.line(_GRID, smooth, color=ORANGE, line_dash="dashed", legend_label=label)
     tips = _tips(tasks if curves else (), "expected score")

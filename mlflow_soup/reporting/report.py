@@ -37,7 +37,7 @@ from mlflow_soup.records import (
     Version,
     listed,
 )
-from mlflow_soup.search.belief import believe
+from mlflow_soup.search.belief import Array, believe
 from mlflow_soup.search.methods import METHODS
 from mlflow_soup.search.recommend import expected
 from mlflow_soup.search.space import Space
@@ -501,19 +501,35 @@ def landscape(story: Story) -> Figure:
     return figure
 
 
+def estimate(story: Story, points: Array) -> tuple[Array, Array, Array | None]:
+    """The estimated curve of a pair, for all drawings of it.
+
+    Args:
+        story: a search.
+        points: merge weights, shape (m, 2).
+
+    Returns:
+        Shape (m,) each: the expected scores; half of their 95 % band; the smoothed curve that
+        chooses λ, or None if the curve was not reconstructed from the items.
+    """
+    belief = believe(story.space, story.trials)
+    mean, std = belief.posterior.predict(points)
+    if belief.landscape is None:
+        return mean, 1.96 * std, None
+    smooth = belief.landscape.population(points)
+    smooth += np.mean(mean - smooth)  # only the shape of this curve matters
+    return mean, 1.96 * std, smooth
+
+
 def _draw_curve(axes: Axes, story: Story) -> None:
     """Draw the estimated curve of a pair with its 95 % band, and shade the part not searched."""
     alpha = story.space.alpha
-    belief = believe(story.space, story.trials)
     grid = np.linspace(0.0, 1.0, 401)
-    points = np.column_stack([1.0 - grid, grid])
-    mean, std = belief.posterior.predict(points)
-    axes.fill_between(grid, mean - 1.96 * std, mean + 1.96 * std, color=BLUE, alpha=0.15, lw=0)
-    what = "curve from the items" if belief.landscape is not None else "Gaussian process"
+    mean, half, smooth = estimate(story, np.column_stack([1.0 - grid, grid]))
+    axes.fill_between(grid, mean - half, mean + half, color=BLUE, alpha=0.15, lw=0)
+    what = "curve from the items" if smooth is not None else "Gaussian process"
     axes.plot(grid, mean, color=BLUE, label=f"{what}, 95 % band")
-    if belief.landscape is not None:
-        smooth = belief.landscape.population(points)
-        smooth += np.mean(mean - smooth)  # only the shape of this curve matters
+    if smooth is not None:
         axes.plot(grid, smooth, "--", color=ORANGE, label="smoothed curve, which chooses λ")
     if alpha > 0:
         axes.axvspan(-0.02, alpha, color=GREY, alpha=0.08, lw=0)

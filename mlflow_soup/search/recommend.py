@@ -1,7 +1,7 @@
 """Which merge weights λ are chosen at the end of a search."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -44,30 +44,20 @@ def recommend(space: Space, trials: Sequence[Trial], *, measured: bool = False) 
     if not measured:
         fresh = space.fresh([trial.recipe for trial in trials])
         options = np.concatenate([options, fresh])
-    best = space.recipe(options[np.argmax(expected(space, trials, options))])
-    plain = space.uniform()
+    values = expected(space, trials, options)
+    best, plain = space.recipe(options[np.argmax(values)]), space.uniform()
     if measured and space.count == 2 and plain in space.start() and plain.lam in kept:
-        scores = dict(feasible)
-        if _is_tie(space, trials, scores, best, plain):
+        gain, scores = values.max() - values[kept.index(plain.lam)], dict(feasible)
+        if gain < TIE * _error(scores[best], scores[plain]):
             return plain
     return best
 
 
-def _is_tie(
-    space: Space,
-    trials: Sequence[Trial],
-    scores: Mapping[Recipe, Score],
-    best: Recipe,
-    plain: Recipe,
-) -> bool:
-    """Whether the best recipe is expected to gain too little over the plain average."""
-    high, low = expected(space, trials, np.array([best.lam, plain.lam]))
-    ours, theirs = scores[best], scores[plain]
+def _error(ours: Score, theirs: Score) -> float:
+    """The paired standard error of two scores; without items, the most that it can be."""
     if ours.items and theirs.items:
-        error = paired(ours, theirs).stderr
-    else:
-        error = math.hypot(ours.stderr, theirs.stderr)  # without items, the most that it can be
-    return bool(high - low < TIE * error)
+        return paired(ours, theirs).stderr
+    return math.hypot(ours.stderr, theirs.stderr)
 
 
 def _lags(score: Score, parent: Score) -> bool:

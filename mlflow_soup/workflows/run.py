@@ -22,7 +22,7 @@ from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import connect
-from mlflow_soup.registry.versions import find_model, find_soups, times
+from mlflow_soup.registry.versions import find_model, find_soups, tell_untimed
 from mlflow_soup.reporting import geometry, report
 from mlflow_soup.request.names import parse_target
 from mlflow_soup.request.spec import MOST, Spec
@@ -276,7 +276,7 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
     asked, tagged = spec.space if "space" in spec.named else "", "time_tag" in spec.named
     spec = settle_rules(client, spec, name)
     spec.check_space(asked)
-    check_promotion(spec)
+    check_promotion(spec)  # again: the policy may limit the items
     if spec.promote and not spec.ood_tasks:
         raise SpecError(
             "a promotion needs out-of-domain tasks for the gate",
@@ -287,8 +287,8 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
     where = "--pair" if spec.pair else "--versions"
     session, (versions,) = open_session(client, name, spec, [spec.parents], where)
     job = session.job(versions)
-    if job.space.times and tagged:
-        times(client, versions, spec.time_tag, named=True)
+    if tagged and job.space.times and job.tagged is None:
+        tell_untimed(spec.time_tag)
     _check_room(job)
     return job, open_rivals(client, name, spec, job.opened)
 

@@ -262,7 +262,9 @@ def _checkpoints(
         )
     if first and (start := _same_run(client, found, first, spec.time_tag)):
         found, first = found[start:], first - start
-    times = versions.times(client, found, spec.time_tag, named=tagged)
+    times = versions.times(client, found, spec.time_tag)
+    if tagged and times is None:
+        versions.tell_untimed(spec.time_tag)
     named = spec.time_tag if times else ""
     return tuple(found), first, times or schedule.evenly(len(found)), named
 
