@@ -220,6 +220,15 @@ def _run(spec: Spec, filled: Path, folder: Path) -> tuple[Path, Outcome]:
     return database, mlflow_soup.run(spec)
 
 
+@pytest.fixture(autouse=True)
+def _registry_of_its_own() -> Iterator[None]:
+    """No test works on the registry of another: MLflow leaves it in the environment, too."""
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)
+    yield
+    mlflow.set_registry_uri("")
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)
+
+
 @pytest.fixture
 def client(filled, tmp_path, monkeypatch) -> MlflowClient:
     """A real store of its own with `toy-llm` versions 1 to 3."""

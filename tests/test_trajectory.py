@@ -57,8 +57,6 @@ def client(trained):
     mlflow.set_registry_uri(uri)
     yield MlflowClient()
     mlflow.set_tracking_uri(before)
-    mlflow.set_registry_uri("")  # that of the runs again
-    os.environ.pop("MLFLOW_REGISTRY_URI", None)  # where MLflow leaves it
 
 
 def versions(client, name):

@@ -114,37 +114,31 @@ def test_links_name_the_store_of_runs_and_the_store_of_models(client, monkeypatc
     version, run = Version("m", 1), "/experiments/1/runs/2"
     page = links.version_path(version)
     ours = f"sqlite:///{tmp_path}/mlflow.db"
-    try:
-        assert links.link(page) == f"http://127.0.0.1:5000/#{page}"
-        assert links.version_link(version) == f"[m v1](#{page})"
-        assert links.how_to_look() == f"mlflow ui --backend-store-uri {ours}"
-        mlflow.set_registry_uri("https://user:secret@models.example/")
-        assert links.link(page) == f"https://models.example/#{page}"
-        assert links.link(run) == f"http://127.0.0.1:5000/#{run}"
-        assert links.version_link(version) == f"[m v1](https://models.example/#{page})"
-        assert links.how_to_look() == f"mlflow ui --backend-store-uri {ours}"
-        mlflow.set_registry_uri("sqlite:///a b.db")
-        assert links.version_link(version) == f"[m v1](#{page})"
-        both = f"mlflow ui --backend-store-uri {ours} --registry-store-uri 'sqlite:///a b.db'"
-        assert links.how_to_look() == both
-        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://runs.example")
-        mlflow.set_registry_uri("http://models.example")
-        assert links.link(run) == f"http://runs.example/#{run}"
-        assert links.link(page) == f"http://models.example/#{page}"
-        assert links.how_to_look() == ""
-    finally:
-        mlflow.set_registry_uri("")
+    assert links.link(page) == f"http://127.0.0.1:5000/#{page}"
+    assert links.version_link(version) == f"[m v1](#{page})"
+    assert links.how_to_look() == f"mlflow ui --backend-store-uri {ours}"
+    mlflow.set_registry_uri("https://user:secret@models.example/")
+    assert links.link(page) == f"https://models.example/#{page}"
+    assert links.link(run) == f"http://127.0.0.1:5000/#{run}"
+    assert links.version_link(version) == f"[m v1](https://models.example/#{page})"
+    assert links.how_to_look() == f"mlflow ui --backend-store-uri {ours}"
+    mlflow.set_registry_uri("sqlite:///a b.db")
+    assert links.version_link(version) == f"[m v1](#{page})"
+    both = f"mlflow ui --backend-store-uri {ours} --registry-store-uri 'sqlite:///a b.db'"
+    assert links.how_to_look() == both
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://runs.example")
+    mlflow.set_registry_uri("http://models.example")
+    assert links.link(run) == f"http://runs.example/#{run}"
+    assert links.link(page) == f"http://models.example/#{page}"
+    assert links.how_to_look() == ""
 
 
 def test_a_soup_is_made_where_runs_and_models_lie_in_two_stores(
     client, checkpoints, tasks, tmp_path
 ):
     mlflow.set_registry_uri(f"sqlite:///{tmp_path}/models.db")
-    try:
-        fill(Store(), checkpoints[:2], tasks, "apart")
-        said = command("run", "--model", "apart", "--last", "2", "--method", "uniform")
-        assert "registered as models:/apart/3" in said
-        assert f"--registry-store-uri sqlite:///{tmp_path}/models.db" in said
-        assert command("verify", "models:/apart/3").endswith(": verified\n")
-    finally:
-        mlflow.set_registry_uri("")
+    fill(Store(), checkpoints[:2], tasks, "apart")
+    said = command("run", "--model", "apart", "--last", "2", "--method", "uniform")
+    assert "registered as models:/apart/3" in said
+    assert f"--registry-store-uri sqlite:///{tmp_path}/models.db" in said
+    assert command("verify", "models:/apart/3").endswith(": verified\n")
