@@ -150,6 +150,16 @@ def open_signer() -> Signer | None:
     return Signer(key, name_of(key.public_key()))
 
 
+def own_verifier() -> Verifier | None:
+    """The verifier of what this process itself signs; None if MLFLOW_SOUP_KEY is not set.
+
+    Raises:
+        SpecError: as `open_signer`.
+    """
+    signer = open_signer()
+    return None if signer is None else Verifier((signer.key.public_key(),))
+
+
 def open_verifier(files: Sequence[Path]) -> Verifier:
     """The verifier of some PEM files with public keys.
 

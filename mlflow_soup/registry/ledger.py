@@ -56,9 +56,9 @@ class Ledger:
             data = self.client.get_run(self.run_id).data
         found = {}
         for key, value in data.params.items():
-            of, _, number = key.rpartition("/")
-            if of == series and number.isdecimal():
-                found[int(number)] = Entry(int(number), _read(value), data.tags.get(key, ""))
+            number = _number(series, key)
+            if number is not None:
+                found[number] = Entry(number, _read(value), data.tags.get(key, ""))
         return [found[number] for number in sorted(found)]
 
     def series(self, kind: str) -> list[str]:
@@ -95,6 +95,16 @@ class Ledger:
 
 def _key(series: str, number: int) -> str:
     return f"{series}/{number:05d}"
+
+
+def _number(series: str, key: str) -> int | None:
+    """The number of the entry that a param holds; None if we did not name the param.
+
+    Somebody else could name one `…/5`, which must not pass for our `…/00005`.
+    """
+    of, _, digits = key.rpartition("/")
+    number = int(digits) if of == series and digits.isdecimal() else None
+    return number if number is not None and key == _key(series, number) else None
 
 
 def _read(text: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 from mlflow_soup.errors import DeniedError, GateError, OvertakenError
-from mlflow_soup.files.signing import Verifier, open_signer, sha256_of
+from mlflow_soup.files.signing import Verifier, open_signer, own_verifier, sha256_of
 from mlflow_soup.records import Promotion, Version
 from mlflow_soup.registry import family, naming
 from mlflow_soup.registry.ledger import Entry, Ledger, find_ledger, open_ledger
@@ -122,7 +122,8 @@ def _promote(
     """
     entries = _settle_last(ledger, target, version)
     previous = version_at(ledger.client, ledger.name, target)
-    if previous == version and (made := _made(entries, version)):
+    # whoever has a key leaves no promotion that the key does not vouch for
+    if previous == version and (made := _made(ledger, target, entries, version, own_verifier())):
         before = made.told.get("from")
         replaced = Version(ledger.name, before) if isinstance(before, int) else None
         return Promotion(str(target), version, replaced, str(made.told.get("at", "")))
@@ -186,7 +187,7 @@ def _check_previous(
     """
     if previous is None or previous == version or covers(previous):
         return
-    if _made(ledger.read(series_of(target)), previous):
+    if _made(ledger, target, ledger.read(series_of(target)), previous):
         raise _overtaken(target, version, previous)
     raise GateError(
         f"{version} would replace {previous}, but the two were not scored out of domain together",
@@ -196,9 +197,15 @@ def _check_previous(
     )
 
 
-def _made(entries: Sequence[Entry], version: Version) -> Entry | None:
-    """The last promotion that was made, if it moved the target to this version."""
-    last = last_made(entries)
+def _made(
+    ledger: Ledger,
+    target: Target,
+    entries: Sequence[Entry],
+    version: Version,
+    verifier: Verifier | None = None,
+) -> Entry | None:
+    """The last promotion, as `last_made` finds it, if it is of this version."""
+    last = last_made(ledger.name, series_of(target), entries, verifier)
     return last if last is not None and last.told.get("to") == version.number else None
 
 
@@ -256,9 +263,19 @@ def _move_unless_overtaken(
     return found
 
 
-def last_made(entries: Sequence[Entry]) -> Entry | None:
-    """The last entry that is marked as made, or None."""
-    return next((entry for entry in reversed(entries) if entry.mark == MADE), None)
+def last_made(
+    model: str, series: str, entries: Sequence[Entry], verifier: Verifier | None = None
+) -> Entry | None:
+    """The last promotion of a series, or None.
+
+    Without keys, it is the last entry that is marked as made. A mark is a tag, which others may
+    write, so with keys no mark counts: it is the last entry that one of the keys signed. The
+    signature covers the number of the entry.
+    """
+    for entry in reversed(entries):
+        if entry.mark == MADE if verifier is None else is_signed(verifier, model, series, entry):
+            return entry
+    return None
 
 
 def objection(
@@ -273,22 +290,28 @@ def objection(
         version: what the alias points to.
         alias: an alias of the version's model.
         digest: of the version's tensors.
-        verifier: keys, one of which must have signed the entry.
+        verifier: keys; only entries that one of them signed count, whatever their marks say.
     """
     ledger, series = find_ledger(client, version.name), series_of(Target("alias", alias))
     entries = ledger.read(series) if ledger is not None else []
-    entry = last_made(entries)
-    if entries and not entries[-1].mark and entries[-1].told.get("to") == version.number:
-        entry = entries[-1]
+    entry, signed = last_made(version.name, series, entries, verifier), verifier is not None
+    if not signed and entries and not entries[-1].mark:
+        entry = entries[-1] if entries[-1].told.get("to") == version.number else entry
+    if entry is None and signed and entries:
+        return f"none of the keys signed a promotion to @{alias}"
     if entry is None:
         return f"no promotion to @{alias} was ever made"
     if entry.told.get("to") != version.number:
-        return f"the last promotion to @{alias}, {entry.number}, is of v{entry.told.get('to')}"
+        last = f"the last {'signed ' if signed else ''}promotion to @{alias}, {entry.number}"
+        under_way = ", and may be under way: ask again" if signed and is_under_way(entry) else ""
+        return f"{last}, is of {_shown(entry.told.get('to'))}{under_way}"
     if entry.told.get("verdict") != naming.PASSED or entry.told.get("digest") != digest:
         return f"entry {entry.number} of the ledger records no verdict about these weights"
-    if verifier is not None and not is_signed(verifier, version.name, series, entry):
-        return f"entry {entry.number} of the ledger is signed by none of the keys"
     return ""
+
+
+def _shown(number: object) -> str:
+    return "nothing" if number is None else f"v{number}"
 
 
 def is_under_way(entry: Entry) -> bool:

@@ -19,7 +19,14 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from mlflow_soup.files import untrusted
-from mlflow_soup.files.signing import Signer, Verifier, open_signer, open_verifier, sha256_of
+from mlflow_soup.files.signing import (
+    Signer,
+    Verifier,
+    open_signer,
+    open_verifier,
+    own_verifier,
+    sha256_of,
+)
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.tracking import fetch, find_runs, here
 from mlflow_soup.request.spec import Spec
@@ -65,10 +72,9 @@ class Trust:
 
         Otherwise its signature would vouch for scores that others wrote.
         """
-        signer = open_signer()
-        if signer is None or not self.stored:
+        own = own_verifier()
+        if own is None or not self.stored:
             return self
-        own = Verifier((signer.key.public_key(),))
         return replace(self, mode="signed", verifier=own)
 
     def runs(self, tags: Mapping[str, str], *, finished: bool = True) -> list[Run]:

@@ -168,7 +168,7 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
         entries = ledger.read(series)
         yield from _entries(model, ledger, series, entries)
         last = entries[-1]
-        made = promotion.last_made(entries)
+        made = _last_made(model, ledger, series)
         standing = version_at(model.client, model.name, target)
         number = standing.number if standing is not None else None
         if not last.mark:
@@ -202,6 +202,10 @@ def _ledger(model: _Registered) -> Iterator[Complaint]:
             )
 
 
+def _last_made(model: _Registered, ledger: Ledger, series: str) -> Entry | None:
+    return promotion.last_made(ledger.name, series, ledger.read(series), model.trust.verifier)
+
+
 def _moved_on(model: _Registered, made: Entry) -> bool:
     """Whether a version left a stage because it was promoted to another: it can be in only one."""
     assert model.ledger is not None
@@ -210,7 +214,7 @@ def _moved_on(model: _Registered, made: Entry) -> bool:
     if found is None or not str(made.told.get("target")).startswith("stage "):
         return False
     series = promotion.series_of(Target("stage", str(found.current_stage)))
-    later = promotion.last_made(model.ledger.read(series))
+    later = _last_made(model, model.ledger, series)
     return later is not None and later.told.get("to") == version.number
 
 

@@ -219,7 +219,7 @@ def test_with_a_key_only_what_it_signed_is_served(
     release.evaluate(request)
     release.sign(request)
     of_alias.attempt(of_alias.follow)  # the entry of the first promotion has no signature
-    assert "promotion: entry 1 of the ledger is signed by none" in of_alias.refusals[-1]["why"]
+    assert "promotion: none of the keys signed a promotion to @champion" in of_alias.refusals[-1]["why"]
     assert of_alias.served is None
     release.promote(request)
     (tmp_path / "exports").mkdir()

@@ -456,11 +456,91 @@ def test_with_a_key_only_an_entry_that_it_signed_counts(client, outcome, keys, m
     private, public = keys
     verifier = open_verifier([public])
     at_champion = (client, outcome.soup.version, "champion", outcome.soup.digest, verifier)
-    assert "is signed by none of the keys" in promotion.objection(*at_champion)
+    assert promotion.objection(*at_champion) == "none of the keys signed a promotion to @champion"
     monkeypatch.setenv(KEY_ENV, str(private))
-    client.delete_registered_model_alias(MODEL, "champion")
+    # the alias stands there already, by a promotion for which the key does not vouch
     release.promote(Spec(version="v4", promote="alias:champion", evidence="own"))
     assert promotion.objection(*at_champion) == ""
+    release.promote(Spec(version="v4", promote="alias:champion", evidence="own"))
+    assert [promotion.is_signed(verifier, MODEL, SERIES, entry) for entry in told(client)] == [
+        False,
+        True,
+    ]
+
+
+def every_mark(client, old, new):
+    """All entries but the older one are void."""
+    for entry in told(client):
+        mark = promotion.MADE if entry.told["to"] == old.number else promotion.VOID
+        open_ledger(client, MODEL).mark(SERIES, entry.number, mark)
+
+
+def no_mark(client, old, new):
+    client.delete_tag(open_ledger(client, MODEL).run_id, f"{SERIES}/00003")
+
+
+def a_copy_of_the_older_entry(client, old, new):
+    ledger, entry = open_ledger(client, MODEL), told(client)[1]
+    ledger.append(SERIES, 4, entry.told)
+    ledger.mark(SERIES, 4, promotion.MADE)
+
+
+def an_unsigned_entry(client, old, new):
+    entry = {key: value for key, value in told(client)[1].told.items() if key != "signed"}
+    ledger = open_ledger(client, MODEL)
+    ledger.append(SERIES, 4, entry)
+    ledger.mark(SERIES, 4, promotion.MADE)
+
+
+def an_entry_by_another_key(client, old, new):
+    ledger, entry = open_ledger(client, MODEL), told(client)[1]
+    content = {key: value for key, value in entry.told.items() if key != "signed"}
+    ledger.append(SERIES, 4, promotion.sign(MODEL, SERIES, 4, content))
+    ledger.mark(SERIES, 4, promotion.MADE)
+
+
+def another_entry_of_the_same_number(client, old, new):
+    for digits in ("3", "0000003"):
+        client.log_param(open_ledger(client, MODEL).run_id, f"{SERIES}/{digits}", '{"to": 1}')
+
+
+def another_series(client, old, new):
+    ledger, entry = open_ledger(client, MODEL), told(client)[1]
+    ledger.append(f"{SERIES}/00003", 1, entry.told)
+
+
+FORGERIES = (
+    every_mark,
+    no_mark,
+    a_copy_of_the_older_entry,
+    an_unsigned_entry,
+    an_entry_by_another_key,
+    another_entry_of_the_same_number,
+    another_series,
+)
+
+
+@pytest.mark.parametrize("forges", FORGERIES)
+def test_with_a_key_nothing_that_others_write_leads_back_to_an_older_promotion(
+    client, outcome, keys, tmp_path, monkeypatch, forges
+):
+    private, public = keys
+    verifier = open_verifier([public])
+    old, new = soup(client), soup(client)
+    monkeypatch.setenv(KEY_ENV, str(private))
+    promote(client, old, CHAMPION)
+    promote(client, new, CHAMPION)
+    monkeypatch.setenv(KEY_ENV, str(make_keys(tmp_path, "mallory")[0]))
+    forges(client, old, new)
+    assert promotion.objection(client, new, "champion", "sha256:x", verifier) == ""
+    client.set_registered_model_alias(MODEL, "champion", str(old.number))
+    said = promotion.objection(client, old, "champion", "sha256:x", verifier)
+    assert said.startswith(f"the last signed promotion to @champion, 3, is of v{new.number}")
+    found = doctor.examine(Spec(model=MODEL, public_key=str(public)), digests=False)[1]
+    assert any(
+        f"pointed it to v{new.number}" in one.what or "was begun and not" in one.what
+        for one in found
+    )
 
 
 def test_verify_tells_of_an_alias_that_was_moved_by_hand(client, outcome):
