@@ -37,16 +37,51 @@ START_S, DRAIN_S, ANSWER_S = 600.0, 120.0, 600.0  # to be healthy; to end; to an
 PASSED_ON = ("content-type", "accept", "authorization")
 
 
-def ask(*words: str) -> dict[str, Any]:
+def ask(*words: str, ended: threading.Event) -> dict[str, Any]:
     """The JSON that a command of mlflow-soup answers; an error says why it did not exit with 0."""
     command = ["mlflow-soup", *words, "--format", "json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    said = dict(json.loads(done.stdout))
-    if done.returncode == 0:
+    process, answer = subprocess.Popen(command, stdout=subprocess.PIPE), None
+    while answer is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            answer, _ = process.communicate(timeout=0.2)
+        if ended.is_set():
+            stop(process)
+            raise RuntimeError(f"{shlex.join(words[:2])} was not awaited: the receiver ends")
+    said = dict(json.loads(answer))
+    if process.returncode == 0:
         return said
     wrong = [f for f in said.get("findings", ()) if f["verdict"] not in ("ok", "skipped")]
     why = [f"{f['what']}: {f['details'][0]}" for f in wrong] or [said["error"]["what"]]
-    raise RuntimeError(f"{shlex.join(words[:2])} exited with {done.returncode}: {'; '.join(why)}")
+    what = f"{shlex.join(words[:2])} exited with {process.returncode}"
+    raise RuntimeError(f"{what}: {'; '.join(why)}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process; after ten seconds, by force."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def words_of(command: str, folder: Path, port: int) -> list[str]:
+    """The words of a command that serves a folder.
+
+    Raises:
+        ValueError: it names no program, or another field than {folder} and {port}.
+    """
+    try:
+        words = [word.format(folder=folder, port=port) for word in shlex.split(command)]
+    except (LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{command!r} has a field that is neither {{folder}} nor {{port}}"
+        ) from error
+    if not words or shutil.which(words[0]) is None:
+        program = repr(words[0]) if words else "nothing"
+        raise ValueError(f"there is no program {program}: install it, or name another command")
+    return words
 
 
 class Server:
@@ -58,13 +93,13 @@ class Server:
             port = probe.getsockname()[1]
         self.version, self.folder, self.busy = version, folder, 0
         self.url = f"http://127.0.0.1:{port}"
-        words = [word.format(folder=folder, port=port) for word in shlex.split(command)]
+        words = words_of(command, folder, port)
         self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL)
 
-    def is_healthy(self, path: str) -> bool:
-        """Whether it answers; it is given time to start."""
+    def is_healthy(self, path: str, ended: threading.Event) -> bool:
+        """Whether it answers; it is given time to start, unless the receiver ends."""
         end = time.monotonic() + START_S
-        while self.process.poll() is None and time.monotonic() < end:
+        while self.process.poll() is None and time.monotonic() < end and not ended.is_set():
             with contextlib.suppress(requests.RequestException):
                 if requests.get(f"{self.url}{path}", timeout=5).ok:
                     return True
@@ -76,11 +111,7 @@ class Server:
         end = time.monotonic() + patience
         while self.busy and time.monotonic() < end:
             time.sleep(0.1)
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        stop(self.process)
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
@@ -100,6 +131,7 @@ class Deployment:
     seen: dict[str, float] = field(default_factory=dict)  # the id of a delivery → when it came
     awake: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
+    worker: threading.Thread | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -107,6 +139,20 @@ class Deployment:
         """The version that is served; None if its process has ended, or none was started."""
         alive = self.server is not None and self.server.process.poll() is None
         return self.server.version if self.server is not None and alive else None
+
+    def begin(self) -> None:
+        """Work in a thread until `end`."""
+        self.worker = threading.Thread(target=self.work, daemon=True)
+        self.worker.start()
+
+    def end(self) -> None:
+        """End what is served, what is about to be served, and the command that is under way."""
+        self.ended.set()
+        self.awake.set()
+        if self.worker is not None:
+            self.worker.join()
+        if self.server is not None:
+            self.server.stop()
 
     def work(self) -> None:
         """Serve again what was served before, and then follow the alias until the end."""
@@ -140,16 +186,20 @@ class Deployment:
     def swap(self, uri: str, *asked: str) -> None:
         """Verify and export a version, start its server, and send all requests there."""
         keys = ("--public-key", self.public_key) if self.public_key else ()
-        checked = ask("verify", uri, *asked, *keys)
+        checked = ask("verify", uri, *asked, *keys, ended=self.ended)
         if checked["status"] != "verified" and not keys:
             raise RuntimeError(f"{checked['uri']} was not merged again: it needs --public-key")
         version = checked["version"]["version"]  # the one that was checked: an alias moves
-        folder = Path(tempfile.mkdtemp(dir=self.state / "exports")) / f"v{version}"
-        ask("export", checked["uri"], "--out", str(folder), *keys)
-        new = Server(version, folder, self.serve)
-        if not new.is_healthy(self.health) or self.ended.is_set():
-            new.stop()
-            raise RuntimeError(f"the server of {checked['uri']} did not become healthy")
+        with contextlib.ExitStack() as undo:
+            place = Path(tempfile.mkdtemp(dir=self.state / "exports"))
+            undo.callback(shutil.rmtree, place, ignore_errors=True)
+            folder = place / f"v{version}"
+            ask("export", checked["uri"], "--out", str(folder), *keys, ended=self.ended)
+            new = Server(version, folder, self.serve)
+            undo.callback(new.stop)
+            if not new.is_healthy(self.health, self.ended):
+                raise RuntimeError(f"the server of {checked['uri']} did not become healthy")
+            undo.pop_all()
         with self.lock:
             old, self.server = self.server, new
         record = json.dumps({"version": version})
@@ -217,11 +267,9 @@ def application(deployment: Deployment, secret: bytes) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        threading.Thread(target=deployment.work, daemon=True).start()
+        deployment.begin()
         yield
-        deployment.ended.set()
-        if deployment.server is not None:
-            deployment.server.stop()
+        deployment.end()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
@@ -247,6 +295,14 @@ def application(deployment: Deployment, secret: bytes) -> FastAPI:
     return app
 
 
+def _a_command(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    try:
+        words_of(text, Path("folder"), 1)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return text
+
+
 @click.command()
 @click.option("--model", required=True)
 @click.option("--alias", default="champion", show_default=True)
@@ -255,6 +311,7 @@ def application(deployment: Deployment, secret: bytes) -> FastAPI:
     "--serve",
     default="transformers serve {folder} --host 127.0.0.1 --port {port}",
     show_default=True,
+    callback=_a_command,
     help="The command that serves a folder.",
 )
 @click.option("--health", default="/health", show_default=True, help="Its path that answers 200.")

@@ -16,6 +16,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import requests
+from click.testing import CliRunner
 
 import forked
 import mlflow_soup
@@ -219,7 +220,10 @@ def test_with_a_key_only_what_it_signed_is_served(
     release.evaluate(request)
     release.sign(request)
     of_alias.attempt(of_alias.follow)  # the entry of the first promotion has no signature
-    assert "promotion: none of the keys signed a promotion to @champion" in of_alias.refusals[-1]["why"]
+    assert (
+        "promotion: none of the keys signed a promotion to @champion"
+        in of_alias.refusals[-1]["why"]
+    )
     assert of_alias.served is None
     release.promote(request)
     (tmp_path / "exports").mkdir()
@@ -250,10 +254,71 @@ def test_a_server_that_does_not_start_is_told_and_the_one_before_answers_on(
     assert running.answer("GET", "/config.json", {}, b"").status_code == 502
 
 
+def is_there(number):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(number, 0)
+        return True
+    return False
+
+
+def test_what_is_about_to_be_served_ends_with_the_receiver(client, outcome, quick, tmp_path):
+    pid, state = tmp_path / "pid", tmp_path / "state"
+    slow = f"import os, sys, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    serve = shlex.join([sys.executable, "-c", slow, "{folder}", "{port}"])
+    with served(free_port(), state, "--serve", serve, "--health", "/") as receiver:
+        eventually(lambda: pid.exists() and pid.read_text(), 90)
+        assert is_there(int(pid.read_text()))
+        receiver.stop()
+    assert not is_there(int(pid.read_text()))
+    assert [*(state / "exports").iterdir()] == []
+
+
+def test_a_command_under_way_ends_with_the_receiver(receiver, deployment, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "mlflow-soup"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    timer = threading.Timer(0.5, deployment.ended.set)
+    timer.start()
+    with pytest.raises(RuntimeError, match="verify models:/x was not awaited"):
+        receiver.ask("verify", "models:/x", ended=deployment.ended)
+    assert not is_there(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("serve", "words"),
+    [
+        ("no-such-program {folder}", "there is no program 'no-such-program'"),
+        ("", "there is no program nothing"),
+        ("echo {port} {host}", "has a field that is neither {folder} nor {port}"),
+        ("echo {}", "has a field that is neither {folder} nor {port}"),
+        ("echo '", "No closing quotation"),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_refused_before_anything_is_made(
+    receiver, tmp_path, serve, words
+):
+    state = tmp_path / "state"
+    asked = ["--model", MODEL, "--state", str(state), "--serve", serve]
+    done = CliRunner().invoke(receiver.main, asked)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert not state.exists()
+
+
+def test_a_program_that_has_gone_leaves_no_folder(receiver, client, outcome, quick, tmp_path):
+    (tmp_path / "exports").mkdir()
+    running = receiver.Deployment(MODEL, "champion", tmp_path, "gone {folder}", "/", "", 600.0)
+    running.attempt(running.follow)
+    assert "there is no program 'gone'" in running.refusals[-1]["why"]
+    assert [*(tmp_path / "exports").iterdir()] == []
+
+
 def test_a_server_is_not_stopped_before_it_has_answered(receiver, deployment, tmp_path):
     (tmp_path / "exports" / "v4").mkdir(parents=True)
     deployment.server = receiver.Server(4, tmp_path / "exports" / "v4", PLAIN)
-    assert deployment.server.is_healthy("/")
+    assert deployment.server.is_healthy("/", deployment.ended)
     stopping = threading.Thread(target=deployment.server.stop, args=(60,))
     with deployment.in_use():
         stopping.start()
