@@ -40,7 +40,7 @@ CONDITIONS = "soup.conditions"  # digest of all that OOD evidence depends on exc
 MODEL = "soup.model"  # the registered model of a search, a study or an upload
 STUDY = "soup.study"  # the study run that a search belongs to
 ATTEMPT = "soup.attempt"  # names one attempt to create something; it finds what a lost answer made
-NOTE = "soup.note"  # digest of our description, also on registered models; others' words are kept
+NOTE = "soup.note"  # digest of our description; the words of others are kept
 ORPHANED_BY = "soup.orphaned_by"  # the run that continues this one, which was cut short
 # tag of registered models; the policy has one for each knob besides
 ON_VERSION = "soup.on_version"  # what `watch` does when a checkpoint arrives: "run --last 2"

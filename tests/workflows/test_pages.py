@@ -7,7 +7,8 @@ import pytest
 
 from conftest import MODEL
 from mlflow_soup import Spec
-from mlflow_soup.registry.descriptions import describe_model
+from mlflow_soup.registry.descriptions import LIMIT, describe_model
+from mlflow_soup.registry.store import Store
 from mlflow_soup.workflows import release
 from mlflow_soup.workflows.portrait import portray
 
@@ -67,12 +68,7 @@ def test_the_model_tells_what_it_is_its_policy_and_its_champion(client, outcome)
     assert "- The search for a soup scores `toy_letters`" in text
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_description_of_ours_is_renewed(client, outcome, cut):
-    if cut:  # a process was killed between the tag and the text
-        client.set_registered_model_tag(
-            MODEL, "soup.note", client.get_registered_model(MODEL).tags["soup.note"] + " 0123"
-        )
+def test_a_description_of_ours_is_renewed(client, outcome):
     client.set_registered_model_tag(MODEL, "soup.tasks", "a`b\nc")
     portray(client, MODEL)
     assert "scores `a'b c`" in client.get_registered_model(MODEL).description
@@ -83,6 +79,36 @@ def test_the_words_of_others_about_a_model_are_kept(client, outcome):
     assert not describe_model(client, MODEL, "ours")
     portray(client, MODEL)
     assert client.get_registered_model(MODEL).description == "Ask Kim."
+    client.update_registered_model(MODEL, " ")
+    assert describe_model(client, MODEL, "ours")
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda text: f"Ask Kim.\n\n{text}", lambda text: f"{text}\n\nAsk Kim."]
+)
+def test_our_words_with_those_of_others_are_theirs(client, outcome, edit):
+    text = edit(client.get_registered_model(MODEL).description)
+    client.update_registered_model(MODEL, text)
+    portray(client, MODEL)
+    assert client.get_registered_model(MODEL).description == text
+
+
+def test_of_two_that_describe_a_model_at_once_neither_takes_the_other_for_a_stranger(
+    client, outcome, monkeypatch
+):
+    update = Store.update_registered_model
+
+    def late(self, name, text):
+        monkeypatch.setattr(Store, "update_registered_model", update)
+        assert describe_model(client, name, "of the other")  # between our look and our writing
+        return update(self, name, text)
+
+    monkeypatch.setattr(Store, "update_registered_model", late, raising=False)
+    assert describe_model(client, MODEL, "x" * 2 * LIMIT)
+    text = client.get_registered_model(MODEL).description
+    assert (text[:2], len(text)) == ("xx", LIMIT)
+    assert describe_model(client, MODEL, "of the next")
+    assert client.get_registered_model(MODEL).description.startswith("of the next\n")
 
 
 def test_the_view_of_the_trials_shows_only_what_was_asked(client, outcome):
