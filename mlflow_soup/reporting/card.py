@@ -44,7 +44,8 @@ class Exported:
         manifest: the parents and their weights; None for a version that is no soup.
         checked: what was found to be in order, one sentence each.
         unchecked: what could not be checked, and why, one sentence each.
-        scores: OOD task → score; empty for none.
+        scores: OOD task → score in the gate's examination; empty for none.
+        held_out: the score by which the search chose the weights; None if it is not known.
         unscored: why there are no scores, in words; empty if there are some.
         digest: the digest of all tensors, `sha256:…`.
         dtype: the dtype of most elements, as safetensors calls it.
@@ -63,6 +64,7 @@ class Exported:
     dtype: str
     weights: Mapping[str, str]
     base_models: Sequence[str] = ()
+    held_out: Score | None = None
 
 
 def check_base_models(ids: Sequence[str]) -> None:
@@ -96,7 +98,7 @@ def card(told: Exported) -> str:
     if told.manifest is not None and told.base_models:
         data["base_model_relation"] = "merge"
     parts = [f"# {_text(told.title)}", _recipe(told), _mergekit(told), _scores(told)]
-    parts += [_checks(told), _files(told)]
+    parts += [_held_out(told), _checks(told), _files(told)]
     text = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
@@ -176,20 +178,44 @@ def _mergekit(told: Exported) -> str:
 def _scores(told: Exported) -> str:
     if not told.scores:
         return f"## Scores\n\nNone: {told.unscored}." if told.unscored else ""
-    rows = []
-    for score in told.scores.values():
-        count = sum(len(items.ids) for items in score.items)
-        rows += [
-            f"| {_text(m.task)} | {_text(m.metric)} | {m.value:.4f} | {m.stderr:.4f} | {count} |"
-            for m in score.metrics
-        ]
     return (
-        "## Scores\n\nOut-of-domain tasks of lm-eval. Each score is the sum of the items that were "
-        "stored for exactly these weights, config and tokenizer. The search did not see these "
-        "tasks. The scores that it chose the weights by are not shown: they flatter the soup.\n\n"
-        "| task | metric | value | standard error | items |\n|---|---|---|---|---|\n"
-        + "\n".join(rows)
+        "## Scores\n\nOut-of-domain tasks of lm-eval, from the gate's examination. Each score is "
+        "the sum of the items that were stored for exactly these weights, config and tokenizer. "
+        "The search did not see these tasks, but the gate judged the soup by them.\n\n"
+        + _table([*told.scores.values()])
     )
+
+
+def _held_out(told: Exported) -> str:
+    """The scores that chose the weights, apart from the others: they are no results of a test."""
+    if told.held_out is None:
+        return ""
+    return (
+        "### Held-out scores of the search: no test results\n\nThe search scored several "
+        "choices of weights on these tasks, and took these. So the scores flatter the soup. Do not "
+        "compare them with those of other models; `model-index` does not hold them.\n\n"
+        + _table([told.held_out])
+    )
+
+
+def _table(scores: Sequence[Score]) -> str:
+    """The numbers of lm-eval, with the number of items of each task."""
+    rows = [
+        f"| {_text(m.task)} | {_text(m.metric)} | {m.value:.4f} | {m.stderr:.4f} "
+        f"| {_count(score, m.task)} |"
+        for score in scores
+        for m in score.metrics
+    ]
+    head = "| task | metric | value | standard error | items |\n|---|---|---|---|---|\n"
+    return head + "\n".join(rows)
+
+
+def _count(score: Score, task: str) -> int | str:
+    """The number of items of a task; of a group, only if the score is of nothing else."""
+    own = [items for items in score.items if items.task == task]
+    if not own and len(score.metrics) > 1:
+        return ""
+    return sum(len(items.ids) for items in own or score.items)
 
 
 def _checks(told: Exported) -> str:

@@ -15,7 +15,7 @@ from mlflow_soup.decision import gate as gates
 from mlflow_soup.errors import MismatchError, ParentError
 from mlflow_soup.files.durable import check_absent, check_writable, on_disk, staged
 from mlflow_soup.files.signing import Verifier, open_verifier
-from mlflow_soup.records import Examination, Finding, Manifest, Score
+from mlflow_soup.records import Evidence, Examination, Finding, Manifest, Score
 from mlflow_soup.redaction import redact, redacting
 from mlflow_soup.registry import naming
 from mlflow_soup.registry.evaluations import examinations_of
@@ -104,10 +104,10 @@ def export(
             checked.expected.update({(below / k).as_posix(): v for k, v in files})
     recorded = manifest.digests if manifest is not None else None
     found = recorded.canonical if recorded is not None else digest(checkpoint)
-    scores: Mapping[str, Score] = {}
+    evidence: Evidence | None = None
     unscored = "only soups have scores that name their exact weights"
     if manifest is not None and client is not None:
-        scores, unscored = _scores(trust_of(client, spec), manifest, found)
+        evidence, unscored = _scores(trust_of(client, spec), manifest, found)
     with staged(out) as folder:
         copies = flatten(checkpoint, folder)
         _compare(copies, checkpoint, checked)
@@ -118,12 +118,13 @@ def export(
             manifest,
             tuple(checked.done),
             tuple(checked.left),
-            scores,
+            dict(evidence.ood) if evidence is not None else {},
             unscored,
             found,
             _dtype(checkpoint),
             {file: copies[checkpoint.weights / file] for file in checkpoint.files()},
             tuple(base_models),
+            evidence.held_out if evidence is not None and _is_told(evidence.held_out) else None,
         )
         with on_disk(folder / CARD):
             (folder / CARD).write_text(redact(card(told)), encoding="utf-8")
@@ -222,12 +223,11 @@ def _check_soup(
         checked.left.append(f"Its parents were not merged again: {why}.")
 
 
-def _scores(trust: Trust, manifest: Manifest, of: str) -> tuple[Mapping[str, Score], str]:
-    """The out-of-domain scores of a soup that count, or the reason why there are none.
+def _scores(trust: Trust, manifest: Manifest, of: str) -> tuple[Evidence | None, str]:
+    """The scores of a soup that count, or the reason why there are none.
 
-    They are computed from items that name these weights, this config and this tokenizer. Neither
-    the search nor any choice of weights saw them. A score on a test set does not name the config,
-    and a held-out score is what the search chose by: neither is told.
+    They are computed from items that name these weights, this config and this tokenizer. Scores on
+    a test set do not name the config, and are not told.
     """
     why = "no out-of-domain scores of it are stored where they count"
     for examination in examinations_of(trust, of):
@@ -236,9 +236,9 @@ def _scores(trust: Trust, manifest: Manifest, of: str) -> tuple[Mapping[str, Sco
             continue
         reason = _unfit(examination, manifest)
         if not reason:
-            return dict(evidence.ood), ""
+            return evidence, ""
         why = reason
-    return {}, why
+    return None, why
 
 
 def _unfit(examination: Examination, manifest: Manifest) -> str:

@@ -32,7 +32,7 @@ from mlflow_soup import errors
 from mlflow_soup.cli import main
 from mlflow_soup.evaluation import loading
 from mlflow_soup.files import durable
-from mlflow_soup.records import Manifest, Source, Version
+from mlflow_soup.records import Items, Manifest, Metric, Score, Source, Version
 from mlflow_soup.registry.store import Store
 from mlflow_soup.reporting.card import Exported, card, check_base_models
 from mlflow_soup.weights.find import find_checkpoint
@@ -151,6 +151,14 @@ def test_lm_eval_gives_the_scores_of_the_card(outcome, tasks, tmp_path):
     )
     data = read_card(tmp_path / "out").data
     assert data.model_name == f"{MODEL} v4"
+    text = read_card(tmp_path / "out").text
+    gate, _, held_out = text.partition("### Held-out scores of the search: no test results\n")
+    assert "from the gate's examination" in gate
+    (row,) = re.findall(r"^\| toy\\_letters .*$", held_out, re.M)
+    score = outcome.soup.held_out
+    (metric,) = score.metrics
+    count = sum(len(items.ids) for items in score.items)
+    assert row.endswith(f"| {metric.value:.4f} | {metric.stderr:.4f} | {count} |")
     told = {r.dataset_name: (r.metric_name, r.metric_value) for r in data.eval_results}
     assert set(told) == {"toy_digits", "toy_digits_bpb"}
     for task, (metric, value) in told.items():
@@ -494,6 +502,20 @@ TOLD = Exported(
     "F32",
     {"a": "0"},
 )
+
+
+def test_a_held_out_score_is_no_result_of_the_model_index():
+    def scored(task, value):
+        items = Items(task, "acc,none", 1.0, ("a",), (value,), (1.0,))
+        return Score(value, 0.0, (items,), (Metric(task, "acc,none", value, 0.0, True),))
+
+    told = replace(TOLD, scores={"ood": scored("ood", 0.25)}, held_out=scored("dev", 0.75))
+    read = ModelCard(card(told))
+    assert [(r.dataset_name, r.metric_value) for r in read.data.eval_results] == [("ood", 0.25)]
+    gate, _, held_out = read.text.partition("### Held-out scores of the search: no test results")
+    assert ("0.2500" in gate, "0.7500" in gate) == (True, False)
+    assert ("0.2500" in held_out, "0.7500" in held_out) == (False, True)
+    assert "Held-out" not in card(replace(told, held_out=None))
 
 
 def test_names_of_others_stay_text_in_the_card():
