@@ -5,8 +5,8 @@ parents, items, registry and gate. They are pure functions of the trials, so an 
 continues from the trials that MLflow has.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import comb
 
@@ -34,6 +34,7 @@ class Method:
         proceed: gives the recipe to evaluate next, or None at the end; the parents come first.
         choose: gives the recipe to register; it has been evaluated, but may have failed.
         knobs: the fields of the spec that decide what is evaluated, besides parents and tasks.
+        also: further fields that it uses, for some requests at least.
         searches: True if the method evaluates many weights, up to `--trials`.
         chooses: True if it picks the best of several scores, so that the best is partly luck.
         merges: True if it may choose a merge, not only a parent.
@@ -44,6 +45,7 @@ class Method:
     proceed: Proceed
     choose: Choose
     knobs: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     searches: bool = False
     chooses: bool = True
     merges: bool = True
@@ -250,6 +252,7 @@ METHODS = {
         "weights searched by Bayesian optimisation (Liu et al. 2024)",
         *(_ask, _recommend),
         knobs=("alpha", "acquisition", "seed"),
+        also=("space", "time_tag", "trials", "stop"),
         searches=True,
     ),
     "uniform": Method(
@@ -262,6 +265,7 @@ METHODS = {
         "the average of a window with weights that grow linearly from the oldest to the newest "
         "(WMA, Li et al. 2025)",
         *_fixed(_wma),
+        also=("time_tag",),
         chooses=False,
     ),
     "ema": Method(
@@ -276,6 +280,7 @@ METHODS = {
         "2025)",
         *_fixed(_wsm),
         knobs=("decay",),
+        also=("time_tag",),
         chooses=False,
     ),
     "greedy": Method(
@@ -288,6 +293,7 @@ METHODS = {
         "each parameter is weighted by its diagonal Fisher information (Matena & Raffel 2022)",
         *_fixed(_alike("fisher")),
         knobs=("fisher_estimator",),
+        also=("calibration", "calibration_tokens", "seed"),
         chooses=False,
         needs="fisher",
     ),
@@ -296,6 +302,7 @@ METHODS = {
         "(Jin et al. 2022)",
         *_fixed(_alike("regmean")),
         knobs=("regmean_scale",),
+        also=("calibration", "calibration_tokens"),
         chooses=False,
         needs="regmean",
     ),
@@ -309,7 +316,26 @@ METHODS = {
         "the best of weights drawn at random",
         *(_draw, _feasible),
         knobs=("alpha", "seed"),
+        also=("trials",),
         searches=True,
     ),
     "best": Method("no merge: the best parent", _parents, _best, merges=False),
 }
+
+
+def unused(methods: Sequence[str], named: Collection[str]) -> Iterator[str]:
+    """Which knobs only other methods use, in words.
+
+    Args:
+        methods: the methods of a request.
+        named: the knobs that the caller named. Policy tags hold for the methods that use them.
+    """
+    used = {name: {*method.knobs, *method.also} for name, method in METHODS.items()}
+    for knob in (field.name for field in fields(Spec) if field.name in named):
+        users = [name for name in METHODS if knob in used[name]]
+        if users and not {*users} & {*methods}:
+            option, plural = "--" + knob.replace("_", "-"), "s" * (len(methods) > 1)
+            yield (
+                f"{option} changes nothing for the method{plural} {', '.join(methods)}; it is for "
+                + ", ".join(users)
+            )

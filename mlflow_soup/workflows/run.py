@@ -26,6 +26,7 @@ from mlflow_soup.registry.versions import find_model, find_soups, tell_untimed
 from mlflow_soup.reporting import geometry, report
 from mlflow_soup.request.names import parse_target
 from mlflow_soup.request.spec import MOST, Spec
+from mlflow_soup.search.methods import unused
 from mlflow_soup.weights import distance
 from mlflow_soup.workflows.bench import Opened, judged, open_rivals
 from mlflow_soup.workflows.job import Job, open_session
@@ -273,9 +274,11 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
     name = find_model(client, spec.model, spec.parents)
     for model in dict.fromkeys((name, owner_of(spec, name))):
         probes.check_model(client, model)
-    asked, tagged = spec.space if "space" in spec.named else "", "time_tag" in spec.named
+    asked, named = spec.space if "space" in spec.named else "", spec.named
     spec = settle_rules(client, spec, name)
     spec.check_space(asked)
+    for words in unused([spec.method], named):
+        logger.warning(words)
     check_promotion(spec)  # again: the policy may limit the items
     if spec.promote and not spec.ood_tasks:
         raise SpecError(
@@ -287,8 +290,10 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
     where = "--pair" if spec.pair else "--versions"
     session, (versions,) = open_session(client, name, spec, [spec.parents], where)
     job = session.job(versions)
-    if tagged and job.space.times and job.tagged is None:
+    if "time_tag" in named and job.space.times and job.tagged is None:
         tell_untimed(spec.time_tag)
+    if "time_tag" in named and spec.method == "bayesopt" and not spec.scheduled:
+        logger.warning("--time-tag changes nothing for the simplex; it is for schedules")
     _check_room(job)
     return job, open_rivals(client, name, spec, job.opened)
 

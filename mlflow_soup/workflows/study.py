@@ -4,6 +4,7 @@ No version is registered. Each evaluation is stored as a run and is never repeat
 therefore continues a study that was stopped.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,11 +18,14 @@ from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.links import how_to_look, link, run_path
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.reporting import tables
-from mlflow_soup.request.spec import Spec
+from mlflow_soup.request.spec import METHODS, Spec
+from mlflow_soup.search.methods import unused
 from mlflow_soup.workflows import comparison, pilots
 from mlflow_soup.workflows.bench import no_ood_tasks
 from mlflow_soup.workflows.job import Job, Session, open_session, settle
 from mlflow_soup.workflows.pilots import Result
+
+logger = logging.getLogger("mlflow_soup")
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,11 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
         check_writable(Path(spec.out))
     if name in ("pairs", "count") and "method" not in spec.named:
         spec = Spec(**{knob: getattr(spec, knob) for knob in spec.named}, method=PILOT)
-    asked = spec.space if "space" in spec.named else ""
+    asked, named = spec.space if "space" in spec.named else "", spec.named
     client, model, spec = settle(spec, [ref for group in groups for ref in group])
     spec.check_space(asked)
+    for words in unused(_methods(name, spec), named):
+        logger.warning(words)
     if name == "ood" and not spec.ood_tasks:
         raise no_ood_tasks()
     if not _needs_ood_tasks(name, spec):
@@ -106,6 +112,13 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
     subject = resolved if option == "pairs" else resolved[0]
     STUDIES[name].jobs(session, subject)
     return session, subject
+
+
+def _methods(name: str, spec: Spec) -> Sequence[str]:
+    """The methods of a study; of one that asks for none, all knobs that it takes are its own."""
+    if _takes(name, "methods"):
+        return spec.compared
+    return (spec.method,) if _takes(name, "method") else METHODS
 
 
 def _needs_ood_tasks(name: str, spec: Spec) -> bool:

@@ -1,5 +1,6 @@
 """The table of methods: laws for every row, and each row against independent numbers."""
 
+import dataclasses
 from math import comb
 
 import numpy as np
@@ -13,7 +14,7 @@ from mlflow_soup.decision import pairing
 from mlflow_soup.records import Recipe, Score, Trial
 from mlflow_soup.request import spec
 from mlflow_soup.request.spec import WINDOWS, Spec
-from mlflow_soup.search.methods import METHODS, lattice, resolution
+from mlflow_soup.search.methods import METHODS, lattice, resolution, unused
 from mlflow_soup.search.space import Space
 
 rows = pytest.mark.parametrize("name", METHODS)
@@ -449,3 +450,51 @@ def test_random_ends_if_almost_no_recipe_is_left():
 def test_a_fine_grid_of_a_pair_is_made_at_once():
     assert len(lattice(Space.pair(0.0), 10_001)) == 10_001
     assert len(lattice(Space.pair(0.5), 4_000)) == 4_000
+
+
+# -- knobs of other methods
+
+OF_METHODS = {knob for method in METHODS.values() for knob in (*method.knobs, *method.also)}
+
+
+def test_each_option_of_the_search_says_which_methods_use_it():
+    options = {
+        knob.name
+        for knob in dataclasses.fields(Spec)
+        if knob.metadata["group"] == spec.SEARCH and "run" in knob.metadata["commands"]
+    }
+    assert options == OF_METHODS
+
+
+@rows
+@pytest.mark.parametrize("knob", sorted(OF_METHODS))
+def test_a_knob_that_a_method_does_not_use_is_told(name, knob):
+    used = knob in METHODS[name].knobs + METHODS[name].also
+    told = [*unused([name], {knob, "tasks", "method"})]
+    assert len(told) == (not used)
+    assert [*unused([name], set())] == []
+    assert [*unused([*METHODS], {knob})] == []
+    if told:
+        assert told[0].startswith(
+            f"--{knob.replace('_', '-')} changes nothing for the method {name};"
+        )
+
+
+@rows
+def test_a_knob_that_changes_nothing_is_none_that_the_method_reads(name):
+    """A spec that tells what is read of it."""
+    read = set()
+
+    class Watched(Spec):
+        def __getattribute__(self, knob):
+            if knob in OF_METHODS:
+                read.add(knob)
+            return super().__getattribute__(knob)
+
+    watched = Watched(versions="v1,v2,v3", trials=9)
+    read.clear()
+    space, trials = drive(name, watched, by_chance(0))
+    METHODS[name].choose(space, trials, watched)
+    ours = {*METHODS[name].knobs, *METHODS[name].also}
+    # `drive` and `budget` read these for every method
+    assert read - {"alpha", "trials", "space"} <= ours

@@ -238,10 +238,13 @@ def test_a_schedule_is_refused_where_the_method_knows_none(client):
         mlflow_soup.run(Spec(model=NAME, last=5, method="greedy", space="schedule"))
 
 
-def test_the_policy_asks_for_schedules_only_where_a_method_knows_them(client):
+def test_the_policy_asks_for_schedules_only_where_a_method_knows_them(client, caplog):
     client.set_registered_model_tag(NAME, "soup.space", "schedule")
-    outcome = mlflow_soup.run(Spec(model=NAME, last=3, method="uniform", ood_tasks=""))
+    client.set_registered_model_tag(NAME, "soup.decay", "cosine")
+    outcome = mlflow_soup.run(Spec(model=NAME, last=3, method="uniform", ood_tasks="", ema=0.5))
     assert len(outcome.trials) == 4  # with each parent alone
+    told = [line for line in caplog.messages if "changes nothing" in line]
+    assert told == ["--ema changes nothing for the method uniform; it is for ema"]
     report = run_study("methods", Spec(model=NAME, pairs="v6,v7", methods="bayesopt,wma,uniform"))
     assert {row[1] for row in report.result.table.rows} >= {"bayesopt", "wma", "uniform"}
     pairs = run_study("pairs", Spec(model=NAME, last=3, method="bayesopt", trials=4))
