@@ -434,12 +434,13 @@ def gate(answer: Answer, /, **said: Any) -> None:
     spec = _spec(said)
     if spec.power:
         with _heavy_imports():
+            from mlflow_soup.decision.power import told as chances
             from mlflow_soup.reporting import document, report
             from mlflow_soup.workflows.power import power
 
-        designs, unknown = power(spec)
-        answer.say(report.power_words(designs, unknown))
-        answer.give(document.power(designs, unknown))
+        foreseen = power(spec)
+        answer.say(report.power_words(*foreseen))
+        answer.give(document.gate_power(chances(*foreseen)))
     with _heavy_imports():
         from mlflow_soup.reporting import document, report
         from mlflow_soup.workflows import release

@@ -622,6 +622,44 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Power:
+    """How likely the gate passes a soup that is exactly as good as its rivals, before any score.
+
+    Attributes:
+        margin: the margins, as `--margin` takes them.
+        confidence: the confidence of the rules.
+        items: OOD task → number of its items.
+        unknown: the tasks whose errors nobody knows yet; they count as passed.
+        chances: share of the answers that differ between two models → the chance, from 0 to 1.
+    """
+
+    margin: str
+    confidence: float
+    items: Mapping[str, int]
+    unknown: tuple[str, ...]
+    chances: Mapping[float, float]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The window of a run's checkpoints that a soup merges.
+
+    Attributes:
+        duration: its length; in checkpoints if there is no tag.
+        power: p of the decay 1 − x^p that its weights follow; None for another decay.
+        time_tag: the version tag that says when each was saved; empty if they count as equally
+            spaced.
+        average: the held-out score of the plain average of the same checkpoints; None if that was
+            not evaluated.
+    """
+
+    duration: float
+    power: float | None
+    time_tag: str
+    average: Score | None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """The result of one run of the main job.
 
@@ -644,6 +682,8 @@ class Outcome:
         test_gains: parents, then champions → the paired difference on the test set between the soup
             and that version. The first is the better parent, as the held-out items rank the
             parents.
+        power: what the gate's chance was before anything was scored; None without OOD tasks.
+        window: the merged window; None of a soup of no window, and of the newest checkpoint alone.
     """
 
     soup: Soup
@@ -660,6 +700,8 @@ class Outcome:
     examination: Examination | None = None
     tested: Mapping[str, Unbiased] = field(default_factory=dict)
     test_gains: Mapping[Version, Difference] = field(default_factory=dict)
+    power: Power | None = None
+    window: Window | None = None
 
     @property
     def gain(self) -> Difference:

@@ -1,7 +1,7 @@
 """The power of the gate: how likely it passes a soup that is exactly as good as its rivals."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from scipy.optimize import bisect
 
 from mlflow_soup.decision.gate import questions
 from mlflow_soup.decision.pairing import quantile
-from mlflow_soup.records import Verdict
+from mlflow_soup.records import Power, Verdict
 from mlflow_soup.request.margins import Margins, parse_margins
 
 ENOUGH = 0.8  # the usual goal for the power of a test
@@ -134,6 +134,23 @@ def chance(design: Design, *, draws: int = 20_000, seed: int = 0) -> float:
             else:
                 passed &= (mean >= -margin) | (mean + width >= 0.0)
     return float(passed.mean())
+
+
+def told(designs: Mapping[float, Design], unknown: Sequence[str]) -> Power:
+    """The chances of some designs, for a document.
+
+    Args:
+        designs: share of the answers that differ between two models → what the gate judges on.
+        unknown: the tasks whose errors nobody knows yet; they count as passed.
+    """
+    design = next(iter(designs.values()))
+    return Power(
+        str(design.margins),
+        design.confidence,
+        {task: round(measure.freedom) + 1 for task, measure in design.ood.items()},
+        tuple(unknown),
+        {share: chance(its) for share, its in designs.items()},
+    )
 
 
 def times_items(design: Design) -> float:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlflow_soup.decision import pairing
-from mlflow_soup.decision.power import Design, chance
 from mlflow_soup.records import (
     Check,
     Difference,
@@ -16,11 +15,13 @@ from mlflow_soup.records import (
     Finding,
     Manifest,
     Outcome,
+    Power,
     Promotion,
     Score,
     Table,
     Verdict,
     Version,
+    Window,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +111,27 @@ def verdict(of: Verdict) -> Document:
     }
 
 
+def power(of: Power) -> Document:
+    """How likely the gate passes a soup that is exactly as good as its rivals."""
+    return {
+        "margin": of.margin,
+        "confidence": of.confidence,
+        "items": of.items,
+        "unknown": of.unknown,
+        "chances": [{"discordance": share, "passes": p} for share, p in of.chances.items()],
+    }
+
+
+def window(of: Window) -> Document:
+    """The window that was merged."""
+    return {
+        "duration": of.duration,
+        "power": of.power,
+        "time_tag": of.time_tag or None,
+        "average": score(of.average) if of.average is not None else None,
+    }
+
+
 def examination(of: Examination) -> Document:
     """The held-out and OOD scores of a soup and its rivals."""
     return {
@@ -182,6 +204,7 @@ def run(outcome: Outcome) -> Document:
             parent(its.version.uri, weight, its.digest, outcome.alone.get(its.version))
             for its, weight in zip(soup.parents, soup.lam, strict=True)
         ],
+        "window": window(outcome.window) if outcome.window is not None else None,
         "held_out": score(soup.held_out),
         "gains": gains(outcome.gains),
         "test": {
@@ -198,6 +221,7 @@ def run(outcome: Outcome) -> Document:
         if tested
         else None,
         "ood": examination(outcome.examination) if outcome.examination is not None else None,
+        "power": power(outcome.power) if outcome.power is not None else None,
         "verdict": verdict(outcome.verdict) if outcome.verdict is not None else None,
         "target": outcome.target or None,
         "promotion": promotion(outcome.promotion) if outcome.promotion is not None else None,
@@ -225,25 +249,9 @@ def gate(soup: Version, judged: Verdict, by: Examination) -> Document:
     return {"version": version(soup), "verdict": verdict(judged), "ood": examination(by)}
 
 
-def power(designs: Mapping[float, Design], unknown: Sequence[str]) -> Document:
-    """The document of `gate --power`.
-
-    Args:
-        designs: share of the answers that differ between two models → what the gate judges on.
-        unknown: the tasks whose errors nobody knows yet; they count as passed.
-    """
-    design = next(iter(designs.values()))
-    return {
-        "power": {
-            "margin": str(design.margins),
-            "confidence": design.confidence,
-            "items": {task: round(its.freedom) + 1 for task, its in design.ood.items()},
-            "unknown": list(unknown),
-            "chances": [
-                {"discordance": share, "passes": chance(its)} for share, its in designs.items()
-            ],
-        }
-    }
+def gate_power(of: Power) -> Document:
+    """The document of `gate --power`."""
+    return {"power": power(of)}
 
 
 def promote(soup: Version, judged: Verdict, by: Examination, made: Promotion) -> Document:
@@ -285,6 +293,7 @@ def export(out: str, told: "Exported") -> Document:
         "unchecked": told.unchecked,
         "scores": {task: score(its) for task, its in told.scores.items()},
         "unscored": told.unscored or None,
+        "held_out": score(told.held_out) if told.held_out is not None else None,
         "base_models": told.base_models,
     }
 

@@ -49,7 +49,21 @@ literally = rc_context({"text.parse_math": False})  # decorates figures: a name 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 
-def _trial_of(trials: Sequence[Trial], recipe: Recipe) -> Trial | None:
+def bounds(scores: Array, count: int = 12) -> Array:
+    """The limits of `count` colours for some scores, ascending; the nearer to the best, the closer.
+
+        b_i = max − (max − min)·(1 − i/count)²,   i = 0 … count
+
+    With equal steps, a few bad scores, as of windows that reach back to the begin of a run, would
+    leave one colour for all others.
+    """
+    low, high = float(np.nanmin(scores)), float(np.nanmax(scores))
+    width = max(high - low, 1e-4)  # equal scores need colours, too
+    return high - width * np.linspace(1.0, 0.0, count + 1) ** 2
+
+
+def trial_of(trials: Sequence[Trial], recipe: Recipe) -> Trial | None:
+    """The trial of a recipe that has a score; None if there is none."""
     return next((t for t in trials if t.recipe == recipe and t.held_out is not None), None)
 
 
@@ -387,15 +401,27 @@ def luck(
     ]
 
 
+def plain(space: Space, recipe: Recipe) -> Recipe:
+    """The plain average of the versions that a recipe gives a weight."""
+    members = np.array(recipe.lam) > 0.0
+    return space.recipe(members / members.sum())
+
+
 def baselines(story: Story) -> list[tuple[str, Trial]]:
-    """The trials of the parents, the uniform soup and the chosen soup, each with a label."""
+    """The trials of the parents, the uniform soup and the chosen soup, each with a label.
+
+    Of a window that leaves some versions out, also the plain average of the window.
+    """
     space, soup, trials = story.space, story.soup, story.trials
     alone = zip(story.references, space.alone(), strict=True)
     chosen = "soup" if soup.original is None else f"{soup.original} itself"
     named = [(f"{version} alone", recipe) for version, recipe in alone]
-    named += [("uniform soup", space.uniform()), (f"chosen {chosen}", soup.recipe)]
+    named.append(("uniform soup", space.uniform()))
+    if space.times and plain(space, soup.recipe) not in (space.uniform(), soup.recipe):
+        named.append(("plain average of the window", plain(space, soup.recipe)))
+    named.append((f"chosen {chosen}", soup.recipe))
     named = [(f"{name} ({space.label(recipe)})", recipe) for name, recipe in named]
-    found = [(label, _trial_of(trials, recipe)) for label, recipe in named]
+    found = [(label, trial_of(trials, recipe)) for label, recipe in named]
     return [(label, trial) for label, trial in found if trial is not None]
 
 
@@ -480,7 +506,7 @@ def landscape(story: Story) -> Figure:
         (chosen, "o", ORANGE, [soup.recipe]),
     )
     for label, marker, colour, recipes in marks:
-        found = [t for t in (_trial_of(story.trials, r) for r in recipes) if t is not None]
+        found = [t for t in (trial_of(story.trials, r) for r in recipes) if t is not None]
         if not found:
             continue
         ring = label == chosen

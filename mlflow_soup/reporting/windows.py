@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mlflow_soup.records import Recipe, Soup, listed
+from mlflow_soup.records import Recipe, Soup, Window, listed
 from mlflow_soup.reporting import report
 from mlflow_soup.reporting.report import BLUE, GREY, ORANGE, Story
 from mlflow_soup.search.methods import METHODS
@@ -66,6 +66,19 @@ def words(space: Space, soup: Soup, time_tag: str, *, searched: bool) -> list[st
             "No longer window was searched: with more versions, a longer one may be better."
         )
     return told
+
+
+def window(story: Story) -> Window | None:
+    """The window that a soup merges; None if nobody asked for one, or it is the newest alone."""
+    space, recipe = story.space, story.soup.recipe
+    if not space.times or len(story.soup.parents) == 1:
+        return None
+    shape = Schedule(space.count, 0.0, space.times).window_of(recipe)
+    if shape is None and METHODS[story.method].searches:
+        return None  # it chose none of its windows
+    duration, power = shape or (longest(space.times), None)  # a fixed rule merges all versions
+    found = report.trial_of(story.trials, report.plain(space, recipe))
+    return Window(duration, power, story.time_tag, found.held_out if found is not None else None)
 
 
 def unit(time_tag: str) -> str:

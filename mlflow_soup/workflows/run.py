@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mlflow_soup.decision import pairing
+from mlflow_soup.decision.power import told
 from mlflow_soup.errors import SpecError, StoreError
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.durable import check_space, scratch
@@ -23,7 +24,7 @@ from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import connect
 from mlflow_soup.registry.versions import find_model, find_soups, tell_untimed
-from mlflow_soup.reporting import geometry, report
+from mlflow_soup.reporting import geometry, report, windows
 from mlflow_soup.request.names import parse_target
 from mlflow_soup.request.spec import MOST, Spec
 from mlflow_soup.search.methods import unused
@@ -80,9 +81,11 @@ def run(spec: Spec) -> Outcome:
     """
     job, champions = _prepare(spec)
     client, spec, name = job.client, job.spec, job.session.name
+    foreseen = None
     if job.bench.ood is not None:
         replaced = sum(would_replace(spec, name, rival.parent.version) for rival in champions)
-        logger.warning(report.power_words(*foresee(spec, job.bench.suites, replaced=replaced)))
+        foreseen = foresee(spec, job.bench.suites, replaced=replaced)
+        logger.warning(report.power_words(*foreseen))
     apart = None
     if not spec.scheduled:  # the ends of a window are always far apart
         apart = distance.measure([opened.checkpoint for opened in job.opened])
@@ -139,6 +142,8 @@ def run(spec: Spec) -> Outcome:
         examination=decision.examination if decision is not None else None,
         tested=tested,
         test_gains=report.test_gains(story) if tested else {},
+        power=told(*foreseen) if foreseen is not None else None,
+        window=windows.window(story),
     )
 
 

@@ -6,9 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlflow_soup.records import Difference, Parent, Recipe, Score, Soup, Trial, Version, listed
+from mlflow_soup.records import (
+    Difference,
+    Parent,
+    Recipe,
+    Score,
+    Soup,
+    Trial,
+    Version,
+    Window,
+    listed,
+)
 from mlflow_soup.reporting import report, windows
 from mlflow_soup.search.schedule import Schedule, longest, power, weights
+from mlflow_soup.search.space import Space
 
 TIMES = tuple(1000.0 * i for i in range(1, 7))
 SPACE = Schedule(6, 0.0, TIMES)
@@ -61,6 +72,43 @@ def test_the_window_is_told_in_words(recipe, said):
     for words in said:
         assert words in told
     assert "equally spaced" not in told
+
+
+def test_the_plain_average_of_the_window_stands_beside_the_chosen_soup():
+    told = story(of(4000, 2))
+    assert "plain average of the window" not in report.summary(told, [])  # not evaluated
+    assert windows.window(told) == Window(4000.0, 2.0, "tokens_seen", None)
+    average = of(4000, 1)
+    assert [weight for weight in average.lam if weight] == 4 * [0.25]
+    score = Score(0.52, 0.01)
+    told = replace(told, trials=(*told.trials, Trial(9, average, score)))
+    lines = report.summary(told, []).splitlines()
+    (place,) = (i for i, line in enumerate(lines) if "plain average of the window" in line)
+    assert lines[place].split() == [
+        *("plain", "average", "of", "the", "window", "(window", "4,000,", "p", "=", "1)", "0.5200")
+    ]
+    assert "chosen soup" in lines[place + 1]
+    assert windows.window(told) == Window(4000.0, 2.0, "tokens_seen", score)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "window"),
+    [
+        (of(3000, 1), "bayesopt", (3000.0, 1.0)),
+        (SPACE.alone()[0], "bayesopt", None),
+        (of(longest(TIMES), 2), "wma", (longest(TIMES), 2.0)),
+        (of(longest(TIMES), 3), "wsm", (longest(TIMES), None)),  # no power that is searched
+        (SPACE.recipe([0.5, 0, 0, 0, 0, 0.5]), "bayesopt", None),
+    ],
+)
+def test_the_window_of_a_soup_is_told_by_its_numbers(recipe, method, window):
+    found = windows.window(replace(story(recipe), method=method))
+    assert (found and (found.duration, found.power)) == window
+
+
+def test_a_soup_of_no_run_has_no_window():
+    space = Space.simplex(6, 0.0)
+    assert windows.window(replace(story(of(3000, 1)), space=space)) is None
 
 
 def test_a_window_that_ends_between_two_versions_is_told_by_its_weights():

@@ -17,6 +17,7 @@ from mlflow_soup.decision import pairing
 from mlflow_soup.evaluation import evaluator
 from mlflow_soup.records import Version
 from mlflow_soup.registry import naming
+from mlflow_soup.reporting import document
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.weights.manifest import MANIFEST, parse_manifest
@@ -95,6 +96,17 @@ def test_more_than_four_versions_are_searched_as_a_schedule_of_at_most_ten(clien
     begin = COUNT * TOKENS - duration
     x = np.clip((TOKENS * np.arange(COUNT + 1) - begin) / duration, 0.0, 1.0)
     np.testing.assert_allclose(outcome.soup.recipe.lam, np.diff(x**power), atol=2e-4)
+
+
+def test_the_document_tells_the_window_and_the_chance_of_the_gate(client, outcome):
+    told, run = document.run(outcome), client.get_run(outcome.run_id)
+    found = run.data.metrics
+    assert told["window"]["duration"] == pytest.approx(found["search/duration"], abs=1e-6)
+    assert told["window"]["power"] == pytest.approx(found["search/power"], abs=1e-6)
+    assert told["window"]["time_tag"] == "tokens_seen"
+    assert [chance["discordance"] for chance in told["power"]["chances"]] == [0.02, 0.05, 0.1]
+    done = command("gate", "--power", "--model", NAME, "--format", "json")
+    assert json.loads(done.stdout)["power"]["items"] == told["power"]["items"]
 
 
 def test_only_versions_with_a_weight_are_parents_and_the_window_stays_on_record(client, outcome):
