@@ -330,6 +330,9 @@ def watch(
     goes on where it stopped.
     """
     spec = _spec(said)
+    # the first line of what it does comes after some twenty seconds
+    model = spec.model or "the registered model"
+    click.echo(f"watch: {model}, every {poll:g} s; loading libraries", err=True)
     try:
         with _heavy_imports():
             from mlflow_soup.workflows import watch as workflow

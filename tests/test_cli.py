@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -41,12 +42,21 @@ def test_help_needs_nothing_heavy():
     assert os.times().children_user - before < 0.5
 
 
+def test_the_last_line_is_the_command_that_promotes_what_passed(client, merged):
+    last = merged.summary.splitlines()[-1]
+    assert last == "next: mlflow-soup promote --model toy-llm --version v4 --promote alias:champion"
+    done = command(*shlex.split(last.removeprefix("next: mlflow-soup ")))
+    assert done.returncode == 0, done.stderr
+    assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 4
+
+
 def test_the_main_job_ends_with_words_and_links(client, tasks):
     done = forked.play("mlflow_soup", "run", "--pair", "v1,v2", "--promote", "champion")
     assert done.returncode == 0, done.stderr
     assert "registered as models:/toy-llm/4" in done.stdout
     assert "gate passed" in done.stdout
     assert "promoted: alias champion → toy-llm v4" in done.stdout
+    assert "next: " not in done.stdout
     assert "to open these, run: mlflow ui --backend-store-uri sqlite:///" in done.stdout
     assert "it/s" not in done.stderr  # no progress bar where nobody watches
     assert "Traceback" not in done.stderr

@@ -253,6 +253,7 @@ class Story:
         tested: role → score on the test set; empty without one.
         time_tag: the version tag with the times of the space; empty if they are only an order.
         notes: more sentences for the reader.
+        next: the command that promotes what the gate passed; empty if none was left out.
     """
 
     method: str
@@ -271,6 +272,7 @@ class Story:
     tested: Mapping[str, Unbiased] = field(default_factory=dict)
     time_tag: str = ""
     notes: tuple[str, ...] = ()
+    next: str = ""
 
 
 def gains(story: Story) -> dict[Version, Difference]:
@@ -618,4 +620,6 @@ def summary(story: Story, look: Sequence[str]) -> str:
         lines.append(f"promoted: {story.promotion}")
     elif story.target:
         lines.append(f"nothing was promoted to {story.target}")
+    if story.next:
+        look = [*look, f"next: {story.next}"]
     return "\n".join([*lines, *story.notes, *look])

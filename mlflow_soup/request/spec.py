@@ -6,6 +6,7 @@ take their names from the fields below.
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from difflib import get_close_matches
@@ -803,6 +804,22 @@ class Spec:
         settled = replace(self, **taken)
         object.__setattr__(settled, "_stated", self.stated | taken.keys())
         return settled
+
+    def words_of(self, command: str, *others: str) -> str:
+        """The options of another command that repeat what the caller named, for a shell.
+
+        Args:
+            command: the other command; knobs that it does not take are left out.
+            others: knobs that are left out, too.
+        """
+        words = [
+            f"{knobs.option(knob_)} {shlex.quote(str(value))}"
+            for knob_ in fields(self)
+            if knob_.name in self.named and knob_.name not in others
+            if command in knob_.metadata["commands"]
+            if (value := getattr(self, knob_.name)) not in ("", None)
+        ]
+        return " ".join(words)
 
     def judge_alone(self, tasks: Iterable[str]) -> "Spec":
         """The spec, by whose margins the gate judges each of these OOD tasks alone."""

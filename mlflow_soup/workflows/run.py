@@ -7,6 +7,7 @@ pull → open → [ ask → mix → evaluate → tell ]×n → register → exam
 import contextlib
 import functools
 import logging
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def run(spec: Spec) -> Outcome:
         StoreError: a store did not answer for longer than `store_patience`, or a disk is full;
             finished evaluations are kept, and the same request continues.
     """
-    job, champions = _prepare(spec)
+    asked, (job, champions) = spec, _prepare(spec)
     client, spec, name = job.client, job.spec, job.session.name
     foreseen = None
     if job.bench.ood is not None:
@@ -125,6 +126,7 @@ def run(spec: Spec) -> Outcome:
             promotion=promotion,
             distance=apart,
             notes=tuple(notes(job, found.trials, soup, apart)),
+            next=_next(asked, spec, soup, decision, promotion),
         )
         summary = publish(client, run_id, story)
     return Outcome(
@@ -301,6 +303,17 @@ def _prepare(spec: Spec) -> tuple[Job, list[Opened]]:
         logger.warning("--time-tag changes nothing for the simplex; it is for schedules")
     _check_room(job)
     return job, open_rivals(client, name, spec, job.opened)
+
+
+def _next(
+    asked: Spec, spec: Spec, soup: Soup, decision: Decision | None, promotion: Promotion | None
+) -> str:
+    """The command that promotes a soup that the gate passed and nobody promoted; else empty."""
+    if promotion is not None or decision is None or not decision.verdict.passed:
+        return ""
+    named = asked.words_of("promote", "model", "version", "promote")
+    target = shlex.quote(f"alias:{spec.champion or 'champion'}")
+    return f"mlflow-soup promote {soup.version.options} --promote {target} {named}".rstrip()
 
 
 def _check_room(job: Job) -> None:

@@ -10,9 +10,13 @@ from the runs of the experiment as they are.
 
 import logging
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import datetime, timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -332,16 +336,50 @@ def _extend(
             _show(client, run_id, trajectory, point, child)  # an earlier call was cut short here
     missing = [point for point in trajectory.points if point not in known]
     pool = _Pool(session, trajectory, dict(session.opened))
-    for point in tqdm(missing, desc="track", unit="model", disable=None):
-        check()
-        try:
-            made = _score(pool, run_id, point)
-        except NonFiniteError as error:
-            logger.warning(
-                "%s of %s is left out: %s", point[1], trajectory.versions[point[0]], error.what
-            )
-            continue
-        _show(client, run_id, trajectory, point, client.get_run(made))
+    took: list[float] = []  # the seconds of each point
+    with tqdm(missing, desc="track", unit="model", disable=None) as bar:
+        for number, point in enumerate(bar, 1):
+            check()
+            place, curve = point
+            clock = time.monotonic()
+            try:
+                known[point] = client.get_run(_score(pool, run_id, point))
+            except NonFiniteError as error:
+                logger.warning(
+                    "%s of %s is left out: %s", curve, trajectory.versions[place], error.what
+                )
+            else:
+                _show(client, run_id, trajectory, point, known[point])
+            took.append(time.monotonic() - clock)
+            if bar.disable and missing[number : number + 1] != [(place, MERGED)]:
+                left = len(missing) - number
+                tqdm.write(_line(trajectory, place, known, left, took), file=sys.stderr)
+
+
+def _line(
+    trajectory: Trajectory, place: int, known: Mapping[Point, Run], left: int, took: Sequence[float]
+) -> str:
+    """A line about a checkpoint for a log file, where no progress bar is shown.
+
+    Args:
+        trajectory: the checkpoints.
+        place: the checkpoint.
+        known: the points that have a run.
+        left: how many points are left to score.
+        took: the seconds of each point that this process scored.
+    """
+    scores = {curve: _metrics(known.get((place, curve))) for curve in (RAW, MERGED)}
+    told = [
+        f"{curve} {its[naming.OBJECTIVE]:.4f}"
+        for curve, its in scores.items()
+        if naming.OBJECTIVE in its
+    ]
+    count = f"{place - trajectory.first + 1}/{len(trajectory.versions) - trajectory.first}"
+    line = f"{trajectory.versions[place].short} ({count}): {', '.join(told) or 'no score'}"
+    if left:
+        end = datetime.now().astimezone() + timedelta(seconds=left * fmean(took))
+        line += f"; ends by {end:%H:%M:%S}"
+    return line
 
 
 @dataclass(frozen=True)

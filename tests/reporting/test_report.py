@@ -96,6 +96,11 @@ def test_the_report_has_every_number_a_reader_needs(story):
         assert words in text
 
 
+def test_the_last_line_is_the_command_that_promotes(story):
+    told = report.summary(replace(story, next="mlflow-soup promote --model llm"), ["run: #/run"])
+    assert told.splitlines()[-1] == "next: mlflow-soup promote --model llm"
+
+
 def test_the_last_lines_say_what_happened(story):
     text = report.summary(story, ["run: #/run"])
     assert text.splitlines() == [

@@ -641,3 +641,23 @@ def test_a_public_key_means_that_only_signed_scores_count(tmp_path):
     assert Spec().believed == "experiment"
     with pytest.raises(SpecError, match="no public key was named"):
         Spec(evidence="signed")
+
+
+def test_another_command_repeats_what_the_caller_named_and_it_takes():
+    spec = Spec(
+        model="my llm",
+        pair="v1,v2",
+        ood_tasks="piqa, sciq",
+        margin=0.05,
+        batch_size=4,
+        num_fewshot=None,
+        system_instruction="",
+        apply_chat_template=True,
+    )
+    assert spec.words_of("promote") == (
+        "--model 'my llm' --ood-tasks 'piqa, sciq' --apply-chat-template True --margin 0.05"
+    )
+    assert spec.words_of("evaluate", "model", "ood_tasks") == (
+        "--apply-chat-template True --batch-size 4"
+    )
+    assert Spec().words_of("run") == ""

@@ -327,6 +327,7 @@ def test_a_second_watch_waits_for_the_first(client, monkeypatch):
     done = second.finish()
     assert done.returncode == 0
     assert "the watch has ended; the same command goes on" in done.stderr
+    assert done.stderr.startswith("watch: the registered model, every 0.1 s; loading libraries\n")
     assert "another process on this machine works on the same request" in done.stderr
 
 

@@ -368,9 +368,16 @@ def test_track_again_evaluates_only_what_is_new(client, tmp_path, trained, monke
     assert [*curve(client, report.run_id, "raw/objective")][-1] == 8 * TOKENS
 
 
-def test_the_windows_of_the_last_checkpoints_reach_back_to_older_ones(client, monkeypatch):
+def test_the_windows_of_the_last_checkpoints_reach_back_to_older_ones(client, monkeypatch, capsys):
     count = counted(monkeypatch)
+    capsys.readouterr()
     few = track(window=3, last=2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if ", merged " in line]
+    assert [line.split(": raw ")[0] for line in lines] == [
+        f"v{COUNT - 1} (1/2)",
+        f"v{COUNT} (2/2)",
+    ]
+    assert ["ends by" in line for line in lines] == [True, False]
     assert [row[0] for row in few.result.table.rows] == [f"v{COUNT - 1}", f"v{COUNT}"]
     assert count == [4]
     every = {row[0]: row for row in track(window=3).result.table.rows}
