@@ -16,14 +16,10 @@ from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.evaluation_dataset import EvaluationDataset  # private door
 from mlflow.data.pyfunc_dataset_mixin import PyFuncConvertibleDatasetMixin, PyFuncInputsOutputs
 
-SOURCE_TYPE = "lm_eval"
 HOW = (
     "call evaluate(data=mlflow.data.from_lm_eval(TASKS), model_id=ID, model_type='causal-lm'), or "
     "give evaluator_config={'model': 'models:/NAME/3'} in place of model_id"
 )
-# what decides the items, as MLflow stores it; the leave for code is given by whoever loads
-_STORED = ("tasks", "include_path", "num_fewshot", "limit")
-OF_DATASET = (*_STORED, "allow_task_code")
 
 
 class LmEvalSource(DatasetSource):
@@ -39,6 +35,8 @@ class LmEvalSource(DatasetSource):
     # private door: mlflow.data.dataset_source.DatasetSource._get_source_type
     @staticmethod
     def _get_source_type() -> str:
+        from mlflow_soup.registry.inputs import SOURCE_TYPE
+
         return SOURCE_TYPE
 
     def load(self, *, allow_task_code: str = "", **_: Any) -> "LmEvalDataset":
@@ -62,15 +60,18 @@ class LmEvalSource(DatasetSource):
 
     def to_dict(self) -> dict[Any, Any]:
         """What the source was made of, without secrets."""
+        from mlflow_soup.plugin.words import STORED
         from mlflow_soup.redaction import redact
 
-        stored = {key: self.asked[key] for key in _STORED if key in self.asked}
+        stored = {key: self.asked[key] for key in STORED if key in self.asked}
         return {k: redact(v) if isinstance(v, str) else v for k, v in stored.items()}
 
     @classmethod
     def from_dict(cls, source_dict: dict[Any, Any]) -> "LmEvalSource":
         """The inverse of `to_dict`."""
-        return cls({key: source_dict[key] for key in _STORED if key in source_dict})
+        from mlflow_soup.plugin.words import STORED
+
+        return cls({key: source_dict[key] for key in STORED if key in source_dict})
 
 
 class LmEvalDataset(Dataset, PyFuncConvertibleDatasetMixin):
@@ -164,6 +165,7 @@ def from_lm_eval(
         SpecError: a task or metric is unknown, or a folder holds code that is not allowed.
         ObjectiveError: the data of a task cannot be loaded.
     """
+    from mlflow_soup.plugin.words import in_python
     from mlflow_soup.request.spec import Spec
     from mlflow_soup.workflows.scoring import datasets
 
@@ -174,7 +176,8 @@ def from_lm_eval(
         "num_fewshot": num_fewshot,
         "limit": limit,
     }
-    found = datasets(Spec(**asked))
+    with in_python():
+        found = datasets(Spec(**asked))
     its = found[0].digest
     if len(found) > 1:
         text = json.dumps([[one.task, one.digest] for one in found])

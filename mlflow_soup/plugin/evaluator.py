@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow import MlflowClient
 from mlflow.data.evaluation_dataset import EvaluationDataset  # private door
 
 # from this module: `mlflow.models` is still being imported when it imports this one
@@ -15,18 +14,15 @@ from mlflow.data.evaluation_dataset import EvaluationDataset  # private door
 from mlflow.models.evaluation.base import EvaluationArtifact, EvaluationResult, ModelEvaluator
 
 from mlflow_soup.errors import SpecError
-from mlflow_soup.plugin.dataset import HOW, OF_DATASET, SOURCE_TYPE, Carried, LmEvalDataset
+from mlflow_soup.plugin.dataset import HOW, Carried, LmEvalDataset
+from mlflow_soup.plugin.words import OF_DATASET, OF_EVALUATOR, in_python
 
 if TYPE_CHECKING:
+    from mlflow_soup.registry.store import Store
     from mlflow_soup.request.spec import Spec
     from mlflow_soup.workflows.scoring import Scored
 
 MODEL_TYPE = "causal-lm"
-_OF_EVALUATOR = (
-    *("evaluator", "batch_size", "max_length", "device"),
-    *("apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs"),
-    *("cluster", "margin", "confidence"),
-)
 
 
 class LmEvalEvaluator(ModelEvaluator):
@@ -46,6 +42,7 @@ class LmEvalEvaluator(ModelEvaluator):
         """Whether the model is a causal language model, in the words of `model_type`."""
         return model_type == MODEL_TYPE
 
+    @in_python()
     def evaluate(
         self,
         *,
@@ -92,6 +89,7 @@ class LmEvalEvaluator(ModelEvaluator):
             if said:
                 fix = "leave it out; name metrics with the tasks: arc_easy:acc_norm"
                 raise SpecError("lm-eval has metrics of its own", where=what, fix=fix)
+        from mlflow_soup.registry.store import connect
         from mlflow_soup.workflows.scoring import metrics_of, score_registered
 
         wanted = dict(evaluator_config)
@@ -100,11 +98,12 @@ class LmEvalEvaluator(ModelEvaluator):
             what = "the model is named twice" if uri else "no model is named"
             raise SpecError(what, where="model_id and evaluator_config", fix=HOW)
         spec = _spec(dataset.dataset, wanted)
-        scored = score_registered(uri or str(model_id), baseline, spec)
+        client = connect(60.0 * spec.store_patience)
+        scored = score_registered(client, uri or str(model_id), baseline, spec)
         metrics = metrics_of(scored, spec)
-        items = _log_items(run_id, scored)
+        items = _log_items(client, run_id, scored)
         if model_id is None:  # otherwise MLflow logs them itself
-            _log_metrics(run_id, metrics, scored.model_id, dataset.dataset)
+            _log_metrics(client, run_id, metrics, scored.model_id, dataset.dataset)
         return EvaluationResult(metrics, {"items": items})
 
 
@@ -116,43 +115,45 @@ def _spec(dataset: LmEvalDataset, settings: Mapping[str, Any]) -> "Spec":
     """
     from mlflow_soup.request.spec import Spec
 
-    if unknown := sorted(settings.keys() - {*_OF_EVALUATOR}):
+    if unknown := sorted(settings.keys() - {*OF_EVALUATOR}):
         of_dataset = [key for key in unknown if key in OF_DATASET]
         raise SpecError(
             f"there is no setting {', '.join(unknown)}",
             where="evaluator_config",
             fix=f"give {', '.join(of_dataset)} to mlflow.data.from_lm_eval"
             if of_dataset
-            else f"choose from model, baseline, {', '.join(_OF_EVALUATOR)}",
+            else f"choose from model, baseline, {', '.join(OF_EVALUATOR)}",
         )
     return Spec(**dataset.asked, **settings)
 
 
 def _log_metrics(
-    run_id: str, metrics: Mapping[str, float], model_id: str | None, dataset: LmEvalDataset
+    client: "Store",
+    run_id: str,
+    metrics: Mapping[str, float],
+    model_id: str | None,
+    dataset: LmEvalDataset,
 ) -> None:
     """Log metrics to the run, and where the user may, to the page of the logged model."""
     from mlflow_soup.registry.evaluations import log_of_models
     from mlflow_soup.registry.inputs import link
-    from mlflow_soup.registry.store import connect
     from mlflow_soup.registry.tracking import metric
 
     about: dict[str, Any] = {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
     told = [metric(key, value, model_id=model_id, **about) for key, value in metrics.items()]
-    client = connect()
     log_of_models(client, run_id, {"model": told}, "model")
     link(client, run_id, {}, [model_id])
 
 
-def _log_items(run_id: str, scored: "Scored") -> EvaluationArtifact:
+def _log_items(client: "Store", run_id: str, scored: "Scored") -> EvaluationArtifact:
     """Log the answers to all items as an artifact of the run."""
     # private door: mlflow.models.evaluation.artifacts.ParquetEvaluationArtifact
     from mlflow.models.evaluation.artifacts import ParquetEvaluationArtifact
     from pyarrow import parquet as pq
 
+    from mlflow_soup.registry.inputs import SOURCE_TYPE
     from mlflow_soup.workflows.scoring import write_items
 
-    client = MlflowClient()
     with tempfile.TemporaryDirectory() as folder:
         path = write_items(scored, Path(folder))
         client.log_artifact(run_id, str(path), SOURCE_TYPE)

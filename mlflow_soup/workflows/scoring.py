@@ -16,7 +16,7 @@ from mlflow_soup.evaluation.prompts import Prompting
 from mlflow_soup.evaluation.suite import Suite, load_suite
 from mlflow_soup.records import Dataset, Score, Version
 from mlflow_soup.registry import scores as files
-from mlflow_soup.registry.store import Store, connect
+from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import model_id, registered_as, resolve
 from mlflow_soup.request.margins import parse_margins
 from mlflow_soup.request.names import parse_uri
@@ -61,10 +61,11 @@ def _load(spec: Spec) -> Suite:
     return load_suite(spec.tasks, include_path=spec.include_path, allowed=spec.allowed_code)
 
 
-def score_registered(named: str, baseline: str, spec: Spec) -> Scored:
+def score_registered(client: Store, named: str, baseline: str, spec: Spec) -> Scored:
     """Score a version, and another one to compare it with.
 
     Args:
+        client: the store's client.
         named: `models:/NAME/3`, `models:/NAME@ALIAS`, or the id of a logged model that is the
             source of a version.
         baseline: the same of the other version; empty for none.
@@ -75,7 +76,6 @@ def score_registered(named: str, baseline: str, spec: Spec) -> Scored:
         ParentError: a version is missing or damaged.
         NonFiniteError: a score is not finite.
     """
-    client = connect(60.0 * spec.store_patience)
     texts = {"model": named, "baseline": baseline}
     versions = {what: _find(client, text, what) for what, text in texts.items() if text}
     scores: dict[Version, Mapping[str, Score]] = {}

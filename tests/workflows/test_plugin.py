@@ -204,6 +204,33 @@ def test_an_unknown_task_is_refused_when_the_dataset_is_made(client, tasks):
         mlflow.data.from_lm_eval("toy_digitz", include_path=str(tasks))
 
 
+def test_errors_name_the_arguments_of_python(client, outcome, data, tasks):
+    with pytest.raises(SoupError) as caught:
+        mlflow.data.from_lm_eval("toy_digitz", include_path=str(tasks))
+    assert "include_path FOLDER" in caught.value.fix
+    with pytest.raises(SoupError) as caught:
+        mlflow.data.from_lm_eval("toy_digits", include_path="/no/such")
+    assert caught.value.where == "include_path"
+    with pytest.raises(SoupError) as caught:
+        evaluate(data, model_id=model_id_of(client, 4), evaluator_config={"batch_size": 0})
+    assert str(caught.value).startswith("batch_size 0 is out of range\n  where: batch_size\n")
+    chat = {"apply_chat_template": True}
+    with pytest.raises(SoupError) as caught:
+        evaluate(data, model_id=model_id_of(client, 4), evaluator_config=chat)
+    assert caught.value.where == "apply_chat_template"
+    assert "--" not in str(caught.value)
+
+
+def test_whole_commands_stay_as_they_are():
+    from mlflow_soup.plugin.words import in_python
+
+    fix = "`lm_eval --tasks X`; mlflow-soup doctor --model x --tasks y; or give --tasks z, --fix"
+    with pytest.raises(SoupError) as caught, in_python():
+        raise SoupError("--limit 3", where="--cluster, or the model's tag soup.cluster", fix=fix)
+    assert (caught.value.what, caught.value.where) == ("limit 3", "cluster")
+    assert caught.value.fix == fix.replace("give --tasks", "give tasks")
+
+
 IMPORTS = """
 import sys, warnings
 warnings.filterwarnings("error", message="Failure attempting to register")
