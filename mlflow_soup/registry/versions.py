@@ -134,7 +134,15 @@ def last(client: Store, name: str, count: int) -> list[Version]:
     Raises:
         SpecError: the model has fewer.
     """
-    found = checkpoints(client, name)
+    return newest(name, checkpoints(client, name), count)
+
+
+def newest(name: str, found: Sequence[Version], count: int) -> list[Version]:
+    """The last of a model's versions that are not soups.
+
+    Raises:
+        SpecError: there are fewer.
+    """
     if len(found) < count:
         raise SpecError(
             f"{name} has only {len(found)} versions that are not soups",
@@ -143,7 +151,7 @@ def last(client: Store, name: str, count: int) -> list[Version]:
             if len(found) > 1
             else "register more checkpoints",
         )
-    return found[-count:]
+    return list(found[-count:])
 
 
 def checkpoints(client: Store, name: str) -> list[Version]:
@@ -170,7 +178,22 @@ def times(client: Store, versions: Sequence[Version], tag: str) -> tuple[float, 
     Raises:
         SpecError: only some versions have the tag, or its values are no ascending numbers.
     """
-    texts = [tags_of(client, version).get(tag) for version in versions]
+    return read_times(versions, [tags_of(client, v).get(tag) for v in versions], tag)
+
+
+def read_times(
+    versions: Sequence[Version], texts: Sequence[str | None], tag: str
+) -> tuple[float, ...] | None:
+    """The same, of texts that were read already.
+
+    Args:
+        versions: as for `times`.
+        texts: the value of the tag of each; None for a version without it.
+        tag: as for `times`.
+
+    Raises:
+        SpecError: as `times`.
+    """
     if not any(texts):
         return None
     found: list[float] = []

@@ -257,29 +257,33 @@ def _checkpoints(
         found = versions.checkpoints(client, name)
     first = 0
     if spec.last:
-        first = found.index(versions.last(client, name, spec.last)[0])
+        first = found.index(versions.newest(name, found, spec.last)[0])
     if len(found) < 2:
         raise SpecError(
             f"{name} has only {len(found)} versions that are not soups",
             where="--model",
             fix="register the checkpoints of a run, each as a version",
         )
-    if first and (start := _same_run(client, found, first, spec.time_tag)):
-        found, first = found[start:], first - start
-    times = versions.times(client, found, spec.time_tag)
+    texts = [versions.tags_of(client, version).get(spec.time_tag) for version in found]
+    start = _same_run(texts, first)
+    found, texts, first = found[start:], texts[start:], first - start
+    times = versions.read_times(found, texts, spec.time_tag)
     if tagged and times is None:
         versions.tell_untimed(spec.time_tag)
     named = spec.time_tag if times else ""
     return tuple(found), first, times or schedule.evenly(len(found)), named
 
 
-def _same_run(client: Store, found: Sequence[Version], first: int, tag: str) -> int:
-    """The place of the oldest checkpoint before `first` that is of the same run, by its time.
+def _same_run(texts: Sequence[str | None], first: int) -> int:
+    """The place of the oldest checkpoint up to `first` that is of the same run, by its time.
 
     Older versions may have no time, or those of a run before.
+
+    Args:
+        texts: the times of all checkpoints, as their tags have them.
+        first: the first checkpoint that is scored.
     """
-    texts = [versions.tags_of(client, version).get(tag) for version in found[: first + 1]]
-    if not texts[-1]:
+    if not texts[first]:
         return 0  # nothing has a time: the versions count as equally spaced
     place = first
     while place and _number_of(texts[place - 1]) < _number_of(texts[place]):
