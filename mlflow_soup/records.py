@@ -309,8 +309,8 @@ class Dataset:
 
     Attributes:
         task: lm-eval's name of the task or group.
-        digest: of the items' documents and prompts. Whatever changes a prompt makes another
-            dataset: few-shot examples, a chat template. No other setting of the evaluator does.
+        digest: of the items' documents, and of the task's templates and few-shot examples. Settings
+            of the evaluator make no other dataset, such as a chat template.
         count: how many items there are.
         source: what loads them again: the task, and the folders with its YAML.
     """

@@ -38,6 +38,11 @@ PASSAGES = ("passage", "context", "article", "paragraph", "story", "document", "
 LONG, FEWEST = 100, 10  # characters of a passage on average; number of passages
 
 Part = tuple[str, str, tuple[str, ...]]  # leaf task, metric, names of its items
+# fields of a task that make a prompt of a document
+_PROMPT = (
+    *("description", "doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix"),
+    *("target_delimiter", "fewshot_delimiter", "num_fewshot", "fewshot_split", "fewshot_config"),
+)
 Asking = Mapping[str, tuple[Part, ...]]  # term → the items that its score is the mean of
 
 
@@ -179,23 +184,29 @@ def items_of(suite: Suite) -> dict[str, tuple[Part, ...]]:
 def datasets_of(suite: Suite) -> dict[str, Dataset]:
     """Task or group → its items; the tasks are frozen.
 
-    The metric is no part of a dataset, nor are the passages that `--cluster` names.
+    A dataset is what a task asks, of whatever model: documents, templates and few-shot examples.
+    The metric is no part of it, nor are the passages that `--cluster` names, a chat template and a
+    system instruction.
     """
     found = {}
     for term, parts in zip(suite.terms, items_of(suite).values(), strict=True):
-        items = [[task, [_without_cluster(name) for name in names]] for task, _, names in parts]
+        configs = [task.dump_config() for task in suite.leaves(term)]
+        items = [
+            [
+                task,
+                {key: config.get(key) for key in _PROMPT},
+                [name.split(":")[0] for name in names],
+            ]
+            for (task, _, names), config in zip(parts, configs, strict=True)
+        ]
         source = {"tasks": term.name, "include_path": suite.include_path}
         found[term.name] = Dataset(
             term.name,
-            _hash(json.dumps(items))[:8],  # as long as MLflow's own
+            _hash(json.dumps(items, default=str))[:8],  # as long as MLflow's own
             sum(len(names) for *_, names in parts),
             {key: value for key, value in source.items() if value},
         )
     return found
-
-
-def _without_cluster(name: str) -> str:
-    return ":".join(name.split(":")[:2])
 
 
 def asked(suite: Suite) -> dict[str, str]:

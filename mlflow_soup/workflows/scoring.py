@@ -44,9 +44,6 @@ class Scored:
 def datasets(spec: Spec) -> list[Dataset]:
     """The items of the tasks of a spec, one dataset for each task or group.
 
-    A chat template or a system instruction changes the prompts too. It is a setting of the
-    evaluator, and does not count here.
-
     Raises:
         SpecError: a task is unknown, or its requests cannot be built.
         ObjectiveError: the data of a task cannot be loaded.

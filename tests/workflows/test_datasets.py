@@ -1,9 +1,12 @@
 """What an MLflow user finds by the dataset of a task: the runs that read it, and their models."""
 
 import json
+import os
 
 import pytest
+import yaml
 
+import toy
 from conftest import MODEL
 from mlflow_soup import Spec
 from mlflow_soup import run as run_soup
@@ -117,9 +120,9 @@ def test_the_logged_model_of_a_soup_names_method_weights_and_tasks(client, outco
     assert model.model_id == version.source.removeprefix("models:/")
 
 
-def test_the_digest_is_of_the_items_in_their_order_and_of_nothing_else(tasks):
+def test_the_digest_is_of_what_a_task_asks_and_of_nothing_else(tasks, tmp_path):
     def dataset(text, prompting=PLAIN):
-        suite = load_suite(text, include_path=str(tasks))
+        suite = load_suite(text, include_path=f"{tmp_path}{os.pathsep}{tasks}")
         for task in suite.loaded["tasks"].values():
             freeze(task, prompting, None)
         return datasets_of(suite)
@@ -128,5 +131,13 @@ def test_the_digest_is_of_the_items_in_their_order_and_of_nothing_else(tasks):
     assert plain.count == 100
     assert dataset("toy_letters:acc_norm")["toy_letters"] == plain
     assert dataset("toy_letters", Prompting(cluster="choices"))["toy_letters"] == plain
-    asked = Prompting(system_instruction="Go on.")
-    assert dataset("toy_letters", asked)["toy_letters"].digest != plain.digest
+    asked = Prompting(system_instruction="Go on.")  # as a chat template is: of the evaluator
+    assert dataset("toy_letters", asked)["toy_letters"] == plain
+    config = yaml.safe_load((tasks / "letters.yaml").read_text()) | {"task": "open"}
+    del config["num_fewshot"]
+    digests = set()
+    for change in ({}, {"doc_to_text": "Q: {{question}}"}, {"fewshot_split": "validation"}):
+        toy.write_task(tmp_path / "open.yaml", config | change)
+        for shots in (0, 1) if "fewshot_split" in change else (0,):
+            digests.add(dataset("open", Prompting(num_fewshot=shots))["open"].digest)
+    assert len(digests) == 4
