@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mlflow.entities import Metric
 
-from mlflow_soup.records import Distance, Soup, Trial
+from mlflow_soup.records import Distance, Soup, Trial, listed
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.descriptions import describe
@@ -20,6 +20,7 @@ from mlflow_soup.registry.links import (
     version_path,
 )
 from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.versions import find_soups
 from mlflow_soup.reporting import answers, geometry, interactive, report, tables, windows
 from mlflow_soup.search.belief import LANDSCAPE, believe
 from mlflow_soup.search.schedule import Schedule
@@ -37,6 +38,11 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance | None)
         if not soup.registered:
             what += ", so it was not registered; to register it all the same: --register-copies"
         notes.append(f"{what}.")
+    if soup.registered:
+        found = find_soups(client, soup.version.name, {naming.DIGEST: soup.digest})
+        if others := [version for version in found if version != soup.version]:
+            has = "has" if len(others) == 1 else "have"
+            notes.append(f"{listed(others)} {has} the same weights, by another request.")
     if job.bench.test is not None and not soup.registered:
         notes.append("The test set was not scored: there is no new version.")
     if spec.method == "bayesopt":

@@ -521,6 +521,10 @@ def test_a_promotion_needs_out_of_domain_tasks(client):
     outcome = run_soup(Spec(pair="v1,v2", method="uniform"))
     assert outcome.verdict is None
     assert "gate not run" in outcome.summary
+    twin = run_soup(Spec(pair="v1,v2", method="uniform", limit=50))
+    assert (twin.soup.digest, twin.soup.version.number) == (outcome.soup.digest, 5)
+    words = "toy-llm v4 has the same weights, by another request."
+    assert (words in outcome.summary, words in twin.summary) == (False, True)
 
 
 def test_two_models_with_these_versions_must_be_told_apart(client, checkpoints):
