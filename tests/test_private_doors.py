@@ -88,7 +88,7 @@ PUBLIC = {
     *("scipy.special", "scipy.stats", "sklearn.exceptions", "sklearn.gaussian_process"),
     "sklearn.gaussian_process.kernels",
     *("matplotlib", "matplotlib.artist", "matplotlib.axes", "matplotlib.figure"),
-    *("matplotlib.lines", "matplotlib.patches"),
+    *("matplotlib.colors", "matplotlib.lines", "matplotlib.patches"),
     *("bokeh.embed", "bokeh.layouts", "bokeh.models", "bokeh.palettes", "bokeh.plotting"),
     *("bokeh.resources", "bokeh.transform"),
 }

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from mlflow_soup.decision.pairing import ROUNDING
-from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE, literally
+from mlflow_soup.reporting.report import BLUE, GREEN, GREY, ORANGE, bounds, literally
 
 Grid = NDArray[np.float64]
 WIDTH, HEIGHT = 7.5, 4.5  # inches; larger where the content needs it
@@ -185,9 +186,11 @@ def schedule(
         "Which window, and which decay?", 2.5 + 0.75 * len(durations), 2.2 + 0.5 * len(powers)
     )
     axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap="cividis", aspect="auto", origin="lower")
-    bar = figure.colorbar(image, label=_short(label))
-    bar.ax.ticklabel_format(useOffset=False)
+    limits = bounds(np.append(grid, newest))
+    norm = BoundaryNorm(limits, 256)
+    cells = np.ma.masked_invalid(grid)
+    image = axes.imshow(cells, cmap="cividis", norm=norm, aspect="auto", origin="lower")
+    bar = figure.colorbar(image, label=_short(label), format="%.4f", ticks=limits)
     bar.ax.axhline(newest, color=ORANGE, lw=2)
     _print_scores(axes, grid, _inks(image.to_rgba(grid)))
     handles: list[Artist] = [Line2D([], [], color=ORANGE, lw=2, label="newest version alone")]

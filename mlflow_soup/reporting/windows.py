@@ -5,6 +5,7 @@
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 from mlflow_soup.records import Recipe, Soup, Window, listed
@@ -132,9 +133,11 @@ def _draw_map(figure: Figure, axes: Axes, story: Story, space: Schedule) -> None
     scores = expected(space, story.trials, np.array([row for row, known in found if known]))
     scores -= expected(space, story.trials, np.array([space.alone()[-1].lam]))
     x, y = shapes[:, 0], np.log2(shapes[:, 1])
-    image = axes.tricontourf(x, y, scores, levels=12, cmap="cividis")
-    bar = figure.colorbar(image, ax=axes, label="expected score against the newest version")
-    bar.ax.ticklabel_format(useOffset=False)
+    levels = report.bounds(scores)
+    norm = BoundaryNorm(levels, 256)
+    image = axes.tricontourf(x, y, scores, levels=levels, cmap="cividis", norm=norm)
+    label = "expected score against the newest version"
+    figure.colorbar(image, ax=axes, label=label, format="%+.4f", ticks=levels)
     known = [space.shape_of(trial.recipe) for trial in story.trials if trial.held_out]
     there = np.array([found for found in known if found is not None])
     axes.plot(there[:, 0], np.log2(there[:, 1]), "o", color="white", mec=GREY, label="trial")

@@ -166,6 +166,15 @@ def test_the_figure_shows_the_weights_over_time_and_the_map_with_its_trials():
     np.testing.assert_allclose(drawn["chosen"], [[4000.0, 1.0]])  # log2 of p
 
 
+def test_bad_windows_leave_colours_for_the_good_ones():
+    scores = np.array([-0.3, -0.29, 0.001, 0.002, 0.004, 0.008])
+    limits = report.bounds(scores)
+    assert (limits[0], limits[-1]) == (-0.3, 0.008)
+    assert (np.diff(limits) > 0.0).all()
+    assert len({*np.digitize(scores[2:], limits[:-1])}) == 2  # with equal steps, one
+    assert (np.diff(report.bounds(np.full(3, 0.5))) > 0.0).all()
+
+
 def test_a_fixed_rule_has_no_map():
     told = replace(story(of(longest(TIMES), 2)), method="wma")
     (bars,) = windows.figure(told).axes
