@@ -5,6 +5,7 @@ import gc
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields
 from fractions import Fraction
@@ -530,6 +531,8 @@ def quickstart(answer: Answer, /, promote: str, trials: int | None, **options: A
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     check_name(options["model"])
+    if not sys.stderr.isatty():
+        click.echo("loading libraries", err=True)
     with _heavy_imports():
         from mlflow_soup.quickstart import steps
         from mlflow_soup.reporting import document

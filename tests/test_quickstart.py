@@ -113,6 +113,12 @@ def test_it_registers_thirteen_checkpoints_and_their_soup_and_does_nothing_twice
     assert policy["soup.test_tasks"] == "quickstart_prose_test:acc"
     assert "score on the test set" in first.stdout
     assert "it/s" not in first.stderr
+    told = iter(first.stderr.splitlines())  # a line for each stage, in their order
+    stages = ["loading libraries", "reading texts of this Python, and writing tasks"]
+    stages += ["training the tokenizer", "pretraining: 26 steps, 13 checkpoints"]
+    stages += [f"step {2 * n} of 26: quickstart-llm v{n} is registered" for n in range(1, 14)]
+    stages += ["the main job: v12 and v13"]
+    assert all(stage in told for stage in stages), first.stderr
 
     again = forked.play(
         "mlflow_soup", "quickstart", *QUICK, cwd=tmp_path, env=environment(tmp_path)

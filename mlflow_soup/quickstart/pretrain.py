@@ -7,6 +7,7 @@ hands a checkpoint every so many steps to `register`: few calls, which any train
 import contextlib
 import copy
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,6 +66,12 @@ class Settings:
     def tokens_seen(self, step: int) -> int:
         """Tokens trained on after `step` steps."""
         return step * self.batch * self.context
+
+
+def tell(words: str) -> None:
+    """Say in a log file what is going on; in a terminal, progress bars do."""
+    if not sys.stderr.isatty():
+        tqdm.write(words, file=sys.stderr)
 
 
 def training_texts(documents: Sequence[Document]) -> list[str]:
@@ -206,14 +213,17 @@ def pretrain(
     there = count_registered(client, name, wanted)
     if there == settings.checkpoints:
         return f"{name} has its {there} versions already: not pretrained again"
+    tell("training the tokenizer")
     tokenizer, tokens = encode(training_texts(documents), settings)
     torch.manual_seed(seed)
+    tell(f"pretraining: {settings.steps} steps, {settings.checkpoints} checkpoints")
     training = Training(new_model(tokenizer, settings), tokens, settings, seed)
     with training_run(client, experiment_id, f"pretrain {name}", settings, seed) as run_id:
         for step in log_steps(client, run_id, training, settings.steps):
             number, between = divmod(step, settings.steps_between)
             if between == 0 and number > there:
                 register(client, run_id, name, training.model, tokenizer, wanted[number - 1])
+                tell(f"step {step} of {settings.steps}: {name} v{number} is registered")
     return f"{name} was pretrained: versions {there + 1} to {settings.checkpoints} are new"
 
 

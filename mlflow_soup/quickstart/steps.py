@@ -35,12 +35,14 @@ def prepare(
         settings = replace(settings, steps_between=max(1, steps // settings.checkpoints))
     if items is not None:
         sizes = replace(sizes, items=items, test_items=items, code_items=items)
+    pretrain.tell("reading texts of this Python, and writing tasks")
     documents = corpus.read()
     include_path = tasks.write(documents, folder / "tasks", sizes)
     # `mlflow run` names the experiment that it chose
     experiment = os.environ.get("MLFLOW_EXPERIMENT_ID", "0")
     yield pretrain.pretrain(model, documents, settings, seed=seed, experiment_id=experiment)
     pretrain.set_policy(model, tasks.policy(include_path))
+    pretrain.tell("the main job: v12 and v13")
 
 
 def quiet_unless_terminal() -> None:
