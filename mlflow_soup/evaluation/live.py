@@ -5,13 +5,14 @@ The names and shapes of tensors on disk can differ from those of the model's par
 into one parameter. This module mixes the tensors as they are on disk, and writes each result into
 the part of the parameter that the tensor becomes. So the live model has the same bits as a model
 that is loaded from the written soup. Parents stay memory-mapped: they use page cache, not memory.
+Or they lie on the model's device, see `resident`.
 """
 
 import contextlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +20,14 @@ from torch import Tensor
 from transformers import __version__ as transformers_version
 from transformers.core_model_loading import revert_weight_conversion  # private door
 
-from mlflow_soup.errors import NonFiniteError, ParentError, SpecError
+from mlflow_soup.errors import NonFiniteError, ParentError, SpecError, brief
+from mlflow_soup.evaluation import resident
 from mlflow_soup.evaluation.loading import load_model, load_tokenizer, try_loading
 from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint
 from mlflow_soup.weights.mix import Scratch, add_up, all_same, same_bytes, terms
+
+# elements that are compared when parents lie on a device: of all tensors, and of each at least
+_COMPARED, _LEAST_COMPARED = 1 << 26, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Link:
     live: Tensor  # shape (n,)
     parents: tuple[Tensor, ...]  # each of shape (n,)
     same: bool  # True when all parents have the same bytes
+    on_device: bool = False  # True when the parents lie where `live` does, and are mixed there
 
 
 def not_finite(what: str, where: str) -> NonFiniteError:
@@ -62,6 +68,20 @@ def not_finite(what: str, where: str) -> NonFiniteError:
         "BF16, which hold larger numbers than F16"
     )
     return NonFiniteError(what, where=where, fix=fix)
+
+
+def _not_finite(name: str, lam: Sequence[float]) -> NonFiniteError:
+    return not_finite(f"{name!r} of the mixture is not finite", f"λ = {lam}")
+
+
+def _moved(link: Link) -> Link:
+    """The link with copies of its parents on the device of the model."""
+    device = link.live.device
+    if link.same:  # one copy is enough
+        tensors = (link.parents[0].to(device, copy=True),) * len(link.parents)
+    else:
+        tensors = tuple(tensor.to(device, copy=True) for tensor in link.parents)
+    return replace(link, parents=tensors, on_device=True)
 
 
 def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[str, str]]:
@@ -187,18 +207,23 @@ class LiveModel:
         self.model = model.to(_device(device)).eval()
         self.tokenizer = load_tokenizer(checkpoint)
         self._scratch = Scratch()
+        self._scratch_on: dict[torch.device, Scratch] = {}
+        self._of_batches: dict[torch.device, int] = {}  # bytes that torch held before any parent
 
-    def link(self, parents: Sequence[Checkpoint], *, resident: bool = False) -> list[Link]:
+    def link(self, parents: Sequence[Checkpoint], *, where: str = "mmap") -> list[Link]:
         """Link the model's parameters to parents, so that `set_weights` can mix them repeatedly.
 
         The links are valid as long as the model stays on its device and keeps its dtype.
 
         Args:
             parents: the parents, oldest first, compatible with the checkpoint of this model.
-            resident: True reads the parents into memory now, for slow disks.
+            where: `mmap` leaves the parents in their files, `memory` reads them now, for slow
+                disks. `device` copies them to the model's device and compares the bits of a mixture
+                with the CPU; the model holds that mixture then.
 
         Raises:
             ParentError: two tensors of a parent differ, but the model ties them.
+            SpecError: the parents do not fit on the device, or it computes other bits.
         """
         parameters = self.model.state_dict()
         weights = [dict(parent.read()) for parent in parents]
@@ -216,10 +241,51 @@ class LiveModel:
         for name, place in self.places.items():
             tensors = tuple(own[name].reshape(-1) for own in weights)
             same = all_same(tensors)
-            if resident:
+            if where == "memory":
                 tensors = tuple(tensor.clone() for tensor in tensors)
             links.append(Link(name, place.of(parameters), tensors, same))
-        return links
+        return self._move(links) if where == "device" and links else links
+
+    def _move(self, links: Sequence[Link]) -> list[Link]:
+        """The links with the parents on the model's device, which has proved its bits."""
+        needed: dict[torch.device, int] = {}
+        kinds = set()
+        for link in links:
+            first, device = link.parents[0], link.live.device
+            copies = 1 if link.same else len(link.parents)
+            needed[device] = needed.get(device, 0) + copies * first.nbytes
+            if first.is_floating_point() and not link.same:
+                kinds.add((device, first.dtype, link.live.dtype))
+        for device in needed:
+            self._scratch_on.setdefault(device, Scratch(resident.CHUNK, device))
+            self._of_batches.setdefault(device, resident.cached(device))
+            needed[device] += 3 * 8 * resident.CHUNK  # rows in double precision at most
+        resident.check_room(needed, self._of_batches)
+        try:
+            for device, dtype, live in sorted(kinds, key=str):
+                resident.check_arithmetic(device, dtype, live, len(links[0].parents))
+            moved = [_moved(link) for link in links]
+            self._compare(moved, links)
+        except torch.OutOfMemoryError as error:
+            raise resident.too_little(brief(error)) from error
+        return moved
+
+    def _compare(self, moved: Sequence[Link], links: Sequence[Link]) -> None:
+        """Mix the parents on the device, and compare a part of each tensor with the CPU."""
+        rising = range(1, len(links[0].parents) + 1)
+        lam = [number / sum(rising) for number in rising]
+        for link in moved:
+            self._write(link, lam)
+        length = max(_LEAST_COMPARED, _COMPARED // len(links))
+        for link in links:
+            begin = max(0, link.live.numel() - length) // 2
+            here = slice(begin, begin + length)
+            found = link.live[here].cpu()
+            expected = torch.empty_like(found)
+            parts = terms([t[here] for t in link.parents], lam, same=link.same, name=link.name)
+            add_up(parts, expected, scratch=self._scratch)
+            if not same_bytes(found, expected):
+                raise resident.other_bits(link.live.device, f"{link.name!r} of the parents")
 
     def set_weights(self, links: Sequence[Link], lam: Sequence[float]) -> None:
         """Write Σ λ_i·Θ_i into the model, computed from the parents.
@@ -234,12 +300,22 @@ class LiveModel:
             NonFiniteError: a value is NaN or infinite. Some tensors of the model then have the new
                 weights, the others the old ones.
         """
+        later = []
         for link in links:
-            parts = terms(link.parents, lam, same=link.same, name=link.name)
             check = not link.name.endswith(MAY_BE_INFINITE)
-            if not add_up(parts, link.live, scratch=self._scratch, check=check):
-                raise not_finite(f"{link.name!r} of the mixture is not finite", f"λ = {lam}")
+            if check and link.on_device:
+                later.append((link.name, link.live))
+            if not self._write(link, lam, check=check and not link.on_device):
+                raise _not_finite(link.name, lam)
+        if name := resident.first_not_finite(later):
+            raise _not_finite(name, lam)
         self.model.eval()
+
+    def _write(self, link: Link, lam: Sequence[float], *, check: bool = False) -> bool:
+        """Write one mixture; False if `check` found NaN or infinity in it."""
+        parts = terms(link.parents, lam, same=link.same, name=link.name)
+        scratch = self._scratch_on[link.live.device] if link.on_device else self._scratch
+        return add_up(parts, link.live, scratch=scratch, check=check)
 
     @contextlib.contextmanager
     def holding(self, parent: Checkpoint) -> Iterator[None]:

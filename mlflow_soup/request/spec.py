@@ -45,7 +45,7 @@ LONGEST = 64  # versions of a schedule
 FEW = 4  # versions whose weights are searched one by one, unless --space says so
 SPACES = ("auto", "simplex", "schedule")
 DECAYS = ("linear", "cosine", "minus-sqrt")  # a test compares this with `search.schedule.DECAYS`
-PARENTS_IN = ("mmap", "memory")
+PARENTS_IN = ("mmap", "memory", "device")
 EVALUATORS = ("prepared", "lm-eval")
 # a test compares this with `search.methods.METHODS`
 METHODS = (
@@ -527,7 +527,9 @@ class Spec:
     parents_in: str = knob(
         MACHINE,
         "mmap",
-        "Whether the parents are mapped from their files during the search, or read into memory.",
+        "Where the parents lie during the search: mmap, in their files; memory; device, beside the "
+        "model on its GPU, which needs memory for all of them and then switches λ in its own "
+        "memory.",
         f"run watch {_ALL}",
         choices=PARENTS_IN,
     )

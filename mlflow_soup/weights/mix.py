@@ -6,6 +6,9 @@ Tensors of fp64 are summed in fp64. Products and sums are separate operations on
 `torch.lerp` and `addcmul` fuse them on some CPUs only, so the registered file could not be
 reproduced bit for bit on another CPU. The sum is computed in chunks that fit the cache; the result
 does not depend on the size of the chunks or the number of threads.
+
+The tensors of a sum may lie on any one device. `evaluation.resident` compares the bits of another
+device with those of the CPU.
 """
 
 import math
@@ -46,17 +49,21 @@ class Scratch:
 
     Args:
         chunk: the number of elements per chunk; by default `CHUNK` per thread of torch.
+        device: where the tensors lie that are summed.
     """
 
-    def __init__(self, chunk: int | None = None) -> None:
+    def __init__(self, chunk: int | None = None, device: torch.device | str = "cpu") -> None:
         self.chunk = chunk or CHUNK * torch.get_num_threads()
+        self._device = device
         self._rows: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def row(self, dtype: torch.dtype, number: int, length: int) -> Tensor:
         """The first `length` elements of a row, not initialised."""
         row = self._rows.get((dtype, number))
         if row is None:
-            row = self._rows[dtype, number] = torch.empty(self.chunk, dtype=dtype)
+            row = self._rows[dtype, number] = torch.empty(
+                self.chunk, dtype=dtype, device=self._device
+            )
         return row[:length]
 
 
@@ -104,10 +111,10 @@ def add_up(parts: Sequence[Term], out: Tensor, *, scratch: Scratch, check: bool 
     """Write Σ c·Θ into `out`; no memory is allocated once the scratch rows exist.
 
     Args:
-        parts: contiguous tensors on the CPU, each of shape (n,), with their coefficients.
+        parts: contiguous tensors, each of shape (n,), with their coefficients.
         out: shape (n,). If its dtype or device differs from that of the tensors, the sum is rounded
             to the tensors' dtype first and converted afterwards, as if it were loaded from a file.
-        scratch: working memory.
+        scratch: working memory, on the device of the tensors.
         check: if True, look for values that are not finite.
 
     Returns:

@@ -167,7 +167,7 @@ def explore(
     """
     spec, space = job.spec, job.space
     parents = [o.checkpoint for o in job.opened]
-    links = job.bench.live.link(parents, resident=spec.parents_in == "memory")
+    links = job.bench.live.link(parents, where=spec.parents_in)
     trials: list[Trial] = []
     trust = trusted(job, run_id)
     history = _history(job, trust)

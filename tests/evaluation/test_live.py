@@ -299,18 +299,19 @@ def test_moving_away_and_back_leaves_no_trace(checkpoints):
     assert torch.equal(at(0.3), first)
 
 
-def test_parents_read_into_memory_give_the_same_model(checkpoints):
+@pytest.mark.parametrize("where", ["memory", "device"])
+def test_parents_read_into_memory_give_the_same_model(checkpoints, where):
     live = LiveModel(find_checkpoint(checkpoints[0], "v1"))
     mapped = link(live, checkpoints[:2])
     live.set_weights(mapped, (0.3, 0.7))
     expected = logits(live.model)
     parents = [find_checkpoint(folder, folder.name) for folder in checkpoints[:2]]
-    resident = live.link(parents, resident=True)
-    assert {x.parents[0].data_ptr() for x in resident}.isdisjoint(
+    copied = live.link(parents, where=where)
+    assert {x.parents[0].data_ptr() for x in copied}.isdisjoint(
         x.parents[0].data_ptr() for x in mapped
     )
-    live.set_weights(resident, (0.0, 1.0))
-    live.set_weights(resident, (0.3, 0.7))
+    live.set_weights(copied, (0.0, 1.0))
+    live.set_weights(copied, (0.3, 0.7))
     assert torch.equal(logits(live.model), expected)
 
 
@@ -409,7 +410,8 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_words(checkpoints, tmp_pa
     assert "\n" not in refusal.value.what
 
 
-def test_a_mixture_that_is_not_finite_is_no_model(tmp_path, trained):
+@pytest.mark.parametrize("where", ["mmap", "device"])
+def test_a_mixture_that_is_not_finite_is_no_model(tmp_path, trained, where):
     largest = torch.finfo(torch.float32).max
     found = []
     for i in range(3):
@@ -419,7 +421,7 @@ def test_a_mixture_that_is_not_finite_is_no_model(tmp_path, trained):
         found.append(find_checkpoint(folder, f"v{i}"))
     live = LiveModel(found[0])
     with pytest.raises(errors.NonFiniteError, match=r"norm\.bias.* is not finite") as refusal:
-        live.set_weights(live.link(found), (0.01, 0.5, 0.49))
+        live.set_weights(live.link(found, where=where), (0.01, 0.5, 0.49))
     assert "raise --alpha" in refusal.value.fix
     assert "register the parents in F32 or BF16" in refusal.value.fix
 

@@ -217,7 +217,7 @@ RANGES = {
     "alpha": ([None, 0.0, 0.5, 0.999], [-0.01, 1.0, 2.0, float("nan")]),
     "trials": ([None, 4, 10, 1000], [3, 0, -1]),
     "stop": ([0.0, 0.05, 3.0], [-0.01, float("inf"), float("nan")]),
-    "parents_in": (["mmap", "memory"], ["disk", ""]),
+    "parents_in": (["mmap", "memory", "device"], ["disk", ""]),
     "last": ([None, 2, 20], [1, 0, -3]),
     "pairs": (
         ["", "v1,v2", "v1,v2  @champion,3"],
