@@ -188,6 +188,7 @@ class Evaluator:
             "dtype": str(self._live.model.dtype),
             "softmax_dtype": "float32",
             "device": self._live.model.device.type,
+            **({"device_map": self._live.placement} if self._live.placement else {}),
             **{name: importlib.metadata.version(name) for name in versions},
         }
 

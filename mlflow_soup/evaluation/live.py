@@ -22,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion  # private 
 
 from mlflow_soup.errors import NonFiniteError, ParentError, SpecError, brief
 from mlflow_soup.evaluation import resident
+from mlflow_soup.evaluation.device_map import check_reachable, device_of, placement, read_map
 from mlflow_soup.evaluation.loading import load_model, load_tokenizer, try_loading
 from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint
 from mlflow_soup.weights.mix import Scratch, add_up, all_same, same_bytes, terms
@@ -131,7 +132,7 @@ def _locate(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Place], dict[
         place = Place(names[owner], first - starts[owner], rows)
         live, storage = place.of(parameters), parameters[place.parameter].data_ptr()
         # a head saved beside its tied embedding may differ from it; transformers does not check
-        if not same_bytes(live, tensor.reshape(-1).to(live.dtype)):
+        if not same_bytes(live.cpu(), tensor.reshape(-1).to(live.dtype)):
             continue
         if (storage, place.first_row) in taken:
             tied[name] = taken[storage, place.first_row]
@@ -166,17 +167,11 @@ def _rearranged(checkpoint: Checkpoint, detail: str) -> ParentError:
     )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise SpecError(
-            f"device {name!r} is not available: {str(error).splitlines()[0]}",
-            where="--device",
-            fix="choose cpu, cuda, cuda:1 …, or auto, which takes a GPU if there is one",
-        ) from error
+def _on_device(model: Any, device: str) -> Any:
+    """The model on one device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device_of(device, "--device"))
 
 
 class LiveModel:
@@ -185,9 +180,11 @@ class LiveModel:
     Args:
         checkpoint: gives the architecture, the tokenizer and the first weights.
         device: `cpu`, `cuda`, …; `auto` takes a GPU if there is one.
+        device_map: in place of a device, one of `DEVICE_MAPS` or a JSON file; see `read_map`.
 
     Attributes:
         model: the transformers model.
+        placement: with a device map, which devices have which weights; else empty.
         tokenizer: the checkpoint's tokenizer.
         config: the checkpoint's config.
         places: name on disk → the part of a parameter that this tensor becomes. Tensors that
@@ -196,15 +193,27 @@ class LiveModel:
 
     Raises:
         ParentError: transformers cannot load the checkpoint, or its weights cannot be located.
-        SpecError: the device is not available.
+        SpecError: a device is not available or too small, or the device map cannot be used.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "auto", *, device_map: str = ""
+    ) -> None:
         try_loading(checkpoint)
-        model = load_model(checkpoint)
-        self.places, self.tied = _locate(model, checkpoint)
+        try:
+            model = load_model(checkpoint, read_map(device_map, checkpoint) if device_map else None)
+            check_reachable(model)
+            self.places, self.tied = _locate(model, checkpoint)
+            self.model = (model if device_map else _on_device(model, device)).eval()
+        except torch.OutOfMemoryError as error:
+            raise SpecError(
+                f"the model does not fit on its device: {brief(error)}",
+                where="--device-map" if device_map else "--device",
+                fix="free memory of the GPU, or spread the model over more of them: --device-map "
+                "auto",
+            ) from error
         self.config = checkpoint.config
-        self.model = model.to(_device(device)).eval()
+        self.placement = placement(self.model) if device_map else ""
         self.tokenizer = load_tokenizer(checkpoint)
         self._scratch = Scratch()
         self._scratch_on: dict[torch.device, Scratch] = {}

@@ -26,6 +26,7 @@ from torch.nn.modules.module import (
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -309,8 +310,31 @@ def _in_proportion(checkpoint: Checkpoint) -> Iterator[None]:
             handle.remove()
 
 
-def load_model(checkpoint: Checkpoint) -> Any:
+def skeleton(checkpoint: Checkpoint) -> Any:
+    """The transformers model of a checkpoint, without memory for its values.
+
+    Raises:
+        ParentError: transformers cannot build it.
+    """
+    try:
+        with quiet(), _in_proportion(checkpoint), torch.device("meta"):
+            config = AutoConfig.from_pretrained(
+                str(checkpoint.weights), trust_remote_code=False, local_files_only=True
+            )
+            auto: Any = AutoModelForCausalLM
+            return auto.from_config(config, trust_remote_code=False)
+    except ParentError:
+        raise
+    except Exception as error:  # a config can make the model's code raise anything
+        raise _unloadable(checkpoint, "model", "AutoModelForCausalLM", error) from error
+
+
+def load_model(checkpoint: Checkpoint, device_map: Any = None) -> Any:
     """The transformers model of a checkpoint, with its weights.
+
+    Args:
+        checkpoint: the checkpoint.
+        device_map: what transformers calls so; None for the CPU.
 
     Raises:
         ParentError: transformers cannot load it, a weight is missing, or the config asks for far
@@ -324,10 +348,11 @@ def load_model(checkpoint: Checkpoint) -> Any:
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
+                device_map=device_map,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-    except ParentError:
+    except (ParentError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config can make the model's code raise anything
         raise _unloadable(checkpoint, "model", "AutoModelForCausalLM", error) from error

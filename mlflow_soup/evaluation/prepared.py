@@ -215,6 +215,9 @@ class PreparedLM(FrozenLM):
         super().__init__(*args, **kwargs)
         self._probes = probes
         self._kind = "cpu" if self.device.type == "cpu" else "other"
+        # with a device map, a cache lies on several devices: an index on the CPU fits all of them
+        mapped = hasattr(self.model, "hf_device_map")
+        self._index_on = torch.device("cpu") if mapped else self.device
         self._head = self.model.get_output_embeddings()
         self._vocabulary = int(self.model.config.get_text_config().vocab_size)
         self._plans: dict[str, _Plan] = {}
@@ -410,7 +413,7 @@ class PreparedLM(FrozenLM):
             tuple(number for number, _ in asked),
             tuple(len(c) for _, c in asked),
             torch.stack(prefixes).to(**to) if prefixes else None,
-            torch.tensor(prefix, dtype=torch.long, **to),
+            torch.tensor(prefix, dtype=torch.long, device=self._index_on),
         )
 
     def _try_largest(self) -> None:
@@ -466,7 +469,8 @@ class PreparedLM(FrozenLM):
         """Run the model with a head that gets only the positions that are read."""
 
         def select(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (args[0].flatten(0, 1)[reads].unsqueeze(0),)
+            # with a device map, the head's input may lie on another device than the tokens
+            return (args[0].flatten(0, 1)[reads.to(args[0].device)].unsqueeze(0),)
 
         more = {} if cache is None else {"past_key_values": cache}
         handle = self._head.register_forward_pre_hook(select)

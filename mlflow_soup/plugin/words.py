@@ -10,7 +10,7 @@ from mlflow_soup.errors import SoupError
 STORED = ("tasks", "include_path", "num_fewshot", "limit")
 OF_DATASET = (*STORED, "allow_task_code")
 OF_EVALUATOR = (
-    *("evaluator", "batch_size", "max_length", "device"),
+    *("evaluator", "batch_size", "max_length", "device", "device_map"),
     *("apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs"),
     *("cluster", "margin", "confidence"),
 )

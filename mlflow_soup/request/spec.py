@@ -46,6 +46,7 @@ FEW = 4  # versions whose weights are searched one by one, unless --space says s
 SPACES = ("auto", "simplex", "schedule")
 DECAYS = ("linear", "cosine", "minus-sqrt")  # a test compares this with `search.schedule.DECAYS`
 PARENTS_IN = ("mmap", "memory", "device")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as accelerate calls them
 EVALUATORS = ("prepared", "lm-eval")
 # a test compares this with `search.methods.METHODS`
 METHODS = (
@@ -524,6 +525,15 @@ class Spec:
         "cpu, cuda, cuda:1 … auto uses a GPU if there is one.",
         f"run watch evaluate {_ALL}",
     )
+    device_map: Written[os.PathLike[str]] = knob(
+        MACHINE,
+        "",
+        "For models larger than one GPU, in place of --device: auto, balanced, balanced_low_0 or "
+        "sequential, as accelerate spreads layers; or a JSON file, module: device. The GPUs work "
+        "one after the other, so k of them give no more speed than one.",
+        f"run watch evaluate {_ALL}",
+        parts=(os.PathLike,),
+    )
     parents_in: str = knob(
         MACHINE,
         "mmap",
@@ -670,6 +680,19 @@ class Spec:
                     where="--public-key",
                     fix="name a PEM file with a public key",
                 )
+        if self.device_map and self.device != "auto":
+            raise SpecError(
+                "--device and --device-map both say where the model lies",
+                where=f"--device {self.device} with --device-map {self.device_map}",
+                fix="keep only one of these options",
+            )
+        if self.device_map not in ("", *DEVICE_MAPS) and not Path(self.device_map).is_file():
+            raise SpecError(
+                f"there is no file {self.device_map}",
+                where=knobs.place(self._knob("device_map")),
+                fix=f"name one of {', '.join(DEVICE_MAPS)}, or a JSON file that gives a device to "
+                "each module",
+            )
         if self.evidence == "signed" and not self.public_key:
             raise SpecError(
                 "no public key was named",

@@ -45,8 +45,9 @@ def fisher(
         The fields `places`, `mean` and `notes` of `Statistics`.
     """
     shapes = {name: parent.tensors[name].shape for name in live.places}
-    sums = Sums(path, shapes, live.model.device)
     parameters = live.model.state_dict()
+    devices = {name: parameters[place.parameter].device for name, place in live.places.items()}
+    sums = Sums(path, shapes, devices)
     names: dict[int, list[str]] = {}  # storage → names on disk; tied parameters share a storage
     for name, place in live.places.items():
         names.setdefault(parameters[place.parameter].data_ptr(), []).append(name)
@@ -140,11 +141,12 @@ def regmean(
     }
     owner = _owners(live.model, layers, calibration.documents[0])
     shapes = {name: (_inputs(layers[name]),) * 2 for name in owner.values()}
-    sums = Sums(path, shapes, live.model.device)
+    sums = Sums(path, shapes, {name: layers[name].weight.device for name in shapes})
     seen = Counter[str]()
 
     def add(name: str, inputs: Tensor) -> None:
-        rows = inputs.reshape(-1, inputs.shape[-1])
+        # with a device map, the input may come from another device
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(sums[name].device)
         sums[name].addmm_(rows.T, rows)
         seen[name] += len(rows)
 

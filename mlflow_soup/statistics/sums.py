@@ -27,19 +27,25 @@ class Sums(Mapping[str, Tensor]):
     Args:
         path: the file; must not exist.
         shapes: name → shape of the tensor.
-        device: the device on which the sums are computed.
+        devices: name → the device on which the sum is computed.
 
     Raises:
         StoreError: the disk has no space for the file.
     """
 
     def __init__(
-        self, path: Path, shapes: Mapping[str, Sequence[int]], device: torch.device
+        self,
+        path: Path,
+        shapes: Mapping[str, Sequence[int]],
+        devices: Mapping[str, torch.device],
     ) -> None:
         self._kept = _zeros(path, shapes)
-        self._growing = self._kept
-        if device.type != "cpu":
-            self._growing = {n: torch.zeros_like(t, device=device) for n, t in self._kept.items()}
+        self._growing = {
+            name: kept
+            if devices[name].type == "cpu"
+            else torch.zeros_like(kept, device=devices[name])
+            for name, kept in self._kept.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         return self._growing[name]

@@ -163,7 +163,7 @@ def _check_apart(pair: tuple[str, str], why: str, suites: Mapping[str, Suite]) -
 
 def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
     """Load a live model with the architecture of a checkpoint, and prepare the tasks for it."""
-    live = LiveModel(donor, spec.device)
+    live = LiveModel(donor, spec.device, device_map=spec.device_map)
     held_out = _evaluator(live, suites.held_out, spec)
     ood, test = (
         None if suite is None else _evaluator(live, suite, spec)

@@ -218,6 +218,7 @@ RANGES = {
     "trials": ([None, 4, 10, 1000], [3, 0, -1]),
     "stop": ([0.0, 0.05, 3.0], [-0.01, float("inf"), float("nan")]),
     "parents_in": (["mmap", "memory", "device"], ["disk", ""]),
+    "device_map": (["", "auto", "balanced", "balanced_low_0"], ["no/such/map.json", os.curdir]),
     "last": ([None, 2, 20], [1, 0, -3]),
     "pairs": (
         ["", "v1,v2", "v1,v2  @champion,3"],
@@ -363,6 +364,7 @@ LISTS = [
     ("public_key", [__file__, Path(__file__)], f"{__file__},{__file__}"),
     ("calibration", Path(__file__), __file__),
     ("out", Path("figures"), "figures"),
+    ("device_map", Path(__file__), __file__),
     ("margin", 0.05, "0.05"),
     ("margin", 1, "1"),
 ]
