@@ -94,6 +94,8 @@ def is_forbidden(error: BaseException) -> bool:
 
 def _denial(error: BaseException) -> int:
     """403 where MLflow's permissions forbid it, 401 where it does not know the user, else 0."""
+    if refusal_by_s3(error):
+        return 0
     if isinstance(error, HTTPError) and error.response is not None:
         ours = _PROXY in str(error.response.url)
         return error.response.status_code if ours and error.response.status_code in _CODES else 0
@@ -102,6 +104,13 @@ def _denial(error: BaseException) -> int:
     if said := _REFUSED.search(str(error.message)):
         return int(said[1])
     return 401 if error.error_code in _STRANGER else 403 if error.error_code in _FORBIDDEN else 0
+
+
+def refusal_by_s3(error: BaseException) -> ClientError | None:
+    """What S3 answered, if it refused our keys: MLflow gives that the codes of its own denials."""
+    if isinstance(error, MlflowException) and error.error_code in _FORBIDDEN:
+        return next((cause for cause in chain(error) if isinstance(cause, ClientError)), None)
+    return None
 
 
 def is_transient(error: BaseException) -> bool:
@@ -156,9 +165,10 @@ def asking(what: str) -> Iterator[None]:
             ) from error
         if is_transient(error):
             raise away(what, error) from error
-        if isinstance(error, BotoCoreError | ClientError | Boto3Error):
+        refusal = refusal_by_s3(error)
+        if refusal or isinstance(error, BotoCoreError | ClientError | Boto3Error):
             raise StoreError(
-                f"the artifact store refused to {what}: {error}",
+                f"the artifact store refused to {what}: {refusal or error}",
                 where=where(),
                 fix="check the store's credentials, then run the same command again: it continues",
             ) from error

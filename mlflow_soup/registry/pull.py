@@ -17,7 +17,7 @@ from mlflow_soup.errors import ParentError, SoupError, StoreError, brief
 from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.untrusted import read_hex
 from mlflow_soup.records import Version
-from mlflow_soup.registry.outages import denied, is_forbidden, where
+from mlflow_soup.registry.outages import denied, is_forbidden, refusal_by_s3, where
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import model_id, place_of
 
@@ -75,7 +75,7 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
         if is_forbidden(error):
             raise denied(f"fetch {version}", error) from error
         raise StoreError(
-            f"the files of {version} could not be fetched: {brief(error)}",
+            f"the files of {version} could not be fetched: {brief(refusal_by_s3(error) or error)}",
             where=where(),
             fix="check the artifact store and its credentials, then run the same command again",
         ) from error

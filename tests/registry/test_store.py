@@ -17,6 +17,7 @@ from mlflow.protos.databricks_pb2 import (
     PERMISSION_DENIED,
     TEMPORARILY_UNAVAILABLE,
 )
+from mlflow.store.artifact.s3_artifact_repo import BOTO_TO_MLFLOW_ERROR
 
 from mlflow_soup import errors
 from mlflow_soup.registry import permissions, store
@@ -235,6 +236,17 @@ def test_the_error_for_an_unknown_user_names_the_credentials():
     with pytest.raises(errors.DeniedError, match="not know this user") as caught, asking("begin"):
         raise unknown
     assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in caught.value.fix
+
+
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
+def test_the_error_for_keys_that_s3_refuses_names_no_user_of_mlflow(code):
+    """MLflow's client turns it into the code that its server has for a stranger."""
+    refusal = MlflowException("Failed to list", BOTO_TO_MLFLOW_ERROR[code])
+    refusal.__context__ = ClientError({"Error": {"Code": code}}, "ListObjectsV2")
+    with pytest.raises(errors.StoreError, match=code) as caught, asking("begin"):
+        raise refusal
+    assert "credentials" in caught.value.fix
+    assert "MLFLOW_TRACKING" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
