@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +36,14 @@ from mlflow import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 import mlflow_soup
+import services
 import toy
 from mlflow_soup import Outcome, Spec
 from mlflow_soup.files.cache import CACHE_ENV
 from mlflow_soup.records import Version
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import model_id
+from services import free_port as free_port
 
 gc.freeze()
 gc.enable()
@@ -300,18 +301,16 @@ def folder_of(client: Store, version: Version) -> Path:
     return Path(local_file_uri_to_path(location))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def start_server(
-    database: Path, port: int, *artifacts: str, uri: str = ""
+    database: Path,
+    port: int,
+    *artifacts: str,
+    uri: str = "",
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """A real `mlflow server` on loopback, once it answers; in a process group of its own.
 
-    Its database is a file of SQLite, or that at `uri`.
+    Its database is a file of SQLite, or that at `uri`. `env` has more variables for it.
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", *artifacts]
@@ -319,6 +318,7 @@ def start_server(
     process = subprocess.Popen(
         command,
         cwd=database.parent,
+        env={**os.environ, **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -341,33 +341,17 @@ def stop_server(process: subprocess.Popen[bytes], how: int = signal.SIGTERM) -> 
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """A PostgreSQL on loopback, with a database for each test; it refuses to run as root.
+def postgres() -> Iterator[services.Postgres]:
+    """A PostgreSQL on loopback."""
+    with services.postgresql() as server:
+        yield server
 
-    Yields:
-        `mlflow@127.0.0.1:PORT`.
-    """
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found:
-        pytest.skip("this test needs PostgreSQL: apt-get install postgresql")
-    data, port = Path(tempfile.mkdtemp(prefix="postgres-")), free_port()
-    shutil.chown(data, "postgres", "postgres")
-    be = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
 
-    def call(program: str, *words: object) -> None:
-        command = [*be, str(found[0] / program), *map(str, words)]
-        subprocess.run(command, check=True, cwd=data, stdout=subprocess.DEVNULL)
-
-    call("initdb", "-D", data / "data", "-U", "mlflow", "--auth=trust", "-E", "UTF8")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data}"
-    control = ("-D", data / "data", "-w", "-l", data / "log")
-    call("pg_ctl", *control, "-o", f"{options} -c fsync=off", "start")
-    at = f"mlflow@127.0.0.1:{port}"
-    for name in (*(driver[-8:] for driver in DRIVERS), "receiver"):
-        call("createdb", "-h", "127.0.0.1", "-p", port, "-U", "mlflow", name)
-    yield at
-    call("pg_ctl", *control, "-m", "immediate", "stop")
-    shutil.rmtree(data)
+@pytest.fixture(scope="session")
+def s3() -> Iterator[services.S3]:
+    """A Ceph gateway on loopback, which speaks S3."""
+    with services.ceph() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

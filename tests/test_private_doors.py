@@ -72,7 +72,7 @@ PUBLIC = {
     *("fastapi", "fastapi.concurrency", "uvicorn"),
     *("mlflow", "mlflow.artifacts", "mlflow.data.dataset", "mlflow.data.dataset_source"),
     *("mlflow.entities", "mlflow.entities.model_registry"),
-    *("mlflow.exceptions", "mlflow.models"),
+    *("mlflow.exceptions", "mlflow.models", "mlflow.server"),
     *("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks"),
     *("cryptography.exceptions", "cryptography.hazmat.primitives"),
     "cryptography.hazmat.primitives.asymmetric",

@@ -385,7 +385,7 @@ def on_postgres(postgres, checkpoints, tasks, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     artifacts = ("--artifacts-destination", str(tmp_path / "artifacts"))
-    uri = f"postgresql://{postgres}/receiver"
+    uri = f"postgresql://{postgres.create('receiver')}"
     process = start_server(tmp_path / "unused.db", port, *artifacts, uri=uri)
     try:
         mlflow.set_tracking_uri(variables["MLFLOW_TRACKING_URI"])

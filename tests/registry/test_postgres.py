@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def on_postgres(request, postgres, checkpoints, tasks, tmp_path, monkeypatch) -> Iterator[Store]:
     """A client of a server over PostgreSQL, with the toy model of the other tests."""
     driver, port = request.param, free_port()
-    uri = f"{driver}://{postgres}/{driver[-8:]}"
+    uri = f"{driver}://{postgres.create(driver[-8:])}"
     artifacts = ("--artifacts-destination", str(tmp_path / "artifacts"))
     process = start_server(tmp_path / "unused.db", port, *artifacts, uri=uri)
     with contextlib.ExitStack() as stack:
