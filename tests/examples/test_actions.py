@@ -145,6 +145,7 @@ def test_a_soup_that_the_gate_refuses_stops_there_and_its_version_is_told(client
 
 
 def test_where_no_soup_is_better_than_its_parents_nothing_is_judged(client, runner):
+    client.set_registered_model_tag(MODEL, "soup.method", "best")  # chooses among the parents
     done = runner.run(WORKFLOW, HONEST | {"pair": "v2,v3"})
     assert results(done) == {"run": "success", "gate": "skipped", "promote": "skipped"}
     assert "no soup is better than its parents" in done["run"].summary
