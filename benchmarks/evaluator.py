@@ -44,7 +44,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import toy
 from mlflow_soup.evaluation.evaluator import Evaluator
-from mlflow_soup.evaluation.live import LiveModel, quiet
+from mlflow_soup.evaluation.live import LiveModel
+from mlflow_soup.evaluation.loading import quiet
 from mlflow_soup.evaluation.suite import load_suite
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.find import find_checkpoint

@@ -6,30 +6,33 @@ the `lm_eval` command gives the same numbers. The module `prepared` sends the re
 """
 
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import math
-import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2.exceptions import TemplateError
+from lm_eval.api.model import LM
 from lm_eval.api.utils import maybe_delimit  # private door
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from mlflow_soup.errors import ObjectiveError, SoupError, brief
+from mlflow_soup.errors import ObjectiveError, SoupError
 from mlflow_soup.evaluation.compatibility import function_of
+from mlflow_soup.evaluation.frozen import (
+    Answered,
+    FrozenLM,
+    arguments_of,
+    seeded,
+)
 from mlflow_soup.evaluation.items import (
-    SEEDS,
     Asking,
     asked,
     asked_of,
@@ -39,9 +42,9 @@ from mlflow_soup.evaluation.items import (
     items_of,
     name_of,
 )
-from mlflow_soup.evaluation.live import LiveModel, not_finite
+from mlflow_soup.evaluation.live import LiveModel, hardware, not_finite
 from mlflow_soup.evaluation.loading import quiet, rules_of
-from mlflow_soup.evaluation.prepared import FrozenLM, PreparedLM
+from mlflow_soup.evaluation.prepared import PreparedLM
 from mlflow_soup.evaluation.prompts import GENERATION, PLAIN, Prompting
 from mlflow_soup.evaluation.suite import (
     Asked,
@@ -66,17 +69,6 @@ logger = logging.getLogger("mlflow_soup")
 Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes, as in `Items`
 
 
-def _quiet_copy(tokenizer: Any) -> Any:
-    """A copy of the tokenizer that HFLM may change, without warnings about documents that get cut.
-
-    HFLM sets a pad token on the tokenizer it is given.
-    """
-    copied = copy.deepcopy(tokenizer)
-    # private door: transformers: deprecation_warnings of a tokenizer
-    copied.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    return copied
-
-
 class Evaluator:
     """Scores a live model on a suite, always in the same way.
 
@@ -90,6 +82,10 @@ class Evaluator:
         max_length: the longest input in tokens; None for the model's own limit.
         prompting: how the requests are built.
         limit: the number of items to score of each task, from the first; None for all items.
+
+    Attributes:
+        lm: what answers the requests.
+        fingerprint: digest of all that a score depends on, except the weights.
 
     Raises:
         SpecError: a task's templates or code fail when its requests are built.
@@ -111,25 +107,20 @@ class Evaluator:
         self._live, self._suite, self._limit = live, suite, limit
         self._evaluator, self._batch_size = evaluator, batch_size
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        arguments = {
-            "pretrained": live.model,
-            "tokenizer": _quiet_copy(live.tokenizer),
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "softmax_dtype": "float32",
-        }
+        settings = {"batch_size": batch_size, "max_length": max_length}
+        arguments = arguments_of(live, settings)
         if evaluator == "prepared":
             accelerated = live.model.device.type != "cpu"
-            self._lm: FrozenLM = PreparedLM(**arguments, probes=accelerated)
+            self.lm: FrozenLM = PreparedLM(**arguments, probes=accelerated)
         else:
-            self._lm = FrozenLM(**arguments)
+            self.lm = FrozenLM(**arguments)
         requests: dict[str, list[Any]] = defaultdict(list)
         for task in suite.loaded["tasks"].values():
             freeze(task, prompting, limit)
             for request in task.instances:
                 requests[request.request_type] += [request] * request.repeats
-        with self._enough_memory(), quiet():
-            self._lm.prepare(requests)
+        with self.lm.enough_memory(), quiet():
+            self.lm.prepare(requests)
         self._sampled = {
             task.config.task for task in suite.loaded["tasks"].values() if _samples(task)
         }
@@ -145,7 +136,7 @@ class Evaluator:
     @property
     def truncated(self) -> int:
         """The number of requests in the last evaluation that were cut to `max_length`."""
-        return self._lm.truncated
+        return self.lm.truncated
 
     @functools.cached_property
     def items(self) -> Asking:
@@ -183,12 +174,13 @@ class Evaluator:
         versions = ("lm_eval", "torch", "transformers")
         return {
             "evaluator": self._evaluator,
-            "batch_size": self._lm.batch_size,
-            "max_length": self._lm.max_length,
+            "batch_size": self.lm.batch_size,
+            "max_length": self.lm.max_length,
             "dtype": str(self._live.model.dtype),
             "softmax_dtype": "float32",
             "device": self._live.model.device.type,
             **({"device_map": self._live.placement} if self._live.placement else {}),
+            "hardware": hardware(self._live.model.device),
             **{name: importlib.metadata.version(name) for name in versions},
         }
 
@@ -206,23 +198,44 @@ class Evaluator:
             digest.update(json.dumps([name, asked_of(task)]).encode())
         return digest.hexdigest()
 
-    def evaluate(self) -> tuple[tuple[str, Score], ...]:
-        """One score per term for the current weights, oriented so that larger is better.
+    def ask(self) -> Answered:
+        """What the current weights answer to all requests.
 
         Raises:
-            NonFiniteError: a score, a log-likelihood, or a logit that text is generated from is not
-                finite. Without this check, a model full of NaN can score well.
+            NonFiniteError: a logit that text is generated from is not finite.
+            ObjectiveError: memory ran out.
+            SpecError: lm-eval cannot ask an item.
+        """
+        with self.faults():
+            (portions,) = self.lm.portions(1)
+            return self.lm.forward(portions)
+
+    def evaluate(self, *parts: Answered) -> tuple[tuple[str, Score], ...]:
+        """One score per term, oriented so that larger is better.
+
+        Args:
+            parts: the answers to all requests, by this model or by others with the same weights;
+                without them, this model is asked.
+
+        Raises:
+            NonFiniteError: a score or a log-likelihood is not finite. Without this check, a model
+                full of NaN can score well.
             ObjectiveError: memory ran out, or lm-eval aggregated the items in an unknown way.
             SpecError: lm-eval cannot score or aggregate the items: one is empty, or a metric or a
                 template fails.
         """
-        self._lm.truncated = 0
-        self._live.model.eval()
+        answered = parts or (self.ask(),)
+        with self.faults(), quiet(), seeded(self._live.model.device):
+            replay = _Replay(self.lm.answers(answered))
+            results = evaluate(replay, self._suite.loaded, limit=self._limit, bootstrap_iters=0)
+        assert results is not None
+        return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
+
+    @contextlib.contextmanager
+    def faults(self) -> Iterator[None]:
+        """Say which task an odd item, a metric or a template is of."""
         try:
-            with self._enough_memory(), quiet(), _seeded(self._live.model.device):
-                results = evaluate(
-                    self._lm, self._suite.loaded, limit=self._limit, bootstrap_iters=0
-                )
+            yield
         except OverflowError as error:  # a perplexity too large for float64
             what = f"a score is too large for a float: {error}"
             raise not_finite(what, "while lm-eval averaged the items of a task") from error
@@ -232,19 +245,6 @@ class Evaluator:
             names = " or ".join(self._suite.loaded["tasks"])
             where = "while lm-eval scored the items and computed all metrics of its tasks"
             raise broken(names, "could not be scored", where, error) from error
-        assert results is not None
-        return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
-
-    @contextlib.contextmanager
-    def _enough_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise ObjectiveError(
-                f"the evaluation ran out of memory: {brief(error)}",
-                where=f"batch size {self._lm.batch_size}",
-                fix="choose a smaller --batch-size",
-            ) from error
 
     def texts(self) -> Iterator[str]:
         """The text of every item that has a right answer, as the model reads it.
@@ -275,9 +275,9 @@ class Evaluator:
                     text = maybe_delimit(text, reference, task.config.target_delimiter)
                 yield text
 
-    def score(self) -> Score:
+    def score(self, *parts: Answered) -> Score:
         """The mean score over all terms, which is the objective (Liu et al. 2024, eq. 3)."""
-        return mean_score([score for _, score in self.evaluate()])
+        return mean_score([score for _, score in self.evaluate(*parts)])
 
     def _score(self, term: Asked, results: Mapping[str, Any]) -> Score:
         metric, filter_name = term.metric.split(",")
@@ -346,19 +346,24 @@ def _samples(task: Any) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """Seed all random numbers as the lm_eval command does; afterwards they go on as before."""
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        random.seed(SEEDS[0])
-        np.random.seed(SEEDS[1])
-        torch.manual_seed(SEEDS[2])
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+class _Replay(LM):  # type: ignore[misc]
+    """A model for lm-eval that has answered everything already."""
+
+    def __init__(self, answers: Mapping[str, Sequence[Any]]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        """The answers to the requests for log-likelihoods of continuations."""
+        return self._answers["loglikelihood"]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        """The answers to the requests for log-likelihoods of documents."""
+        return self._answers["loglikelihood_rolling"]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        """The generated texts."""
+        return self._answers[GENERATION]
 
 
 def _reference(task: Any, doc: Any) -> str:

@@ -174,6 +174,16 @@ def _on_device(model: Any, device: str) -> Any:
     return model.to(device_of(device, "--device"))
 
 
+def hardware(device: torch.device) -> str:
+    """What computes on a device: the name of a GPU, or the instructions that torch uses on a CPU.
+
+    Other hardware gives other last digits of the same log-likelihood.
+    """
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return str(torch.backends.cpu.get_cpu_capability()) if device.type == "cpu" else device.type
+
+
 class LiveModel:
     """The model that all evaluations run on.
 

@@ -14,21 +14,18 @@ which in lm-eval also depends on the shape of a batch.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from torch import Tensor
 
-from mlflow_soup.errors import ObjectiveError, ParentError
+from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.evaluation.batches import Input, Limits, Part, Tokens, divide, pack, unpack
-from mlflow_soup.evaluation.limits import Result
-from mlflow_soup.evaluation.live import not_finite
-from mlflow_soup.evaluation.loading import tokenize_within
+from mlflow_soup.evaluation.frozen import Answered, Frozen, FrozenLM, Portion, arguments_of
+from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.prompts import GENERATION
 
 Answer = tuple[float, bool]  # log-likelihood; True when greedy decoding gives the continuation
@@ -41,132 +38,6 @@ BATCH_LOGITS = 1 << 28
 SOFTMAX_LOGITS = {"cpu": 1 << 20, "other": 1 << 26}
 # fixed cost of a forward pass, in tokens × parameters; measured on a CPU and on an H100
 OVERHEAD = {"cpu": 1e8, "other": 1.6e12}
-
-
-class FrozenLM(HFLM):  # type: ignore[misc]
-    """lm-eval's model, which tokenises each text once and counts the requests that it cuts."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._pairs: dict[tuple[str, str], Any] = {}
-        self._encoded: dict[Any, list[int]] = {}
-        self._only_reads = False  # True in the fork that tokenises the requests
-        self.truncated = 0  # requests cut to max_length since it was last set to 0
-
-    def prepare(self, requests: Mapping[str, Sequence[Any]]) -> None:
-        """Tokenise the requests, and check that what they generate has an end.
-
-        Args:
-            requests: lm-eval method → its requests, in the order in which `evaluate` asks them.
-
-        Raises:
-            ParentError: the tokenizer takes too much time or memory, or crashes; or the generation
-                config asks for too much.
-            ObjectiveError: a task generates more tokens than the model can read.
-        """
-        self._check_generation(requests.get(GENERATION, ()))
-        self._pairs, self._encoded = self._tokenize(lambda: self._read_all(requests), requests)
-
-    def _tokenize(
-        self, work: Callable[[], Result], requests: Mapping[str, Sequence[Any]]
-    ) -> Result:
-        arguments = [request.args for asked in requests.values() for request in asked]
-        return tokenize_within(work, self.tokenizer, sum(len(str(each)) for each in arguments))
-
-    def _read_all(self, requests: Mapping[str, Sequence[Any]]) -> Any:
-        """What is remembered once lm-eval's methods have tokenised the requests."""
-        self._only_reads = True
-        for kind, asked in requests.items():
-            if kind == GENERATION:
-                self._read_generation(asked)
-            else:
-                getattr(self, kind)(asked, disable_tqdm=True)
-        return self._pairs, self._encoded
-
-    def _read_generation(self, requests: Sequence[Any]) -> None:
-        """Tokenise prompts and the texts that end a generation."""
-        for request in requests:
-            context, settings = request.args
-            self.tok_encode(context)
-            # private door: lm_eval.models.utils.handle_stop_sequences
-            for stop in handle_stop_sequences(settings.get("until"), eos=None):
-                self.tokenizer.encode(stop, add_special_tokens=False)
-
-    def _check_generation(self, requests: Sequence[Any]) -> None:
-        for request in requests:
-            # private door: lm_eval.models.utils.normalize_gen_kwargs
-            count = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
-            if count >= self.max_length:
-                raise ObjectiveError(
-                    f"task {request.task_name} generates up to {count} tokens, but the model reads "
-                    f"{self.max_length} in all, with the prompt",
-                    where=f"max_gen_toks in the generation_kwargs of task {request.task_name}",
-                    fix="lower max_gen_toks, or raise --max-length",
-                )
-        if not requests:
-            return
-        most_of = {"max_new_tokens": self.max_length - 1, "num_return_sequences": 1}
-        for setting, most in most_of.items():
-            value = getattr(self.model.generation_config, setting, None)
-            if value is not None and value > most:
-                raise ParentError(
-                    f"the model generates with {setting} = {value}, but {most} is the most",
-                    where=f"generation_config.json in {self.model.name_or_path}",
-                    fix=f"register the versions with a {setting} of {most} or less, or without one",
-                )
-
-    # private door: lm_eval.models.huggingface.HFLM._encode_pair
-    def _encode_pair(self, context: str, continuation: str) -> Any:
-        key = (context, continuation)
-        if key not in self._pairs:
-            self._pairs[key] = super()._encode_pair(context, continuation)
-        return self._pairs[key]
-
-    # private door: lm_eval.models.huggingface.HFLM.tok_encode
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
-        """The tokens that lm-eval's method gives; each text is tokenised once."""
-        key = (string, add_special_tokens, *sorted(kwargs.items()))
-        if key not in self._encoded:
-            self._encoded[key] = super().tok_encode(string, add_special_tokens, **kwargs)
-        return list(self._encoded[key])
-
-    # private door: lm_eval.models.huggingface.HFLM._loglikelihood_tokens
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._only_reads:
-            return [(0.0, False)] * len(requests)
-        self.truncated += sum(self._cuts(context, asked) for _, context, asked in requests)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-    def _cuts(self, context: Tokens, continuation: Tokens) -> bool:
-        # the model never reads the last token, it only predicts it
-        return bool(len(context) + len(continuation) - 1 > self.max_length)
-
-    # private door: lm_eval.models.huggingface.HFLM.tok_batch_encode
-    def tok_batch_encode(
-        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
-    ) -> Any:
-        """The batch that lm-eval's method gives for generation; cut prompts are counted."""
-        if left_truncate_len:
-            self.truncated += sum(len(self.tok_encode(s)) > left_truncate_len for s in strings)
-        return super().tok_batch_encode(
-            strings, *args, left_truncate_len=left_truncate_len, **kwargs
-        )
-
-    # private door: lm_eval.models.huggingface.HFLM._model_generate
-    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The text that lm-eval's method generates; NaN or infinite logits raise NonFiniteError.
-
-        Text alone would not show that the logits it was chosen by are not finite.
-        """
-        return super()._model_generate(*args, logits_processor=[_check_logits], **kwargs)
-
-
-def _check_logits(_: Tensor, logits: Tensor) -> Tensor:
-    """Return the logits (B, V) of a next token unchanged, after checking that they are finite."""
-    if not torch.isfinite(logits.amax(-1)).all():  # NaN and +infinity reach the maximum
-        what = "the logits that the next token is chosen by are not finite"
-        raise not_finite(what, "while the model generated text")
-    return logits
 
 
 @dataclass(frozen=True)
@@ -191,6 +62,12 @@ class _Batch:
         """The number of positions that attention reads, padding and prefixes included."""
         length = 0 if self.prefixes is None else self.prefixes.shape[1]
         return self.tokens.numel() + len(self.prefix) * length
+
+    def to(self, device: torch.device | str) -> "_Batch":
+        """The batch with its tensors on a device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+        return _Batch(**(values | moved))
 
 
 @dataclass(frozen=True)
@@ -238,8 +115,9 @@ class PreparedLM(FrozenLM):
             torch.OutOfMemoryError: a batch does not fit into memory; with `probes`, not even a
                 batch of one sequence does.
         """
-        self._check_generation(requests.get(GENERATION, ()))
-        read = self._tokenize(lambda: self._read_all(requests), requests)
+        self.check_generation(requests.get(GENERATION, ()))
+        self.requests = requests
+        read = self.tokenize(lambda: self._read_all(requests), requests)
         plans = {
             kind: replace(plan, asked=[request.args for request in requests[kind]])
             for kind, plan in read.items()
@@ -262,32 +140,75 @@ class PreparedLM(FrozenLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """The log-likelihood of each continuation, and whether greedy decoding gives it."""
-        return self._answer(self._plan("loglikelihood", requests))
+        return self._answer("loglikelihood", requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each document: the sum over its windows."""
-        plan = self._plan("loglikelihood_rolling", requests)
-        likelihoods = [likelihood for likelihood, _ in self._answer(plan)]
-        ends = accumulate(plan.counts, initial=0)
-        return [sum(likelihoods[begin:end]) for begin, end in pairwise(ends)]
+        return self._answer("loglikelihood_rolling", requests)
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[Answer]:
         """Record the continuations that lm-eval's own methods ask for; used to make a plan."""
         self._noted += [(context, continuation) for _, context, continuation in requests]
         return [(0.0, False)] * len(requests)
 
-    def _plan(self, kind: str, requests: Sequence[Any]) -> _Plan:
-        """The plan that was prepared for these requests, or a new plan for other requests."""
-        plan = self._plans.get(kind)
-        if plan is None or plan.asked != [request.args for request in requests]:
-            plan = self._lay_out(self._read(kind, requests))
-        return plan
+    # ---- in portions
+
+    def portions(self, count: int) -> list[tuple[Portion, ...]]:
+        """As that of `FrozenLM`; batches need not stay together, so their answers are the same."""
+        whole = [kind for kind in self.requests if kind not in self._plans]
+        each = [(k, i, b) for k, plan in self._plans.items() for i, b in enumerate(plan.batches)]
+        if whole or count < 2:
+            kinds = {kind: len(plan.batches) for kind, plan in self._plans.items()}
+            return [(*map(Portion, whole), *(Portion(k, 0, n) for k, n in kinds.items()))]
+        share = sum(batch.seen for *_, batch in each) / count
+        found: list[dict[str, Portion]] = [{} for _ in range(count)]
+        seen = 0
+        for kind, i, batch in each:
+            own = found[int((seen + batch.seen / 2) / share)]
+            own[kind] = replace(own.get(kind, Portion(kind, i)), last=i + 1)
+            seen += batch.seen
+        return [tuple(own.values()) for own in found if own]
+
+    def answer_to(self, portion: Portion) -> Any:
+        """What `forward` finds for one portion; pickle can copy it."""
+        plan = self._plans.get(portion.kind)
+        if plan is None:
+            return super().answer_to(portion)
+        return self._forward(plan.batches[portion.first : portion.last])
+
+    def answers(self, parts: Sequence[Answered]) -> dict[str, list[Any]]:
+        """As that of `FrozenLM`."""
+        found = {p: answer for part in parts for p, answer in part.found.items()}
+        plain = Answered({p: a for p, a in found.items() if p.kind not in self._plans})
+        answers = super().answers([replace(plain, truncated=sum(p.truncated for p in parts))])
+        for kind, plan in self._plans.items():
+            own = sorted((p for p in found if p.kind == kind), key=lambda p: p.first)
+            likelihoods, hits = zip(*(found[portion] for portion in own), strict=True)
+            self.truncated += plan.truncated
+            answers[kind] = self._gather(kind, plan, torch.cat(likelihoods), torch.cat(hits))
+        return answers
+
+    def freeze(self) -> Frozen:
+        """As that of `FrozenLM`; of requests with batches, these suffice."""
+        frozen = super().freeze()
+        batches = {k: tuple(b.to("cpu") for b in plan.batches) for k, plan in self._plans.items()}
+        state = {"batches": batches, "selects": self.selects, "shares": self.shares}
+        requests = {k: asked for k, asked in frozen.requests.items() if k not in batches}
+        return replace(frozen, requests=requests, state=state)
+
+    def thaw(self, frozen: Frozen) -> None:
+        """As that of `FrozenLM`."""
+        state = dict(frozen.state)
+        for kind, batches in state.pop("batches").items():
+            moved = tuple(batch.to(self.device) for batch in batches)
+            self._plans[kind] = _Plan((), (), 0, (), moved)
+        super().thaw(replace(frozen, state=state))
 
     # ---- run once
 
     def _read_all(self, requests: Mapping[str, Sequence[Any]]) -> dict[str, _Plan]:
         """A plan for each method, without the requests' own arguments."""
-        self._read_generation(requests.get(GENERATION, ()))
+        self.read_generation(requests.get(GENERATION, ()))
         return {
             kind: replace(self._read(kind, asked), asked=())
             for kind, asked in requests.items()
@@ -302,8 +223,8 @@ class PreparedLM(FrozenLM):
         previous = None
         for request in requests:
             if request.args[0] != previous:  # the choices of a document are neighbours
-                self._pairs.clear()
-                self._encoded.clear()
+                self.pairs.clear()
+                self.encoded.clear()
             previous = request.args[0]
             self._noted = []
             method([request], disable_tqdm=True)
@@ -314,7 +235,7 @@ class PreparedLM(FrozenLM):
                 one = found.setdefault(data, Input(data, str(request.task_name)))
                 one.asked.append((number, continuation))
                 number += 1
-                truncated += self._cuts(context, continuation)
+                truncated += self.cuts(context, continuation)
             counts.append(len(self._noted))
         inputs = sorted(found.values(), key=lambda one: (-len(one), one.data))
         return _Plan([request.args for request in requests], counts, truncated, inputs)
@@ -424,19 +345,34 @@ class PreparedLM(FrozenLM):
 
     # ---- run for each λ
 
-    def _answer(self, plan: _Plan) -> list[Answer]:
+    def _answer(self, kind: str, requests: Sequence[Any]) -> list[Any]:
+        """The answers to requests, by the plan that was prepared for them, or by a new plan."""
+        plan = self._plans.get(kind)
+        if plan is None or plan.asked != [request.args for request in requests]:
+            plan = self._lay_out(self._read(kind, requests))
         self.truncated += plan.truncated
+        return self._gather(kind, plan, *self._forward(plan.batches))
+
+    def _gather(self, kind: str, plan: _Plan, picked: Tensor, hits: Tensor) -> list[Any]:
+        """The answers to the requests of a plan, as lm-eval's method gives them.
+
+        Args:
+            kind: the method.
+            plan: the plan.
+            picked: the log-likelihood of each token of all batches, shape (M,).
+            hits: whether greedy decoding gives it, shape (M,).
+        """
         answers: list[Answer] = [(0.0, False)] * sum(plan.counts)
-        if not plan.batches:
-            return answers
-        picked, hits = self._forward(plan.batches)
         lengths = [length for batch in plan.batches for length in batch.lengths]
         numbers = (number for batch in plan.batches for number in batch.numbers)
         pieces = zip(torch.split(picked, lengths), torch.split(hits, lengths), strict=True)
         for number, (likelihoods, equal) in zip(numbers, pieces, strict=True):
             # summed as lm-eval sums, in the same precision
             answers[number] = (float(likelihoods.sum()), bool(equal.all()))
-        return answers
+        if kind == "loglikelihood":
+            return answers
+        ends = accumulate(plan.counts, initial=0)  # the windows of each document
+        return [sum(value for value, _ in answers[begin:end]) for begin, end in pairwise(ends)]
 
     def _forward(self, batches: Sequence[_Batch]) -> tuple[Tensor, Tensor]:
         """The log-likelihood of each token, and whether greedy decoding gives it; shapes (M,)."""
@@ -450,6 +386,8 @@ class PreparedLM(FrozenLM):
                     cache = self._remember(batch.prefixes)
                 known = batch.prefixes
                 found.append(self._pick(self._logits(batch, cache), batch))
+        if not found:
+            return torch.empty(0), torch.empty(0, dtype=torch.bool)
         picked, hits = zip(*found, strict=True)
         return torch.cat(picked).cpu(), torch.cat(hits).cpu()
 
@@ -511,3 +449,11 @@ class PreparedLM(FrozenLM):
             hit[hit.clone()] = scores[row[hit]].argmax(-1) == token[hit]
             picked[inside], hits[inside] = likelihoods, hit
         return picked, hits
+
+
+def open_lm(live: LiveModel, frozen: Frozen) -> FrozenLM:
+    """A model that answers the requests that another process froze."""
+    prepared = "batches" in frozen.state
+    lm = (PreparedLM if prepared else FrozenLM)(**arguments_of(live, frozen.settings))
+    lm.thaw(frozen)
+    return lm

@@ -167,10 +167,12 @@ def test_a_mixture_that_overflows_in_half_precision_has_no_score(
 def test_a_perplexity_beyond_all_numbers_is_no_score(live, tasks, monkeypatch):
     suite = load_suite("toy_digits_bpb:word_perplexity", include_path=str(tasks))
     scoring = Evaluator(live, suite, limit=5)
-    rolling = scoring._lm.loglikelihood_rolling
-    monkeypatch.setattr(
-        scoring._lm, "loglikelihood_rolling", lambda *a, **k: [1e4 * x for x in rolling(*a, **k)]
-    )
+    answers = scoring.lm.answers
+
+    def unlikely(parts):
+        return {kind: [1e4 * x for x in found] for kind, found in answers(parts).items()}
+
+    monkeypatch.setattr(scoring.lm, "answers", unlikely)
     with pytest.raises(errors.NonFiniteError, match="too large for a float"):
         scoring.score()
 

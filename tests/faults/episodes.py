@@ -165,12 +165,12 @@ def record(place: Place) -> None:
         _append(file, f"{word} {what}\n".encode())
         _sync(file)
 
-    def recorded(self: Evaluator) -> Any:
+    def recorded(self: Evaluator, *parts: Any) -> Any:
         digest = hashlib.sha256(self.fingerprint.encode())
         for tensor in self._live.model.state_dict().values():
             digest.update(tensor.numpy().tobytes())
         note("begin", digest.hexdigest()[:16])
-        result = evaluate(self)
+        result = evaluate(self, *parts)
         note("end", digest.hexdigest()[:16])
         return result
 
@@ -261,9 +261,9 @@ def slow(seconds: float) -> None:
     """Make evaluations as slow as those of a larger model."""
     evaluate = Evaluator.evaluate
 
-    def evaluate_slowly(self: Evaluator) -> Any:
+    def evaluate_slowly(self: Evaluator, *parts: Any) -> Any:
         time.sleep(seconds)
-        return evaluate(self)
+        return evaluate(self, *parts)
 
     Evaluator.evaluate = evaluate_slowly
 

@@ -141,8 +141,8 @@ def install(points: Points, watched: Sequence[Path]) -> None:
             if name.startswith(_WRITES) and callable(getattr(store, name)):
                 _wrap_store(points, store, name)
     evaluate = Evaluator.evaluate
-    Evaluator.evaluate = lambda self: points.around(
-        "evaluation", "evaluation", lambda: evaluate(self)
+    Evaluator.evaluate = lambda self, *parts: points.around(
+        "evaluation", "evaluation", lambda: evaluate(self, *parts)
     )
 
 

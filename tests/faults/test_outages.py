@@ -332,11 +332,11 @@ def fill_after(folder, evaluations):
     """Leave no room once so many have ended; what the last of them said was kept before."""
     evaluate, ended = Evaluator.evaluate, [0]
 
-    def evaluate_until(self):
+    def evaluate_until(self, *parts):
         if ended[0] == evaluations:
             fill(folder)
         ended[0] += 1
-        return evaluate(self)
+        return evaluate(self, *parts)
 
     Evaluator.evaluate = evaluate_until
 

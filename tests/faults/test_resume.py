@@ -36,11 +36,11 @@ def count(monkeypatch):
         stop = 0
         error: BaseException = KeyboardInterrupt()
 
-    def score(self):
+    def score(self, *parts):
         Count.made += 1
         if Count.made == Count.stop:
             raise Count.error
-        return SCORE(self)
+        return SCORE(self, *parts)
 
     monkeypatch.setattr(evaluator.Evaluator, "score", score)
     return Count
@@ -174,12 +174,12 @@ def test_what_was_scored_out_of_domain_is_not_scored_again(client, monkeypatch):
     examined = []
     evaluate = evaluator.Evaluator.evaluate
 
-    def stop(self):
+    def stop(self, *parts):
         if self._suite.terms[0].name != "toy_letters":
             examined.append(self)
             if len(examined) == 3:
                 raise KeyboardInterrupt
-        return evaluate(self)
+        return evaluate(self, *parts)
 
     monkeypatch.setattr(evaluator.Evaluator, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -282,12 +282,12 @@ def test_who_was_followed_meanwhile_stops(client, count, monkeypatch):
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     evaluated = threading.Event()
 
-    def follow(self):
+    def follow(self, *parts):
         book = open_ledger(client, MODEL)
         (series,) = book.series("lease/")
         book.append(series, 2, {"host": "elsewhere", "cache": "other"})
         evaluated.wait(1.0)
-        return SCORE(self)
+        return SCORE(self, *parts)
 
     monkeypatch.setattr(evaluator.Evaluator, "score", follow)
     with pytest.raises(errors.OvertakenError):
@@ -305,11 +305,11 @@ def test_methods_share_what_was_scored(count):
 def test_a_lambda_that_failed_while_the_store_was_away_is_not_tried_again(client, monkeypatch):
     tried = []
 
-    def fail(self):
+    def fail(self, *parts):
         tried.append(self)
         if len(tried) == 3:
             raise errors.NonFiniteError("not finite", where="here", fix="none")
-        return SCORE(self)
+        return SCORE(self, *parts)
 
     def away(self, *args, **kwargs):
         raise errors.StoreError("away", where="there", fix="wait")

@@ -45,8 +45,8 @@ def deleting(monkeypatch):
     score, count = Evaluator.score, []
 
     def set_up(delete):
-        def scored(self):
-            found = score(self)
+        def scored(self, *parts):
+            found = score(self, *parts)
             count.append(1)
             if len(count) == 2:
                 delete()

@@ -290,8 +290,8 @@ def test_the_ood_run_shows_the_soups_numbers(client, outcome):
 def test_a_lambda_without_a_finite_score_is_a_failed_trial_that_stays_one(client, monkeypatch):
     scores = evaluator.Evaluator.score
 
-    def fail_at_the_middle(self):
-        score = scores(self)
+    def fail_at_the_middle(self, *parts):
+        score = scores(self, *parts)
         if fail_at_the_middle.calls == 2:
             fail_at_the_middle.calls += 1
             raise errors.NonFiniteError("not finite", where="here", fix="none")
@@ -366,7 +366,7 @@ def test_where_items_do_not_tell_the_report_says_why(client, outcome):
 def test_an_evaluation_that_broke_off_is_repeated(client, monkeypatch):
     scores = evaluator.Evaluator.score
 
-    def break_off(self):
+    def break_off(self, *parts):
         raise errors.ObjectiveError("no memory left", where="here", fix="none")
 
     monkeypatch.setattr(evaluator.Evaluator, "score", break_off)

@@ -541,11 +541,11 @@ def test_a_study_cut_short_goes_on_to_the_same_table(client, told, monkeypatch, 
     score = evaluator.Evaluator.score
     calls = []
 
-    def interrupted(self):
+    def interrupted(self, *parts):
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(self)
-        return score(self)
+        return score(self, *parts)
 
     monkeypatch.setattr(evaluator.Evaluator, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -632,11 +632,11 @@ def test_a_lambda_without_a_finite_score_is_left_out(client, monkeypatch):
     score = evaluator.Evaluator.score
     calls = []
 
-    def fail(self):
+    def fail(self, *parts):
         calls.append(self)
         if len(calls) == 4:
             raise errors.NonFiniteError("not finite", where="here", fix="none")
-        return score(self)
+        return score(self, *parts)
 
     monkeypatch.setattr(evaluator.Evaluator, "score", fail)
     report = study("landscape", Spec(pair="v1,v2", points=5, limit=40))
@@ -647,7 +647,7 @@ def test_a_lambda_without_a_finite_score_is_left_out(client, monkeypatch):
 
 @pytest.mark.parametrize("name", ["landscape", "heldout", "pairs"])
 def test_a_parent_without_a_finite_score_is_said_by_name(client, monkeypatch, name):
-    def fail(self):
+    def fail(self, *parts):
         raise errors.NonFiniteError("not finite", where="here", fix="none")
 
     monkeypatch.setattr(evaluator.Evaluator, "score", fail)

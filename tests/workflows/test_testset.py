@@ -60,9 +60,9 @@ def scored(monkeypatch) -> list[str]:
     names: list[str] = []
     evaluate = evaluator.Evaluator.evaluate
 
-    def note(self):
+    def note(self, *parts):
         names.append(self._suite.terms[0].name)
-        return evaluate(self)
+        return evaluate(self, *parts)
 
     monkeypatch.setattr(evaluator.Evaluator, "evaluate", note)
     return names

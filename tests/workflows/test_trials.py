@@ -351,11 +351,11 @@ def test_a_merge_that_cannot_be_scored_ends_in_words_of_an_evaluation(client, mo
     scores = evaluator.Evaluator.score
     calls = []
 
-    def fail_at_the_merge(self):
+    def fail_at_the_merge(self, *parts):
         calls.append(1)
         if len(calls) == 3:
             raise errors.NonFiniteError("not finite", where="here", fix="none")
-        return scores(self)
+        return scores(self, *parts)
 
     monkeypatch.setattr(evaluator.Evaluator, "score", fail_at_the_merge)
     with pytest.raises(errors.ObjectiveError, match="the soup has no finite score") as caught:

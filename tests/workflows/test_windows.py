@@ -331,9 +331,9 @@ def counted(monkeypatch):
     """The number of evaluations from now on, in a list of one."""
     count, score = [0], evaluator.Evaluator.score
 
-    def counting(self):
+    def counting(self, *parts):
         count[0] += 1
-        return score(self)
+        return score(self, *parts)
 
     monkeypatch.setattr(evaluator.Evaluator, "score", counting)
     return count
@@ -439,11 +439,11 @@ def test_times_that_are_no_steps_leave_the_versions_as_steps(client):
 def test_track_cut_short_anywhere_continues(client, monkeypatch, after):
     score, done = evaluator.Evaluator.score, []
 
-    def dies(self):
+    def dies(self, *parts):
         if len(done) == after:
             raise KeyboardInterrupt
         done.append(1)
-        return score(self)
+        return score(self, *parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluator.Evaluator, "score", dies)
