@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["heavy"])
 
 
 def warm() -> ForkServerContext:
     """The context, once the process to be forked has begun its imports."""
+    context.set_forkserver_preload(["heavy"])  # the package names another one, for its workers
     with pytest.MonkeyPatch.context() as patch:
         # before Python 3.12 it does not take over the path of this process
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)

@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "registry": {"request", "files"},
     "evaluation": {"request", "files", "weights"},
     "statistics": {"request", "files", "weights", "evaluation"},
+    "workers": {"request", "files", "registry", "weights", "evaluation"},
     "reporting": {"decision", "search"},
 }
 ROOMS["workflows"] = set(ROOMS)
@@ -52,7 +53,7 @@ HOMES = {
         "weights.find",  # only for checkpoints that name code
     },
     "safetensors": {"weights", "statistics"},
-    "torch": {"files.writer", "weights", "evaluation", "statistics", "quickstart"},
+    "torch": {"files.writer", "weights", "evaluation", "statistics", "workers", "quickstart"},
     "huggingface_hub": {"reporting.card"},
     "model_signing": {"weights.signature"},
     "bokeh": {"reporting.interactive"},

@@ -214,3 +214,35 @@ def check_name(model: str, where: str = "--model, or MLFLOW_SOUP_MODEL") -> None
         where=where,
         fix=f"use a name of up to {_LONGEST} characters that are seen, without / : ? and `",
     )
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where the evaluations of a request run.
+
+    Attributes:
+        ray: whether the workers are actors of a Ray cluster; else processes of this machine.
+        count: how many; 0 for as many as the cluster has room for.
+    """
+
+    ray: bool
+    count: int
+
+
+def parse_workers(text: str) -> Workers | None:
+    """`2`, `ray` or `ray:8`; None for an empty text and for 1, which mean this process.
+
+    Raises:
+        SpecError: it is something else.
+    """
+    if text in ("", "1"):
+        return None
+    found = re.fullmatch(r"(ray)(?::([1-9]\d{0,3}))?|([1-9]\d{0,3})", text)
+    if found is None:
+        raise SpecError(
+            f"--workers {text!r} cannot be read",
+            where="--workers",
+            fix="give the number of processes, --workers 2; or --workers ray:8, or ray for as many "
+            "as the cluster has room for",
+        )
+    return Workers(bool(found[1]), int(found[2] or found[3] or 0))

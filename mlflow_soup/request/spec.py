@@ -36,6 +36,7 @@ from mlflow_soup.request.names import (
     parse_target,
     parse_version,
     parse_versions,
+    parse_workers,
 )
 
 # a test compares this with `search.belief.CHOICES`; to import that here would cost a second
@@ -543,6 +544,21 @@ class Spec:
         f"run watch {_ALL}",
         choices=PARENTS_IN,
     )
+    workers: Written[int] = knob(
+        MACHINE,
+        "",
+        "Score with N processes of this machine, one per GPU; or ray, ray:N, with N workers of a "
+        "Ray cluster. Default: this process.",
+        f"run watch evaluate {_ALL}",
+        parts=(int,),
+    )
+    worker_patience: float = knob(
+        MACHINE,
+        60.0,
+        "Minutes to wait for the answer of a worker. Then it is ended, and another takes over.",
+        f"run watch evaluate {_ALL}",
+        range=finite("minutes"),
+    )
     experiment: str = knob(
         MACHINE,
         "",
@@ -621,6 +637,7 @@ class Spec:
             check_alias(self.champion, "--champion, or tag soup.champion of the model")
         # these raise if they cannot be read
         self.parents, self.couples, self.shares, self.ends, self.lengths, self.exponents  # noqa: B018
+        parse_workers(self.workers)
         if self.version:
             parse_version(self.version)
         if self.promote:

@@ -23,6 +23,7 @@ from mlflow_soup.search.space import Array, Space
 DRAWS = 1000  # attempts to draw a new recipe
 Proceed = Callable[[Space, Sequence[Trial], Spec], Recipe | None]
 Choose = Callable[[Space, Sequence[Trial], Spec], Recipe]
+Beside = Callable[[Space, Sequence[Trial], Spec, Sequence[Recipe]], Recipe | None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Method:
         chooses: True if it picks the best of several scores, so that the best is partly luck.
         merges: True if it may choose a merge, not only a parent.
         needs: the statistics that it measures on calibration text, `fisher` or `regmean`; or empty.
+        blind: True if what it evaluates does not depend on the scores.
+        beside: gives a recipe to evaluate beside others that are not scored yet, or None.
     """
 
     words: str
@@ -50,6 +53,25 @@ class Method:
     chooses: bool = True
     merges: bool = True
     needs: str = ""
+    blind: bool = False
+    beside: Beside | None = None
+
+    def foresee(self, space: Space, trials: Sequence[Trial], spec: Spec, most: int) -> list[Recipe]:
+        """The recipes that will be asked next whatever the scores are, at most `most`, in order.
+
+        They are the first that a search asks for, and all that a blind method does.
+        """
+        first = space.start() if self.searches else space.alone()
+        known = [trial.recipe for trial in trials]
+        if not self.blind:
+            return [recipe for recipe in first if recipe not in known][:most]
+        imagined = list(trials)
+        while len(imagined) < len(trials) + most:
+            recipe = self.proceed(space, imagined, spec)
+            if recipe is None:
+                break
+            imagined.append(Trial(len(imagined), recipe, None))
+        return [trial.recipe for trial in imagined[len(trials) :]]
 
 
 def _next(recipes: Sequence[Recipe], trials: Sequence[Trial]) -> Recipe | None:
@@ -98,6 +120,16 @@ def _ask(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe | None:
         tolerance=spec.stop * resolution(space, trials),
         reserve=spec.reserve,
     )
+
+
+def _ask_beside(
+    space: Space, trials: Sequence[Trial], spec: Spec, pending: Sequence[Recipe]
+) -> Recipe | None:
+    """The next recipe while others are in flight; None if the budget or the space is used up."""
+    known = [*(trial.recipe for trial in trials), *pending]
+    if len(known) >= spec.budget or not space.fresh(known).size:
+        return None
+    return ask.ask(space, trials, acquisition=spec.acquisition, seed=spec.seed, pending=pending)
 
 
 def _recommend(space: Space, trials: Sequence[Trial], spec: Spec) -> Recipe:
@@ -254,12 +286,14 @@ METHODS = {
         knobs=("alpha", "acquisition", "seed"),
         also=("space", "time_tag", "trials", "stop"),
         searches=True,
+        beside=_ask_beside,
     ),
     "uniform": Method(
         "the plain average (Wortsman et al. 2022); for the last k versions of a run it is LAWA "
         "(Sanyal et al. 2023) and SMA (Li et al. 2025)",
         *_fixed(_uniform),
         chooses=False,
+        blind=True,
     ),
     "wma": Method(
         "the average of a window with weights that grow linearly from the oldest to the newest "
@@ -267,6 +301,7 @@ METHODS = {
         *_fixed(_wma),
         also=("time_tag",),
         chooses=False,
+        blind=True,
     ),
     "ema": Method(
         "the average of a window with weights that grow by the same factor from each to the next "
@@ -274,6 +309,7 @@ METHODS = {
         *_fixed(_ema),
         knobs=("ema",),
         chooses=False,
+        blind=True,
     ),
     "wsm": Method(
         "the average of a window that stands for a decay of the learning rate (WSM, Tian et al. "
@@ -282,6 +318,7 @@ METHODS = {
         knobs=("decay",),
         also=("time_tag",),
         chooses=False,
+        blind=True,
     ),
     "greedy": Method(
         "starting with the best parent, each parent is added to the average unless the score gets "
@@ -296,6 +333,7 @@ METHODS = {
         also=("calibration", "calibration_tokens", "seed"),
         chooses=False,
         needs="fisher",
+        blind=True,
     ),
     "regmean": Method(
         "each linear layer is fitted by regression on its inputs, the rest is averaged "
@@ -305,12 +343,14 @@ METHODS = {
         also=("calibration", "calibration_tokens"),
         chooses=False,
         needs="regmean",
+        blind=True,
     ),
     "grid": Method(
         "the best of equally spaced weights",
         *(_walk, _feasible),
         knobs=("alpha", "trials"),
         searches=True,
+        blind=True,
     ),
     "random": Method(
         "the best of weights drawn at random",
@@ -318,8 +358,9 @@ METHODS = {
         knobs=("alpha", "seed"),
         also=("trials",),
         searches=True,
+        blind=True,
     ),
-    "best": Method("no merge: the best parent", _parents, _best, merges=False),
+    "best": Method("no merge: the best parent", _parents, _best, merges=False, blind=True),
 }
 
 

@@ -26,11 +26,14 @@ from mlflow_soup.registry.pull import pull
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.versions import holder, model_id, versions_at
-from mlflow_soup.request.names import parse_target
+from mlflow_soup.request.names import parse_target, parse_workers
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
+from mlflow_soup.workers.choose import open_engine
+from mlflow_soup.workers.engine import Engine, Inline
+from mlflow_soup.workers.worker import Mixture
 
 # each two sets of tasks → why no item may be in both
 _APART = {
@@ -64,6 +67,7 @@ class Opened:
 class Bench:
     """A live model and its evaluators: held-out for the search, OOD for the gate, test for neither.
 
+    `engine` is where evaluations run; `inline` is this process, with the live model.
     `spec` and `suites` are what the bench was set up from. A champion with another architecture
     needs a second bench from the same `spec` and `suites`.
     """
@@ -71,9 +75,19 @@ class Bench:
     spec: Spec
     suites: Suites
     live: LiveModel
+    inline: Inline
+    engine: Engine
     held_out: Evaluator
     ood: Evaluator | None
     test: Evaluator | None
+
+
+def mixture_of(
+    opened: Sequence[Opened], lam: Sequence[float] = (1.0,), where: str = "mmap"
+) -> Mixture:
+    """The mixture of opened versions with merge weights λ; `where` says where they are kept."""
+    checkpoints = tuple(one.checkpoint for one in opened)
+    return Mixture(checkpoints, tuple(one.parent.digest for one in opened), tuple(lam), where)
 
 
 def open_version(client: Store, version: Version, *, fresh: bool = False) -> Opened:
@@ -161,27 +175,37 @@ def _check_apart(pair: tuple[str, str], why: str, suites: Mapping[str, Suite]) -
         )
 
 
-def set_up(spec: Spec, donor: Checkpoint, suites: Suites) -> Bench:
-    """Load a live model with the architecture of a checkpoint, and prepare the tasks for it."""
-    live = LiveModel(donor, spec.device, device_map=spec.device_map)
+def set_up(spec: Spec, donor: Opened, suites: Suites, *, workers: bool = True) -> Bench:
+    """Load a live model with the architecture of a version, and prepare the tasks for it.
+
+    Args:
+        spec: a settled spec.
+        donor: the version.
+        suites: the tasks.
+        workers: whether the bench may have the workers that the spec asks for.
+    """
+    live = LiveModel(donor.checkpoint, spec.device, device_map=spec.device_map)
+    inline = Inline(live)
+    asked = parse_workers(spec.workers) if workers else None
+    engine = open_engine(inline, mixture_of([donor]), asked, patience=60.0 * spec.worker_patience)
     held_out = _evaluator(live, suites.held_out, spec)
     ood, test = (
         None if suite is None else _evaluator(live, suite, spec)
         for suite in (suites.ood, suites.test)
     )
-    return Bench(spec, suites, live, held_out, ood, test)
+    return Bench(spec, suites, live, inline, engine, held_out, ood, test)
 
 
-def bench_for(bench: Bench, checkpoint: Checkpoint, fits: Checkpoint) -> Bench:
-    """The bench, or for a checkpoint of another architecture a second one with the same tasks.
+def bench_for(bench: Bench, opened: Opened, fits: Checkpoint) -> Bench:
+    """The bench, or for a version of another architecture a second one with the same tasks.
 
     Args:
         bench: the bench.
-        checkpoint: what is to be scored.
+        opened: what is to be scored.
         fits: a checkpoint that the bench's model can hold.
     """
-    if differences(fits, checkpoint):
-        return set_up(bench.spec, checkpoint, bench.suites)
+    if differences(fits, opened.checkpoint):
+        return set_up(bench.spec, opened, bench.suites, workers=False)
     return bench
 
 
@@ -372,8 +396,13 @@ def examine(
         journal: keeps the scores until `forget` drops them, after MLflow has stored them.
         check: is called before each model and at the end; it raises to stop the examination.
     """
-    roles: dict[str, Evidence] = {}
     soup = models["soup"].checkpoint
+    left = {o.parent.digest: o for o in models.values() if o.parent.digest not in measured}
+    for its, opened in left.items() if bench.engine.most else ():
+        if not differences(soup, opened.checkpoint):
+            _expect(bench, opened, journal, held_out=its not in known)
+    bench.engine.begin()
+    roles: dict[str, Evidence] = {}
     for role, opened in tqdm(models.items(), desc="out of domain", unit="model", disable=None):
         check()
         its = opened.parent.digest
@@ -382,23 +411,42 @@ def examine(
         if same is not None:
             roles[role] = replace(same, version=opened.parent.version)
             continue
-        at = bench_for(bench, opened.checkpoint, soup)
-        assert at.ood is not None
-        at.live.set_weights(at.live.link([opened.checkpoint]), [1.0])
-        entries = _entries(at, its)
-        held_out = known.get(its) or journal.recall(entries[0], partial(_score, at.held_out)).mean
-        ood = journal.recall(entries[1], partial(_examine, at.ood))
-        roles[role] = Evidence(opened.parent.version, its, held_out, tuple(ood.of.items()))
+        at = bench_for(bench, opened, soup)
+        held_out, ood = _looks(at, opened, journal)
+        alone = known.get(its) or held_out().mean
+        roles[role] = Evidence(opened.parent.version, its, alone, tuple(ood().of.items()))
     check()
     return roles
 
 
-def _score(evaluator: Evaluator) -> Scores:
-    return Scores({"": evaluator.score()}, {naming.TRUNCATED: evaluator.truncated})
+def _expect(bench: Bench, opened: Opened, journal: Journal, *, held_out: bool) -> None:
+    """Begin to score a version, and let the journal have what comes early."""
+    names = _entries(bench, opened.parent.digest)
+    looks = zip(names, (bench.held_out, bench.ood), _looks(bench, opened, journal), strict=True)
+    for name, evaluator, look in looks:
+        if (evaluator is bench.ood or held_out) and journal.read(name) is None:
+            assert evaluator is not None
+            bench.engine.expect(name, evaluator, mixture_of([opened]), look)
 
 
-def _examine(evaluator: Evaluator) -> Scores:
-    return Scores(dict(evaluator.evaluate()))
+def _looks(
+    bench: Bench, opened: Opened, journal: Journal
+) -> tuple[Callable[[], Scores], Callable[[], Scores]]:
+    """What scores a version held-out and out of domain; the journal keeps both."""
+    assert bench.ood is not None
+    mixture, names = mixture_of([opened]), _entries(bench, opened.parent.digest)
+
+    def held_out() -> Scores:
+        answers = bench.engine.answer(names[0], bench.held_out, mixture)
+        score = bench.held_out.score(*answers.parts)
+        return Scores({"": score}, {naming.TRUNCATED: bench.held_out.truncated})
+
+    def ood() -> Scores:
+        assert bench.ood is not None
+        answers = bench.engine.answer(names[1], bench.ood, mixture)
+        return Scores(dict(bench.ood.evaluate(*answers.parts)))
+
+    return partial(journal.recall, names[0], held_out), partial(journal.recall, names[1], ood)
 
 
 def _entries(bench: Bench, its: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from mlflow_soup.workflows.pilots import (
     says,
     span,
 )
-from mlflow_soup.workflows.trials import look
+from mlflow_soup.workflows.trials import in_turn, look
 
 
 def _jobs(session: Session, pair: Sequence[Version]) -> dict[str, Job]:
@@ -42,8 +42,9 @@ def _compare(
 ) -> dict[str, tuple[Job, Found]]:
     """Name of a method → its job for the pair, and the result of its search."""
     jobs = _jobs(session, pair)
-    bar = tqdm(jobs.items(), desc=f"methods on {names_of(pair)}", unit="method", disable=None)
-    return {name: (job, run_search(job, run_id)) for name, job in bar}
+    bar = tqdm(jobs, desc=f"methods on {names_of(pair)}", unit="method", disable=None)
+    turns = zip(bar, in_turn([*jobs.values()], run_id), strict=True)
+    return {name: (job, run_search(job, run_id)) for name, job in turns}
 
 
 def ood(session: Session, pairs: Sequence[Sequence[Version]], run_id: str) -> Result:

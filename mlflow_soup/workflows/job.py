@@ -359,7 +359,7 @@ def open_session(
     distinct = dict.fromkeys(version for versions in resolved for version in versions)
     opened = {version: open_version(client, version) for version in distinct}
     check_compatible([o.checkpoint for o in opened.values()])
-    bench = set_up(spec, opened[resolved[-1][-1]].checkpoint, suites)
+    bench = set_up(spec, opened[resolved[-1][-1]], suites)
     return Session(client, spec, name, opened, bench), resolved
 
 

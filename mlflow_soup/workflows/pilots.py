@@ -25,7 +25,16 @@ from mlflow_soup.search.recommend import recommend
 from mlflow_soup.search.space import Space
 from mlflow_soup.weights import distance
 from mlflow_soup.workflows.job import Job, Session
-from mlflow_soup.workflows.trials import explore, find_recipe, look, scored, search_tags
+from mlflow_soup.workflows.trials import (
+    expect,
+    explore,
+    find_recipe,
+    in_turn,
+    look,
+    scored,
+    search_tags,
+    trusted,
+)
 
 DRAWS = 10  # random draws for each share of the held-out items
 
@@ -133,7 +142,9 @@ def pairs(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     near = distance.measure([session.opened[version].checkpoint for version in versions]).whole
     found: dict[tuple[int, int], Found] = {}
     failed: list[ObjectiveError] = []
-    for place, job in tqdm(jobs.items(), desc="pairs", unit="pair", disable=None):
+    turns = in_turn([*jobs.values()], run_id)
+    bar = tqdm(jobs, desc="pairs", unit="pair", disable=None)
+    for place, job in zip(bar, turns, strict=True):
         try:
             found[place] = run_search(job, run_id)
         except ObjectiveError as error:  # one version fails; pairs without it are still valid
@@ -192,7 +203,8 @@ def count_jobs(session: Session, versions: Sequence[Version]) -> list[Job]:
 
 def count(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     """Merge the last 2, 3, 4 … versions by one method (Fig. 3)."""
-    bar = tqdm(count_jobs(session, versions), desc="count", unit="soup", disable=None)
+    jobs = count_jobs(session, versions)
+    bar = tqdm(in_turn(jobs, run_id), desc="count", unit="soup", total=len(jobs), disable=None)
     found = [run_search(job, run_id) for job in bar]
     rows: list[tuple[Cell, ...]] = []
     spans = []
@@ -255,8 +267,10 @@ def schedule(session: Session, versions: Sequence[Version], run_id: str) -> Resu
     }
     (alone,) = space.alone()
     scores: dict[Recipe, Score] = {}
-    wanted = dict.fromkeys([alone, *recipes.values()])
-    for recipe in tqdm(wanted, desc="schedule", unit="window", disable=None):
+    trust = trusted(job, run_id)
+    wanted = list(dict.fromkeys([alone, *recipes.values()]))
+    for number, recipe in enumerate(tqdm(wanted, desc="schedule", unit="window", disable=None)):
+        expect(job, trust, wanted[number:])
         scores[recipe] = look(job, run_id, recipe, job.bench.held_out)
     against = {cell: pairing.paired(scores[r], scores[alone]) for cell, r in recipes.items()}
     order = sorted(recipes, key=lambda cell: scores[recipes[cell]].value, reverse=True)
@@ -446,7 +460,7 @@ def alpha(session: Session, versions: Sequence[Version], run_id: str) -> Result:
     """Search in several spaces [α, 1] (Fig. 5)."""
     jobs = alpha_jobs(session, versions)
     ends = [job.space.alpha for job in jobs]
-    bar = tqdm(jobs, desc="alpha", unit="space", disable=None)
+    bar = tqdm(in_turn(jobs, run_id), desc="alpha", unit="space", total=len(jobs), disable=None)
     found = [run_search(job, run_id, f"[{job.space.alpha:g}, 1]") for job in bar]
     rows = [
         (f"{end:g}", one.recipe.lam[-1], one.score.value, *span(gain_of(one)), len(one.trials))

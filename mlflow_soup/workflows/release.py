@@ -352,7 +352,7 @@ def _evaluate(
             fix="name a version that mlflow-soup run registered",
         )
     soup = check_stored(client, version, manifest.digests.canonical, fresh=False)
-    bench = set_up(spec, soup.checkpoint, suites)
+    bench = set_up(spec, soup, suites)
     trust = trust_of(client, spec).to_sign
     known: dict[str, Score] = {}
     sources = [(s.digests.canonical, s) for s in manifest.sources if s.digests is not None]
@@ -371,7 +371,10 @@ def _evaluate(
     ood_tags = _tags(version, soup.parent.digest, conditions(bench))
     journal = open_journal(fresh=not trust.stored)
     params = evaluator_params(bench.held_out)
-    with tracking.open_run(client, spec.experiment, ood_tags, params=params) as run_id:
+    with (
+        tracking.open_run(client, spec.experiment, ood_tags, params=params) as run_id,
+        bench.engine,
+    ):
         at = (client, run_id, bench, manifest)
         examination = _examine(*at, models, known, {}, journal)
         tracking.note(client, run_id, report.ood_table(examination.roles))

@@ -95,6 +95,7 @@ def run(spec: Spec) -> Outcome:
     with (
         lease.hold(client, name, job.key, lease_folder()) as check,
         _open_search(job) as run_id,
+        job.bench.engine,
     ):
         found = find_recipe(job, run_id, check=check)
         soup, proven, existed = _find_or_register(job, run_id, found, check)

@@ -21,7 +21,13 @@ from mlflow_soup.registry.versions import model_id, registered_as, resolve
 from mlflow_soup.request.margins import parse_margins
 from mlflow_soup.request.names import parse_uri
 from mlflow_soup.request.spec import Spec
-from mlflow_soup.workflows.bench import Suites, open_version, set_up
+from mlflow_soup.workflows.bench import (
+    Suites,
+    measured_key,
+    mixture_of,
+    open_version,
+    set_up,
+)
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,10 @@ def score_registered(client: Store, named: str, baseline: str, spec: Spec) -> Sc
     left = dict.fromkeys(versions.values())
     for version in tqdm(left, desc="lm-eval", unit="model", disable=None):
         opened = open_version(client, version)
-        bench = set_up(spec, opened.checkpoint, Suites(_load(spec)))
-        bench.live.set_weights(bench.live.link([opened.checkpoint]), [1.0])
-        scores[version] = dict(bench.held_out.evaluate())
+        bench = set_up(spec, opened, Suites(_load(spec)))
+        name = measured_key(bench.held_out, [(opened.parent.digest, 1.0)])
+        answers = bench.engine.answer(name, bench.held_out, mixture_of([opened]))
+        scores[version] = dict(bench.held_out.evaluate(*answers.parts))
     found, other = versions["model"], versions.get("baseline")
     return Scored(found, model_id(client, found), scores[found], scores[other] if other else None)
 

@@ -153,7 +153,10 @@ def run_study(name: str, spec: Spec) -> Report:
         naming.METHOD: name,
         naming.MODEL: session.name,
     }
-    with tracking.open_run(session.client, session.spec.experiment, tags) as run_id:
+    with (
+        tracking.open_run(session.client, session.spec.experiment, tags) as run_id,
+        session.bench.engine,
+    ):
         said = {f"cfg.{f.name}": getattr(session.spec, f.name) for f in fields(session.spec)}
         params = {k: v for k, v in said.items() if v not in ("", None)}
         tracking.log(session.client, run_id, params=params)

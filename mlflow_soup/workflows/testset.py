@@ -21,6 +21,7 @@ from mlflow_soup.workflows.bench import (
     check_stored,
     evaluator_params,
     measured_key,
+    mixture_of,
 )
 from mlflow_soup.workflows.job import Job
 
@@ -105,15 +106,15 @@ def _find(trust: Trust, bench: Bench, digest: str) -> Score | None:
 def _score(job: Job, trust: Trust, run_id: str, version: Version, opened: Opened) -> Score:
     """Score a version, and store the score in a run."""
     client, digest = job.client, opened.parent.digest
-    bench = bench_for(job.bench, opened.checkpoint, job.opened[-1].checkpoint)
+    bench = bench_for(job.bench, opened, job.opened[-1].checkpoint)
     if bench is not job.bench and (stored := _find(trust, bench, digest)) is not None:
         return stored
     evaluator = _test(bench)
     measured = measured_key(evaluator, [(digest, 1.0)])
 
     def evaluate() -> Scores:
-        bench.live.set_weights(bench.live.link([opened.checkpoint]), [1.0])
-        return Scores({"": evaluator.score()})
+        answers = bench.engine.answer(measured, evaluator, mixture_of([opened]))
+        return Scores({"": evaluator.score(*answers.parts)})
 
     score = job.journal.recall(measured, evaluate).mean
     name = f"test {version}"

@@ -42,7 +42,7 @@ from mlflow_soup.workflows.bench import Opened, Suites, load_suites, open_versio
 from mlflow_soup.workflows.job import Job, Session, settle
 from mlflow_soup.workflows.pilots import Result, span
 from mlflow_soup.workflows.study import Report, tell
-from mlflow_soup.workflows.trials import measure, score_of
+from mlflow_soup.workflows.trials import expect, measure, score_of, trusted
 
 logger = logging.getLogger("mlflow_soup")
 
@@ -205,7 +205,7 @@ def track(spec: Spec) -> Report:
     suites = Suites(load_suites(spec).held_out)
     newest = open_version(client, found[-1])
     settled = replace(spec, ood_tasks="", test_tasks="", method="wsm", space="simplex")
-    bench = set_up(settled, newest.checkpoint, suites)
+    bench = set_up(settled, newest, suites)
     session = Session(client, settled, name, {found[-1]: newest}, bench)
     request = {
         "track": name,
@@ -226,7 +226,10 @@ def track(spec: Spec) -> Report:
         earlier = [run for run in earlier if tracking.is_ours(run)]
         window = window_of(client, spec, name, tag, earlier)
         trajectory = Trajectory(found, times, tag, window, first)
-        with tracking.open_run(client, spec.experiment, tags, resumable=earlier) as run_id:
+        with (
+            tracking.open_run(client, spec.experiment, tags, resumable=earlier) as run_id,
+            bench.engine,
+        ):
             _log_request(client, run_id, spec, window)
             _extend(session, trajectory, run_id, check)
             scored = _scored(client, run_id, trajectory)
@@ -344,6 +347,9 @@ def _extend(
     with tqdm(missing, desc="track", unit="model", disable=None) as bar:
         for number, point in enumerate(bar, 1):
             check()
+            for later in missing[number - 1 :][: session.bench.engine.most]:
+                job, recipe = pool.job(later)
+                expect(job, trusted(job, run_id), [recipe])
             place, curve = point
             clock = time.monotonic()
             try:

@@ -11,9 +11,10 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
+from functools import partial
 from statistics import fmean
 from types import MappingProxyType
 
@@ -22,7 +23,6 @@ from tqdm import tqdm
 
 from mlflow_soup.errors import DeniedError, NonFiniteError, ObjectiveError, StoreError
 from mlflow_soup.evaluation.evaluator import Evaluator
-from mlflow_soup.evaluation.live import Link
 from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Dataset, Found, Recipe, Score, Trial, listed
 from mlflow_soup.redaction import redact
@@ -40,10 +40,12 @@ from mlflow_soup.reporting import geometry
 from mlflow_soup.search.schedule import Schedule
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.digests import digest
-from mlflow_soup.workflows.bench import evaluator_params, measured_key
+from mlflow_soup.workers.worker import Mixture
+from mlflow_soup.workflows.bench import evaluator_params, measured_key, mixture_of
 from mlflow_soup.workflows.job import Job
 
 logger = logging.getLogger("mlflow_soup")
+AT_ONCE = 2  # λ of one search at once: more cost many evaluations, and save few rounds
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def request_params(job: Job) -> dict[str, str]:
     """Params, prefixed `cfg.`: `mlflow run` logs MLproject's params, quoted and write-once."""
     said = {f"cfg.{f.name}": getattr(job.spec, f.name) for f in fields(job.spec)}
     said |= {"cfg.alpha": job.space.alpha, "cfg.trials": job.spec.budget}
-    del said["cfg.store_patience"]  # a later attempt may set another patience
+    for machine in ("store_patience", "workers", "worker_patience"):
+        del said[f"cfg.{machine}"]  # a later attempt may have others
     params = {k: v for k, v in said.items() if v not in ("", None) and v is not False}
     params |= evaluator_params(job.bench.held_out)
     return {k: redact(str(v)) for k, v in params.items()}
@@ -166,16 +169,15 @@ def explore(
             the scores that the store does not have.
     """
     spec, space = job.spec, job.space
-    parents = [o.checkpoint for o in job.opened]
-    links = job.bench.live.link(parents, where=spec.parents_in)
     trials: list[Trial] = []
+    asked: list[Recipe] = []  # what was begun beside another recipe
     trust = trusted(job, run_id)
     history = _history(job, trust)
     outbox = _Outbox(job, run_id)
     best, at, away, took = float("-inf"), "", False, list[float]()
     total = spec.budget if job.method.searches else None
     with tqdm(total=total, desc="search", unit="λ", disable=None, leave=alone) as bar:
-        while (recipe := job.method.proceed(space, trials, spec)) is not None:
+        while (recipe := _next(job, trials, asked)) is not None:
             # trials of earlier runs are reused; this search ends where its own request says
             number, clock = len(trials), time.monotonic()
             first = number < len(space.alone())  # every method begins with these
@@ -186,7 +188,11 @@ def explore(
                 trials.append(history[number])
             else:
                 check()
-                evaluation = _evaluate(job, recipe, links, job.bench.held_out, trust)
+                ahead = _foresee(job, trials, history)
+                if not ahead and not asked:
+                    asked += _beside(job, trials, recipe)
+                expect(job, trust, [recipe, *ahead, *asked])
+                evaluation = _evaluate(job, recipe, job.bench.held_out, trust)
                 check()  # the evaluation took long: another process may have recorded this trial
                 outbox.waiting.append((number, evaluation))
                 trials.append(Trial(number, recipe, evaluation.score))
@@ -226,6 +232,32 @@ def explore(
                 away = True
     outbox.flush(patiently=True)
     return [replace(t, run_id=outbox.runs.get(t.number, t.run_id)) for t in trials]
+
+
+def _next(job: Job, trials: Sequence[Trial], asked: list[Recipe]) -> Recipe | None:
+    """The recipe to evaluate next: one that was begun, or else what the method asks for."""
+    return asked.pop(0) if asked else job.method.proceed(job.space, trials, job.spec)
+
+
+def _beside(job: Job, trials: Sequence[Trial], recipe: Recipe) -> list[Recipe]:
+    """What is evaluated beside a recipe where its batches cannot be cut over the workers."""
+    count = min(job.bench.engine.size, AT_ONCE)
+    if job.method.beside is None or count < 2 or len(job.bench.held_out.lm.portions(2)) > 1:
+        return []
+    found: list[Recipe] = []
+    while len(found) < count - 1:
+        another = job.method.beside(job.space, trials, job.spec, [recipe, *found])
+        if another is None:
+            break
+        found.append(another)
+    return found
+
+
+def _foresee(job: Job, trials: Sequence[Trial], history: Mapping[int, Trial]) -> list[Recipe]:
+    """What the search will ask for whatever the scores are, after the trials of earlier runs."""
+    later = [history[number] for number in sorted(history) if number >= len(trials)]
+    known = [*trials, *later]
+    return job.method.foresee(job.space, known, job.spec, job.bench.engine.most)
 
 
 def _line(number: int, total: int | None, told: str, took: Sequence[float]) -> str:
@@ -317,58 +349,110 @@ def _now() -> int:
     return int(time.time() * 1000)
 
 
-def _evaluate(
-    job: Job,
-    recipe: Recipe,
-    links: Sequence[Link],
-    evaluator: Evaluator,
-    trust: Trust,
-) -> Evaluation:
+def _evaluate(job: Job, recipe: Recipe, evaluator: Evaluator, trust: Trust) -> Evaluation:
     """Score a recipe, or take its score over from an earlier evaluation."""
-    bench, began = job.bench, _now()
-    tags: dict[str, str] = {}
+    began = _now()
     if recipe.method == "linear":
-        parts = [(o.parent.digest, w) for o, w in zip(job.opened, recipe.lam, strict=True)]
-    else:
-        with scratch() as folder:
-            parents = [o.checkpoint for o in job.opened]
-            blend = job.blend(recipe)
-            made = soup.write(parents, recipe.lam, folder, digests=False, blend=blend)
-            parts = [(digest(made.checkpoint), 1.0)]
-            bench.live.set_weights(bench.live.link([made.checkpoint]), [1.0])
-        tags = {naming.DIGEST: parts[0][0]}
-    measured = measured_key(evaluator, parts)
+        return _finish(job, recipe, evaluator, trust, _mixture(job, recipe), began)
+    with scratch() as folder:
+        parents = [o.checkpoint for o in job.opened]
+        made = soup.write(parents, recipe.lam, folder, digests=False, blend=job.blend(recipe))
+        mixture = Mixture((made.checkpoint,), (digest(made.checkpoint),), (1.0,))
+        return _finish(job, recipe, evaluator, trust, mixture, began)
+
+
+def _mixture(job: Job, recipe: Recipe) -> Mixture:
+    return mixture_of(job.opened, recipe.lam, job.spec.parents_in)
+
+
+def _finish(
+    job: Job, recipe: Recipe, evaluator: Evaluator, trust: Trust, mixture: Mixture, began: int
+) -> Evaluation:
+    measured = _name_of(evaluator, mixture)
+    tags = {} if recipe.method == "linear" else {naming.DIGEST: mixture.digests[0]}
     scores, source = job.journal.read(measured), ""
+    if scores is None and not job.bench.engine.expects(measured):
+        scores, source = _stored(trust, measured, evaluator)
     if scores is None:
-        with contextlib.suppress(StoreError):  # if the store is unreachable, score the recipe again
-            known = find_score(trust.hasty, measured, evaluator.fits)
-            if known is not None:
-                scores, source = known.scores, known.run_id
-
-    def evaluate() -> Scores:
-        begin = time.monotonic()
-        try:
-            if recipe.method == "linear":
-                bench.live.set_weights(links, recipe.lam)
-            merged = time.monotonic()
-            score = evaluator.score()
-        except NonFiniteError as error:  # another try gives the same; other errors end the run
-            if recipe.method != "linear":
-                raise  # other statistics might give finite scores
-            return Scores({}, failed=error.what[:5000])
-        about = {
-            naming.SECONDS_MERGE: merged - begin,
-            naming.SECONDS_EVALUATE: time.monotonic() - merged,
-            naming.TRUNCATED: evaluator.truncated,
-        }
-        return Scores({"": score}, about)
-
-    if scores is None:
-        scores = job.journal.recall(measured, evaluate)
+        scores = _score(job, recipe, evaluator, mixture)
     if scores.failed:
         logger.warning("%s failed: %s", recipe.label, scores.failed)
         tags[naming.FAILED], scores = scores.failed, None
     return Evaluation(recipe, measured, scores, source, tags, began, _now())
+
+
+def _name_of(evaluator: Evaluator, mixture: Mixture) -> str:
+    return measured_key(evaluator, list(zip(mixture.digests, mixture.lam, strict=True)))
+
+
+def _stored(trust: Trust, measured: str, evaluator: Evaluator) -> tuple[Scores | None, str]:
+    """The scores that a run holds, and this run; None and empty if there is none that counts."""
+    with contextlib.suppress(StoreError):  # if the store is unreachable, score the recipe again
+        known = find_score(trust.hasty, measured, evaluator.fits)
+        if known is not None:
+            return known.scores, known.run_id
+    return None, ""
+
+
+def _score(job: Job, recipe: Recipe, evaluator: Evaluator, mixture: Mixture) -> Scores:
+    """Score a recipe; the journal keeps the scores."""
+    measured, linear = _name_of(evaluator, mixture), recipe.method == "linear"
+
+    def evaluate() -> Scores:
+        engine = job.bench.engine if linear else job.bench.inline
+        try:
+            answers = engine.answer(measured, evaluator, mixture)
+            begin = time.monotonic()
+            score = evaluator.score(*answers.parts)
+        except NonFiniteError as error:  # another try gives the same; other errors end the run
+            if not linear:
+                raise  # other statistics might give finite scores
+            return Scores({}, failed=error.what[:5000])
+        about = {
+            naming.SECONDS_MERGE: answers.merge,
+            naming.SECONDS_EVALUATE: answers.evaluate + time.monotonic() - begin,
+            naming.TRUNCATED: evaluator.truncated,
+        }
+        return Scores({"": score}, about)
+
+    return job.journal.recall(measured, evaluate)
+
+
+def expect(job: Job, trust: Trust, recipes: Sequence[Recipe]) -> None:
+    """Let idle workers begin what a job will ask for, whatever the scores are until then.
+
+    Args:
+        job: the job.
+        trust: which stored scores count.
+        recipes: what it will ask for, in order.
+    """
+    engine, evaluator = job.bench.engine, job.bench.held_out
+    for recipe in recipes if engine.most else ():
+        if recipe.method != "linear":
+            continue  # this process makes its weights
+        mixture = _mixture(job, recipe)
+        measured = _name_of(evaluator, mixture)
+        if not engine.wants(measured) or job.journal.read(measured) is not None:
+            continue
+        if _stored(trust, measured, evaluator)[0] is None:
+            arrived = partial(_score, job, recipe, evaluator, mixture)
+            engine.expect(measured, evaluator, mixture, arrived)
+    engine.begin()
+
+
+def in_turn(jobs: Sequence[Job], run_id: str) -> Iterator[Job]:
+    """Each job, while idle workers begin what the later ones will ask for.
+
+    Args:
+        jobs: the jobs of one session.
+        run_id: the run that they belong to.
+    """
+    for number, job in enumerate(jobs):
+        if most := job.bench.engine.most:
+            trust = trusted(job, run_id)
+            for later in jobs[number:]:
+                expect(later, trust, later.method.foresee(later.space, (), later.spec, most))
+        yield job
 
 
 def _publish(
@@ -464,8 +548,7 @@ def score_of(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Sco
 
 def _evaluate_once(job: Job, run_id: str, recipe: Recipe, evaluator: Evaluator) -> Evaluation:
     """Score one recipe of a job, outside of a search."""
-    links = job.bench.live.link([o.checkpoint for o in job.opened])
-    return _evaluate(job, recipe, links, evaluator, trusted(job, run_id))
+    return _evaluate(job, recipe, evaluator, trusted(job, run_id))
 
 
 def _finite(evaluation: Evaluation) -> Score:

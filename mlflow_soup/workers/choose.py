@@ -1,0 +1,70 @@
+"""The engine that a request asks for."""
+
+import os
+from functools import partial
+
+import torch
+
+from mlflow_soup.errors import SpecError
+from mlflow_soup.request.names import Workers
+from mlflow_soup.workers.cluster import Actor, join
+from mlflow_soup.workers.engine import Engine, Inline
+from mlflow_soup.workers.pool import Pool
+from mlflow_soup.workers.processes import Process
+from mlflow_soup.workers.worker import Mixture, Start, admission_of
+
+
+def open_engine(
+    inline: Inline, donor: Mixture, workers: Workers | None, *, patience: float
+) -> Engine:
+    """Where the evaluations of a request run. Workers start when the first is needed.
+
+    Args:
+        inline: the engine of this process.
+        donor: the checkpoint that gave its model the architecture, with weight 1.
+        workers: what the request says; None for this process.
+        patience: seconds to wait for the answer of a worker.
+
+    Raises:
+        SpecError: there are fewer processors or GPUs than workers, or Ray is not installed.
+        StoreError: the Ray cluster cannot be reached.
+    """
+    if workers is None:
+        return inline
+    live = inline.mixer.live
+    device, (source,) = live.model.device, donor.sources()
+    own = partial(admission_of, inline.mixer, donor)
+    on_gpus = device.type == "cuda"
+    if live.placement:
+        raise SpecError(
+            "a model that a device map spreads takes no workers",
+            where="--device-map and --workers",
+            fix="keep one of the two: each worker holds the whole model on its own GPU",
+        )
+    if on_gpus and device.index:
+        raise SpecError(
+            f"--device {device} names one GPU, but workers take one each",
+            where="--device and --workers",
+            fix="leave out --device; CUDA_VISIBLE_DEVICES says which GPUs there are",
+        )
+    if workers.ray:
+        rooms, leave = join(workers.count, on_gpus=on_gpus)
+        start = Start(source, device.type, int(rooms[0].get("num_cpus", 0)))
+        actors = [partial(Actor, number, start, room) for number, room in enumerate(rooms, 1)]
+        return Pool(actors, own, patience, leave)
+    processors = len(os.sched_getaffinity(0))
+    gpus = torch.cuda.device_count() if on_gpus else 0
+    count, most = workers.count, gpus or processors
+    if count > most:
+        raise SpecError(
+            f"there are fewer {'GPUs' if gpus else 'processors'} than {count} workers: {most}",
+            where="--workers",
+            fix=f"ask for at most {most}: workers that share one are no faster",
+        )
+    starts = [
+        Start(source, f"cuda:{i}", 0)
+        if gpus
+        else Start(source, device.type, max(1, processors // count))
+        for i in range(count)
+    ]
+    return Pool([partial(Process, i, start) for i, start in enumerate(starts, 1)], own, patience)

@@ -1,0 +1,114 @@
+"""Whole commands with workers: equal trials, scores and soups in every digit."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import forked
+from conftest import MODEL, use
+from mlflow_soup import Spec, run
+from mlflow_soup.cli import main
+from mlflow_soup.workers.pool import Pool
+from mlflow_soup.workflows.study import run_study
+
+REQUESTS = {
+    "a pair": {"pair": "v1,v2", "trials": 6},
+    "gp-hedge": {"pair": "v1,v2", "acquisition": "gp-hedge", "trials": 6},
+    "three parents": {"versions": "v1,v2,v3", "trials": 7},
+    "a grid": {"pair": "v1,v2", "method": "grid", "trials": 7},
+    "a schedule": {"versions": "v1,v2,v3", "space": "schedule", "trials": 6},
+    "fisher": {"pair": "v1,v2", "method": "fisher"},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _warm():
+    """Workers and commands are forked from one process; it must be the one with all imports."""
+    forked.warm()
+
+
+@pytest.fixture
+def twice(filled, tmp_path, monkeypatch):
+    """Do something in two equal stores, inline and with two workers."""
+
+    def twice(do):
+        found = []
+        for workers in ("", "2"):
+            folder = tmp_path / f"w{workers}"
+            folder.mkdir()
+            with monkeypatch.context() as patch:
+                client = use(filled, folder, patch)
+                found.append(do(client, workers))
+        return found
+
+    return twice
+
+
+def trials(outcome):
+    return [(t.number, t.recipe, repr(t.held_out)) for t in outcome.trials]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "a pair" else pytest.param(name, marks=pytest.mark.slow) for name in REQUESTS],
+)
+def test_a_search_with_workers_is_that_of_one_process(twice, name):
+    inline, pooled = twice(lambda client, w: run(Spec(**REQUESTS[name], workers=w)))
+    assert trials(pooled) == trials(inline)
+    assert pooled.soup.digest == inline.soup.digest
+    assert repr(pooled.examination.roles) == repr(inline.examination.roles)
+    assert pooled.verdict == inline.verdict
+
+
+@pytest.mark.parametrize(
+    ("study", "spec"),
+    [
+        ("pairs", {"versions": "v1,v2,v3"}),
+        pytest.param("landscape", {"pair": "v1,v2", "points": 5}, marks=pytest.mark.slow),
+        pytest.param(
+            "methods",
+            {"pairs": "v1,v2", "methods": "bayesopt,uniform,greedy,best", "trials": 5},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_study_with_workers_is_that_of_one_process(twice, study, spec):
+    inline, pooled = twice(lambda client, w: run_study(study, Spec(**spec, workers=w)))
+    assert pooled.result.table == inline.result.table
+    assert pooled.result.notes == inline.result.notes
+
+
+def test_an_interrupted_search_continues_with_another_number_of_workers(client, monkeypatch):
+    asked = []
+    answer = Pool.answer
+
+    def interrupted(self, name, *words):
+        asked.append(name)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return answer(self, name, *words)
+
+    monkeypatch.setattr(Pool, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(Spec(pair="v1,v2", workers="2"))
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (search,) = [r for r in runs if r.data.tags.get("soup.role") == "search"]
+    outcome = run(Spec(pair="v1,v2"))
+    assert outcome.run_id == search.info.run_id
+
+
+def test_the_commands_take_workers(client):
+    said = forked.play(
+        "mlflow_soup", "run", "--pair", "v1,v2", "--workers", "2", "--format", "json"
+    )
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["version"]["name"] == MODEL
+    for words, code, what in (
+        (["--workers", "two"], 2, "--workers 'two' cannot be read"),
+        (["--workers", "4096"], 2, "fewer processors than 4096 workers"),
+        (["--workers", "2", "--worker-patience", "-1"], 2, "worker-patience"),
+    ):
+        done = CliRunner().invoke(main, ["run", "--pair", "v1,v2", *words])
+        assert done.exit_code == code
+        assert what in done.stderr
