@@ -28,7 +28,7 @@ slow:
 	pytest -m slow
 
 bench:
-	for script in merge evaluator measure search gate; do python benchmarks/$$script.py; done
+	for script in merge evaluator measure search gate scale; do python benchmarks/$$script.py; done
 
 fmt:
 	ruff check --fix .
