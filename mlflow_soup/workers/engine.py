@@ -1,8 +1,9 @@
 """What answers the requests of an evaluator under a mixture: this process, or a pool of workers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.frozen import Answered
@@ -19,23 +20,20 @@ class Answers:
     evaluate: float
 
 
-class Engine(Protocol):
-    """Where evaluations run."""
+class Engine(ABC):
+    """Where evaluations run. This much does nothing ahead of what is asked."""
 
     @property
     def size(self) -> int:
         """The number of workers."""
+        return 1
 
     @property
     def most(self) -> int:
         """The number of evaluations that are worth to be known ahead."""
+        return 0
 
-    def wants(self, name: str) -> bool:
-        """Whether an evaluation may be expected: there is room, and nobody asked this before."""
-
-    def expects(self, name: str) -> bool:
-        """Whether an evaluation has begun, or waits."""
-
+    @abstractmethod
     def answer(self, name: str, evaluator: Evaluator, mixture: Mixture) -> Answers:
         """All answers under a mixture.
 
@@ -50,7 +48,15 @@ class Engine(Protocol):
             ParentError: a worker does not find a parent.
         """
 
-    def expect(
+    def wants(self, name: str) -> bool:
+        """Whether an evaluation may be expected: there is room, and nobody asked this before."""
+        return False
+
+    def expects(self, name: str) -> bool:
+        """Whether an evaluation has begun, or waits."""
+        return False
+
+    def expect(  # noqa: B027  # what is noted needs no place in an engine that does nothing ahead
         self, name: str, evaluator: Evaluator, mixture: Mixture, arrived: Callable[[], object]
     ) -> None:
         """Note an evaluation that will be asked for.
@@ -62,22 +68,21 @@ class Engine(Protocol):
             arrived: is called once `answer` need not wait, while `answer` waits for another.
         """
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027  # an engine may have nothing to give
         """Give what is noted to idle workers."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """End all workers."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-class Inline:
+class Inline(Engine):
     """The engine of this process: its own live model, one evaluation after the other."""
-
-    size = 1
-    most = 0
 
     def __init__(self, live: LiveModel) -> None:
         self.mixer = Mixer(live)
@@ -88,28 +93,3 @@ class Inline:
         with evaluator.faults():
             reply: Reply = self.mixer.answer(mixture, evaluator.lm, portions)
         return Answers((reply.answered,), reply.merge, reply.evaluate)
-
-    def wants(self, name: str) -> bool:
-        """As `Engine.wants`."""
-        return False
-
-    def expects(self, name: str) -> bool:
-        """As `Engine.expects`."""
-        return False
-
-    def expect(
-        self, name: str, evaluator: Evaluator, mixture: Mixture, arrived: Callable[[], object]
-    ) -> None:
-        """Nothing is idle while this process waits for itself."""
-
-    def begin(self) -> None:
-        """Nothing is noted."""
-
-    def close(self) -> None:
-        """There is nothing to end."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

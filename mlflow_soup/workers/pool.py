@@ -16,12 +16,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from mlflow_soup.errors import ObjectiveError, SoupError, brief
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.frozen import Portion
-from mlflow_soup.workers.engine import Answers
+from mlflow_soup.workers.engine import Answers, Engine
 from mlflow_soup.workers.worker import Admission, Mixture, Reply, Request
 
 logger = logging.getLogger("mlflow_soup")
@@ -79,7 +79,7 @@ class _Place:
     failures: int = 0  # starts that failed, one after the other
 
 
-class Pool:
+class Pool(Engine):
     """Workers that share the evaluations of one driver.
 
     Args:
@@ -109,7 +109,7 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """The number of workers."""
+        """As `Engine.size`; places that stay empty do not count."""
         return len(self._places)
 
     @property
@@ -127,12 +127,6 @@ class Pool:
     def expects(self, name: str) -> bool:
         """As `Engine.expects`."""
         return name in self._tasks
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End all workers."""
