@@ -1,7 +1,8 @@
 .PHONY: check lowest slow bench fmt
 
 # files in the order of conftest.py, the costly ones first: none is left for the end
-SPREAD = -n auto --dist loadfile --no-loadscope-reorder
+# a test that hangs is named, and the others go on
+SPREAD = -n auto --dist loadfile --no-loadscope-reorder --timeout 900
 FAST = tests/test_private_doors.py $(addprefix tests/,request files weights decision reporting) \
 	$(addprefix tests/search/test_,acquisition.py kriging.py methods.py surrogate.py) \
 	$(addprefix tests/,evaluation registry) tests/workflows/test_job.py \

@@ -60,7 +60,8 @@ MODEL = "toy-llm"
 COSTLY = (
     *("docs/test_code_blocks.py", "workflows/test_run.py", "workflows/test_study.py"),
     *("workers/test_same.py", "workers/test_pool.py", "workers/test_driver.py"),
-    *("workflows/test_watch.py", "examples/test_actions.py", "examples/test_receiver.py"),
+    *("workflows/test_watch.py", "workflows/test_windows.py"),
+    *("examples/test_actions.py", "examples/test_receiver.py"),
     *("workflows/test_trials.py", "faults/test_resume.py", "hostile/test_forged.py"),
     *("faults/test_faults.py", "hostile/test_secrets.py", "test_quickstart.py", "test_cli.py"),
     *("workflows/test_signed.py", "search/test_ask.py", "hostile/test_hostile.py"),
