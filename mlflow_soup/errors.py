@@ -7,6 +7,7 @@
     ├── ParentError                  exit 4: a parent is missing, damaged or unlike the others
     ├── OvertakenError               exit 5: another run moved the target in the meantime
     ├── ObjectiveError               exit 1: an evaluation failed or gave no finite score
+    ├── WorkerError                  exit 1: workers ended, or none can take part
     └── RegistryError                exit 1: MLflow refused a request; its exception is chained
         ├── DeniedError              exit 7: MLflow's permissions forbid it, or the user is unknown
         └── StoreError               exit 6: a store or disk cannot be reached, fails, or is full
@@ -97,6 +98,10 @@ class ObjectiveError(SoupError):
 
 class NonFiniteError(ObjectiveError):
     """The log-likelihoods or scores of one λ are not finite."""
+
+
+class WorkerError(SoupError):
+    """Workers ended while they scored, or none can take part (`--workers`)."""
 
 
 class RegistryError(SoupError):

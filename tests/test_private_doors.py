@@ -557,6 +557,12 @@ def _() -> None:
     assert read == {"temperature": 0.5, "do_sample": True, "top_k": 3}
 
 
+@door("ray._private.worker.listen_error_messages", "keep a cluster's errors off stdout")
+def _() -> None:
+    worker = pytest.importorskip("ray._private.worker", reason="pip install -e '.[ray]'")
+    assert "target=listen_error_messages" in inspect.getsource(worker.connect)
+
+
 @door("lm_eval.api.group.Group", "ask a group for its tasks")
 def _() -> None:
     found = importlib.import_module("lm_eval.api.group").Group

@@ -18,13 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from lm_eval.api.model import LM
 from lm_eval.api.utils import maybe_delimit  # private door
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from mlflow_soup.errors import ObjectiveError, SoupError
+from mlflow_soup.errors import ObjectiveError
 from mlflow_soup.evaluation.compatibility import function_of
 from mlflow_soup.evaluation.frozen import (
     Answered,
@@ -53,18 +52,9 @@ from mlflow_soup.evaluation.suite import (
     contributions,
     right_choice,
 )
-from mlflow_soup.evaluation.task_folders import broken
+from mlflow_soup.evaluation.task_folders import blaming
 from mlflow_soup.records import Dataset, Items, Metric, Score
 
-# what a metric, a template or an odd item makes lm-eval raise; a device raises RuntimeError
-_FAULTS_OF_TASKS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TemplateError,
-    TypeError,
-    ValueError,
-)
 logger = logging.getLogger("mlflow_soup")
 Answers = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # gold, sizes, as in `Items`
 
@@ -206,9 +196,8 @@ class Evaluator:
             ObjectiveError: memory ran out.
             SpecError: lm-eval cannot ask an item.
         """
-        with self.faults():
-            (portions,) = self.lm.portions(1)
-            return self.lm.forward(portions)
+        (portions,) = self.lm.portions(1)
+        return self.lm.forward(portions)
 
     def evaluate(self, *parts: Answered) -> tuple[tuple[str, Score], ...]:
         """One score per term, oriented so that larger is better.
@@ -225,26 +214,22 @@ class Evaluator:
                 template fails.
         """
         answered = parts or (self.ask(),)
-        with self.faults(), quiet(), seeded(self._live.model.device):
+        with self._faults(), quiet(), seeded(self._live.model.device):
             replay = _Replay(self.lm.answers(answered))
             results = evaluate(replay, self._suite.loaded, limit=self._limit, bootstrap_iters=0)
         assert results is not None
         return tuple((str(term), self._score(term, results)) for term in self._suite.terms)
 
     @contextlib.contextmanager
-    def faults(self) -> Iterator[None]:
+    def _faults(self) -> Iterator[None]:
         """Say which task an odd item, a metric or a template is of."""
-        try:
-            yield
-        except OverflowError as error:  # a perplexity too large for float64
-            what = f"a score is too large for a float: {error}"
-            raise not_finite(what, "while lm-eval averaged the items of a task") from error
-        except SoupError:
-            raise
-        except _FAULTS_OF_TASKS as error:
-            names = " or ".join(self._suite.loaded["tasks"])
-            where = "while lm-eval scored the items and computed all metrics of its tasks"
-            raise broken(names, "could not be scored", where, error) from error
+        where = "while lm-eval scored the items and computed all metrics of its tasks"
+        with blaming(" or ".join(self._suite.loaded["tasks"]), "could not be scored", where):
+            try:
+                yield
+            except OverflowError as error:  # a perplexity too large for float64
+                what = f"a score is too large for a float: {error}"
+                raise not_finite(what, "while lm-eval averaged the items of a task") from error
 
     def texts(self) -> Iterator[str]:
         """The text of every item that has a right answer, as the model reads it.

@@ -26,6 +26,7 @@ from mlflow_soup.evaluation.limits import Result
 from mlflow_soup.evaluation.live import LiveModel, not_finite
 from mlflow_soup.evaluation.loading import quiet, tokenize_within
 from mlflow_soup.evaluation.prompts import GENERATION
+from mlflow_soup.evaluation.task_folders import blaming
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ class Frozen:
 
     Attributes:
         settings: the arguments of the model, except transformers' own objects.
+        tasks: the names of the tasks, for errors.
         requests: lm-eval method → the arguments of each request that has no batch.
         state: attributes of the model.
     """
 
     settings: Mapping[str, Any]
+    tasks: str
     requests: Mapping[str, Sequence[tuple[Any, ...]]]
     state: Mapping[str, Any] = field(default_factory=dict)
 
@@ -114,6 +117,7 @@ class FrozenLM(HFLM):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.requests: Mapping[str, Sequence[Any]] = {}
+        self.tasks = ""  # whose requests these are
         self.pairs: dict[tuple[str, str], Any] = {}
         self.encoded: dict[Any, list[int]] = {}
         self._only_reads = False  # True in the fork that tokenises the requests
@@ -133,6 +137,13 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         self.check_generation(requests.get(GENERATION, ()))
         self.pairs, self.encoded = self.tokenize(lambda: self._read_all(requests), requests)
         self.requests = requests
+        asked = (request for each in requests.values() for request in each)
+        self.tasks = " or ".join(dict.fromkeys(str(request.task_name) for request in asked))
+
+    @property
+    def stays_whole(self) -> bool:
+        """Whether the requests cannot be divided: lm-eval chooses the batches as it answers."""
+        return True
 
     def portions(self, count: int) -> list[tuple[Portion, ...]]:
         """The requests in at most `count` shares that cost about the same.
@@ -147,10 +158,12 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         Raises:
             NonFiniteError: logits that text is generated from are not finite.
             ObjectiveError: memory ran out.
+            SpecError: lm-eval cannot ask an item.
         """
         self.truncated = 0
         self.model.eval()
-        with self.enough_memory(), quiet(), seeded(self.device):
+        blame = blaming(self.tasks, "could not be answered", "while the model answered its items")
+        with blame, self.enough_memory(), quiet(), seeded(self.device):
             found = {portion: self.answer_to(portion) for portion in portions}
         return Answered(found, self.truncated)
 
@@ -168,10 +181,11 @@ class FrozenLM(HFLM):  # type: ignore[misc]
         """What another process needs to answer these requests."""
         requests = {kind: [r.args for r in asked] for kind, asked in self.requests.items()}
         state = {"pairs": self.pairs, "encoded": self.encoded}
-        return Frozen(self._settings(), requests, state)
+        return Frozen(self._settings(), self.tasks, requests, state)
 
     def thaw(self, frozen: Frozen) -> None:
         """Take the requests of another process over."""
+        self.tasks = frozen.tasks
         self.requests = {
             kind: [SimpleNamespace(args=args) for args in asked]
             for kind, asked in frozen.requests.items()

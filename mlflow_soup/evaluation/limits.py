@@ -98,7 +98,7 @@ def work_within(work: Callable[[], Result], *, seconds: int, memory: int, file_s
             except Exception as error:
                 if _is_of_limits(error):
                     raise
-                found = False, _portable(error)
+                found = False, portable(error)
             pickle.dump(found, file, protocol=pickle.HIGHEST_PROTOCOL)
             file.flush()
 
@@ -116,7 +116,7 @@ def work_within(work: Callable[[], Result], *, seconds: int, memory: int, file_s
     return cast(Result, result)
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error, or one with its words that pickle can copy."""
     try:
         again = pickle.loads(pickle.dumps(error))

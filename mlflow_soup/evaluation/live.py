@@ -175,13 +175,16 @@ def _on_device(model: Any, device: str) -> Any:
 
 
 def hardware(device: torch.device) -> str:
-    """What computes on a device: the name of a GPU, or the instructions that torch uses on a CPU.
+    """What computes on a device: a GPU's name, or the instructions and threads of torch on a CPU.
 
-    Other hardware gives other last digits of the same log-likelihood.
+    Others give other last digits of the same log-likelihood.
     """
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return str(torch.backends.cpu.get_cpu_capability()) if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    threads = torch.get_num_threads()
+    return f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
 
 
 class LiveModel:

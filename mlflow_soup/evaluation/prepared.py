@@ -153,11 +153,16 @@ class PreparedLM(FrozenLM):
 
     # ---- in portions
 
+    @property
+    def stays_whole(self) -> bool:
+        """As that of `FrozenLM`: whether text is generated."""
+        return any(kind not in self._plans for kind in self.requests)
+
     def portions(self, count: int) -> list[tuple[Portion, ...]]:
         """As that of `FrozenLM`; batches need not stay together, so their answers are the same."""
         whole = [kind for kind in self.requests if kind not in self._plans]
         each = [(k, i, b) for k, plan in self._plans.items() for i, b in enumerate(plan.batches)]
-        if whole or count < 2:
+        if self.stays_whole or count < 2:
             kinds = {kind: len(plan.batches) for kind, plan in self._plans.items()}
             return [(*map(Portion, whole), *(Portion(k, 0, n) for k, n in kinds.items()))]
         share = sum(batch.seen for *_, batch in each) / count
@@ -167,7 +172,7 @@ class PreparedLM(FrozenLM):
             own = found[int((seen + batch.seen / 2) / share)]
             own[kind] = replace(own.get(kind, Portion(kind, i)), last=i + 1)
             seen += batch.seen
-        return [tuple(own.values()) for own in found if own]
+        return [tuple(own.values()) for own in found if own] or [()]
 
     def answer_to(self, portion: Portion) -> Any:
         """What `forward` finds for one portion; pickle can copy it."""

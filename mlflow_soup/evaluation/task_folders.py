@@ -455,6 +455,24 @@ def _place(entry: Any) -> str:
     return str(entry.yaml_path or f"task {entry.name} of lm-eval")
 
 
+# what a metric, a template or an odd item makes lm-eval raise; a device raises RuntimeError
+_FAULTS = (
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    jinja2.exceptions.TemplateError,
+)
+
+
+@contextlib.contextmanager
+def blaming(names: str, what: str, where: str) -> Iterator[None]:
+    """Raise what the YAML, the templates, the code or the items of tasks cause as a SpecError."""
+    try:
+        yield
+    except SoupError:
+        raise
+    except _FAULTS as error:
+        raise broken(names, what, where, error) from error
+
+
 def broken(name: str, what: str, where: str, error: Exception) -> SpecError:
     """The error for a task whose own YAML, templates or code raised an error."""
     fix = (

@@ -557,7 +557,7 @@ class Spec:
         60.0,
         "Minutes to wait for the answer of a worker. Then it is ended, and another takes over.",
         f"run watch evaluate {_ALL}",
-        range=finite("minutes"),
+        range=Range(lambda value: 0.0 < value < float("inf"), "give minutes, more than 0"),
     )
     experiment: str = knob(
         MACHINE,

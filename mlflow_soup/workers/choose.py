@@ -1,6 +1,7 @@
 """The engine that a request asks for."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,6 +19,9 @@ def open_engine(
     inline: Inline, donor: Mixture, workers: Workers | None, *, patience: float
 ) -> Engine:
     """Where the evaluations of a request run. Workers start when the first is needed.
+
+    On a CPU, the number of threads decides the last digits of a score. So this process takes as
+    many as each worker, until the engine is closed.
 
     Args:
         inline: the engine of this process.
@@ -49,8 +53,9 @@ def open_engine(
         )
     if workers.ray:
         rooms, leave = join(workers.count, on_gpus=on_gpus)
-        start = Start(source, device.type, int(rooms[0].get("num_cpus", 0)))
-        actors = [partial(Actor, number, start, room) for number, room in enumerate(rooms, 1)]
+        leave, threads = _share_threads(rooms[0].threads, leave, on_gpus=on_gpus)
+        start = Start(source, device.type, threads)
+        actors = [partial(Actor, i, start, room.options) for i, room in enumerate(rooms, 1)]
         return Pool(actors, own, patience, leave)
     processors = len(os.sched_getaffinity(0))
     gpus = torch.cuda.device_count() if on_gpus else 0
@@ -61,10 +66,31 @@ def open_engine(
             where="--workers",
             fix=f"ask for at most {most}: workers that share one are no faster",
         )
-    starts = [
-        Start(source, f"cuda:{i}", 0)
-        if gpus
-        else Start(source, device.type, max(1, processors // count))
-        for i in range(count)
-    ]
-    return Pool([partial(Process, i, start) for i, start in enumerate(starts, 1)], own, patience)
+    leave, threads = _share_threads(max(1, processors // count), on_gpus=on_gpus)
+    devices = [f"cuda:{i}" for i in range(count)] if gpus else [device.type] * count
+    starts = [Start(source, each, threads) for each in devices]
+    processes = [partial(_begin, number, start) for number, start in enumerate(starts, 1)]
+    return Pool(processes, own, patience, leave)
+
+
+def _share_threads(
+    most: int, leave: Callable[[], None] = lambda: None, *, on_gpus: bool
+) -> tuple[Callable[[], None], int]:
+    """The threads of each worker; and what gives this process its own back, then leaves."""
+    if on_gpus:  # where threads only merge, which gives the same digits with any number of them
+        return leave, most
+    before = torch.get_num_threads()
+    threads = min(before, most)
+    torch.set_num_threads(threads)
+
+    def restore() -> None:
+        torch.set_num_threads(before)
+        leave()
+
+    return restore, threads
+
+
+def _begin(number: int, start: Start) -> Process:
+    if start.device != "cpu":
+        torch.cuda.empty_cache()  # the first GPU has the model of this process, too
+    return Process(number, start)

@@ -10,8 +10,11 @@ import fcntl
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -30,6 +33,7 @@ from mlflow_soup.workers.worker import Admission, Reply, Request, Source, Start,
 
 LEAST = (2, 52)  # older ones run the code of anybody who reaches their port (CVE-2025-62593)
 _PATIENCE = 1800.0  # seconds that a node waits for a store while it pulls a parent
+_joined = threading.Event()  # set while this process is in a cluster that this module joined
 
 
 def find_or_pull(source: Source) -> Checkpoint:
@@ -94,6 +98,7 @@ class Actor:
         fixed = {"max_restarts": 0, "max_task_retries": 0}
         self._actor = self._ray.remote(Remote).options(**fixed, **options).remote()
         self.words = f"worker {number} of the cluster"
+        self.waits = "look whether the cluster has room, and whether its nodes reach MLflow"
 
     def admit(self) -> Future[Admission]:
         """As `Handle.admit`."""
@@ -109,7 +114,8 @@ class Actor:
 
     def kill(self) -> None:
         """As `Handle.kill`."""
-        self._ray.kill(self._actor)
+        with contextlib.suppress(self._ray.exceptions.RayError):  # the cluster is gone
+            self._ray.kill(self._actor)
 
 
 def _plain(reference: Any) -> Future[Any]:
@@ -127,7 +133,15 @@ def _plain(reference: Any) -> Future[Any]:
     return found
 
 
-def join(count: int, *, on_gpus: bool) -> tuple[list[dict[str, float]], Callable[[], None]]:
+@dataclass(frozen=True)
+class Room:
+    """What one worker takes of a node: options of an actor, and threads on the CPU."""
+
+    options: dict[str, float]
+    threads: int
+
+
+def join(count: int, *, on_gpus: bool) -> tuple[list[Room], Callable[[], None]]:
     """Join the cluster that RAY_ADDRESS names, or start one of this machine.
 
     Args:
@@ -135,7 +149,7 @@ def join(count: int, *, on_gpus: bool) -> tuple[list[dict[str, float]], Callable
         on_gpus: whether each takes a GPU; else each takes its share of the processors.
 
     Returns:
-        The resources that each worker takes, and what leaves the cluster again.
+        What each worker takes, the same for all; and what leaves the cluster again.
 
     Raises:
         SpecError: Ray is not installed, or too old; or there is less room than asked for.
@@ -145,13 +159,14 @@ def join(count: int, *, on_gpus: bool) -> tuple[list[dict[str, float]], Callable
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine needs longer
     ray = import_module("ray")
-    if ray.is_initialized():
-        leave: Callable[[], None] = lambda: None  # noqa: E731  # whoever joined it leaves it
-    else:
+    if not ray.is_initialized():
         _connect(ray)
-        leave = ray.shutdown
+        _joined.set()
+    leave = partial(_leave, ray)
     kind, what = ("GPU", "GPUs") if on_gpus else ("CPU", "processors")
     free = int(ray.available_resources().get(kind, 0))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = [int(node.get(kind, 0)) for node in nodes]
     if count > free or not free:
         leave()
         raise SpecError(
@@ -162,8 +177,30 @@ def join(count: int, *, on_gpus: bool) -> tuple[list[dict[str, float]], Callable
             else "start nodes that have some, or wait until other jobs leave",
         )
     count = count or free
-    share = {"num_gpus": 1.0} if on_gpus else {"num_cpus": float(free // count)}
-    return [share] * count, leave
+    if on_gpus:
+        threads = min(int(n.get("CPU", 1)) // int(n["GPU"]) for n in nodes if n.get("GPU"))
+        return [Room({"num_gpus": 1.0}, max(1, threads))] * count, leave
+    share = largest_share(have, count, most=free // count)
+    return [Room({"num_cpus": float(share)}, share)] * count, leave
+
+
+def largest_share(processors: Sequence[int], count: int, most: int) -> int:
+    """The processors for each of `count` workers, none of which is spread over two nodes.
+
+    Args:
+        processors: of each node; together at least `count`.
+        count: the number of workers.
+        most: the largest share.
+    """
+    fits = (s for s in range(most, 1, -1) if sum(each // s for each in processors) >= count)
+    return next(fits, 1)
+
+
+def _leave(ray: Any) -> None:
+    """Leave the cluster, unless the caller of this package joined it."""
+    if _joined.is_set():
+        _joined.clear()
+        ray.shutdown()
 
 
 def _check_installed() -> None:
@@ -191,19 +228,44 @@ def _connect(ray: Any) -> None:
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
     _check_reachable(address)
+    with _handlers_kept(), _unheard():
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False if address == "local" else None,
+                configure_logging=False,
+                log_to_driver=False,
+            )
+        except Exception as error:  # Ray raises plain exceptions, too
+            raise _unreachable(address, str(error).partition("\n")[0]) from error
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Put the signal handlers back that Ray replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Ray replaces none there
+        return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == "local" else None,
-            configure_logging=False,
-            log_to_driver=False,
-        )
-    except Exception as error:  # Ray raises plain exceptions, too
-        raise _unreachable(address, str(error).partition("\n")[0]) from error
+        yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: one of another language, which Python cannot set
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep Ray from printing errors of the cluster to stdout while it is joined."""
+    # private door: ray._private.worker.listen_error_messages
+    inside: Any = import_module("ray._private.worker")
+    listen = inside.listen_error_messages
+    inside.listen_error_messages = lambda worker, stopped: None
+    try:
+        yield
+    finally:
+        inside.listen_error_messages = listen
 
 
 def _check_reachable(address: str) -> None:
@@ -229,6 +291,13 @@ def _check_reachable(address: str) -> None:
 
 
 def _unreachable(address: str, why: str) -> StoreError:
+    if address == "local":
+        return StoreError(
+            f"Ray does not start on this machine: {why}",
+            where="--workers ray, without RAY_ADDRESS",
+            fix="free memory and space in /dev/shm and /tmp/ray; or use --workers 4, which needs "
+            "no Ray",
+        )
     return StoreError(
         f"the Ray cluster cannot be joined: {why}",
         where=f"RAY_ADDRESS={address}",

@@ -21,7 +21,7 @@ class Answers:
 
 
 class Engine(ABC):
-    """Where evaluations run. This much does nothing ahead of what is asked."""
+    """Where evaluations run. By default, none begins before it is asked for."""
 
     @property
     def size(self) -> int:
@@ -30,7 +30,7 @@ class Engine(ABC):
 
     @property
     def most(self) -> int:
-        """The number of evaluations that are worth to be known ahead."""
+        """The number of evaluations that it helps to know ahead."""
         return 0
 
     @abstractmethod
@@ -44,12 +44,13 @@ class Engine(ABC):
 
         Raises:
             NonFiniteError: a weight, or a logit that text is generated from, is not finite.
-            ObjectiveError: memory ran out, or workers ended.
+            ObjectiveError: memory ran out.
+            WorkerError: workers ended, or none can take part.
             ParentError: a worker does not find a parent.
         """
 
-    def wants(self, name: str) -> bool:
-        """Whether an evaluation may be expected: there is room, and nobody asked this before."""
+    def offer(self, name: str) -> bool:
+        """Offer an evaluation to `expect`: True if there is room and it was not offered before."""
         return False
 
     def expects(self, name: str) -> bool:
@@ -90,6 +91,5 @@ class Inline(Engine):
     def answer(self, name: str, evaluator: Evaluator, mixture: Mixture) -> Answers:
         """As `Engine.answer`."""
         (portions,) = evaluator.lm.portions(1)
-        with evaluator.faults():
-            reply: Reply = self.mixer.answer(mixture, evaluator.lm, portions)
+        reply: Reply = self.mixer.answer(mixture, evaluator.lm, portions)
         return Answers((reply.answered,), reply.merge, reply.evaluate)

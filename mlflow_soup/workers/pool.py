@@ -9,6 +9,7 @@ Evaluations are pure, so one whose worker ended is given to another. All is done
 waits: the pool has no state that another thread changes.
 """
 
+import contextlib
 import logging
 import pickle
 import time
@@ -18,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mlflow_soup.errors import ObjectiveError, SoupError, brief
+from mlflow_soup.errors import SoupError, WorkerError, brief
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.frozen import Portion
 from mlflow_soup.workers.engine import Answers, Engine
@@ -28,12 +29,18 @@ logger = logging.getLogger("mlflow_soup")
 STARTS = 3  # failed starts of one worker, one after the other, before its place stays empty
 DEATHS = 2  # workers that may end while they answer one request
 GLANCE = 1.0  # seconds between two looks at the clock while workers answer
+LONG = 60.0  # seconds after which people hear of a worker that has not started
+_MEMORY = (
+    "look at the memory of the machine: each worker holds the model once; use fewer workers or a "
+    "smaller --batch-size"
+)
 
 
 class Handle(Protocol):
     """One worker, wherever it runs."""
 
     words: str  # what it is and where, for people
+    waits: str  # what to look at if it does not start
 
     def admit(self) -> Future[Admission]:
         """Start the worker, and tell what decides whether it may take part."""
@@ -58,7 +65,7 @@ class _Task:
     arrived: Callable[[], object] | None = None
     shares: list[tuple[Portion, ...]] = field(default_factory=list)  # empty until it is divided
     replies: dict[int, Reply] = field(default_factory=dict)  # number of a share → its answers
-    deaths: dict[int, int] = field(default_factory=dict)  # number of a share → workers that ended
+    deaths: dict[int, int] = field(default_factory=dict)  # number of a share → workers lost to it
     error: BaseException | None = None
 
     @property
@@ -77,6 +84,7 @@ class _Place:
     share: tuple[_Task, int] | None = None  # what it answers; None while it starts
     holds: set[str] = field(default_factory=set)  # evaluators whose requests it has
     failures: int = 0  # starts that failed, one after the other
+    told: bool = False  # whether people heard that it takes long to start
 
 
 class Pool(Engine):
@@ -117,8 +125,8 @@ class Pool(Engine):
         """As `Engine.most`: while each worker has one evaluation, as many more wait."""
         return 2 * self.size
 
-    def wants(self, name: str) -> bool:
-        """As `Engine.wants`."""
+    def offer(self, name: str) -> bool:
+        """As `Engine.offer`."""
         if name in self._offered or len(self._tasks) >= self.most:
             return False
         self._offered.add(name)
@@ -130,14 +138,15 @@ class Pool(Engine):
 
     def close(self) -> None:
         """End all workers."""
-        for place in self._places:
-            if place.handle is not None:
-                place.handle.kill()
-            place.handle = place.future = place.share = None
+        with contextlib.ExitStack() as ends:  # one that fails leaves none of the others out
+            ends.callback(self._leave)
+            for place in self._places:
+                if place.handle is not None:
+                    ends.callback(place.handle.kill)
+                place.handle = place.future = place.share = None
         self._tasks.clear()
         self._waiting.clear()
         self._queue.clear()
-        self._leave()
 
     def expect(
         self, name: str, evaluator: Evaluator, mixture: Mixture, arrived: Callable[[], object]
@@ -150,7 +159,7 @@ class Pool(Engine):
         """As `Engine.answer`.
 
         Raises:
-            ObjectiveError: the request ended two workers, or no worker can be started.
+            WorkerError: the request ended two workers, or no worker can be started.
         """
         if name not in self._tasks:
             self._add(_Task(name, evaluator, mixture))
@@ -195,6 +204,7 @@ class Pool(Engine):
 
     def _begin(self, place: _Place, future: Future[Any], share: tuple[_Task, int] | None) -> None:
         place.future, place.share, place.since = future, share, time.monotonic()
+        place.told = False
 
     def _next(self) -> tuple[_Task, int] | None:
         """The next share; evaluations that are fewer than the workers are cut for all of these."""
@@ -230,22 +240,25 @@ class Pool(Engine):
         for place in [*self._places]:
             if place.future is None:
                 continue
+            waited = time.monotonic() - place.since
             if place.future.done():
                 finished += self._take(place, place.future)
-            elif time.monotonic() - place.since > self._patience:
+            elif waited > self._patience:
+                self._time_out(place)
+            elif place.share is None and waited > LONG and not place.told:
+                place.told = True
                 assert place.handle is not None
-                place.handle.kill()
-                self._lose(place, f"has not answered for {self._patience / 60:g} minutes")
+                logger.warning("%s has not started yet: %s", place.handle.words, place.handle.waits)
         for task in finished:
-            if task.arrived is not None and task.done:
-                task.arrived()
+            if task.arrived is not None and task.done and task.error is None:
+                task.arrived()  # an error is for whoever asks for this evaluation
 
     def _take(self, place: _Place, future: Future[Any]) -> list[_Task]:
         """Take what a worker says; the evaluations that it may have finished."""
         assert place.handle is not None
         error = future.exception()
         if error is not None and place.handle.is_gone(error):
-            self._lose(place, "ended")
+            self._lose(place, "ended", _MEMORY)
             return []
         share, place.future, place.share = place.share, None, None
         if share is None:
@@ -255,21 +268,21 @@ class Pool(Engine):
                 self._admit(place.handle, future.result())
                 place.failures = 0
             except SoupError as refusal:
-                place.handle.kill()
                 self._drop(place, refusal)
             return []
         task, number = share
         if error is None:
             task.replies[number] = future.result()
-        elif task.error is None:
-            task.error = _translated(error, place.handle.words)
+        else:
+            place.holds.discard(task.evaluator.fingerprint)  # it may not have understood them
+            task.error = task.error or _translated(error, place.handle.words)
         return [task]
 
     def _admit(self, handle: Handle, admission: Admission) -> None:
         """Refuse a worker whose answers may differ from the driver's.
 
         Raises:
-            ObjectiveError: they may.
+            WorkerError: they may.
         """
         if self._expected is None:
             self._expected = self._own()
@@ -277,7 +290,7 @@ class Pool(Engine):
             return
         ours, theirs = self._expected.environment, admission.environment
         odd = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if theirs[k] != ours[k]]
-        raise ObjectiveError(
+        raise WorkerError(
             f"{handle.words} does not compute as this process does: "
             + (", ".join(odd) or "the same weights give other logits there"),
             where="--workers",
@@ -291,31 +304,48 @@ class Pool(Engine):
         Raises:
             SoupError: it was the last.
         """
+        if place.handle is not None:
+            place.handle.kill()
         self._places.remove(place)
         if not self._places:
             self._refusal = why
             raise why
         logger.warning("%s; the other workers go on without it", why.what)
 
-    def _lose(self, place: _Place, why: str) -> None:
-        """Empty the place of a worker that ended, and give what it did to another.
+    def _time_out(self, place: _Place) -> None:
+        """Do without a worker that does not start, or give to another what it does not answer.
 
         Raises:
-            ObjectiveError: no worker starts.
+            WorkerError: no worker starts.
+        """
+        assert place.handle is not None
+        minutes = f"{self._patience / 60:g} minutes (--worker-patience)"
+        if place.share is None:
+            refusal = WorkerError(
+                f"{place.handle.words} has not started within {minutes}",
+                where="--workers",
+                fix=place.handle.waits,
+            )
+            self._drop(place, refusal)
+        else:
+            fix = "raise --worker-patience if an evaluation takes that long"
+            self._lose(place, f"has not answered for {minutes}", fix)
+
+    def _lose(self, place: _Place, why: str, fix: str) -> None:
+        """Empty the place of a worker that is lost, and give what it did to another.
+
+        Raises:
+            WorkerError: no worker starts.
         """
         assert place.handle is not None
         words, share = place.handle.words, place.share
+        place.handle.kill()
         place.handle = place.future = place.share = None
         if share is None:
             place.failures += 1
             if place.failures == STARTS:
-                refusal = ObjectiveError(
-                    f"{words} {why} while it started, {STARTS} times",
-                    where="--workers",
-                    fix="look at the memory of the machine: each worker holds the model once; use "
-                    "fewer workers",
-                )
-                self._drop(place, refusal)
+                what = f"{words} {why} while it started, {STARTS} times"
+                self._drop(place, WorkerError(what, where="--workers", fix=fix))
             return
         logger.warning("%s %s; another takes over what it was doing", words, why)
         task, number = share
@@ -324,11 +354,10 @@ class Pool(Engine):
             self._queue.appendleft(share)
         elif task.error is None:
             lam = ", ".join(f"{weight:g}" for weight in task.mixture.lam)
-            task.error = ObjectiveError(
-                f"{DEATHS} workers ended while they scored λ = {lam}",
+            task.error = WorkerError(
+                f"{DEATHS} workers were lost while they scored λ = {lam}; the last {why}",
                 where=f"{words}; {', '.join(one.label for one in task.mixture.checkpoints)}",
-                fix="look whether the machine has enough memory; use fewer workers or a smaller "
-                "--batch-size",
+                fix=fix,
             )
 
 
@@ -336,7 +365,7 @@ def _translated(error: BaseException, words: str) -> SoupError:
     """An error of a worker, as this package words it; without the stack of another process."""
     if isinstance(error, SoupError):
         return error
-    return ObjectiveError(
+    return WorkerError(
         f"a worker failed: {brief(error)}",
         where=words,
         fix="run the same command again; without --workers, to see where it fails",

@@ -4,21 +4,51 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
-from multiprocessing.connection import wait
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
+from types import ModuleType
+from typing import Any
 
+from tqdm import tqdm
+
+from mlflow_soup.evaluation.limits import portable
 from mlflow_soup.workers.worker import Admission, Reply, Request, Start, Worker
 
 _context = multiprocessing.get_context("forkserver")
-# importing torch, transformers and lm-eval takes seconds: one process does it for all workers
-_context.set_forkserver_preload([__name__])
-_worker: Worker  # of a process that `_open` made one
+_SECONDS_TO_END = 30.0  # that a killed process may take, say for a disk that does not answer
+
+
+class _Ended(Exception):
+    """The process of a worker has ended."""
+
+
+def _serve(connection: Connection, start: Start) -> None:
+    """Tell the driver what admits the worker, then answer it until it ends."""
+    _begin()
+    try:
+        worker = Worker(start)
+    except Exception as error:
+        connection.send(portable(error))
+        return
+    connection.send(worker.admission)
+    with contextlib.suppress(EOFError):  # the driver has closed its end
+        while True:
+            request = connection.recv()
+            said: Reply | Exception
+            try:
+                said = worker.answer(request)
+            except Exception as error:
+                said = portable(error).with_traceback(None)  # its frames hold tensors
+            connection.send(said)
 
 
 def _begin() -> None:
     """Prepare the process of a worker: quiet, deaf to Ctrl-C, and gone when its driver is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver hears it, and ends its workers
+    tqdm.set_lock(threading.RLock())  # else it makes a semaphore, which a kill would leave behind
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
@@ -32,14 +62,24 @@ def _begin() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _open(start: Start) -> Admission:
-    global _worker
-    _worker = Worker(start)
-    return _worker.admission
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep a process that starts from running the user's script again: it needs nothing of it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
-def _answer(request: Request) -> Reply:
-    return _worker.answer(request)
+@contextlib.contextmanager
+def _ends_here() -> Iterator[None]:
+    """Say in our words that the other end of a connection is gone."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise _Ended from error
 
 
 class Process:
@@ -51,28 +91,43 @@ class Process:
     """
 
     def __init__(self, number: int, start: Start) -> None:
-        self._start = start
-        self._pool = ProcessPoolExecutor(1, mp_context=_context, initializer=_begin)
-        self._pid: Future[int] = self._pool.submit(os.getpid)
         self.words = f"worker {number}"
+        self.waits = "look whether the machine is busy, or waits for its disk"
+        self._connection, theirs = _context.Pipe()
+        self._process = _context.Process(target=_serve, args=(theirs, start))
+        # importing torch, transformers and lm-eval takes seconds: one process does it for all
+        _context.set_forkserver_preload([__name__])
+        with _without_main():
+            self._process.start()
+        theirs.close()
+        self._listener = ThreadPoolExecutor(1)
 
     def admit(self) -> Future[Admission]:
         """As `Handle.admit`."""
-        return self._pool.submit(_open, self._start)
+        return self._listener.submit(self._hear)
 
     def answer(self, request: Request) -> Future[Reply]:
         """As `Handle.answer`."""
-        return self._pool.submit(_answer, request)
+        return self._listener.submit(self._ask, request)
 
     def is_gone(self, error: BaseException) -> bool:
         """As `Handle.is_gone`."""
-        return isinstance(error, BrokenExecutor | CancelledError)
+        return isinstance(error, _Ended)
+
+    def _ask(self, request: Request) -> Any:
+        with _ends_here():
+            self._connection.send(request)
+        return self._hear()
+
+    def _hear(self) -> Any:
+        with _ends_here():
+            said = self._connection.recv()
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     def kill(self) -> None:
         """As `Handle.kill`."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        with contextlib.suppress(
-            BrokenExecutor, CancelledError, ProcessLookupError
-        ):  # it has ended
-            os.kill(self._pid.result(timeout=30.0), signal.SIGKILL)
-        self._pool.shutdown(wait=True)
+        self._process.kill()
+        self._process.join(_SECONDS_TO_END)
+        self._listener.shutdown(wait=False, cancel_futures=True)  # it hears that the process ended

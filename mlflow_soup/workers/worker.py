@@ -104,12 +104,12 @@ class Start:
     Attributes:
         donor: gives the architecture, the tokenizer and the weights of the probe.
         device: `cpu`, `cuda`, `cuda:1` …
-        threads: of torch on a CPU; 0 leaves their number.
+        threads: of torch on the CPU.
     """
 
     donor: Source
     device: str
-    threads: int = 0
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,10 @@ class Mixer:
     def __init__(self, live: LiveModel) -> None:
         self.live = live
         self._linked: tuple[tuple[str, ...], list[Link]] = ((), [])
+        self._lam: tuple[float, ...] = ()  # what the model holds of what is linked; empty: unknown
 
     def mix(self, mixture: Mixture) -> None:
-        """Give the model the weights Σ λ_i·Θ_i.
+        """Give the model the weights Σ λ_i·Θ_i, unless it has them.
 
         Raises:
             NonFiniteError: a value is not finite.
@@ -141,15 +142,19 @@ class Mixer:
         """
         key = (mixture.where, *mixture.digests)
         if self._linked[0] != key:
-            self._linked = ((), [])  # frees what is in memory first
+            self._linked, self._lam = ((), []), ()  # frees what is in memory first
             self._linked = (key, self.live.link(mixture.checkpoints, where=mixture.where))
-        self.live.set_weights(self._linked[1], mixture.lam)
+        if self._lam != mixture.lam:
+            self._lam = ()
+            self.live.set_weights(self._linked[1], mixture.lam)
+            self._lam = mixture.lam
 
     def answer(self, mixture: Mixture, lm: FrozenLM, portions: Sequence[Portion]) -> Reply:
         """What the model answers to portions under a mixture.
 
         Raises:
-            NonFiniteError, ObjectiveError, ParentError: as `mix` and `FrozenLM.forward`.
+            NonFiniteError, ObjectiveError, ParentError, SpecError: as `mix` and
+                `FrozenLM.forward`.
         """
         begin = time.monotonic()
         self.mix(mixture)
@@ -207,8 +212,7 @@ class Worker:
     """
 
     def __init__(self, start: Start, find: Callable[[Source], Checkpoint] = find_here) -> None:
-        if start.threads:
-            torch.set_num_threads(start.threads)
+        torch.set_num_threads(start.threads)
         self._find = find
         self._open: dict[Source, Checkpoint] = {}
         donor = self._mixture((start.donor,), (1.0,), "mmap")
@@ -220,7 +224,7 @@ class Worker:
         """What the model answers.
 
         Raises:
-            NonFiniteError, ObjectiveError, ParentError: as `Mixer.answer`.
+            NonFiniteError, ObjectiveError, ParentError, SpecError: as `Mixer.answer`.
         """
         if request.frozen:  # from the driver, who may run code here anyway
             self._lms[request.evaluator] = open_lm(self._mixer.live, pickle.loads(request.frozen))

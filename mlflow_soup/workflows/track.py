@@ -34,6 +34,7 @@ from mlflow_soup.registry.alone import alone
 from mlflow_soup.registry.cache import lease_folder
 from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import Store
+from mlflow_soup.registry.trust import Trust
 from mlflow_soup.reporting import charts, windows
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.search import schedule
@@ -343,13 +344,15 @@ def _extend(
             _show(client, run_id, trajectory, point, child)  # an earlier call was cut short here
     missing = [point for point in trajectory.points if point not in known]
     pool = _Pool(session, trajectory, dict(session.opened))
+    trust: Trust | None = None
     took: list[float] = []  # the seconds of each point
     with tqdm(missing, desc="track", unit="model", disable=None) as bar:
         for number, point in enumerate(bar, 1):
             check()
             for later in missing[number - 1 :][: session.bench.engine.most]:
                 job, recipe = pool.job(later)
-                expect(job, trusted(job, run_id), [recipe])
+                trust = trust or trusted(job, run_id)
+                expect(job, trust, [recipe])
             place, curve = point
             clock = time.monotonic()
             try:

@@ -242,7 +242,7 @@ def _next(job: Job, trials: Sequence[Trial], asked: list[Recipe]) -> Recipe | No
 def _beside(job: Job, trials: Sequence[Trial], recipe: Recipe) -> list[Recipe]:
     """What is evaluated beside a recipe where its batches cannot be cut over the workers."""
     count = min(job.bench.engine.size, AT_ONCE)
-    if job.method.beside is None or count < 2 or len(job.bench.held_out.lm.portions(2)) > 1:
+    if job.method.beside is None or count < 2 or not job.bench.held_out.lm.stays_whole:
         return []
     found: list[Recipe] = []
     while len(found) < count - 1:
@@ -432,7 +432,7 @@ def expect(job: Job, trust: Trust, recipes: Sequence[Recipe]) -> None:
             continue  # this process makes its weights
         mixture = _mixture(job, recipe)
         measured = _name_of(evaluator, mixture)
-        if not engine.wants(measured) or job.journal.read(measured) is not None:
+        if not engine.offer(measured) or job.journal.read(measured) is not None:
             continue
         if _stored(trust, measured, evaluator)[0] is None:
             arrived = partial(_score, job, recipe, evaluator, mixture)

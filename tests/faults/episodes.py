@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,11 +33,15 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 from tqdm import tqdm
 
+import forked
 import toy
 from checker import Database
 from conftest import MODEL, fill
 from mlflow_soup import cli
 from mlflow_soup.evaluation.evaluator import Evaluator
+from mlflow_soup.workers.engine import Engine, Inline
+from mlflow_soup.workers.pool import Pool
+from mlflow_soup.workers.worker import Mixture
 
 T = TypeVar("T")
 WORKERS = 2
@@ -50,6 +55,7 @@ class Store:
 
     database: Path
     tasks: Path
+    workers: int = 1
 
     @property
     def request(self) -> list[str]:
@@ -57,13 +63,14 @@ class Store:
         said = {
             **{"model": MODEL, "pair": "v1,v2", "trials": 4, "stop": 0, "experiment": "soups"},
             **{"tasks": "toy_letters", "ood-tasks": "toy_digits", "include-path": self.tasks},
-            **{"promote": "alias:champion", "store-patience": 0.2},
+            **{"promote": "alias:champion", "store-patience": 0.2, "workers": self.workers},
         }
         return ["run", *(f"--{name}={value}" for name, value in said.items())]
 
 
 def prepare(root: Path) -> Store:
     """The store, small enough to be copied for each episode."""
+    forked.warm()
     trained = toy.train(60)
     tasks = toy.write_tasks(root / "tasks", 16)
     folders = [toy.save(toy.noisy(trained, i, 0.9), root / f"v{i}") for i in (1, 2)]
@@ -157,24 +164,28 @@ def make_place(store: Store, root: Path, **elsewhere: Path) -> Place:
 
 
 def record(place: Place) -> None:
-    """Write down what this process evaluates: digest of weights and requests."""
+    """Write down what this process, or its workers, evaluate: digest of weights and requests."""
     file = os.open(place.root / "evaluations.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    evaluate = Evaluator.evaluate
 
     def note(word: str, what: str) -> None:
         _append(file, f"{word} {what}\n".encode())
         _sync(file)
 
-    def recorded(self: Evaluator, *parts: Any) -> Any:
-        digest = hashlib.sha256(self.fingerprint.encode())
-        for tensor in self._live.model.state_dict().values():
-            digest.update(tensor.numpy().tobytes())
-        note("begin", digest.hexdigest()[:16])
-        result = evaluate(self, *parts)
-        note("end", digest.hexdigest()[:16])
-        return result
+    def recorded(answer: Callable[..., Any]) -> Callable[..., Any]:
+        def recording(self: Engine, name: str, evaluator: Evaluator, mixture: Mixture) -> Any:
+            digest = hashlib.sha256(f"{evaluator.fingerprint} {mixture.lam}".encode())
+            for checkpoint in mixture.checkpoints:
+                for weights in checkpoint.root.rglob("*.safetensors"):
+                    digest.update(weights.read_bytes())
+            note("begin", digest.hexdigest()[:16])
+            answers = answer(self, name, evaluator, mixture)
+            note("end", digest.hexdigest()[:16])
+            return answers
 
-    Evaluator.evaluate = recorded
+        return recording
+
+    for kind in (Inline, Pool):
+        kind.answer = recorded(kind.answer)
 
 
 def start(
@@ -199,6 +210,8 @@ def start(
             logging.getLogger().handlers.clear()  # pytest's
             _stop_listening()
             _share_no_locks(tqdm)
+            # who forks workers is a child of the process before
+            forkserver._forkserver.ensure_running = lambda: None
             for call in before:
                 call()
             record(place)

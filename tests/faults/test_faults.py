@@ -4,7 +4,7 @@ import random
 import shutil
 import signal
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -162,6 +162,15 @@ def test_a_search_disturbed_at_any_point_ends_as_if_it_had_not_been(
         assert {e.repeated for e in done} == {0}
 
 
+@pytest.mark.slow
+def test_a_search_with_workers_killed_now_and_then_ends_as_one_without(prepared, whole, figures):
+    expected, points = whole
+    with_workers = replace(prepared, workers=2)
+    chosen = range(0, len(points[MOMENTS]), 6)
+    act = partial(disturb, with_workers, expected, MOMENTS, failpoints.kill)
+    check(figures, "two workers, killed at every sixth moment", episodes.spread(act, chosen))
+
+
 def kill_at_random(prepared, expected, seed):
     """A search killed up to five times, each at any time; then once more to its end."""
     chance = random.Random(seed)
@@ -189,7 +198,7 @@ def test_a_search_killed_at_random_times_ends_as_if_it_had_not_been(prepared, wh
 def test_a_search_disturbed_at_a_few_points_ends_as_if_it_had_not_been(prepared, whole, figures):
     expected, points = whole
     chosen = [
-        *((MOMENTS, failpoints.kill, share) for share in (0.2, 0.5, 0.75, 0.9)),
+        *((MOMENTS, failpoints.kill, share) for share in (0.2, 0.5, 0.9)),
         (FILES, failpoints.fail_for_good, 0.6),
         (CALLS, failpoints.fail_for_good, 0.3),
         (TRANSIENT, failpoints.fail_once, 0.7),

@@ -254,7 +254,7 @@ RANGES = {
         ["", "1", "2", "ray", "ray:8"],
         ["0", "two", "ray:0", "ray:", "2,3", "-1", "99999"],
     ),
-    "worker_patience": ([0.0, 0.5, 60.0], [-1.0, float("inf"), float("nan")]),
+    "worker_patience": ([0.5, 60.0], [0.0, -1.0, float("inf"), float("nan")]),
     "store_patience": ([0.0, 0.5, 30.0], [-1.0, float("inf"), float("nan")]),
     "min_items": ([1, 200], [0, -1]),
     "evidence": (["experiment", "own"], ["", "mine", "tags"]),

@@ -66,7 +66,7 @@ def trials(client):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_no_worker_outlives_its_driver(client, number, code):
     played, processes = start_scoring(client)
-    assert len(processes) >= 2
+    assert len(processes) >= 2 + 2  # two workers, what they are forked from, and what counts them
     played.send_signal(number)
     done = played.finish()
     assert done.returncode == code
@@ -77,6 +77,17 @@ def test_no_worker_outlives_its_driver(client, number, code):
     assert "leaked" not in again.stderr
     found = trials(client)
     assert len({run_.data.tags["soup.number"] for run_ in found}) == len(found)
+
+
+def test_a_script_that_calls_run_needs_no_guard(client, tmp_path):
+    script = tmp_path / "search.py"
+    lines = (
+        "from mlflow_soup import Spec, run",
+        'print(run(Spec(pair="v1,v2", method="uniform", workers="2")).soup.version.number)',
+    )
+    script.write_text("\n".join(lines))
+    done = forked.play(str(script))
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Whole commands with workers: equal trials, scores and soups in every digit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +10,7 @@ import forked
 from conftest import MODEL, use
 from mlflow_soup import Spec, run
 from mlflow_soup.cli import main
+from mlflow_soup.workers.engine import Inline
 from mlflow_soup.workers.pool import Pool
 from mlflow_soup.workflows.study import run_study
 
@@ -61,6 +63,36 @@ def test_a_search_with_workers_is_that_of_one_process(twice, name):
     assert pooled.verdict == inline.verdict
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tasks", [{"tasks": "toy_spelling"}, {"evaluator": "lm-eval"}], ids=["generated", "lm-eval"]
+)
+def test_where_batches_cannot_be_cut_two_lambdas_are_scored_at_once(
+    client, monkeypatch, tasks, figures
+):
+    beside, begun = Pool.expect, []
+
+    def expect(self, name, *words):
+        begun.append(len(self._tasks))
+        return beside(self, name, *words)
+
+    spec = Spec(pair="v1,v2", trials=8, stop=0.0, **tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "expect", expect)
+        pooled = run(replace(spec, workers="2"))
+    assert begun
+    scored = {t.recipe: repr(t.held_out) for t in pooled.trials}
+    assert len(scored) == len(pooled.trials) == 8
+    alone = {t.recipe: repr(t.held_out) for t in run(spec).trials}
+    both = scored.keys() & alone.keys()
+    assert len(both) >= 3  # both parents and the uniform soup, at least
+    assert {r: scored[r] for r in both} == {r: alone[r] for r in both}
+    figures[f"two at once, {[*tasks.values()]}"] = {
+        "of the same λ": len(both),
+        "best, two at once": max(t.held_out.value for t in pooled.trials),
+    }
+
+
 @pytest.mark.parametrize(
     ("study", "spec"),
     [
@@ -80,12 +112,12 @@ def test_a_study_with_workers_is_that_of_one_process(twice, study, spec):
 
 
 def test_an_interrupted_search_continues_with_another_number_of_workers(client, monkeypatch):
-    asked = []
-    answer = Pool.answer
+    asked, kept = [], 4
+    answer, alone = Pool.answer, Inline.answer
 
     def interrupted(self, name, *words):
         asked.append(name)
-        if len(asked) == 5:
+        if len(asked) > kept:
             raise KeyboardInterrupt
         return answer(self, name, *words)
 
@@ -94,8 +126,16 @@ def test_an_interrupted_search_continues_with_another_number_of_workers(client, 
         run(Spec(pair="v1,v2", workers="2"))
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     (search,) = [r for r in runs if r.data.tags.get("soup.role") == "search"]
+    asked.clear()
+
+    def counted(self, name, evaluator, mixture):
+        asked.append(evaluator.fingerprint)
+        return alone(self, name, evaluator, mixture)
+
+    monkeypatch.setattr(Inline, "answer", counted)
     outcome = run(Spec(pair="v1,v2"))
     assert outcome.run_id == search.info.run_id
+    assert 0 < asked.count(asked[0]) <= len(outcome.trials) - kept
 
 
 def test_the_commands_take_workers(client):
