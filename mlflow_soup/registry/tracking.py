@@ -321,14 +321,15 @@ def find_runs(
         client: the store's client.
         tags: must be equal.
         status: RUNNING, FINISHED …; empty for any.
-        experiments: the ids of the experiments to search; None for all of them.
+        experiments: the ids of the experiments to search, as `here` gives them; None for all.
     """
     clauses = [equals(f"tags.`{key}`", value) for key, value in tags.items()]
     clauses += [f"attributes.status = '{status}'"] if status else []
     if experiments is None:
         experiments = [e.experiment_id for e in pages(client.search_experiments)]
+    experiments = [experiment for experiment in experiments if experiment]
     if not experiments:
         return []
     order = ["attributes.start_time ASC"]
-    found = pages(client.search_runs, list(experiments), " and ".join(clauses), order_by=order)
+    found = pages(client.search_runs, experiments, " and ".join(clauses), order_by=order)
     return [run for run in found if tags.items() <= run.data.tags.items()]  # some ignore case

@@ -82,7 +82,7 @@ class Trust:
         if self.mode == "own":
             return []
         status = "FINISHED" if finished else ""
-        where = None if self.mode == "signed" else [self.experiment] if self.experiment else []
+        where = None if self.mode == "signed" else [self.experiment]
         return find_runs(self.client, tags, status=status, experiments=where)
 
     def read(

@@ -240,9 +240,9 @@ def parse_workers(text: str) -> Workers | None:
     found = re.fullmatch(r"(ray)(?::([1-9]\d{0,3}))?|([1-9]\d{0,3})", text)
     if found is None:
         raise SpecError(
-            f"--workers {text!r} cannot be read",
+            f"--workers {text!r} is no number of workers",
             where="--workers",
-            fix="give the number of processes, --workers 2; or --workers ray:8, or ray for as many "
-            "as the cluster has room for",
+            fix="give a number of processes from 1 on, --workers 2; or --workers ray:8, or ray for "
+            "as many as the cluster has room for",
         )
     return Workers(bool(found[1]), int(found[2] or found[3] or 0))

@@ -547,8 +547,8 @@ class Spec:
     workers: Written[int] = knob(
         MACHINE,
         "",
-        "Score with N processes of this machine, one per GPU; or ray, ray:N, with N workers of a "
-        "Ray cluster. Default: this process.",
+        "Score with N processes of this machine, at most one per GPU, or per CPU without GPUs; or "
+        "ray, ray:N, with N workers of a Ray cluster. Default: this process.",
         f"run watch evaluate {_ALL}",
         parts=(int,),
     )
@@ -702,6 +702,12 @@ class Spec:
                 "--device and --device-map both say where the model lies",
                 where=f"--device {self.device} with --device-map {self.device_map}",
                 fix="keep only one of these options",
+            )
+        if self.device_map and parse_workers(self.workers) is not None:
+            raise SpecError(
+                "a model that a device map spreads takes no workers",
+                where=f"--device-map {self.device_map} with --workers {self.workers}",
+                fix="keep one of the two: each worker holds the whole model on its own GPU",
             )
         if self.device_map not in ("", *DEVICE_MAPS) and not Path(self.device_map).is_file():
             raise SpecError(

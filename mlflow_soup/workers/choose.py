@@ -39,12 +39,6 @@ def open_engine(
     device, (source,) = live.model.device, donor.sources()
     own = partial(admission_of, inline.mixer, donor)
     on_gpus = device.type == "cuda"
-    if live.placement:
-        raise SpecError(
-            "a model that a device map spreads takes no workers",
-            where="--device-map and --workers",
-            fix="keep one of the two: each worker holds the whole model on its own GPU",
-        )
     if on_gpus and device.index:
         raise SpecError(
             f"--device {device} names one GPU, but workers take one each",
@@ -62,7 +56,8 @@ def open_engine(
     count, most = workers.count, gpus or processors
     if count > most:
         raise SpecError(
-            f"there are fewer {'GPUs' if gpus else 'processors'} than {count} workers: {most}",
+            f"{count} workers are more than the {most} {'GPUs' if gpus else 'processors'} of this "
+            "machine",
             where="--workers",
             fix=f"ask for at most {most}: workers that share one are no faster",
         )

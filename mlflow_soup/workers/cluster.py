@@ -108,9 +108,9 @@ class Actor:
         """As `Handle.answer`."""
         return _plain(self._actor.answer.remote(request))
 
-    def is_gone(self, error: BaseException) -> bool:
-        """As `Handle.is_gone`."""
-        return isinstance(error, self._ray.exceptions.RayError)
+    def loss(self, error: BaseException) -> str:
+        """As `Handle.loss`."""
+        return "ended" if isinstance(error, self._ray.exceptions.RayError) else ""
 
     def kill(self) -> None:
         """As `Handle.kill`."""

@@ -19,6 +19,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from mlflow_soup.errors import SoupError, WorkerError, brief
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.frozen import Portion
@@ -48,8 +50,8 @@ class Handle(Protocol):
     def answer(self, request: Request) -> Future[Reply]:
         """Let the worker answer a request."""
 
-    def is_gone(self, error: BaseException) -> bool:
-        """Whether an error of a future says that the worker ended."""
+    def loss(self, error: BaseException) -> str:
+        """How the worker ended, if an error of a future says so; else empty."""
 
     def kill(self) -> None:
         """End the worker, whatever it does."""
@@ -105,6 +107,7 @@ class Pool(Engine):
         leave: Callable[[], None] = lambda: None,
     ) -> None:
         self._leave = leave
+        self._bar: tqdm[Any] | None = None  # how many workers have started
         self._places = [_Place(start) for start in starts]
         self._own, self._patience = own, patience
         self._expected: Admission | None = None
@@ -138,6 +141,8 @@ class Pool(Engine):
 
     def close(self) -> None:
         """End all workers."""
+        if self._bar is not None:
+            self._bar.close()
         with contextlib.ExitStack() as ends:  # one that fails leaves none of the others out
             ends.callback(self._leave)
             for place in self._places:
@@ -192,6 +197,9 @@ class Pool(Engine):
 
     def begin(self) -> None:
         """As `Engine.begin`; workers that are missing are started."""
+        if self._bar is None:
+            desc = "workers that have started"
+            self._bar = tqdm(desc=desc, total=self.size, unit="worker", leave=False, disable=None)
         for place in self._places:
             if place.future is not None:
                 continue
@@ -257,8 +265,8 @@ class Pool(Engine):
         """Take what a worker says; the evaluations that it may have finished."""
         assert place.handle is not None
         error = future.exception()
-        if error is not None and place.handle.is_gone(error):
-            self._lose(place, "ended", _MEMORY)
+        if error is not None and (how := place.handle.loss(error)):
+            self._lose(place, how, _MEMORY)
             return []
         share, place.future, place.share = place.share, None, None
         if share is None:
@@ -267,6 +275,7 @@ class Pool(Engine):
                     raise _translated(error, place.handle.words)
                 self._admit(place.handle, future.result())
                 place.failures = 0
+                self._show_start()
             except SoupError as refusal:
                 self._drop(place, refusal)
             return []
@@ -277,6 +286,13 @@ class Pool(Engine):
             place.holds.discard(task.evaluator.fingerprint)  # it may not have understood them
             task.error = task.error or _translated(error, place.handle.words)
         return [task]
+
+    def _show_start(self) -> None:
+        """Count a worker on the progress bar, which is gone once all have started."""
+        if self._bar is not None:
+            self._bar.update()
+            if self._bar.n >= self.size:
+                self._bar.close()
 
     def _admit(self, handle: Handle, admission: Admission) -> None:
         """Refuse a worker whose answers may differ from the driver's.
@@ -347,10 +363,11 @@ class Pool(Engine):
                 what = f"{words} {why} while it started, {STARTS} times"
                 self._drop(place, WorkerError(what, where="--workers", fix=fix))
             return
-        logger.warning("%s %s; another takes over what it was doing", words, why)
         task, number = share
         task.deaths[number] = task.deaths.get(number, 0) + 1
         if task.error is None and task.deaths[number] < DEATHS:
+            taken = "another takes over what it was doing, and a new one starts"
+            logger.warning("%s %s; %s", words, why, taken)
             self._queue.appendleft(share)
         elif task.error is None:
             lam = ", ".join(f"{weight:g}" for weight in task.mixture.lam)

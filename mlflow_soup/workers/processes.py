@@ -22,7 +22,7 @@ _SECONDS_TO_END = 30.0  # that a killed process may take, say for a disk that do
 
 
 class _Ended(Exception):
-    """The process of a worker has ended."""
+    """The process of a worker has ended; how, in words."""
 
 
 def _serve(connection: Connection, start: Start) -> None:
@@ -73,15 +73,6 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-@contextlib.contextmanager
-def _ends_here() -> Iterator[None]:
-    """Say in our words that the other end of a connection is gone."""
-    try:
-        yield
-    except (EOFError, OSError) as error:
-        raise _Ended from error
-
-
 class Process:
     """A worker in a process of its own.
 
@@ -110,21 +101,33 @@ class Process:
         """As `Handle.answer`."""
         return self._listener.submit(self._ask, request)
 
-    def is_gone(self, error: BaseException) -> bool:
-        """As `Handle.is_gone`."""
-        return isinstance(error, _Ended)
+    def loss(self, error: BaseException) -> str:
+        """As `Handle.loss`."""
+        return str(error) if isinstance(error, _Ended) else ""
 
     def _ask(self, request: Request) -> Any:
-        with _ends_here():
+        with self._noticing():
             self._connection.send(request)
         return self._hear()
 
     def _hear(self) -> Any:
-        with _ends_here():
+        with self._noticing():
             said = self._connection.recv()
         if isinstance(said, Exception):
             raise said
         return said
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Say how the process ended when the connection to it breaks."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            self._process.join(_SECONDS_TO_END)
+            code = self._process.exitcode or 0
+            how = f"was ended by signal {-code}" if code < 0 else "ended"
+            killed = code == -signal.SIGKILL
+            raise _Ended(how + killed * ", as the system does when memory runs out") from error
 
     def kill(self) -> None:
         """As `Handle.kill`."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -390,7 +390,7 @@ def _line(
     count = f"{place - trajectory.first + 1}/{len(trajectory.versions) - trajectory.first}"
     line = f"{trajectory.versions[place].short} ({count}): {', '.join(told) or 'no score'}"
     if left:
-        end = datetime.now().astimezone() + timedelta(seconds=left * fmean(took))
+        end = datetime.now().astimezone() + timedelta(seconds=left * median(took))
         line += f"; ends by {end:%H:%M:%S}"
     return line
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import partial
-from statistics import fmean
+from statistics import median
 from types import MappingProxyType
 
 from mlflow.entities import Metric
@@ -271,7 +271,8 @@ def _line(number: int, total: int | None, told: str, took: Sequence[float]) -> s
     """
     line = f"trial {number + 1}{f'/{total}' if total else ''}: {told}; {took[-1]:.1f} s"
     if total and (left := total - number - 1) > 0:
-        end = datetime.now().astimezone() + timedelta(seconds=left * fmean(took))
+        # the median: workers start, and models are read, while the first is evaluated
+        end = datetime.now().astimezone() + timedelta(seconds=left * median(took))
         line += f", ends by {end:%H:%M:%S}"
     return line
 

@@ -1,7 +1,6 @@
 """Whole commands with workers: equal trials, scores and soups in every digit."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -65,10 +64,12 @@ def test_a_search_with_workers_is_that_of_one_process(twice, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tasks", [{"tasks": "toy_spelling"}, {"evaluator": "lm-eval"}], ids=["generated", "lm-eval"]
+    "asked",
+    [{"tasks": "toy_spelling", "ood_tasks": "toy_letters"}, {"evaluator": "lm-eval"}],
+    ids=["generated", "lm-eval"],
 )
 def test_where_batches_cannot_be_cut_two_lambdas_are_scored_at_once(
-    client, monkeypatch, tasks, figures
+    client, monkeypatch, asked, figures
 ):
     beside, begun = Pool.expect, []
 
@@ -76,18 +77,18 @@ def test_where_batches_cannot_be_cut_two_lambdas_are_scored_at_once(
         begun.append(len(self._tasks))
         return beside(self, name, *words)
 
-    spec = Spec(pair="v1,v2", trials=8, stop=0.0, **tasks)
+    spec = {"pair": "v1,v2", "trials": 8, "stop": 0.0} | asked
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "expect", expect)
-        pooled = run(replace(spec, workers="2"))
+        pooled = run(Spec(**spec, workers="2"))
     assert begun
     scored = {t.recipe: repr(t.held_out) for t in pooled.trials}
     assert len(scored) == len(pooled.trials) == 8
-    alone = {t.recipe: repr(t.held_out) for t in run(spec).trials}
+    alone = {t.recipe: repr(t.held_out) for t in run(Spec(**spec)).trials}
     both = scored.keys() & alone.keys()
     assert len(both) >= 3  # both parents and the uniform soup, at least
     assert {r: scored[r] for r in both} == {r: alone[r] for r in both}
-    figures[f"two at once, {[*tasks.values()]}"] = {
+    figures[f"two at once, {asked}"] = {
         "of the same λ": len(both),
         "best, two at once": max(t.held_out.value for t in pooled.trials),
     }
@@ -145,9 +146,11 @@ def test_the_commands_take_workers(client):
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout)["version"]["name"] == MODEL
     for words, code, what in (
-        (["--workers", "two"], 2, "--workers 'two' cannot be read"),
-        (["--workers", "4096"], 2, "fewer processors than 4096 workers"),
+        (["--workers", "two"], 2, "--workers 'two' is no number of workers"),
+        (["--workers", "4096"], 2, "4096 workers are more than the "),
+        (["--workers", "0"], 2, "--workers '0' is no number of workers"),
         (["--workers", "2", "--worker-patience", "-1"], 2, "worker-patience"),
+        (["--workers", "2", "--device-map", "auto"], 2, "spreads takes no workers"),
     ):
         done = CliRunner().invoke(main, ["run", "--pair", "v1,v2", *words])
         assert done.exit_code == code

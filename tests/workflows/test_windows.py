@@ -459,7 +459,8 @@ def test_track_cut_short_anywhere_continues(client, monkeypatch, after):
 
 
 def test_the_command_line_tracks_and_writes_copies(client, tmp_path):
-    result = command("track", "--model", NAME, "--last", "3", "--out", str(tmp_path / "copies"))
+    words = ("--last", "3", "--out", str(tmp_path / "copies"), "--experiment", "not made yet")
+    result = command("track", "--model", NAME, *words)
     assert result.returncode == 0, result.stderr
     assert f"Checkpoints of {NAME}, raw and merged" in result.stdout
     assert {p.name for p in (tmp_path / "copies").iterdir()} == {
