@@ -163,12 +163,22 @@ def test_a_search_disturbed_at_any_point_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-def test_a_search_with_workers_killed_now_and_then_ends_as_one_without(prepared, whole, figures):
+@pytest.mark.parametrize(
+    ("what", "kinds", "act"),
+    [
+        ("killed at every sixth moment", MOMENTS, failpoints.kill),
+        ("every sixth file operation failing", FILES, failpoints.fail_for_good),
+        ("every sixth call of the store refused", CALLS, failpoints.fail_for_good),
+        ("every sixth answer of the store lost", TRANSIENT, failpoints.fail_once),
+    ],
+)
+def test_a_search_with_workers_that_is_disturbed_ends_as_one_without(
+    prepared, whole, figures, what, kinds, act
+):
     expected, points = whole
-    with_workers = replace(prepared, workers=2)
-    chosen = range(0, len(points[MOMENTS]), 6)
-    act = partial(disturb, with_workers, expected, MOMENTS, failpoints.kill)
-    check(figures, "two workers, killed at every sixth moment", episodes.spread(act, chosen))
+    disturbed = partial(disturb, replace(prepared, workers=2), expected, kinds, act)
+    done = episodes.spread(disturbed, range(0, len(points[kinds]), 6))
+    check(figures, f"two workers, {what}", done)
 
 
 def kill_at_random(prepared, expected, seed):

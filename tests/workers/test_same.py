@@ -65,31 +65,33 @@ def test_a_search_with_workers_is_that_of_one_process(twice, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
-    [{"tasks": "toy_spelling", "ood_tasks": "toy_letters"}, {"evaluator": "lm-eval"}],
+    [{"tasks": "toy_letters,toy_spelling"}, {"evaluator": "lm-eval"}],
     ids=["generated", "lm-eval"],
 )
 def test_where_batches_cannot_be_cut_two_lambdas_are_scored_at_once(
-    client, monkeypatch, asked, figures
+    twice, monkeypatch, asked, figures
 ):
     beside, begun = Pool.expect, []
 
     def expect(self, name, *words):
-        begun.append(len(self._tasks))
+        begun.append(name)
         return beside(self, name, *words)
 
-    spec = {"pair": "v1,v2", "trials": 8, "stop": 0.0} | asked
-    with monkeypatch.context() as patch:
-        patch.setattr(Pool, "expect", expect)
-        pooled = run(Spec(**spec, workers="2"))
-    assert begun
-    scored = {t.recipe: repr(t.held_out) for t in pooled.trials}
+    def search(client, workers):
+        client.delete_registered_model_tag(MODEL, "soup.ood_tasks")  # of the same documents
+        return run(Spec(pair="v1,v2", trials=8, stop=0.0, workers=workers, **asked))
+
+    monkeypatch.setattr(Pool, "expect", expect)
+    inline, pooled = twice(search)
+    assert len({*begun}) >= 4  # more than is known at the start
+    alone, scored = ({t.recipe: repr(t.held_out) for t in o.trials} for o in (inline, pooled))
     assert len(scored) == len(pooled.trials) == 8
-    alone = {t.recipe: repr(t.held_out) for t in run(Spec(**spec)).trials}
     both = scored.keys() & alone.keys()
     assert len(both) >= 3  # both parents and the uniform soup, at least
     assert {r: scored[r] for r in both} == {r: alone[r] for r in both}
     figures[f"two at once, {asked}"] = {
         "of the same λ": len(both),
+        "best": max(t.held_out.value for t in inline.trials),
         "best, two at once": max(t.held_out.value for t in pooled.trials),
     }
 
