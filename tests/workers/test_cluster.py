@@ -23,6 +23,7 @@ from mlflow_soup.workers.engine import Inline
 from mlflow_soup.workers.pool import Pool
 from mlflow_soup.workers.worker import Mixture
 from mlflow_soup.workflows.bench import mixture_of, open_version
+from mlflow_soup.workflows.study import run_study
 
 pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray", reason="pip install -e '.[ray]'")
@@ -61,6 +62,43 @@ def test_a_cluster_of_this_machine_gives_the_digits_of_one_process(client, capfd
     assert said.out == ""
     assert "raylet" not in said.err
     assert ended()
+
+
+@pytest.fixture(scope="module")
+def joined():
+    """A cluster of this machine that the caller of the package has joined."""
+    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda w: run(Spec(pair="v1,v2", acquisition="gp-hedge", trials=6, workers=w)),
+        lambda w: run(Spec(versions="v1,v2,v3", trials=7, workers=w)),
+        lambda w: run_study("pairs", Spec(versions="v1,v2,v3", workers=w)),
+        lambda w: run_study("landscape", Spec(pair="v1,v2", points=5, workers=w)),
+    ],
+    ids=["gp-hedge", "three parents", "pairs", "landscape"],
+)
+def test_all_searches_and_studies_are_those_of_one_process(
+    filled, tmp_path, monkeypatch, joined, do
+):
+    found = []
+    for workers in ("", "ray:2"):
+        folder = tmp_path / f"w{workers}"
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            use(filled, folder, patch)
+            made = do(workers)
+        assert ray.is_initialized()  # whoever joined it leaves it
+        if hasattr(made, "result"):
+            found.append((made.result.table, made.result.notes))
+        else:
+            trials = [(t.number, t.recipe, repr(t.held_out)) for t in made.trials]
+            found.append((trials, made.soup.digest))
+    assert found[0] == found[1]
 
 
 @pytest.fixture
