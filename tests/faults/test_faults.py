@@ -208,7 +208,7 @@ def test_a_search_killed_at_random_times_ends_as_if_it_had_not_been(prepared, wh
 def test_a_search_disturbed_at_a_few_points_ends_as_if_it_had_not_been(prepared, whole, figures):
     expected, points = whole
     chosen = [
-        *((MOMENTS, failpoints.kill, share) for share in (0.2, 0.5, 0.9)),
+        *((MOMENTS, failpoints.kill, share) for share in (0.2, 0.5, 0.75, 0.9)),
         (FILES, failpoints.fail_for_good, 0.6),
         (CALLS, failpoints.fail_for_good, 0.3),
         (TRANSIENT, failpoints.fail_once, 0.7),
