@@ -66,7 +66,8 @@ class Engine(ABC):
             name: as for `answer`.
             evaluator: as for `answer`.
             mixture: as for `answer`.
-            arrived: is called once `answer` need not wait, while `answer` waits for another.
+            arrived: is called once `answer` need not wait, while `answer` waits for another; if it
+                raises a `SoupError`, `answer` raises it where this evaluation is asked for.
         """
 
     def begin(self) -> None:  # noqa: B027  # an engine may have nothing to give

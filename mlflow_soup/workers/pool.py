@@ -258,8 +258,17 @@ class Pool(Engine):
                 assert place.handle is not None
                 logger.warning("%s has not started yet: %s", place.handle.words, place.handle.waits)
         for task in finished:
-            if task.arrived is not None and task.done and task.error is None:
-                task.arrived()  # an error is for whoever asks for this evaluation
+            self._hand_over(task)
+
+    def _hand_over(self, task: _Task) -> None:
+        """Let whoever expects an evaluation have it; an error is for whoever asks for it."""
+        if task.arrived is None or not task.done or task.error is not None:
+            return
+        try:
+            task.arrived()
+        except SoupError as error:
+            task.error = error
+            self._tasks[task.name] = task  # `answer`, which `arrived` called, has dropped it
 
     def _take(self, place: _Place, future: Future[Any]) -> list[_Task]:
         """Take what a worker says; the evaluations that it may have finished."""
