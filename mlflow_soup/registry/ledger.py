@@ -12,6 +12,7 @@ import shlex
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -169,7 +170,8 @@ def _make(client: Store, name: str) -> None:
         found = client.get_experiment_by_name(aside)
         return None if found is None else str(found.experiment_id)
 
-    experiment = client.once(look, lambda: str(client.create_experiment(aside)), "make a ledger")
+    create = partial(client.create_experiment, aside)
+    experiment = str(client.once(look, create, "make a ledger", tried=False))
     tags = {
         naming.ROLE: "ledger",
         "mlflow.note.content": _NOTE.format(name=name, word=shlex.quote(name)),

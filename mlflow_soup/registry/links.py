@@ -56,12 +56,13 @@ def run_path(client: Store, run_id: str) -> str:
 
 def artifact_path(client: Store, run_id: str, file: str) -> str:
     """The path of the page that shows an artifact of a run."""
-    experiment = client.get_run(run_id).info.experiment_id
-    page = f"/experiments/{experiment}/runs/{run_id}/artifacts/{quote(file)}"
+    page = f"/experiments/{client.experiment_of(run_id)}/runs/{run_id}/artifacts/{quote(file)}"
     return _here(f"{page}?workflowType=machine_learning")
 
 
-def share_view(client: Store, run_id: str, chosen: str, axes: Sequence[str]) -> tuple[str, str]:
+def share_view(
+    client: Store, run_id: str, key: str, chosen: str, axes: Sequence[str]
+) -> tuple[str, str]:
     """Prepare the UI's comparison of a search's trials; the paths of its table and of its plot.
 
     The rows of a pair are in the order of the curve, not of luck. MLflow does not document how it
@@ -70,11 +71,11 @@ def share_view(client: Store, run_id: str, chosen: str, axes: Sequence[str]) -> 
     Args:
         client: the store's client.
         run_id: the search run.
+        key: its key.
         chosen: the run of the chosen trial.
         axes: the params of the trials to plot the score over.
     """
-    run = client.get_run(run_id)
-    key, experiment = run.data.tags[naming.KEY], run.info.experiment_id
+    experiment = client.experiment_of(run_id)
     score = {"key": naming.OBJECTIVE, "type": "METRIC"}
     chart = {"runsCountToCompare": 100, "metricSectionId": "soup", "deleted": False}
     plots: list[dict[str, Any]] = [

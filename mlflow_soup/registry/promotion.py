@@ -369,10 +369,10 @@ def _move(client: Store, version: Version, target: Target, told: Mapping[str, An
     """
     if target.kind == "stage":
         _move_stage(client, version, target.name)
-        set_tags(client, version, _promotion_tags(client, version, told))
+        set_tags(client, version, _promotion_tags(tags_of(client, version), told))
         return
     before = tags_of(client, version)
-    tags = _promotion_tags(client, version, told)
+    tags = _promotion_tags(before, told)
     set_tags(client, version, tags)
     try:
         client.set_registered_model_alias(version.name, target.name, str(version.number))
@@ -381,10 +381,15 @@ def _move(client: Store, version: Version, target: Target, told: Mapping[str, An
         raise
 
 
-def _promotion_tags(client: Store, version: Version, told: Mapping[str, Any]) -> dict[str, str]:
-    """The tags that say where and when a version was promoted; all its targets, and the last."""
+def _promotion_tags(before: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, str]:
+    """The tags that say where and when a version was promoted; all its targets, and the last.
+
+    Args:
+        before: the version's tags.
+        told: as for `promote`.
+    """
     target, at = str(told["target"]), str(told["at"])
-    earlier = tags_of(client, version).get(naming.PROMOTIONS, "")
+    earlier = before.get(naming.PROMOTIONS, "")
     others = [line for line in earlier.split("; ") if line and not line.startswith(f"{target} ")]
     return {
         naming.PROMOTED_TO: target,

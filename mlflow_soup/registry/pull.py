@@ -8,7 +8,6 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import LoggedModelStatus
 from mlflow.utils.file_utils import local_file_uri_to_path  # private door
 from mlflow.utils.uri import is_local_uri  # private door
@@ -19,7 +18,7 @@ from mlflow_soup.files.untrusted import read_hex
 from mlflow_soup.records import Version
 from mlflow_soup.registry.outages import denied, is_forbidden, refusal_by_s3, where
 from mlflow_soup.registry.store import Store
-from mlflow_soup.registry.versions import model_id, place_of
+from mlflow_soup.registry.versions import logged_model, place_of
 
 
 def _tree_digest(folder: Path) -> str:
@@ -50,25 +49,23 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
         StoreError: the files could not be fetched.
     """
     try:
-        if logged_id := model_id(client, version):
-            status = client.get_logged_model(logged_id).status
-            if status != LoggedModelStatus.READY:  # MLflow serves its files all the same
-                raise ParentError(
-                    f"the upload of {version} was never completed: its logged model is {status}",
-                    where=f"{where()}, {logged_id}",
-                    fix="register the checkpoint again",
-                )
-        source = place_of(client, version)
-        if is_local_uri(source):
-            folder = Path(local_file_uri_to_path(source))
-            if not folder.is_dir():
-                raise ParentError(
-                    f"the files of {version} are gone",
-                    where=str(folder),
-                    fix="register the checkpoint again",
-                )
-            return folder
-        return _pull_remote(client, version, source, fresh)
+        logged = logged_model(client, version)
+        # MLflow serves its files whatever its status is
+        if logged is not None and logged.status != LoggedModelStatus.READY:
+            what = f"the upload of {version} was never completed: its logged model is"
+            raise ParentError(
+                f"{what} {logged.status}",
+                where=f"{where()}, {logged.model_id}",
+                fix="register the checkpoint again",
+            )
+        folder = fetch_tree(client, place_of(client, version), fresh=fresh)
+        if not folder.is_dir():
+            raise ParentError(
+                f"the files of {version} are gone",
+                where=str(folder),
+                fix="register the checkpoint again",
+            )
+        return folder
     except SoupError:
         raise
     except Exception as error:  # each artifact store raises errors of its own
@@ -81,22 +78,19 @@ def pull(client: Store, version: Version, *, fresh: bool = False) -> Path:
         ) from error
 
 
-def download_tree(client: Store, uri: str, folder: Path) -> Path:
-    """Download all artifacts below a `models:/` URI into an empty folder, and return the folder."""
+def fetch_tree(client: Store, place: str, *, fresh: bool) -> Path:
+    """The folder of the files below a URI, as `pull` describes it; a local one may be gone.
 
-    def download() -> str:
-        return str(download_artifacts(uri, dst_path=str(folder)))
-
-    client.download(download, lambda: bool(_listing_of(client, uri)), f"fetch {uri}")
-    # private door: mlflow: registered_model_meta
-    (folder / "registered_model_meta").unlink(missing_ok=True)  # MLflow writes it as it downloads
-    return folder
-
-
-def _pull_remote(client: Store, version: Version, source: str, fresh: bool) -> Path:
+    Args:
+        client: the store's client.
+        place: the URI, as `place_of` gives it.
+        fresh: as for `pull`.
+    """
+    if is_local_uri(place):
+        return Path(local_file_uri_to_path(place))
     cache = cache_folder()
-    listing = _listing_of(client, version.uri)
-    entry = hashlib.sha256(json.dumps([source, listing]).encode()).hexdigest()
+    listing = _listing_of(client, place)
+    entry = hashlib.sha256(json.dumps([place, listing]).encode()).hexdigest()
     pointer = cache / "source" / entry
     with contextlib.suppress(OSError, ValueError):
         folder = cache / "content" / read_hex(pointer)
@@ -109,7 +103,7 @@ def _pull_remote(client: Store, version: Version, source: str, fresh: bool) -> P
     with tempfile.TemporaryDirectory(dir=cache / "temporary") as temporary:
         fetched = Path(temporary) / "tree"
         fetched.mkdir()
-        download_tree(client, version.uri, fetched)
+        _download(client, place, fetched)
         folder = cache / "content" / _tree_digest(fetched)
         with contextlib.suppress(FileExistsError):
             if not folder.exists():
@@ -119,16 +113,25 @@ def _pull_remote(client: Store, version: Version, source: str, fresh: bool) -> P
     return folder
 
 
-def _listing_of(client: Store, uri: str) -> list[tuple[str, int]]:
-    """Name and size of every file below a `models:/` URI."""
+def _download(client: Store, place: str, folder: Path) -> None:
+    """Download all files below a URI into an empty folder."""
+
+    def download() -> None:
+        client.artifacts(place).download_artifacts("", str(folder))
+
+    client.download(download, lambda: bool(_listing_of(client, place)), f"fetch {place}")
+
+
+def _listing_of(client: Store, place: str) -> list[tuple[str, int]]:
+    """Name and size of every file below a URI."""
+    artifacts = client.artifacts(place)
     files: list[tuple[str, int]] = []
-    pending = [uri]
+    pending: list[str | None] = [None]
     while pending:
-        place = pending.pop()
-        what = f"list the files of {uri}"
-        for info in client.persist(partial(list_artifacts, artifact_uri=place), what) or []:
+        ask = partial(artifacts.list_artifacts, pending.pop())
+        for info in client.persist(ask, f"list the files of {place}") or []:
             if info.is_dir:
-                pending.append(f"{uri}/{info.path}")
+                pending.append(info.path)
             else:
                 files.append((info.path, info.file_size or 0))
     return sorted(files)

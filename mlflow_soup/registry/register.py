@@ -10,16 +10,13 @@ from typing import Any
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
-from mlflow.utils.file_utils import local_file_uri_to_path  # private door
-from mlflow.utils.uri import is_local_uri  # private door
 
 from mlflow_soup.errors import StoreError
-from mlflow_soup.files.durable import scratch
 from mlflow_soup.records import Version
 from mlflow_soup.redaction import redact
 from mlflow_soup.registry import inputs, naming
 from mlflow_soup.registry.outages import NOT_FOUND, asking
-from mlflow_soup.registry.pull import download_tree
+from mlflow_soup.registry.pull import fetch_tree
 from mlflow_soup.registry.store import Store, equals, pages
 from mlflow_soup.registry.versions import (
     find_soups,
@@ -88,8 +85,7 @@ def register_soup(
             _rewrite_mlmodel(folder, logged.model_id, run_id, logged.artifact_location, made)
         _check_upload(folder)
         client.log_model_artifacts(logged.model_id, str(folder))
-        with scratch() as temporary:
-            check(_read_back(client, logged, temporary))
+        check(fetch_tree(client, logged.artifact_location, fresh=True))
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         inputs.link(client, run_id, {}, [model_id(client, version) for version in parents])
         _link_output(client, run_id, logged.model_id)
@@ -142,14 +138,6 @@ def find_upload(client: Store, logged_id: str) -> LoggedModel | None:
             if error.error_code == NOT_FOUND:
                 return None
             raise
-
-
-def _read_back(client: Store, logged: LoggedModel, temporary: Path) -> Path:
-    """A folder with the files that the store holds of a logged model."""
-    if is_local_uri(logged.artifact_location):
-        return Path(local_file_uri_to_path(logged.artifact_location))
-    uri = f"models:/{logged.model_id}"
-    return download_tree(client, uri, temporary)
 
 
 def _register_once(

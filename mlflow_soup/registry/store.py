@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact import artifact_repository_registry  # private door
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from requests import ConnectionError as ConnectionFailed
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -136,11 +137,18 @@ class Store(MlflowClient):
             folder: the folder among the run's artifacts; empty for none.
         """
         with _noting(MlflowClient.log_artifact, run_id, file, folder):
-            artifacts = artifact_repository_registry.get_artifact_repository(
-                self._where(run_id)[1], tracking_uri=self.tracking_uri
-            )
-            put = partial(artifacts.log_artifact, file, folder or None)
+            put = partial(self.artifacts_of(run_id).log_artifact, file, folder or None)
             self.persist(put, "call log_artifact")
+
+    def artifacts(self, uri: str) -> ArtifactRepository:
+        """MLflow's access to the files below a URI; its calls are not repeated."""
+        return artifact_repository_registry.get_artifact_repository(
+            uri, tracking_uri=self.tracking_uri
+        )
+
+    def artifacts_of(self, run_id: str) -> ArtifactRepository:
+        """As `artifacts`, for those of a run."""
+        return self.artifacts(self._where(run_id)[1])
 
     def persist(self, call: Callable[[], T], what: str) -> T:
         """Repeat a call while the store is away, and return its result.

@@ -14,7 +14,6 @@ import mlflow
 from mlflow.entities import Metric as MlflowMetric
 from mlflow.entities import Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact import artifact_repository_registry  # private door
 from mlflow.tracking.context.registry import resolve_tags  # private door
 from mlflow.tracking.fluent import _get_experiment_id  # private door
 
@@ -103,12 +102,13 @@ def is_ours(run: Run) -> bool:
     return naming.ATTEMPT in run.data.tags
 
 
-def note(client: Store, run_id: str, text: str) -> None:
-    """Describe a run, unless somebody else has described it."""
+def _described(client: Store, run_id: str, text: str) -> dict[str, str]:
+    """The tags that describe a run; none if somebody else has described it."""
     tags = client.get_run(run_id).data.tags
     text = redact(text)[:NOTE_LIMIT]
     if _digest(tags.get(_NOTE, "")) in (_digest(""), tags.get(naming.NOTE)):
-        log(client, run_id, tags={_NOTE: text, naming.NOTE: _digest(text)})
+        return {_NOTE: text, naming.NOTE: _digest(text)}
+    return {}
 
 
 def _digest(text: str) -> str:
@@ -245,13 +245,26 @@ def log(
     params: Mapping[str, object] | None = None,
     metrics: Sequence[MlflowMetric] = (),
     tags: Mapping[str, str] | None = None,
+    description: str = "",
 ) -> None:
-    """Log everything in one request, except metrics that are not finite."""
+    """Log everything in one request.
+
+    Args:
+        client: the store's client.
+        run_id: the run.
+        params: its params.
+        metrics: its metrics; those that are not finite are left out.
+        tags: its tags.
+        description: describes it, unless somebody else has; empty to leave it as it is.
+    """
+    every = {key: redact(value) for key, value in (tags or {}).items()}
+    if description:
+        every |= _described(client, run_id, description)
     client.log_batch(
         run_id,
         metrics=[m for m in metrics if math.isfinite(m.value)],
         params=[Param(key, redact(str(value))) for key, value in (params or {}).items()],
-        tags=[RunTag(key, redact(value)) for key, value in (tags or {}).items()],
+        tags=[RunTag(key, value) for key, value in every.items()],
     )
 
 
@@ -282,10 +295,7 @@ def fetch(client: Store, run_id: str, file: str, folder: Path) -> Path:
     def download() -> Path:
         # MLflow's client would also look for a logged model of this name, with more requests, and
         # put its file in the place of the run's
-        place = client.get_run(run_id).info.artifact_uri
-        artifacts = artifact_repository_registry.get_artifact_repository(
-            place, tracking_uri=client.tracking_uri
-        )
+        artifacts = client.artifacts_of(run_id)
         try:
             return Path(artifacts.download_artifacts(file, str(folder)))
         except Exception as error:  # each artifact store raises errors of its own

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
@@ -84,7 +85,11 @@ def find_version(client: Store, name: str, ref: VersionRef) -> ModelVersion | No
         number = ref.number
         if ref.alias:  # MLflow has no error code for a missing alias
             number = client.get_registered_model(name).aliases.get(ref.alias)
-        return client.get_model_version(name, str(number)) if number else None
+        if not number:
+            return None
+        found = client.get_model_version(name, str(number))
+        client.remember(_source(Version(name, int(number))), lambda: found.source or "")
+        return found
     except MlflowException as error:
         if error.error_code == NOT_FOUND:
             return None
@@ -279,22 +284,42 @@ def set_tags(client: Store, version: Version, tags: Mapping[str, str]) -> None:
 def model_id(client: Store, version: Version) -> str | None:
     """The id of the logged model that is a version's source; None if the source is another."""
 
-    def ask() -> str:  # a version keeps its source
+    def ask() -> str:
         with asking(f"look up {version}"):
-            found = client.get_model_version(version.name, str(version.number))
-        return found.source or ""
+            return client.get_model_version(version.name, str(version.number)).source or ""
 
-    match = _MODEL_ID.fullmatch(client.remember(("source", version), ask))
+    match = _MODEL_ID.fullmatch(client.remember(_source(version), ask))
     return str(match[1]) if match else None
+
+
+def _source(version: Version) -> tuple[str, Version]:
+    """What a client remembers the source of a version by: a version keeps its source."""
+    return "source", version
+
+
+def logged_model(client: Store, version: Version) -> LoggedModel | None:
+    """The logged model that is a version's source, as it is now; None if the source is another."""
+    logged_id = model_id(client, version)
+    if logged_id is None:
+        return None
+    found = client.get_logged_model(logged_id)
+    client.remember(_place(version), lambda: str(found.artifact_location))
+    return found
 
 
 def place_of(client: Store, version: Version) -> str:
     """The URI of a version's files, as the version was created."""
 
     def ask() -> str:
+        if (logged := logged_model(client, version)) is not None:
+            return str(logged.artifact_location)
         return str(client.get_model_version_download_uri(version.name, str(version.number)))
 
-    return client.remember(("place", version), ask)
+    return client.remember(_place(version), ask)
+
+
+def _place(version: Version) -> tuple[str, Version]:
+    return "place", version
 
 
 def registered_as(client: Store, logged_id: str) -> list[Version]:

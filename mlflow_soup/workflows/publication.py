@@ -90,13 +90,23 @@ def notes(job: Job, trials: Sequence[Trial], soup: Soup, apart: Distance | None)
     return notes
 
 
-def publish(client: Store, run_id: str, story: report.Story) -> str:
-    """Write metrics, report, figures and the version's description. Returns the summary."""
+def publish(client: Store, run_id: str, key: str, story: report.Story) -> str:
+    """Write metrics, report, figures and the version's description.
+
+    Args:
+        client: the store's client.
+        run_id: the search run.
+        key: its key.
+        story: what to tell.
+
+    Returns:
+        The summary.
+    """
     soup = story.soup
     chosen = next(trial for trial in story.trials if trial.recipe == soup.recipe)
     axes = ("duration", "power") if isinstance(story.space, Schedule) else ("lambda",)
     run_page = run_path(client, run_id)
-    view, plot = share_view(client, run_id, chosen.run_id, axes)
+    view, plot = share_view(client, run_id, key, chosen.run_id, axes)
     links = {"run": target(run_page), "all λ": target(view), "plot": target(plot)}
     links["interactive"] = target(artifact_path(client, run_id, naming.INTERACTIVE))
     links |= {str(parent.version): version_link(parent.version) for parent in soup.parents}
@@ -113,8 +123,7 @@ def publish(client: Store, run_id: str, story: report.Story) -> str:
     tags = {tag: f"{soup.version.name}/{soup.version.number}"}
     if story.verdict is not None:
         tags[naming.GATE] = naming.PASSED if story.verdict.passed else naming.REFUSED
-    tracking.log(client, run_id, metrics=_metrics(story), tags=tags)
-    tracking.note(client, run_id, whole)
+    tracking.log(client, run_id, metrics=_metrics(story), tags=tags, description=whole)
     client.log_text(run_id, whole, naming.REPORT)
     client.log_text(run_id, interactive.page(story), naming.INTERACTIVE)
     figure = windows.figure(story) if space.times else report.landscape(story)

@@ -200,8 +200,7 @@ def record(client: Store, decision: Decision, *runs: str) -> bool:
     try:
         # before the files: an artifact store without permissions of its own would take these
         with asking("write to its OOD run"):
-            tracking.log(client, ood_run, tags=told)
-            tracking.note(client, ood_run, table)
+            tracking.log(client, ood_run, tags=told, description=table)
             client.log_text(ood_run, table, "gate.md")
             sign_file(client, ood_run, "gate.md", table, "verdict", about)
     except DeniedError as error:
@@ -377,7 +376,7 @@ def _evaluate(
     ):
         at = (client, run_id, bench, manifest)
         examination = _examine(*at, models, known, {}, journal)
-        tracking.note(client, run_id, report.ood_table(examination.roles))
+        tracking.log(client, run_id, description=report.ood_table(examination.roles))
     forget(bench, examination.roles, journal)
     return examination
 

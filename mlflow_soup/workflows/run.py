@@ -15,7 +15,6 @@ from pathlib import Path
 from mlflow_soup.decision import pairing
 from mlflow_soup.decision.power import told
 from mlflow_soup.errors import SpecError, StoreError
-from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.durable import check_space, scratch
 from mlflow_soup.records import Found, Outcome, Promotion, Soup, Unbiased, Version, listed
 from mlflow_soup.redaction import redacting
@@ -129,7 +128,7 @@ def run(spec: Spec) -> Outcome:
             notes=tuple(notes(job, found.trials, soup, apart)),
             next=_next(asked, spec, soup, decision, promotion),
         )
-        summary = publish(client, run_id, story)
+        summary = publish(client, run_id, job.key, story)
     return Outcome(
         soup,
         method=spec.method,
@@ -321,7 +320,7 @@ def _check_room(job: Job) -> None:
     """Refuse to search when a disk has no room for the soup.
 
     The soup is written to a temporary folder and copied into the store. From a remote store it is
-    read back into a second temporary folder.
+    read back into the cache.
 
     Raises:
         StoreError: a disk is too full.
@@ -330,10 +329,9 @@ def _check_room(job: Job) -> None:
         pass  # removes the folders that killed processes left
     donor = job.opened[-1]
     size = sum(stamp[0] for stamp in donor.checkpoint.stamps.values())
-    temporary, tree = Path(tempfile.gettempdir()), donor.parent.folder
-    remote = tree.is_relative_to(cache_folder())
     needed: dict[int, tuple[Path, float]] = {}
-    for folder in (temporary, temporary if remote else tree):
+    # a version's folder is in the store, or in the cache
+    for folder in (Path(tempfile.gettempdir()), donor.parent.folder):
         device = folder.stat().st_dev
         needed[device] = (folder, needed.get(device, (folder, 0.0))[1] + 1.2 * size)
     for folder, amount in needed.values():

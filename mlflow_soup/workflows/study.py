@@ -188,7 +188,7 @@ def tell(session: Session, run_id: str, name: str, result: Result) -> str:
     for file, content in files.items():
         client.log_text(run_id, content, file)
     client.log_figure(run_id, result.figure, f"{name}.png")
-    tracking.note(client, run_id, text)
+    tracking.log(client, run_id, description=text)
     inputs.link(client, run_id, {inputs.HELD_OUT: [*session.bench.held_out.datasets.values()]})
     look = [f"run: {link(run_path(client, run_id))}"]
     if command := how_to_look():

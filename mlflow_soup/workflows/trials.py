@@ -45,6 +45,7 @@ from mlflow_soup.workflows.bench import evaluator_params, measured_key, mixture_
 from mlflow_soup.workflows.job import Job
 
 logger = logging.getLogger("mlflow_soup")
+PROGRESS_S = 10.0  # at least, between two points of a search's curves in MLflow
 AT_ONCE = 2  # λ of one search at once: more cost many evaluations, and save few rounds
 
 
@@ -122,12 +123,14 @@ class _Outbox:
     metrics: list[Metric] = field(default_factory=list)
     runs: dict[int, str] = field(default_factory=dict)  # number of a trial → its run
     tried: set[str] = field(default_factory=set)  # attempts that may have made a run
+    shown: float = float("-inf")  # when the search run last got metrics
 
     def flush(self, *, patiently: bool) -> None:
-        """Send everything to MLflow.
+        """Send everything to MLflow; the metrics of quick trials together.
 
         Args:
-            patiently: wait for a store that is unreachable; otherwise, fail at once.
+            patiently: wait for a store that is unreachable, and for nothing else; otherwise, fail
+                at once.
 
         Raises:
             StoreError: the store is unreachable. What was not sent stays in the outbox.
@@ -147,9 +150,10 @@ class _Outbox:
             evaluator = self.job.bench.held_out
             self.runs[number] = _publish(*at, evaluation, evaluator, tried=tried)
             self.waiting.pop(0)
-        if self.metrics:
+        if self.metrics and (patiently or time.monotonic() - self.shown > PROGRESS_S):
             tracking.log(client, self.run_id, metrics=self.metrics)
             self.metrics.clear()
+            self.shown = time.monotonic()
 
 
 def explore(
@@ -310,9 +314,9 @@ def _mark(job: Job, run_id: str, trials: Sequence[Trial], recipe: Recipe, score:
     """Let the search run and the trial show what was chosen: another trial may score higher."""
     chosen = next(trial for trial in trials if trial.recipe == recipe)
     try:
-        tracking.log(job.client, chosen.run_id, tags={naming.CHOSEN: "yes"})
         name = naming.run_name(f"{job.space.label(recipe)} (chosen)")
-        job.client.update_run(chosen.run_id, name=name)
+        tags = {naming.CHOSEN: "yes", "mlflow.runName": name}
+        tracking.log(job.client, chosen.run_id, tags=tags)
     except DeniedError:  # the run of another user, whose score this search took over
         logger.warning("you may not mark run %s as the chosen trial", chosen.run_id)
     numbers = {

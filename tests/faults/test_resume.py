@@ -155,11 +155,11 @@ def test_a_run_that_somebody_else_began_keeps_its_name_its_description_and_its_e
 
 def test_a_description_that_a_person_wrote_stays(client, merged):
     client.set_tag(merged.run_id, "mlflow.note.content", "Mine.")
-    tracking.note(client, merged.run_id, "ours")
+    tracking.log(client, merged.run_id, description="ours")
     assert client.get_run(merged.run_id).data.tags["mlflow.note.content"] == "Mine."
     client.set_tag(merged.run_id, "mlflow.note.content", "")
     for text in ("ours", "ours again"):
-        tracking.note(client, merged.run_id, text)
+        tracking.log(client, merged.run_id, description=text)
         assert client.get_run(merged.run_id).data.tags["mlflow.note.content"] == text
 
 
