@@ -140,7 +140,7 @@ def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) ->
     ctx.default_map = {**(ctx.default_map or {}), **{name: str(v) for name, v in said.items()}}
 
 
-def _option(knob: Field[Any]) -> Callable[[Any], Any]:
+def _option(knob: Field[Any], command: str) -> Callable[[Any], Any]:
     choices = knob.metadata["choices"]
     words = knob.metadata["help"]
     if kind(knob) is bool:  # `--fix`, or `--fix=no` as MLflow Projects say it
@@ -152,8 +152,9 @@ def _option(knob: Field[Any]) -> Callable[[Any], Any]:
             metavar="[YES|NO]",
             help=words + ("  [default: no]" if knob.default is False else ""),
         )
-    if knob.default not in ("", None):
-        words += f"  [default: {knob.default}]"
+    default = knob.metadata["defaults"].get(command, knob.default)
+    if default not in ("", None):
+        words += f"  [default: {default}]"
     # no default: a policy tag of the model may set what the command line does not
     return cloup.option(
         option(knob),
@@ -179,7 +180,7 @@ def _knobs(command: str) -> Callable[[Any], Any]:
         )(function)
         groups = dict.fromkeys(knob.metadata["group"] for knob in knobs)
         for group in reversed(groups):
-            options = [_option(knob) for knob in knobs if knob.metadata["group"] == group]
+            options = [_option(knob, command) for knob in knobs if knob.metadata["group"] == group]
             function = cloup.option_group(group, *options)(function)
         return function
 
@@ -442,9 +443,9 @@ def gate(answer: Answer, /, **said: Any) -> None:
             from mlflow_soup.reporting import document, report
             from mlflow_soup.workflows.power import power
 
-        foreseen = power(spec)
-        answer.say(report.power_words(*foreseen))
-        answer.give(document.gate_power(chances(*foreseen)))
+        designs = power(spec)
+        answer.say(report.power_words(*designs))
+        answer.give(document.gate_power(chances(*designs)))
     with _heavy_imports():
         from mlflow_soup.reporting import document, report
         from mlflow_soup.workflows import release

@@ -33,6 +33,16 @@ def command(*words):
 DIGITS = "toy_digits,toy_digits_bpb:bits_per_byte"  # the policy of the model
 
 
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [("run", "bayesopt"), ("study pairs", "uniform"), ("study count", "uniform")],
+)
+def test_help_tells_the_default_of_the_command(words, method):
+    said = CliRunner().invoke(main, [*words.split(), "--help"], terminal_width=1000).output
+    (line,) = [line for line in said.splitlines() if "  How one model is made" in line]
+    assert line.endswith(f"[default: {method}]")
+
+
 def test_help_needs_nothing_heavy():
     words = [sys.executable, "-X", "importtime", "-m", "mlflow_soup", "run", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)

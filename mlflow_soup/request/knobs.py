@@ -4,9 +4,10 @@ The fields of `spec.Spec` are made with `knob`; everything here works on any suc
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field
 from fractions import Fraction
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from mlflow_soup.errors import SpecError
@@ -94,6 +95,7 @@ def knob(
     help: str,
     commands: str,
     *,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
     policy: bool = False,
     choices: tuple[str, ...] = (),
     range: Range | None = None,
@@ -108,6 +110,7 @@ def knob(
         default: its value when nobody names it.
         help: one sentence for `--help`.
         commands: the commands that have the option, separated by spaces.
+        defaults: other defaults of some of these commands.
         policy: whether a tag of the registered model may set it.
         choices: the texts that it may be; empty for any.
         range: the numbers that it may be; None for any.
@@ -120,6 +123,7 @@ def knob(
         "group": group,
         "help": help,
         "commands": frozenset(commands.split()),
+        "defaults": defaults,
         "policy": policy,
         "choices": choices,
         "range": range,

@@ -56,6 +56,10 @@ METHODS = (
 )
 # methods for checkpoints of one run, which know when each was saved
 WINDOWS = ("wma", "ema", "wsm")
+# The paper names greedy for the studies `pairs` and `count`, but its Fig. 1 shows soups that score
+# below their parents. Greedy soups never do, so these are plain averages. Averages also show which
+# checkpoints are close to each other.
+PILOT = "uniform"
 SCHEDULED = ("bayesopt", *WINDOWS)  # methods that know schedules
 EVIDENCE = ("experiment", "own", "signed")
 TIES = ("add", "drop")
@@ -129,8 +133,9 @@ class Spec:
     method: str = knob(
         MERGE,
         "bayesopt",
-        "How one model is made of several. The studies pairs and count use uniform by default.",
+        "How one model is made of several.",
         "run pairs count",
+        defaults={"pairs": PILOT, "count": PILOT},
         policy=True,
         choices=METHODS,
     )
@@ -819,6 +824,13 @@ class Spec:
         A number of trials that the user or the policy set is a limit, and so is that of a schedule.
         """
         return self.budget if self.trials is None and not self.scheduled else 0
+
+    def with_defaults_of(self, command: str) -> "Spec":
+        """The spec, with a command's own defaults of knobs that the caller did not name."""
+        every = {knob_.name: knob_.metadata["defaults"] for knob_ in fields(self)}
+        own = {name: its[command] for name, its in every.items() if command in its}
+        named = {name: getattr(self, name) for name in self.named}
+        return Spec(**(own | named)) if own else self
 
     def settle(self, policy: Mapping[str, str], owner: str = "") -> "Spec":
         """The spec, with the knobs that the caller did not name set by policy tags.

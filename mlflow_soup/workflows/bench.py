@@ -31,8 +31,8 @@ from mlflow_soup.request.spec import Spec
 from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
-from mlflow_soup.workers.choose import open_engine
 from mlflow_soup.workers.engine import Engine, Inline
+from mlflow_soup.workers.open import open_engine
 from mlflow_soup.workers.worker import Mixture
 
 # each two sets of tasks → why no item may be in both

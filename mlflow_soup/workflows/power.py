@@ -22,7 +22,7 @@ DISCORDANCES = (0.02, 0.05, 0.10)
 @asking("judge the power of the gate")
 @alone()
 def power(spec: Spec) -> tuple[Mapping[float, Design], Sequence[str]]:
-    """What the gate will judge on, for several shares of the answers that differ; see `foresee`.
+    """What the gate will judge on, for several shares of the answers that differ; see `designs_of`.
 
     Nothing is evaluated, and nothing is written.
 
@@ -38,10 +38,10 @@ def power(spec: Spec) -> tuple[Mapping[float, Design], Sequence[str]]:
     if not spec.ood_tasks:
         raise no_ood_tasks()
     replaced = sum(would_replace(spec, name, rival) for rival in rivals(client, name, spec))
-    return foresee(spec, load_suites(spec), replaced=replaced)
+    return designs_of(spec, load_suites(spec), replaced=replaced)
 
 
-def foresee(
+def designs_of(
     spec: Spec, suites: Suites, *, replaced: int
 ) -> tuple[Mapping[float, Design], Sequence[str]]:
     """What the gate will judge on, by how much a soup's answers differ from those of its rivals.

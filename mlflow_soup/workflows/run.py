@@ -31,7 +31,7 @@ from mlflow_soup.search.methods import unused
 from mlflow_soup.weights import distance
 from mlflow_soup.workflows.bench import Opened, judged, open_rivals
 from mlflow_soup.workflows.job import Job, open_session
-from mlflow_soup.workflows.power import foresee
+from mlflow_soup.workflows.power import designs_of
 from mlflow_soup.workflows.proof import (
     Decision,
     Proven,
@@ -81,11 +81,11 @@ def run(spec: Spec) -> Outcome:
     """
     asked, (job, champions) = spec, _prepare(spec)
     client, spec, name = job.client, job.spec, job.session.name
-    foreseen = None
+    designs = None
     if job.bench.ood is not None:
         replaced = sum(would_replace(spec, name, rival.parent.version) for rival in champions)
-        foreseen = foresee(spec, job.bench.suites, replaced=replaced)
-        logger.warning(report.power_words(*foreseen))
+        designs = designs_of(spec, job.bench.suites, replaced=replaced)
+        logger.warning(report.power_words(*designs))
     apart = None
     if not spec.scheduled:  # the ends of a window are always far apart
         apart = distance.measure([opened.checkpoint for opened in job.opened])
@@ -144,7 +144,7 @@ def run(spec: Spec) -> Outcome:
         examination=decision.examination if decision is not None else None,
         tested=tested,
         test_gains=report.test_gains(story) if tested else {},
-        power=told(*foreseen) if foreseen is not None else None,
+        power=told(*designs) if designs is not None else None,
         window=windows.window(story),
     )
 

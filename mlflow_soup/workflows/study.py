@@ -59,10 +59,6 @@ _NAMING = {
     "pair": "name the older version, then the newer: --pair v12,v13",
     "versions": "name them oldest first: --versions v10,v11,v12,v13, or --last 4",
 }
-# The method of the studies `pairs` and `count`. The paper names greedy, but its Fig. 1 shows soups
-# that score below their parents. Greedy soups never do, so these are plain averages. Averages also
-# show which checkpoints are close to each other.
-PILOT = "uniform"
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,7 @@ def _prepare(name: str, spec: Spec) -> tuple[Session, Any]:
         raise SpecError("no versions were named", where=f"--{option}", fix=_NAMING[option])
     if spec.out:
         check_writable(Path(spec.out))
-    if name in ("pairs", "count") and "method" not in spec.named:
-        spec = Spec(**{knob: getattr(spec, knob) for knob in spec.named}, method=PILOT)
+    spec = spec.with_defaults_of(name)
     asked, named = spec.space if "space" in spec.named else "", spec.named
     client, model, spec = settle(spec, [ref for group in groups for ref in group])
     spec.check_space(asked)

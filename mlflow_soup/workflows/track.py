@@ -14,9 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import datetime, timedelta
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -36,6 +34,7 @@ from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import Trust
 from mlflow_soup.reporting import charts, windows
+from mlflow_soup.reporting.progress import ends_by
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.search import schedule
 from mlflow_soup.search.space import Array, Space
@@ -390,8 +389,7 @@ def _line(
     count = f"{place - trajectory.first + 1}/{len(trajectory.versions) - trajectory.first}"
     line = f"{trajectory.versions[place].short} ({count}): {', '.join(told) or 'no score'}"
     if left:
-        end = datetime.now().astimezone() + timedelta(seconds=left * median(took))
-        line += f"; ends by {end:%H:%M:%S}"
+        line += f"; {ends_by(left, took)}"
     return line
 
 

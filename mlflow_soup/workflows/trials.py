@@ -13,9 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timedelta
 from functools import partial
-from statistics import median
 from types import MappingProxyType
 
 from mlflow.entities import Metric
@@ -37,6 +35,7 @@ from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import Trust, trust_of
 from mlflow_soup.reporting import geometry
+from mlflow_soup.reporting.progress import ends_by
 from mlflow_soup.search.schedule import Schedule
 from mlflow_soup.weights import soup
 from mlflow_soup.weights.digests import digest
@@ -275,9 +274,7 @@ def _line(number: int, total: int | None, told: str, took: Sequence[float]) -> s
     """
     line = f"trial {number + 1}{f'/{total}' if total else ''}: {told}; {took[-1]:.1f} s"
     if total and (left := total - number - 1) > 0:
-        # the median: workers start, and models are read, while the first is evaluated
-        end = datetime.now().astimezone() + timedelta(seconds=left * median(took))
-        line += f", ends by {end:%H:%M:%S}"
+        line += f", {ends_by(left, took)}"
     return line
 
 

@@ -669,3 +669,11 @@ def test_another_command_repeats_what_the_caller_named_and_it_takes():
         "--apply-chat-template True --batch-size 4"
     )
     assert Spec().words_of("run") == ""
+
+
+def test_a_command_has_defaults_of_its_own_for_what_nobody_named():
+    assert Spec(model="m").with_defaults_of("run") == Spec(model="m")
+    study = Spec(model="m").with_defaults_of("pairs")
+    assert (study.model, study.method) == ("m", "uniform")
+    assert "method" in study.named  # so no tag of the policy sets it
+    assert Spec(method="greedy").with_defaults_of("pairs").method == "greedy"

@@ -18,8 +18,8 @@ from mlflow_soup.request.names import parse_workers
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.workers import cluster
-from mlflow_soup.workers.choose import open_engine
 from mlflow_soup.workers.engine import Inline
+from mlflow_soup.workers.open import open_engine
 from mlflow_soup.workers.pool import Pool
 from mlflow_soup.workers.worker import Mixture
 from mlflow_soup.workflows.bench import mixture_of, open_version
