@@ -211,10 +211,12 @@ def explore(
                 if value > best:
                     best, at = value, f"best {value:.4f} at {space.label(trial.recipe)}"
                 bar.set_postfix_str(at)
-                if alone and bar.disable and number not in history:
+                if number not in history:
                     took.append(time.monotonic() - clock)
+                if alone and bar.disable:
                     told = f"{space.label(trial.recipe)} scores {value:.4f}, {at}"
-                    tqdm.write(_line(number, total, told, took), file=sys.stderr)
+                    line = _line(number, total, told, took if number not in history else ())
+                    tqdm.write(line, file=sys.stderr)
                 numbers = {
                     naming.SEARCH_OBJECTIVE: value,
                     naming.SEARCH_LAMBDA: lam,
@@ -270,9 +272,12 @@ def _line(number: int, total: int | None, told: str, took: Sequence[float]) -> s
         number: the number of the trial, from 0.
         total: the largest number of trials, if it is known.
         told: what it found.
-        took: the seconds of each evaluation of this process.
+        took: the seconds of each evaluation of this process; none if this is not one of them.
     """
-    line = f"trial {number + 1}{f'/{total}' if total else ''}: {told}; {took[-1]:.1f} s"
+    line = f"trial {number + 1}{f'/{total}' if total else ''}: {told}; "
+    if not took:
+        return line + "scored by an earlier run"
+    line += f"{took[-1]:.1f} s"
     if total and (left := total - number - 1) > 0:
         line += f", {ends_by(left, took)}"
     return line

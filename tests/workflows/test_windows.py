@@ -189,6 +189,10 @@ def test_without_a_terminal_each_trial_prints_a_line(client):
         assert re.search(r"(alone|p = \S+) scores \d\.\d{4}, best \d\.\d{4} at .*; \d+\.\d s", line)
     assert ", ends by " in lines[0]
     assert 3 < len(lines) <= 10
+    again = command("run", "--model", NAME, "--last", "6", "--ood-tasks", "")
+    told = [line for line in again.stderr.splitlines() if line.startswith("trial ")]
+    measured = [line.rpartition("; ")[0] for line in lines]
+    assert told == [f"{line}; scored by an earlier run" for line in measured]
 
 
 # --- fixed rules
