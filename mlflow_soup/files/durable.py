@@ -100,8 +100,7 @@ def _taken(folder: Path, where: str) -> SpecError:
 def scratch() -> Iterator[Path]:
     """A temporary folder that may hold a whole model; it is deleted at the end.
 
-    It lies in a folder of this user in TMPDIR, which nobody else can write to. The next call
-    removes a folder that a killed process left.
+    It lies in a folder of this user in TMPDIR, which nobody else can write to; see `temporary`.
 
     Raises:
         StoreError: the user's folder cannot be made, or is not private.
@@ -119,7 +118,21 @@ def scratch() -> Iterator[Path]:
                 fix="delete it, or set TMPDIR to a folder of yours, then run the same command "
                 "again",
             )
-        partial, lock = _claim(ours / "scratch")
+    with temporary(ours / "scratch") as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def temporary(name: Path) -> Iterator[Path]:
+    """A hidden folder beside `name`; it is deleted at the end.
+
+    The next call removes a folder that a killed process of this user left.
+
+    Raises:
+        StoreError: the folder cannot be made.
+    """
+    with on_disk(name.parent):
+        partial, lock = _claim(name)
     try:
         yield partial
     finally:

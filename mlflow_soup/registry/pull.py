@@ -4,16 +4,16 @@ import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 
-from mlflow.entities import LoggedModelStatus
+from mlflow.entities import FileInfo, LoggedModelStatus
 from mlflow.utils.file_utils import local_file_uri_to_path  # private door
 from mlflow.utils.uri import is_local_uri  # private door
 
 from mlflow_soup.errors import ParentError, SoupError, StoreError, brief
 from mlflow_soup.files.cache import cache_folder
+from mlflow_soup.files.durable import temporary
 from mlflow_soup.files.untrusted import read_hex
 from mlflow_soup.records import Version
 from mlflow_soup.registry.outages import denied, is_forbidden, refusal_by_s3, where
@@ -100,16 +100,20 @@ def fetch_tree(client: Store, place: str, *, fresh: bool) -> Path:
             shutil.rmtree(folder, ignore_errors=True)  # damaged
     for below in ("source", "content", "temporary"):
         (cache / below).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache / "temporary") as temporary:
-        fetched = Path(temporary) / "tree"
+    with temporary(cache / "temporary" / "pull") as ours:
+        fetched = ours / "tree"
         fetched.mkdir()
         _download(client, place, fetched)
         folder = cache / "content" / _tree_digest(fetched)
-        with contextlib.suppress(FileExistsError):
-            if not folder.exists():
-                fetched.rename(folder)
-        (Path(temporary) / "pointer").write_text(folder.name)
-        (Path(temporary) / "pointer").replace(pointer)
+        if folder.is_dir() and _tree_digest(folder) != folder.name:
+            shutil.rmtree(folder, ignore_errors=True)  # damaged
+        try:
+            fetched.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        (ours / "pointer").write_text(folder.name)
+        (ours / "pointer").replace(pointer)
     return folder
 
 
@@ -124,11 +128,14 @@ def _download(client: Store, place: str, folder: Path) -> None:
 
 def _listing_of(client: Store, place: str) -> list[tuple[str, int]]:
     """Name and size of every file below a URI."""
-    artifacts = client.artifacts(place)
+
+    def listed(below: str | None) -> list[FileInfo] | None:
+        return client.artifacts(place).list_artifacts(below)
+
     files: list[tuple[str, int]] = []
     pending: list[str | None] = [None]
     while pending:
-        ask = partial(artifacts.list_artifacts, pending.pop())
+        ask = partial(listed, pending.pop())
         for info in client.persist(ask, f"list the files of {place}") or []:
             if info.is_dir:
                 pending.append(info.path)

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from functools import cached_property, partial, wraps
+from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 from mlflow import MlflowClient
@@ -137,11 +137,14 @@ class Store(MlflowClient):
             folder: the folder among the run's artifacts; empty for none.
         """
         with _noting(MlflowClient.log_artifact, run_id, file, folder):
-            put = partial(self.artifacts_of(run_id).log_artifact, file, folder or None)
+
+            def put() -> None:
+                self.artifacts_of(run_id).log_artifact(file, folder or None)
+
             self.persist(put, "call log_artifact")
 
     def artifacts(self, uri: str) -> ArtifactRepository:
-        """MLflow's access to the files below a URI; its calls are not repeated."""
+        """MLflow's access to the files below a URI. Neither this nor its calls are repeated."""
         return artifact_repository_registry.get_artifact_repository(
             uri, tracking_uri=self.tracking_uri
         )

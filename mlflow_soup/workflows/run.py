@@ -15,6 +15,7 @@ from pathlib import Path
 from mlflow_soup.decision import pairing
 from mlflow_soup.decision.power import told
 from mlflow_soup.errors import SpecError, StoreError
+from mlflow_soup.files.cache import cache_folder
 from mlflow_soup.files.durable import check_space, scratch
 from mlflow_soup.records import Found, Outcome, Promotion, Soup, Unbiased, Version, listed
 from mlflow_soup.redaction import redacting
@@ -320,7 +321,7 @@ def _check_room(job: Job) -> None:
     """Refuse to search when a disk has no room for the soup.
 
     The soup is written to a temporary folder and copied into the store. From a remote store it is
-    read back into the cache.
+    read back into the cache, and fetched once more when it is registered.
 
     Raises:
         StoreError: a disk is too full.
@@ -330,8 +331,9 @@ def _check_room(job: Job) -> None:
     donor = job.opened[-1]
     size = sum(stamp[0] for stamp in donor.checkpoint.stamps.values())
     needed: dict[int, tuple[Path, float]] = {}
-    # a version's folder is in the store, or in the cache
-    for folder in (Path(tempfile.gettempdir()), donor.parent.folder):
+    tree = donor.parent.folder  # in a local store, or in the cache
+    copies = 2 if tree.is_relative_to(cache_folder()) else 1
+    for folder in (Path(tempfile.gettempdir()), *[tree] * copies):
         device = folder.stat().st_dev
         needed[device] = (folder, needed.get(device, (folder, 0.0))[1] + 1.2 * size)
     for folder, amount in needed.values():

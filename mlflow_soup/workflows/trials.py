@@ -31,6 +31,7 @@ from mlflow_soup.registry.evaluations import (
     read_trials,
     score_metrics,
 )
+from mlflow_soup.registry.outages import asking
 from mlflow_soup.registry.scores import Scores
 from mlflow_soup.registry.store import Store
 from mlflow_soup.registry.trust import Trust, trust_of
@@ -44,7 +45,7 @@ from mlflow_soup.workflows.bench import evaluator_params, measured_key, mixture_
 from mlflow_soup.workflows.job import Job
 
 logger = logging.getLogger("mlflow_soup")
-PROGRESS_S = 10.0  # at least, between two points of a search's curves in MLflow
+PROGRESS_S = 10.0  # at least, between two requests with points of a search's curves
 AT_ONCE = 2  # λ of one search at once: more cost many evaluations, and save few rounds
 
 
@@ -128,8 +129,8 @@ class _Outbox:
         """Send everything to MLflow; the metrics of quick trials together.
 
         Args:
-            patiently: wait for a store that is unreachable, and for nothing else; otherwise, fail
-                at once.
+            patiently: wait for a store that is unreachable, and send all metrics now; otherwise,
+                fail at once.
 
         Raises:
             StoreError: the store is unreachable. What was not sent stays in the outbox.
@@ -318,7 +319,8 @@ def _mark(job: Job, run_id: str, trials: Sequence[Trial], recipe: Recipe, score:
     try:
         name = naming.run_name(f"{job.space.label(recipe)} (chosen)")
         tags = {naming.CHOSEN: "yes", "mlflow.runName": name}
-        tracking.log(job.client, chosen.run_id, tags=tags)
+        with asking("mark the chosen trial"):
+            tracking.log(job.client, chosen.run_id, tags=tags)
     except DeniedError:  # the run of another user, whose score this search took over
         logger.warning("you may not mark run %s as the chosen trial", chosen.run_id)
     numbers = {

@@ -156,7 +156,7 @@ def watch(
 
 @contextlib.contextmanager
 def _saying_once() -> Iterator[None]:
-    """Leave out warnings that were said before: `run` foresees the gate's power at each version.
+    """Leave out warnings that were said before: `run` tells the gate's power at each version.
 
     What the watch itself says is said each time, and so is what is said of stores and leases.
     """

@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.server import get_app_client
 
 import forked
-from conftest import MODEL, free_port, register, start_server, stop_server
+from conftest import MODEL, free_port, make_keys, register, start_server, stop_server
 from mlflow_soup import Spec, errors
 from mlflow_soup.registry import naming, tracking
 from mlflow_soup.registry.ledger import open_ledger
@@ -401,3 +401,16 @@ def as_they_were(place):
             for key in now.keys() - was.keys():
                 delete = write.__name__.replace("set_", "delete_")
                 getattr(client, delete)(*of, key)
+
+
+def test_a_trial_of_another_user_that_may_not_be_marked_is_told_and_ends_no_search(
+    place, tmp_path, monkeypatch
+):
+    private, _ = make_keys(tmp_path, "pipeline")
+    monkeypatch.setenv("MLFLOW_SOUP_KEY", str(private))  # what it signed counts wherever it is
+    search = ("run", "--model", MODEL, "--pair", "v1,v3")
+    for user, experiment in (("admin", "training"), ("searcher", "soups")):
+        code, said = place.command(user, *search, "--experiment", experiment)
+        assert code in (0, 3), said  # whatever the gate says
+    assert "you may not mark run" in said
+    assert "run: http" in said

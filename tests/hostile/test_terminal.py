@@ -147,8 +147,7 @@ def test_what_mlflow_shows(client):
     version, text = Version(MODEL, 1), "".join(NAMES.values())
     run_id = client.begin_run("0", "run", {})
     descriptions.describe(client, version, text)
-    tracking.note(client, run_id, text)
-    tracking.log(client, run_id, params={"cfg.x": text}, tags={"soup.x": text})
+    tracking.log(client, run_id, params={"cfg.x": text}, tags={"soup.x": text}, description=text)
     data = client.get_run(run_id).data
     shown = [data.params["cfg.x"], data.tags["soup.x"], data.tags["mlflow.note.content"]]
     for written in (*shown, descriptions.description_of(client, version)):

@@ -69,6 +69,19 @@ def test_a_damaged_cache_entry_is_fetched_again(server_client, checkpoints):
     file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     again = pull(server_client, Version("spoilt", 1))
     assert (again / "model.safetensors").read_bytes() == sound
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    fresh = pull(server_client, Version("spoilt", 1), fresh=True)
+    assert (fresh / "model.safetensors").read_bytes() == sound
+
+
+def test_what_a_killed_pull_left_is_removed_by_the_next(server_client, checkpoints, tmp_path):
+    server_client.create_registered_model("killed")
+    register(server_client, checkpoints[1], "killed")
+    left = tmp_path / "cache" / "temporary" / ".pull.partial-01234567"
+    (left / "tree").mkdir(parents=True)
+    (left / "tree" / "model.safetensors").write_bytes(b"half of it")
+    pull(server_client, Version("killed", 1))
+    assert not left.exists()
 
 
 def test_a_cache_entry_that_names_another_folder_removes_nothing(

@@ -578,7 +578,7 @@ def test_a_study_that_is_terminated_goes_on_when_it_is_called_again(client, told
     assert 3 <= len(before) < 17
     assert not all_runs(client, "attributes.status = 'RUNNING'")
     done = command(*words)
-    assert done.exit_code if hasattr(done, "exit_code") else done.returncode == 0
+    assert done.returncode == 0, done.stderr
     both = evaluated(client)
     assert len(both) == len({*both.values()}) == 17
     (run,) = all_runs(client, "tags.`soup.role` = 'study' and attributes.status = 'FINISHED'")
