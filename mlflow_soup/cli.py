@@ -143,6 +143,7 @@ def _read_spec(ctx: click.Context, param: click.Parameter, path: Path | None) ->
 def _option(knob: Field[Any], command: str) -> Callable[[Any], Any]:
     choices = knob.metadata["choices"]
     words = knob.metadata["help"]
+    default = knob.metadata["defaults"].get(command, knob.default)
     if kind(knob) is bool:  # `--fix`, or `--fix=no` as MLflow Projects say it
         return cloup.option(
             *(option(knob), knob.name),
@@ -150,9 +151,8 @@ def _option(knob: Field[Any], command: str) -> Callable[[Any], Any]:
             is_flag=False,
             flag_value=True,
             metavar="[YES|NO]",
-            help=words + ("  [default: no]" if knob.default is False else ""),
+            help=words + ("  [default: no]" if default is False else ""),
         )
-    default = knob.metadata["defaults"].get(command, knob.default)
     if default not in ("", None):
         words += f"  [default: {default}]"
     # no default: a policy tag of the model may set what the command line does not

@@ -225,7 +225,7 @@ def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, m
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"soup = 0.3 × {older} + 0.7 × {newer}\n"
     assert done.stderr == ""  # no progress bar where nobody watches
-    done = command("verify", "soup")
+    done = process("verify", "soup")
     assert done.returncode == 0, done.stderr
     *findings, verdict = done.stdout.splitlines()
     assert [line.split()[0] for line in findings] == ["skipped", *["ok"] * 7]
@@ -235,7 +235,7 @@ def test_folders_are_merged_and_verified_without_mlflow(checkpoints, tmp_path, m
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    done = command("verify", "soup")
+    done = process("verify", "soup")
     assert done.returncode == 3
     assert "MISMATCH  soup: " in done.stdout
     assert "NOT what its manifest says" in done.stdout

@@ -51,7 +51,7 @@ def are_gone(processes, within=20.0):
 def start_scoring(client):
     """The command, once a trial of it has ended; and the processes below it."""
     played = forked.Play("mlflow_soup", *WORDS)
-    until = time.monotonic() + 300
+    until = time.monotonic() + 120
     while time.monotonic() < until and not trials(client):
         assert played.poll() is None, played.finish().stderr
         time.sleep(0.1)
