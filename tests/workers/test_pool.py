@@ -178,6 +178,13 @@ def pids(pool):
     return [place.handle._process.pid for place in pool._places]
 
 
+def start(pool):
+    """Wait until all workers have started: a busy machine may start one long after the other."""
+    pool.begin()
+    while any(place.future is not None for place in pool._places):
+        pool._look()
+
+
 def lives(pid):
     try:
         os.kill(pid, 0)
@@ -189,6 +196,7 @@ def lives(pid):
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(inline, pool, parents, tasks, caplog):
     evaluator = ask(inline, tasks)
     with pool:
+        start(pool)
         first = mix(parents[:2], 0.5, 0.5)
         assert scores(pool, evaluator, first) == scores(inline, evaluator, first)
         before = pids(pool)
@@ -204,7 +212,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(inline, pool, parents, 
 def test_a_request_that_ends_two_workers_is_named(inline, pool, parents, tasks):
     evaluator, mixture = ask(inline, tasks), mix(parents[:2], 0.25, 0.75)
     with pool:
-        scores(pool, evaluator, mix(parents[:2], 0.5, 0.5))
+        start(pool)
         answer = pool._places[0].handle.__class__.answer
 
         def deadly(self, request):
@@ -223,7 +231,7 @@ def test_a_request_that_ends_two_workers_is_named(inline, pool, parents, tasks):
 def test_a_worker_that_hangs_is_replaced(inline, pool, parents, tasks, caplog):
     evaluator, mixture = ask(inline, tasks), mix(parents[:2], 0.25, 0.75)
     with pool:
-        scores(pool, evaluator, mix(parents[:2], 0.5, 0.5))
+        start(pool)
         os.kill(pids(pool)[1], signal.SIGSTOP)
         place, name = pool._places[1], f"{mixture.lam}"
         pool.expect(name, evaluator, mixture, lambda: None)
@@ -238,9 +246,16 @@ def test_a_worker_that_does_not_start_is_told_and_then_left_out(
     inline, pool, parents, tasks, caplog
 ):
     evaluator, mixture = ask(inline, tasks), mix(parents[:2], 0.25, 0.75)
+    begin = pool._places[0].start
+
+    def stopped():
+        handle = begin()
+        os.kill(handle._process.pid, signal.SIGSTOP)
+        return handle
+
+    pool._places[0].start = stopped
     with pool:
         pool.begin()
-        os.kill(pids(pool)[0], signal.SIGSTOP)
         pool._places[0].since -= LONG + 1
         pool._look()
         assert "worker 1 has not started yet: look whether the machine is busy" in caplog.text
