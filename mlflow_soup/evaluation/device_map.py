@@ -109,6 +109,17 @@ def _refused(asked: str, what: str) -> SpecError:
     )
 
 
+def asked_device(asked: str) -> torch.device:
+    """The device that `--device` asks for; `auto` takes a GPU if there is one.
+
+    Raises:
+        SpecError: there is no such device.
+    """
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return device_of(asked, "--device")
+
+
 def device_of(name: str | int, where: str) -> torch.device:
     """The device of a name, or of the number of a GPU.
 

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion  # private 
 
 from mlflow_soup.errors import NonFiniteError, ParentError, SpecError, brief
 from mlflow_soup.evaluation import resident
-from mlflow_soup.evaluation.device_map import check_reachable, device_of, placement, read_map
+from mlflow_soup.evaluation.device_map import asked_device, check_reachable, placement, read_map
 from mlflow_soup.evaluation.loading import load_model, load_tokenizer, try_loading
 from mlflow_soup.weights.checkpoint import MAY_BE_INFINITE, Checkpoint
 from mlflow_soup.weights.mix import Scratch, add_up, all_same, same_bytes, terms
@@ -167,13 +167,6 @@ def _rearranged(checkpoint: Checkpoint, detail: str) -> ParentError:
     )
 
 
-def _on_device(model: Any, device: str) -> Any:
-    """The model on one device."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device_of(device, "--device"))
-
-
 def hardware(device: torch.device) -> str:
     """What computes on a device: a GPU's name, or the instructions and threads of torch on a CPU.
 
@@ -217,7 +210,7 @@ class LiveModel:
             model = load_model(checkpoint, read_map(device_map, checkpoint) if device_map else None)
             check_reachable(model)
             self.places, self.tied = _locate(model, checkpoint)
-            self.model = (model if device_map else _on_device(model, device)).eval()
+            self.model = (model if device_map else model.to(asked_device(device))).eval()
         except torch.OutOfMemoryError as error:
             raise SpecError(
                 f"the model does not fit on its device: {brief(error)}",

@@ -155,7 +155,7 @@ def join(count: int, *, on_gpus: bool) -> tuple[list[Room], Callable[[], None]]:
         SpecError: Ray is not installed, or too old; or there is less room than asked for.
         StoreError: the cluster cannot be reached.
     """
-    _check_installed()
+    check_installed()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine needs longer
     ray = import_module("ray")
@@ -203,7 +203,12 @@ def _leave(ray: Any) -> None:
         ray.shutdown()
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Refuse to go on without a Ray that is safe to use.
+
+    Raises:
+        SpecError: Ray is not installed, or too old.
+    """
     try:
         installed = version_of("ray")
     except PackageNotFoundError as error:

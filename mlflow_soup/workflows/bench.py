@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mlflow_soup.errors import ParentError, SpecError, StoreError
 from mlflow_soup.evaluation.compatibility import differences
+from mlflow_soup.evaluation.device_map import asked_device
 from mlflow_soup.evaluation.evaluator import Evaluator
 from mlflow_soup.evaluation.live import LiveModel
 from mlflow_soup.evaluation.prompts import ChatTemplate, Prompting, parse_generation
@@ -32,7 +33,7 @@ from mlflow_soup.weights.checkpoint import Checkpoint
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.workers.engine import Engine, Inline
-from mlflow_soup.workers.open import open_engine
+from mlflow_soup.workers.open import check_workers, open_engine
 from mlflow_soup.workers.worker import Mixture
 
 # each two sets of tasks → why no item may be in both
@@ -101,6 +102,16 @@ def open_version(client: Store, version: Version, *, fresh: bool = False) -> Ope
     found.tell_passed_over()
     parent = Parent(version, digest(found), folder, model_id(client, version))
     return Opened(parent, found)
+
+
+def check_machine(spec: Spec) -> None:
+    """Refuse a device or workers that this machine does not have, before anything is pulled.
+
+    Raises:
+        SpecError: it does not have them.
+    """
+    if not spec.device_map:  # which names the devices, and has no workers
+        check_workers(parse_workers(spec.workers), asked_device(spec.device))
 
 
 def load_suites(spec: Spec) -> Suites:

@@ -28,6 +28,7 @@ from mlflow_soup.workflows.bench import (
     Bench,
     Opened,
     aim,
+    check_machine,
     load_suites,
     open_journal,
     open_version,
@@ -347,6 +348,7 @@ def open_session(
         SpecError: the request is wrong.
         ParentError: a version is missing, damaged, or does not match another.
     """
+    check_machine(spec)
     if spec.last:
         resolved = [last(client, name, spec.last)]
     else:

@@ -44,6 +44,7 @@ from mlflow_soup.weights.signature import check_library, open_tree_signer
 from mlflow_soup.workflows.bench import (
     Bench,
     Opened,
+    check_machine,
     check_stored,
     conditions,
     contenders,
@@ -340,6 +341,7 @@ def _evaluate(
         spec: a settled spec.
         manifest: the soup's manifest, if this process has just fetched the soup.
     """
+    check_machine(spec)
     suites = replace(load_suites(spec), test=None)  # of which the gate reads nothing
     if suites.ood is None:
         raise no_ood_tasks()

@@ -23,6 +23,7 @@ from mlflow_soup.request.names import parse_uri
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.workflows.bench import (
     Suites,
+    check_machine,
     measured_key,
     mixture_of,
     open_version,
@@ -79,6 +80,7 @@ def score_registered(client: Store, named: str, baseline: str, spec: Spec) -> Sc
         ParentError: a version is missing or damaged.
         NonFiniteError: a score is not finite.
     """
+    check_machine(spec)
     texts = {"model": named, "baseline": baseline}
     versions = {what: _find(client, text, what) for what, text in texts.items() if text}
     scores: dict[Version, Mapping[str, Score]] = {}

@@ -38,7 +38,14 @@ from mlflow_soup.reporting.progress import ends_by
 from mlflow_soup.request.spec import Spec
 from mlflow_soup.search import schedule
 from mlflow_soup.search.space import Array, Space
-from mlflow_soup.workflows.bench import Opened, Suites, load_suites, open_version, set_up
+from mlflow_soup.workflows.bench import (
+    Opened,
+    Suites,
+    check_machine,
+    load_suites,
+    open_version,
+    set_up,
+)
 from mlflow_soup.workflows.job import Job, Session, settle
 from mlflow_soup.workflows.pilots import Result, span
 from mlflow_soup.workflows.study import Report, tell
@@ -202,6 +209,7 @@ def track(spec: Spec) -> Report:
         check_writable(Path(spec.out))
     found, first, times, tag = _checkpoints(client, name, spec, tagged=tagged)
     fixed = _is_fixed(spec)
+    check_machine(spec)
     suites = Suites(load_suites(spec).held_out)
     newest = open_version(client, found[-1])
     settled = replace(spec, ood_tasks="", test_tasks="", method="wsm", space="simplex")

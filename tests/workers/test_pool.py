@@ -21,7 +21,7 @@ from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.workers import cluster
 from mlflow_soup.workers.engine import Inline
-from mlflow_soup.workers.open import open_engine
+from mlflow_soup.workers.open import check_workers, open_engine
 from mlflow_soup.workers.pool import LONG
 from mlflow_soup.workers.worker import Mixture, Source, find_here
 
@@ -328,9 +328,15 @@ def test_each_worker_of_a_cluster_fits_on_one_node(nodes, count, share):
     assert cluster.largest_share(nodes, count, most=sum(nodes) // count) == share
 
 
-def test_more_workers_than_processors_are_refused(inline, parents):
+def test_more_workers_than_processors_are_refused():
     with pytest.raises(errors.SpecError, match="4096 workers are more than the "):
-        open_engine(inline, mix(parents[:1], 1.0), parse_workers("4096"), patience=60.0)
+        check_workers(parse_workers("4096"), torch.device("cpu"))
+
+
+def test_a_gpu_that_is_named_has_no_workers():
+    check_workers(None, torch.device("cuda:1"))
+    with pytest.raises(errors.SpecError, match="cuda:1 names one GPU, but workers take one each"):
+        check_workers(parse_workers("2"), torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize(
@@ -340,9 +346,7 @@ def test_more_workers_than_processors_are_refused(inline, parents):
         ("2.51.1", "Ray 2.51.1 runs the code of anybody who reaches it", "ray>=2.52"),
     ],
 )
-def test_a_ray_that_is_missing_or_dangerous_is_told(
-    inline, parents, monkeypatch, installed, words, fix
-):
+def test_a_ray_that_is_missing_or_dangerous_is_told(monkeypatch, installed, words, fix):
     def version(name):
         if installed is None:
             raise PackageNotFoundError(name)
@@ -350,7 +354,7 @@ def test_a_ray_that_is_missing_or_dangerous_is_told(
 
     monkeypatch.setattr(cluster, "version_of", version)
     with pytest.raises(errors.SpecError, match=words) as refusal:
-        open_engine(inline, mix(parents[:1], 1.0), parse_workers("ray:2"), patience=60.0)
+        check_workers(parse_workers("ray:2"), torch.device("cpu"))
     assert fix in refusal.value.fix
 
 

@@ -133,10 +133,10 @@ def test_soups_are_none_of_the_last_versions(client):
 # --- refused
 
 
-def refused(client, *words):
+def refused(client, *words, command="run"):
     """What the command says of a wrong request; and that it touched nothing."""
     versions = len(client.search_model_versions(f"name='{MODEL}'"))
-    done = CliRunner().invoke(main, ["run", "--limit", "20", *words])
+    done = CliRunner().invoke(main, [*command.split(), "--limit", "20", *words])
     assert done.exit_code == 2, done.output
     experiments = [e.experiment_id for e in client.search_experiments()]
     assert client.search_runs(experiments) == []
@@ -262,6 +262,25 @@ def test_a_calibration_file_must_be_there(client):
     assert what == "there is no file none.txt"
     assert where.startswith("--calibration")
     assert "held-out items" in fix
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "words"),
+    [
+        ("run --pair v4,v5", "--workers", "4096", "4096 workers are more than the "),
+        ("run --pair v4,v5", "--device", "cuda:99", "device 'cuda:99' is not available"),
+        ("study pairs --versions v4,v5", "--workers", "4096", "4096 workers are more than the "),
+        ("track --versions v4,v5", "--device", "cuda:99", "device 'cuda:99' is not available"),
+    ],
+)
+def test_what_this_machine_has_not_is_told_before_any_file_is_asked_for(
+    client, tmp_path, command, option, value, words
+):
+    for name in ("v4", "v5"):
+        client.create_model_version(MODEL, str(tmp_path / name))  # there are no such files
+    what, where, _ = refused(client, option, value, command=command)
+    assert what.startswith(words)
+    assert where == option
 
 
 def test_what_needs_no_text_reads_none(client, tmp_path):
