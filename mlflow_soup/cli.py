@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields
 from fractions import Fraction
@@ -75,8 +76,42 @@ class Terminated(SystemExit):
         self.signum = signum
 
 
+# `mlflow run` passes a SIGTERM on to nobody, and a closed terminal says SIGHUP
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+def hear_signals() -> None:
+    """Let a signal that ends the process end it with an exception, wherever it comes.
+
+    Python drops an exception that is raised in a destructor, or in the callback of a weak
+    reference. A signal that comes there is sent once more.
+    """
+    report = sys.unraisablehook
+
+    def send_again(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, Terminated):
+            signum = dropped.exc_value.signum
+            _listen()
+        elif isinstance(dropped.exc_value, KeyboardInterrupt):
+            signum = signal.SIGINT
+        else:
+            report(dropped)
+            return
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signum))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = send_again
+    _listen()
+
+
+def _listen() -> None:
+    for signum in _ENDING:
+        signal.signal(signum, _terminate)
+
+
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    for again in (signal.SIGTERM, signal.SIGHUP):  # the process is ending already
+    for again in _ENDING:  # the process is ending already
         signal.signal(again, signal.SIG_IGN)
     raise Terminated(signum)
 
@@ -232,9 +267,7 @@ def main() -> None:
     zsh_source and fish_source those for zsh and fish.
     """
     guard_process()
-    # `mlflow run` passes a SIGTERM on to nobody, and a closed terminal says SIGHUP
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _terminate)
+    hear_signals()
 
 
 @main.command(section=MAIN, epilog=EXIT_CODES, cls=Answering)

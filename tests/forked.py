@@ -69,9 +69,9 @@ class Play:
     def send_signal(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
-    def said(self) -> str:
-        """Its standard output so far."""
-        path = Path(self._out.name, "stdout")
+    def said(self, stream: str = "stdout") -> str:
+        """What it has written so far."""
+        path = Path(self._out.name, stream)
         return path.read_text() if path.exists() else ""
 
     def finish(self, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:

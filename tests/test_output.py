@@ -252,7 +252,7 @@ def test_no_output_is_asked_for_by_an_empty_name(client):
 
 
 PROGRAM = """
-import os, signal, shutil, subprocess, sys
+import logging, os, signal, shutil, subprocess, sys, time, weakref
 import click, cloup
 from mlflow_soup import cli, output
 
@@ -269,6 +269,16 @@ def speak(answer, /):
     answer.give({"told": told, "numbers": [float("-inf"), 0.1 + 0.2, 14]}, 3)
 
 cli.main()
+"""
+
+# a signal in the callback of a weak reference, where Python drops what its handler raises
+DROPPED = "weakref.finalize(type('T', (), {{}})(), os.kill, os.getpid(), signal.{}); time.sleep(60)"
+LOGGED = """
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    logging.getLogger("any.library").error("a reset failed", exc_info=True)
+    raise
 """
 
 
@@ -301,6 +311,10 @@ def test_stdout_is_one_document_whoever_speaks():
     [
         ("os.kill(os.getpid(), signal.SIGTERM)", 143, "Interrupted"),
         ("os.kill(os.getpid(), signal.SIGINT)", 130, "Interrupted"),
+        (LOGGED, 130, "Interrupted"),
+        (DROPPED.format("SIGTERM"), 143, "Interrupted"),
+        (DROPPED.format("SIGHUP"), 129, "Interrupted"),
+        (DROPPED.format("SIGINT"), 130, "Interrupted"),
         ("raise RuntimeError('at hunter22hunter22')", 1, "Defect"),
         ("shutil.rmtree('room')", 6, "StoreError"),  # where the file would go
     ],

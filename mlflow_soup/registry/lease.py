@@ -24,6 +24,7 @@ logger = logging.getLogger("mlflow_soup")
 BEAT_S = 15.0
 GRACE_S = 90.0  # a holder on another machine counts as dead after so long without a beat
 LOOK_S = 2.0  # between two looks of a waiting process
+_LAST_S = 15.0  # that a beat under way may take when the lease ends
 _ENDED = "ended"
 
 
@@ -78,7 +79,7 @@ class Lease:
             yield
         finally:
             self._stopped.set()
-            thread.join(BEAT_S)
+            thread.join(_LAST_S)  # else it may write a beat over the mark
             # without the mark, a waiting process sees that the beats stopped
             with contextlib.suppress(SoupError):
                 self._ledger.hasty.mark(self._series, self._number, _ENDED)

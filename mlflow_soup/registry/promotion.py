@@ -187,7 +187,8 @@ def _check_previous(
     """
     if previous is None or previous == version or covers(previous):
         return
-    if _made(ledger, target, ledger.read(series_of(target)), previous):
+    entries = ledger.read(series_of(target))
+    if _is_announced(entries, previous) or _made(ledger, target, entries, previous):
         raise _overtaken(target, version, previous)
     raise GateError(
         f"{version} would replace {previous}, but the two were not scored out of domain together",
@@ -195,6 +196,14 @@ def _check_previous(
         fix=f"run mlflow-soup evaluate {version.options} "
         f"--promote {shlex.quote(target.text)}, then mlflow-soup promote",
     )
+
+
+def _is_announced(entries: Sequence[Entry], version: Version) -> bool:
+    """Whether the last promotion is of this version, and is not settled yet.
+
+    The entry comes before the move and its mark after.
+    """
+    return bool(entries) and not entries[-1].mark and entries[-1].told.get("to") == version.number
 
 
 def _made(
@@ -283,7 +292,7 @@ def objection(
 ) -> str:
     """Why the ledger does not say that a promotion put an alias where it stands; empty if it does.
 
-    The entry comes before the move and its mark after, so an entry that has no mark yet counts.
+    An entry that has no mark yet counts.
 
     Args:
         client: the store's client.
@@ -295,8 +304,8 @@ def objection(
     ledger, series = find_ledger(client, version.name), series_of(Target("alias", alias))
     entries = ledger.read(series) if ledger is not None else []
     entry, signed = last_made(version.name, series, entries, verifier), verifier is not None
-    if not signed and entries and not entries[-1].mark:
-        entry = entries[-1] if entries[-1].told.get("to") == version.number else entry
+    if not signed and _is_announced(entries, version):
+        entry = entries[-1]
     if entry is None and signed and entries:
         return f"none of the keys signed a promotion to @{alias}"
     if entry is None:

@@ -111,10 +111,12 @@ def measure(
     asked.append(function_of(parent.config))
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     place = Path(folder, f"{kind}-{key[:32]}")
+    there = place.exists()  # asked first: another process may put it there in the meantime
     known = _open(place)
     if known is not None:
         return known
-    shutil.rmtree(place, ignore_errors=True)
+    if there:
+        shutil.rmtree(place, ignore_errors=True)
     try:
         with (
             staged(place, where="the cache of statistics") as partial,

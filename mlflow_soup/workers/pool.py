@@ -264,8 +264,9 @@ class Pool(Engine):
         """Let whoever expects an evaluation have it; an error is for whoever asks for it."""
         if task.arrived is None or not task.done or task.error is not None:
             return
+        arrived, task.arrived = task.arrived, None  # its last two shares may come at once
         try:
-            task.arrived()
+            arrived()
         except SoupError as error:
             task.error = error
             self._tasks[task.name] = task  # `answer`, which `arrived` called, has dropped it

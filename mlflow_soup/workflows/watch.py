@@ -235,7 +235,8 @@ class _Watcher:
         number = waiting[0]
         if progress.version != number:
             progress = Progress(progress.handled, number)
-        text = model.tags.get(naming.ON_VERSION, "")
+        # read after the version was seen: whoever changes the tag first means this version, too
+        text = arrivals.watched(self.client, self.name).tags.get(naming.ON_VERSION, "")
         if not text.strip():
             self._tell(number, f"there is no tag {naming.ON_VERSION}, so nothing is done")
         else:

@@ -101,6 +101,15 @@ def test_the_same_command_completes_a_promotion_that_was_cut_short(client, outco
     assert [entry.mark for entry in told(client)] == ["made", "void", "made"]
 
 
+def test_a_promotion_whose_mark_is_still_to_come_overtakes_others(client, outcome):
+    other = soup(client)
+    begun(client, other.number, minutes_ago=0)
+    client.set_registered_model_alias(MODEL, "champion", str(other.number))  # before the mark
+    with pytest.raises(errors.OvertakenError):
+        promote(client, soup(client), CHAMPION, lambda standing: standing.number == 4)
+    assert at(client) == other.number
+
+
 def test_others_void_a_promotion_that_was_cut_short_long_ago(client, outcome):
     other = soup(client)
     begun(client, soup(client).number, minutes_ago=30)

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
@@ -129,6 +130,20 @@ def test_what_is_expected_runs_beside_and_is_told_early(inline, pool, parents, t
         assert not pool.expects(f"{mixtures[0].lam}")
 
 
+def test_an_evaluation_whose_last_two_shares_come_at_once_is_told_once(
+    inline, pool, parents, tasks
+):
+    evaluator, mixture, told = ask(inline, tasks), mix(parents[:2], 0.5, 0.5), []
+    with pool:
+        start(pool)
+        pool.expect("it", evaluator, mixture, lambda: told.append("it"))
+        pool.begin()
+        futures = [place.future for place in pool._places]
+        wait(futures)
+        pool._look()
+        assert told == ["it"]
+
+
 def test_a_weight_that_is_not_finite_fails_as_it_does_here(inline, pool, parents, tasks):
     evaluator, mixture = ask(inline, tasks), mix(parents[:2], 3e38, -3e38)
     with pool:
@@ -248,12 +263,12 @@ def test_a_worker_that_does_not_start_is_told_and_then_left_out(
     evaluator, mixture = ask(inline, tasks), mix(parents[:2], 0.25, 0.75)
     begin = pool._places[0].start
 
-    def stopped():
+    def silent():
         handle = begin()
-        os.kill(handle._process.pid, signal.SIGSTOP)
+        handle.admit = Future
         return handle
 
-    pool._places[0].start = stopped
+    pool._places[0].start = silent
     with pool:
         pool.begin()
         pool._places[0].since -= LONG + 1
