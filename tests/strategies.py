@@ -24,8 +24,8 @@ from mlflow_soup.records import (
 from mlflow_soup.request.names import Target, VersionRef
 from mlflow_soup.search.space import Space
 
-# for laws whose every example fits Gaussian processes: few, and the same in every run
-FEW = settings(max_examples=25, deadline=None, derandomize=True)
+# for laws whose every example fits Gaussian processes
+FEW = settings(max_examples=25)
 
 # safetensors' floating dtypes as their bits: unsigned carrier, mask of the exponent
 BITS = {

@@ -25,7 +25,9 @@ QUICK = ["--steps", "26", "--items", "24", "--trials", "4"]
 def built(tmp_path_factory):
     """The wheel and the sdist, built from a copy of the tree: wheel from sdist, as pip does it."""
     tree = tmp_path_factory.mktemp("built") / "tree"
-    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "site", "mlruns", "*.db")
+    ignored = shutil.ignore_patterns(
+        ".*", "*.egg-info", "build", "dist", "site", "mlruns", "*.db*", "__pycache__"
+    )
     shutil.copytree(ROOT, tree, ignore=ignored)
     out = tree.parent / "dist"
     command = [sys.executable, "-m", "build", "--outdir", str(out), str(tree)]

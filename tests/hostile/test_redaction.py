@@ -10,7 +10,7 @@ import traceback
 from urllib.parse import quote, quote_plus
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from requests.exceptions import ConnectionError as ConnectionFailed
@@ -20,7 +20,6 @@ from mlflow_soup import errors
 from mlflow_soup.errors import StoreError
 from mlflow_soup.redaction import purge, redact, redact_record, redacting
 
-UNHURRIED = settings(deadline=None)  # the machine may be busy
 PASSWORD = "hunter2-s3cret"
 KEY_ID = "AKIAIOSFODNN7EXAMPLE"
 VISIBLE = "".join(c for c in string.printable if not c.isspace())
@@ -39,7 +38,6 @@ ENCODINGS = (
 )
 
 
-@UNHURRIED
 @given(secret=secrets, before=prose, after=prose, encode=st.sampled_from(ENCODINGS))
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN"])
 def test_a_secret_of_the_environment_never_survives(name, secret, before, after, encode):
@@ -50,7 +48,6 @@ def test_a_secret_of_the_environment_never_survives(name, secret, before, after,
     assert encode(secret) not in shown
 
 
-@UNHURRIED
 @given(secret=secrets, before=prose, after=prose, encode=st.sampled_from(ENCODINGS))
 def test_nor_does_a_password_of_a_uri_in_the_environment(secret, before, after, encode):
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +60,6 @@ passwords = st.text(string.ascii_letters + string.digits + "!$%&*+-_~^|", min_si
 )
 
 
-@UNHURRIED
 @given(secret=passwords, before=prose, after=prose)
 @pytest.mark.parametrize(
     "place",
@@ -246,7 +242,6 @@ def test_other_names_hold_none(monkeypatch, name, value):
 digits = st.text("0123456789abcdef", min_size=32, max_size=64)
 
 
-@UNHURRIED
 @given(
     digest=digits,
     number=st.integers(0, 10**13),
@@ -268,7 +263,6 @@ def test_digests_runs_versions_and_weights_are_left_alone(digest, number, share,
         assert redact(text) == text
 
 
-@UNHURRIED
 @given(text=st.text() | prose)
 def test_what_is_redacted_stays_as_it_is(text):
     assert redact(redact(text)) == redact(text)
@@ -295,7 +289,6 @@ def test_harmless_text_is_left_alone(text):
     assert redact(text) == text
 
 
-@UNHURRIED
 @given(text=st.text(string.ascii_letters + string.digits + " .,:;()/_-'\n"))
 def test_prose_is_left_alone_but_for_what_looks_like_a_key(text):
     if "://" not in text and "bearer" not in text.lower() and "basic" not in text.lower():
@@ -438,7 +431,7 @@ def test_no_text_takes_long(unit):
     text = unit * (100_000 // len(unit))
     began = time.process_time()
     redact(text)
-    assert time.process_time() - began < 10.0  # a second or less; a minute, were it quadratic
+    assert time.process_time() - began < 30.0  # a second or less; a minute, were it quadratic
 
 
 def test_variables_may_change_while_a_text_is_redacted():

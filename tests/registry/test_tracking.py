@@ -195,7 +195,8 @@ def test_a_server_that_went_away_does_not_delay_the_exit(server, server_client):
     assert time.monotonic() - began < 20  # MLflow's own retries take four minutes
 
 
-def test_connecting_outlasts_a_hiccup(server, server_client):
+def test_connecting_outlasts_a_hiccup(server, server_client, monkeypatch):
+    monkeypatch.setattr(store, "_HICCUP_S", 60.0)
     answers = iter([proxy.LOST, proxy.BUSY])
     between = proxy.Proxy(int(server.rpartition(":")[2]), lambda *_: next(answers, None))
     mlflow.set_tracking_uri(between.uri)

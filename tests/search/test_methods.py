@@ -233,7 +233,6 @@ def wortsman(count, values, tie):
 
 
 @given(drawn=st.data(), count=st.integers(2, 6), tie=st.sampled_from(spec.TIES))
-@settings(deadline=None)
 def test_greedy_is_the_recipe_of_the_paper(drawn, count, tie):
     values = {
         tuple(i + 1 for i in range(count) if bits >> i & 1): drawn.draw(st.integers(0, 4)) / 4
@@ -275,7 +274,6 @@ def test_a_pairs_grid_by_hand():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1 / 3, 0.5])
 @given(count=st.integers(2, 5), most=st.integers(5, 90))
-@settings(deadline=None)
 def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
     space = Space.simplex(count, alpha)
     found = list(lattice(space, most))
@@ -305,7 +303,6 @@ def test_the_grid_is_the_finest_lattice_that_fits(alpha, count, most):
     most=st.integers(5, 150),
 )
 @example(alpha=1 / 3, count=4, most=38)
-@settings(deadline=None)
 def test_the_grid_evaluates_no_infeasible_merge(alpha, count, most):
     space = Space.simplex(count, alpha)
     found = list(lattice(space, most))
@@ -329,7 +326,7 @@ def test_the_grid_evaluates_its_lattice_in_order():
 
 
 @given(seed=st.integers(0, 9), alpha=st.sampled_from([0.0, 0.3, 0.9]), count=st.integers(2, 4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_random_draws_are_feasible_distinct_and_continue_with_a_larger_budget(seed, alpha, count):
     asked = request(count, alpha=alpha, seed=seed, trials=12)
     _, few = drive("random", asked, by_chance(0))

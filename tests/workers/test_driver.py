@@ -12,6 +12,7 @@ from conftest import MODEL, use
 from mlflow_soup import Spec, run
 
 WORDS = ("run", "--pair", "v1,v2", "--workers", "2", "--trials", "6")
+LONG = (*WORDS[:-1], "40", "--stop", "0")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,9 +50,9 @@ def are_gone(processes, within=20.0):
 
 
 def start_scoring(client):
-    """The command, once a trial of it has ended; and the processes below it."""
-    played = forked.Play("mlflow_soup", *WORDS)
-    until = time.monotonic() + 120
+    """A long command, once a trial of it has ended; and the processes below it."""
+    played = forked.Play("mlflow_soup", *LONG)
+    until = time.monotonic() + 300
     while time.monotonic() < until and not trials(client):
         assert played.poll() is None, played.finish().stderr
         time.sleep(0.1)

@@ -562,7 +562,7 @@ def test_a_study_cut_short_goes_on_to_the_same_table(client, told, monkeypatch, 
 
 
 def test_a_study_that_is_terminated_goes_on_when_it_is_called_again(client, told):
-    words = ["study", "landscape", "--pair", "v1,v2", "--points", "17"]
+    words = ["study", "landscape", "--pair", "v1,v2", "--points", "33"]
     process = forked.Play("mlflow_soup", *words)
 
     def scored():  # those that are being written have no tags yet
@@ -575,17 +575,17 @@ def test_a_study_that_is_terminated_goes_on_when_it_is_called_again(client, told
     done = process.finish(60)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     before = evaluated(client)
-    assert 3 <= len(before) < 17
+    assert 3 <= len(before) < 33
     assert not all_runs(client, "attributes.status = 'RUNNING'")
     done = command(*words)
     assert done.returncode == 0, done.stderr
     both = evaluated(client)
-    assert len(both) == len({*both.values()}) == 17
+    assert len(both) == len({*both.values()}) == 33
     (run,) = all_runs(client, "tags.`soup.role` = 'study' and attributes.status = 'FINISHED'")
     ours = client.download_artifacts(run.info.run_id, "landscape.csv")
     score = {row["λ"]: row["score"] for row in csv.DictReader(Path(ours).read_text().splitlines())}
     for row in read(told[1]["landscape"]):
-        assert score[row["λ"]] == row["score"]  # eighths are sixteenths, two by two
+        assert score[row["λ"]] == row["score"]  # eighths are among the 32nds
 
 
 def test_no_choice_depends_on_out_of_domain_items(store, reports, tasks, tmp_path):
