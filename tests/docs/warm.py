@@ -93,8 +93,9 @@ def serve(path: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(socket.AF_UNIX) as door:
-        door.bind(str(path))
+        door.bind(f"{path}-")
         door.listen()
+        os.rename(f"{path}-", path)  # who sees it may connect
         while True:
             caller, _ = door.accept()
             child = os.fork()
