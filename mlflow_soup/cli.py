@@ -81,7 +81,7 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def hear_signals() -> None:
-    """Let a signal that ends the process end it with an exception, wherever it comes.
+    """Let a signal that ends the process end it with an exception, also in a callback.
 
     Python drops an exception that is raised in a destructor, or in the callback of a weak
     reference. A signal that comes there is sent once more.
@@ -89,6 +89,9 @@ def hear_signals() -> None:
     report = sys.unraisablehook
 
     def send_again(dropped: Any) -> None:
+        if not threading.main_thread().is_alive():  # the interpreter is ending
+            report(dropped)
+            return
         if isinstance(dropped.exc_value, Terminated):
             signum = dropped.exc_value.signum
             _listen()

@@ -58,7 +58,9 @@ torch.set_num_threads(1)
 # the machine may be busy; and no run is refused for an example that the one before did not have
 unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("unhurried", derandomize=True, **unhurried)
-settings.register_profile("searching", **unhurried)  # pytest --hypothesis-profile searching
+settings.register_profile(
+    "searching", derandomize=False, **unhurried
+)  # pytest --hypothesis-profile searching
 settings.load_profile("unhurried")
 
 MODEL = "toy-llm"

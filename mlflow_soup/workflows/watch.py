@@ -235,7 +235,7 @@ class _Watcher:
         number = waiting[0]
         if progress.version != number:
             progress = Progress(progress.handled, number)
-        # read after the version was seen: whoever changes the tag first means this version, too
+        # read after the version was seen: a tag that was set before it holds for it
         text = arrivals.watched(self.client, self.name).tags.get(naming.ON_VERSION, "")
         if not text.strip():
             self._tell(number, f"there is no tag {naming.ON_VERSION}, so nothing is done")

@@ -766,6 +766,7 @@ def test_after_a_kill_the_soup_is_complete_or_absent_and_the_next_run_cleans_up(
         out.rename(expected)
         until = time.monotonic() + 40  # about six seconds on an idle machine
         while midway < (12 if time.monotonic() < until else 1):
+            assert time.monotonic() < until + 300
             _, lasted = run(rng.uniform(0, 1.1 * took))
             remains = [path for path in place.iterdir() if path != out]
             assert len(remains) <= 1  # the remains of the killed process; older ones were removed
