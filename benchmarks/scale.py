@@ -43,7 +43,7 @@ from mlflow_soup.request.names import parse_workers
 from mlflow_soup.weights.digests import digest
 from mlflow_soup.weights.find import find_checkpoint
 from mlflow_soup.workers.engine import Inline
-from mlflow_soup.workers.open import open_engine
+from mlflow_soup.workers.open import check_workers, open_engine
 from mlflow_soup.workers.worker import Mixture, Reply, Request
 
 # -- measured --------------------------------------------------------------------------------------
@@ -129,7 +129,9 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         for name in chosen.engines.split(","):
             donor = Mixture((parents[0],), digests[:1], (1.0,))
             begin = time.monotonic()
-            engine = open_engine(inline, donor, parse_workers(name), patience=600.0)
+            workers = parse_workers(name)
+            check_workers(workers, live.model.device)
+            engine = open_engine(inline, donor, workers, patience=600.0)
             with engine:
                 score(engine, evaluator, warm, ahead=True)
                 result[f"{name} start, s"] = round(time.monotonic() - begin, 1)

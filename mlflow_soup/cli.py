@@ -44,7 +44,7 @@ class SoupGroup(cloup.Group):
             answer.fail(output.failure(error), error.exit_code, _refusal(error))
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, Terminated) as stop:
-            signum = stop.signum if isinstance(stop, Terminated) else signal.SIGINT
+            signum = _signum(stop)
             click.echo("interrupted; the same command continues where it stopped", err=True)
             answer.fail(output.interrupted(signum), 128 + signum)
             ctx.exit(128 + signum)
@@ -76,6 +76,11 @@ class Terminated(SystemExit):
         self.signum = signum
 
 
+def _signum(stop: KeyboardInterrupt | Terminated) -> int:
+    """The signal that raised an exception."""
+    return stop.signum if isinstance(stop, Terminated) else signal.SIGINT
+
+
 # `mlflow run` passes a SIGTERM on to nobody, and a closed terminal says SIGHUP
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -89,18 +94,12 @@ def hear_signals() -> None:
     report = sys.unraisablehook
 
     def send_again(dropped: Any) -> None:
-        if not threading.main_thread().is_alive():  # the interpreter is ending
+        error, ending = dropped.exc_value, not threading.main_thread().is_alive()
+        if ending or not isinstance(error, KeyboardInterrupt | Terminated):
             report(dropped)
             return
-        if isinstance(dropped.exc_value, Terminated):
-            signum = dropped.exc_value.signum
-            _listen()
-        elif isinstance(dropped.exc_value, KeyboardInterrupt):
-            signum = signal.SIGINT
-        else:
-            report(dropped)
-            return
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), signum))
+        _listen()
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), _signum(error)))
         timer.daemon = True
         timer.start()
 

@@ -354,11 +354,11 @@ def redact_record(record: logging.LogRecord) -> bool:
     except Exception:  # a wrong format; logging reports it later and prints it
         record.msg, record.args = words(f"{record.msg} {record.args}"), None
     if record.exc_info and record.exc_info[0] is not None:
-        if not issubclass(record.exc_info[0], KeyboardInterrupt | SystemExit):
+        if issubclass(record.exc_info[0], KeyboardInterrupt | SystemExit):
+            record.exc_info = None  # a signal, which is no fault
+        else:
             trace = "".join(traceback.format_exception(*record.exc_info))
             record.exc_text = redact(trace).rstrip("\n")
-        else:  # a signal, which is no fault
-            record.exc_info = None
     if record.stack_info:
         record.stack_info = redact(record.stack_info)
     return True

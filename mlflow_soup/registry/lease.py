@@ -24,7 +24,6 @@ logger = logging.getLogger("mlflow_soup")
 BEAT_S = 15.0
 GRACE_S = 90.0  # a holder on another machine counts as dead after so long without a beat
 LOOK_S = 2.0  # between two looks of a waiting process
-_LAST_S = 15.0  # that a beat under way may take when the lease ends
 _ENDED = "ended"
 
 
@@ -58,6 +57,8 @@ class Lease:
         hasty = self._ledger.hasty
         with contextlib.suppress(SoupError):  # while the store is away, nobody can take over
             hasty.mark(self._series, self._number, beat)
+            if self._stopped.is_set():  # this beat took so long that it was written over the mark
+                hasty.mark(self._series, self._number, _ENDED)
             last = hasty.read(self._series)[-1]
             self._seen = time.time()
             if last.number != self._number:
@@ -79,7 +80,7 @@ class Lease:
             yield
         finally:
             self._stopped.set()
-            thread.join(_LAST_S)  # else it may write a beat over the mark
+            thread.join(BEAT_S)
             # without the mark, a waiting process sees that the beats stopped
             with contextlib.suppress(SoupError):
                 self._ledger.hasty.mark(self._series, self._number, _ENDED)

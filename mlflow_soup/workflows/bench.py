@@ -110,7 +110,7 @@ def check_machine(spec: Spec) -> None:
     Raises:
         SpecError: it does not have them.
     """
-    if not spec.device_map:  # which names the devices, and has no workers
+    if not spec.device_map:  # a map names the devices itself, and takes no workers
         check_workers(parse_workers(spec.workers), asked_device(spec.device))
 
 

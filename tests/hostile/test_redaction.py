@@ -431,7 +431,7 @@ def test_no_text_takes_long(unit):
     text = unit * (100_000 // len(unit))
     began = time.process_time()
     redact(text)
-    assert time.process_time() - began < 30.0  # a second or less; a minute, were it quadratic
+    assert time.process_time() - began < 10.0  # a second or less; a minute, were it quadratic
 
 
 def test_variables_may_change_while_a_text_is_redacted():

@@ -158,6 +158,26 @@ def test_a_process_that_wakes_up_checks_its_lease_before_it_continues(book, tmp_
             held()
 
 
+def test_a_beat_that_is_late_does_not_undo_the_end(book, tmp_path, monkeypatch):
+    mark, beating, ended = Ledger.mark, threading.Event(), threading.Event()
+
+    def stall(self, series, number, word):
+        if word.startswith("beat"):
+            beating.set()
+            ended.wait(60)
+        done = mark(self, series, number, word)
+        if word == "ended":
+            ended.set()
+        return done
+
+    monkeypatch.setattr(Ledger, "mark", stall)
+    with lease.hold(book.client, MODEL, KEY, tmp_path):
+        (thread,) = (t for t in threading.enumerate() if t.name == "lease")
+        assert beating.wait(60)
+    thread.join(60)
+    assert [e.mark for e in entries(book)] == ["ended"]
+
+
 def test_a_user_who_may_not_write_to_the_ledger_works_without_a_lease(book, tmp_path, caplog):
     book.client.delete_experiment(book.client.get_run(book.run_id).info.experiment_id)
     with lease.hold(book.client, MODEL, KEY, tmp_path) as check:
